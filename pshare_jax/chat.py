@@ -1,0 +1,186 @@
+"""Chat messages to text: checks what a client sent and renders the model's own Jinja template.
+
+`Tokenizer.encode_chat` is the caller. The renderer has the environment that Hugging Face templates are written for
+(sandboxed, block trimming, `raise_exception`, `strftime_now`, plain `tojson`), and gives the same text as transformers;
+only messages that no template could mean (unknown role, unknown part type) are refused before it runs.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from pshare_jax.errors import PshareError
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_RESERVED = ("messages", "tools", "add_generation_prompt")
+
+
+def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """The messages as plain dicts that a template may see.
+
+    Parts lists become one text, parts joined by a newline (as vLLM and llama.cpp do); absent and null fields are the
+    same thing; a message's reasoning is found under each of the names that templates use. Anything else stays.
+    """
+    if not messages:
+        raise PshareError("The list of messages is empty; send at least one message.")
+    return [_checked_message(index, message) for index, message in enumerate(messages)]
+
+
+def _checked_message(index: int, message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise PshareError(f"Message {index} is not an object with a role and content.")
+    role = message.get("role")
+    if role not in ROLES:
+        raise PshareError(f"Message {index} has the role {role!r}; known roles are {', '.join(ROLES)}.")
+    plain = {key: value for key, value in plain_data(message).items() if value is not None}
+    if "content" in plain:
+        plain["content"] = _flat_text(index, plain["content"])
+    reasoning = next((plain[key] for key in _REASONING if key in plain), None)
+    return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def _flat_text(index: int, content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise PshareError(f"Message {index}: content must be a text or a list of parts, not {type(content).__name__}.")
+    return "\n".join(_part_text(index, part) for part in content)
+
+
+def _part_text(index: int, part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    text = part.get(kind) if isinstance(part, dict) and kind in ("text", "refusal") else None
+    if kind not in ("text", "refusal"):
+        raise PshareError(f"Message {index} has a content part of type {kind!r}; this model reads text parts only.")
+    if not isinstance(text, str):
+        raise PshareError(f"Message {index} has a {kind} part whose {kind!r} is not a text.")
+    return text
+
+
+def plain_data(value: Any) -> Any:
+    """`value` rebuilt from dicts, lists, texts, numbers, booleans and None; anything else is a PshareError."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_data(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_data(item) for item in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    raise PshareError(f"A chat holds JSON values only, not {type(value).__name__}.")
+
+
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """`value` (plain data) with every text in it changed, the keys of objects included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [map_strings(item, change) for item in value]
+    return value
+
+
+class ChatTemplate:
+    """One compiled chat template."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._environment = _environment()
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """The prompt's text; whatever the template raises is a PshareError with the template's own reason.
+
+        A message without content (an assistant's tool call) has none at first, as in transformers; for a template
+        that fails on that, as Qwen3's does, it becomes empty text.
+        """
+        taken = [name for name in _RESERVED if name in variables]
+        if taken:
+            raise PshareError(f"chat_template_kwargs may not set {', '.join(taken)}; these are fields of the request.")
+        values = {"documents": None, **variables, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        try:
+            return self._rendered({**values, "messages": messages})
+        except PshareError:
+            if all("content" in message for message in messages):
+                raise
+        return self._rendered({**values, "messages": [{"content": "", **message} for message in messages]})
+
+    def _rendered(self, values: dict[str, Any]) -> str:
+        template = self._compiled
+        try:
+            return template.render(values)
+        except TemplateError as error:
+            raise PshareError(f"The chat template refused the messages: {error.message}") from error
+        except Exception as error:
+            # Templates are programs that nobody here wrote: whatever goes wrong inside is about these messages.
+            raise PshareError(f"The chat template cannot render these messages: {error}") from error
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """Texts and field names that the template itself mentions, hence may compare with or look up."""
+        tree = self._environment.parse(self.source)
+        constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+        return frozenset(constants | {node.attr for node in tree.find_all(nodes.Getattr)})
+
+    @cached_property
+    def _compiled(self) -> Template:
+        try:
+            return self._environment.from_string(self.source)
+        except TemplateError as error:
+            raise PshareError(f"The model's chat template is not valid Jinja: {error.message}") from error
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's tokens for training tools; for rendering it is only a scope."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes <, > and & for HTML, which would change what the model reads.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

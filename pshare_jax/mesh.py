@@ -1,0 +1,89 @@
+"""Devices -> meshes, and the one table that says how parameters and KV are sharded over a mesh's `model` axis.
+
+Tensor parallelism in the usual way: q, k, v, gate and up by columns, o and down by rows, embedding and head by vocabulary,
+KV by kv heads. XLA's partitioner derives everything between from these.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pshare_jax.errors import PshareError
+from pshare_jax.model.config import ModelConfig
+
+MODEL = "model"
+COLUMNS, ROWS, REPLICATED = PartitionSpec(None, MODEL), PartitionSpec(MODEL, None), PartitionSpec()
+
+# (parameter path, sharding): the first match counts; a path without a match is an error.
+PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embedding\.weight", ROWS),
+    (r"head", COLUMNS),
+    (r".*norm\.weight", REPLICATED),
+    (r".*\.(q|k|v|gate|up)\.(kernel|lora_b)", COLUMNS),
+    (r".*\.(q|k|v|gate|up)\.bias", PartitionSpec(MODEL)),
+    (r".*\.(q|k|v|gate|up)\.lora_a", REPLICATED),
+    (r".*\.(o|down)\.(kernel|lora_a)", ROWS),
+    (r".*\.(o|down)\.(bias|lora_b)", REPLICATED),
+)
+KV_SPEC = PartitionSpec(None, MODEL, None, None)
+
+
+def virtual_cpu_devices(count: int) -> None:
+    """Split the CPU into `count` devices. Must run before JAX's backend starts; has no effect on GPU and TPU devices."""
+    jax.config.update("jax_num_cpu_devices", count)
+
+
+def make_mesh(device_ids: Sequence[int], tp: int) -> Mesh:
+    """A mesh of exactly `tp` of JAX's devices, given by their index in `jax.devices()`, along the axis `model`."""
+    devices = jax.devices()
+    wrong = [i for i in device_ids if not 0 <= i < len(devices)]
+    if wrong:
+        raise PshareError(f"there is no device {wrong[0]}: JAX sees {len(devices)} of them, numbered from 0.")
+    if len(set(device_ids)) != tp or len(device_ids) != tp:
+        raise PshareError(f"tp {tp} needs {tp} different devices, but {list(device_ids)} were given.")
+    return Mesh(np.array([devices[i] for i in device_ids]), (MODEL,))
+
+
+def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
+    """Refuse a tensor-parallel degree that the model's heads or MLP cannot be divided by."""
+    if config.num_heads % tp:
+        raise PshareError(f"tp {tp} does not divide the model's {config.num_heads} query heads.")
+    if config.num_kv_heads % tp and tp % config.num_kv_heads:
+        raise PshareError(
+            f"tp {tp} neither divides the model's {config.num_kv_heads} kv heads nor is a multiple of them."
+        )
+    if config.ffn_size % tp:
+        raise PshareError(f"tp {tp} does not divide the model's MLP size {config.ffn_size}.")
+
+
+def parameter_sharding(path: str, config: ModelConfig, mesh: Mesh) -> NamedSharding:
+    """The sharding of the parameter at `path` ("layers.0.attention.q.kernel")."""
+    spec = next((spec for pattern, spec in PARAMETER_RULES if re.fullmatch(pattern, path)), None)
+    if spec is None:
+        raise AssertionError(f"no sharding rule for parameter {path}")
+    tp = mesh.shape[MODEL]
+    replicated_kv = config.num_kv_heads % tp and re.fullmatch(r".*\.(k|v)\.(kernel|lora_b|bias)", path)
+    # An odd vocabulary stays whole: padding it would put tokens into the logits that the model does not have.
+    odd_vocab = config.vocab_size % tp and path in ("embedding.weight", "head")
+    return NamedSharding(mesh, REPLICATED if replicated_kv or odd_vocab else spec)
+
+
+def kv_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
+    """The sharding of `[B, kv_heads, S, head_dim]` keys or values: by heads, or whole where tp is a multiple of them."""
+    return NamedSharding(mesh, REPLICATED if config.num_kv_heads % mesh.shape[MODEL] else KV_SPEC)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of tokens, positions and logits: every device has all."""
+    return NamedSharding(mesh, REPLICATED)
+
+
+def same_devices(first: Mesh, second: Mesh) -> bool:
+    """Whether two meshes are the same devices in the same order."""
+    return math.prod(first.shape.values()) == math.prod(second.shape.values()) and bool(
+        np.array_equal(first.devices, second.devices)
+    )

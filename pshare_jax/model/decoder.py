@@ -1,0 +1,110 @@
+"""The one decoder for all families (Llama/SmolLM2, Qwen3, Gemma 3); a family is a `ModelConfig` and a name table.
+
+It knows no cache layout: the caller hands in `attend`, which stores k and v and returns the attention output - dense,
+paged or two-stream. Layers are unrolled, which decodes 2-3x faster on CPU than a scan over stacked weights.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pshare_jax.model.config import LayerConfig, ModelConfig
+from pshare_jax.model.layers import MLP, AttentionProjections, Build, norm, soft_cap
+from pshare_jax.model.rope import rope_tables, rotate
+
+Attend = Callable[[int, Array | None, Array, Array, Any], tuple[Array | None, Any]]
+"""attend(layer, q[B,T,N,H] | None, k[B,T,K,H], v[B,T,K,H], kv) -> (out[B,T,N,H] | None, kv); q is None where only k, v matter."""
+
+
+class Embedding(nnx.Module):
+    """Token embeddings `[V, D]`, scaled where the family does so; also the head of tied models."""
+
+    def __init__(self, config: ModelConfig, build: Build):
+        self.weight = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), build.dtype))
+        self.scale = config.embed_scale
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Look tokens up."""
+        x = self.weight[...][tokens]
+        # The scale takes the weights' dtype first: in bfloat16 transformers rounds it too.
+        return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP with pre-norms, and with post-norms ("sandwich") where the family has them."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig, build: Build):
+        size = config.hidden_size
+        self.rope = layer.rope
+        self.attention = AttentionProjections(config, build)
+        self.mlp = MLP(config, build)
+        self.pre_attention_norm = norm(config, size, build)
+        self.pre_mlp_norm = norm(config, size, build)
+        self.post_attention_norm = norm(config, size, build) if config.sandwich_norms else None
+        self.post_mlp_norm = norm(config, size, build) if config.sandwich_norms else None
+
+    def __call__(
+        self, index: int, x: Float[Array, "B T D"], rope: tuple[Array, Array], attend: Attend, kv: Any
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """One layer over all positions; `attend` sees q, k rotated."""
+        normed = self.pre_attention_norm(x)
+        q = rotate(self.attention.query(normed), *rope)
+        k, v = self._key_value(normed, rope)
+        heads, kv = attend(index, q, k, v, kv)
+        assert heads is not None
+        y = self.attention.output(heads)
+        x = x + (y if self.post_attention_norm is None else self.post_attention_norm(y))
+        y = self.mlp(self.pre_mlp_norm(x))
+        return x + (y if self.post_mlp_norm is None else self.post_mlp_norm(y)), kv
+
+    def store(self, index: int, x: Float[Array, "B T D"], rope: tuple[Array, Array], attend: Attend, kv: Any) -> Any:
+        """Only what the layer's KV needs: norm, k and v. For the last layer of a prefill, whose output nobody reads."""
+        return attend(index, None, *self._key_value(self.pre_attention_norm(x), rope), kv)[1]
+
+    def _key_value(self, normed: Array, rope: tuple[Array, Array]) -> tuple[Array, Array]:
+        return rotate(self.attention.key(normed), *rope), self.attention.value(normed)
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers, final norm and head, as a function of tokens, absolute positions and the caller's `attend`."""
+
+    def __init__(self, config: ModelConfig, build: Build):
+        self.config = config
+        self.embedding = Embedding(config, build)
+        self.layers = nnx.List([DecoderLayer(config, layer, build) for layer in config.layers])
+        self.final_norm = norm(config, config.hidden_size, build)
+        self.head = None if config.tied else nnx.Param(jnp.zeros((config.hidden_size, config.vocab_size), build.dtype))
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend, kv: Any
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Final hidden states (normed, ready for `logits`) and the new kv."""
+        x, ropes = self._start(tokens, positions)
+        for index, layer in enumerate(self.layers):
+            x, kv = layer(index, x, ropes[layer.rope], attend, kv)
+        return self.final_norm(x), kv
+
+    def prefill(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend, kv: Any) -> Any:
+        """The new kv alone: no head, and in the last layer nothing but norm, k and v (paper.md: the base never samples)."""
+        x, ropes = self._start(tokens, positions)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            if index == last:
+                return layer.store(index, x, ropes[layer.rope], attend, kv)
+            x, kv = layer(index, x, ropes[layer.rope], attend, kv)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Next-token logits in float32."""
+        if self.head is None:
+            weights, spec = self.embedding.weight[...], "BTD,VD->BTV"
+        else:
+            weights, spec = self.head[...], "BTD,DV->BTV"
+        scores = jnp.einsum(spec, hidden, weights, preferred_element_type=jnp.float32)
+        return soft_cap(scores, self.config.final_softcap)
+
+    def _start(self, tokens: Array, positions: Array) -> tuple[Array, dict]:
+        ropes = {layer.rope: None for layer in self.config.layers}
+        return self.embedding(tokens), {rope: rope_tables(rope, self.config.head_dim, positions) for rope in ropes}

@@ -1,0 +1,60 @@
+"""Dense KV of one batch of sequences: what prefill makes, transfer moves and decode grows. The only file that knows its layout.
+
+Per layer a pair (keys, values) of `[B, kv_heads, capacity, head_dim]`; slot s holds the token at absolute position s.
+Capacities are bucketed so that few shapes are compiled. (The paged pool of the serving engine will stand beside it.)
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+LayerKV = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
+
+
+@dataclass(frozen=True)
+class DenseKV:
+    """Keys and values of `length` tokens (equal for all rows) in arrays of `capacity` slots; later slots are undefined."""
+
+    layers: tuple[LayerKV, ...]
+    length: int
+
+    @property
+    def capacity(self) -> int:
+        """Slots in each array."""
+        return self.layers[0][0].shape[2]
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return self.layers[0][0].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the `length` tokens' keys and values over all layers (logical: replicas on a mesh count once)."""
+        used = sum(k.nbytes + v.nbytes for k, v in self.layers)
+        return used * self.length // self.capacity
+
+    def grown(self, capacity: int) -> "DenseKV":
+        """The same KV with room for at least `capacity` tokens."""
+        if capacity <= self.capacity:
+            return self
+        return replace(self, layers=_pad(self.layers, bucket(capacity) - self.capacity))
+
+
+def bucket(size: int, smallest: int = 16) -> int:
+    """The power of two, at least `smallest`, that holds `size`."""
+    return max(smallest, 1 << (size - 1).bit_length()) if size > 1 else smallest
+
+
+def write(layer: LayerKV, start: Int[Array, ""], k: Float[Array, "B K T H"], v: Float[Array, "B K T H"]) -> LayerKV:
+    """Put T tokens' keys and values at slots `start`.. (the caller makes room: past the end, XLA would shift them)."""
+    keys, values = layer
+    at = (0, 0, start, 0)
+    return jax.lax.dynamic_update_slice(keys, k, at), jax.lax.dynamic_update_slice(values, v, at)
+
+
+@jax.jit(static_argnums=1)
+def _pad(layers: tuple[LayerKV, ...], extra: int) -> tuple[LayerKV, ...]:
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))), layers)

@@ -1,0 +1,75 @@
+"""Parameters as a flat dict, path -> array ("layers.0.attention.q.kernel"), and how they meet the NNX decoder.
+
+One plain dict is what gets loaded, sharded, hashed, saved and trained; `Architecture.bind` turns it into a `Decoder`
+inside a jitted function.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import jax
+from flax import nnx
+
+from pshare_jax.model.config import ModelConfig
+from pshare_jax.model.decoder import Decoder
+from pshare_jax.model.layers import Build, LoraConfig
+
+Params = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder without its weights."""
+
+    config: ModelConfig
+    build: Build = Build()
+
+    @property
+    def dtype(self) -> str:
+        """The parameters' dtype."""
+        return self.build.dtype
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapter's shape, where the decoder carries one."""
+        return self.build.lora
+
+    def with_lora(self, lora: LoraConfig) -> "Architecture":
+        """The same decoder carrying an adapter."""
+        return replace(self, build=replace(self.build, lora=lora))
+
+    def summing_in_blocks(self, block: int) -> "Architecture":
+        """The same decoder with more exact inner products (`Build.sum_block`)."""
+        return replace(self, build=replace(self.build, sum_block=block))
+
+    @functools.cached_property
+    def _skeleton(self) -> tuple[nnx.GraphDef, list]:
+        decoder = nnx.eval_shape(lambda: Decoder(self.config, self.build))
+        graph, state = nnx.split(decoder)
+        return graph, list(nnx.to_flat_state(state))
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Path -> shape and dtype of every parameter."""
+        return {_path(keys): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for keys, leaf in self._skeleton[1]}
+
+    def bind(self, params: Mapping[str, jax.Array]) -> Decoder:
+        """The decoder with these parameters; cheap, no copy, meant for use inside a traced function."""
+        graph, leaves = self._skeleton
+        filled = [(keys, leaf.replace(params[_path(keys)])) for keys, leaf in leaves]
+        return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def is_lora(path: str) -> bool:
+    """Whether a parameter belongs to a LoRA adapter."""
+    return path.endswith((".lora_a", ".lora_b"))
+
+
+def nbytes(params: Params) -> int:
+    """Bytes of all parameters (logical: replicas on a mesh count once)."""
+    return sum(array.nbytes for array in params.values())
+
+
+def _path(keys: tuple) -> str:
+    return ".".join(map(str, keys))

@@ -1,0 +1,120 @@
+"""Rotary position embeddings: how config.json spells them, and the cos/sin tables that layers apply.
+
+Read by `ModelConfig.from_hf` (spelling) and by `Decoder` (tables, one for each distinct `RopeConfig` of a model).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pshare_jax.errors import PshareError
+
+KNOWN_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """One rotary embedding.
+
+    `factor` divides all frequencies (`linear`) or the low ones (`llama3`); the other three fields are llama3's: wavelengths
+    above `original_max_len / low_freq_factor` are scaled, those below `original_max_len / high_freq_factor` are not.
+    """
+
+    theta: float
+    type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_len: int = 0
+
+    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
+        """Radians a position for each of the `head_dim // 2` rotated pairs, float32 `[head_dim // 2]`."""
+        exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        plain = (1.0 / np.power(np.float32(self.theta), exponents)).astype(np.float32)
+        if self.type == "linear":
+            return plain / np.float32(self.factor)
+        if self.type == "llama3":
+            return self._llama3(plain)
+        return plain
+
+    def _llama3(self, plain: np.ndarray) -> np.ndarray:
+        # Llama 3.1's three bands: long wavelengths divided by the factor, short ones kept, a linear blend between.
+        wavelength = 2 * math.pi / plain
+        blend = (self.original_max_len / wavelength - self.low_freq_factor) / (
+            self.high_freq_factor - self.low_freq_factor
+        )
+        blend = np.clip(blend, 0.0, 1.0)
+        return ((1 - blend) * plain / self.factor + blend * plain).astype(np.float32)
+
+
+def rope_tables(
+    rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
+    """Cosines and sines of every position, float32, ready to broadcast over heads."""
+    angles = positions[..., None, None].astype(jnp.float32) * rope.inverse_frequencies(head_dim)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(
+    x: Float[Array, "B T heads H"], cos: Float[Array, "B T 1 half"], sin: Float[Array, "B T 1 half"]
+) -> Float[Array, "B T heads H"]:
+    """Rotate the pairs (i, i + H/2) of every head; the tables take x's dtype first, as transformers does."""
+    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def parse_rope(
+    config: Mapping[str, Any], layer_type: str, *, old_theta_key: str, default_theta: float, old_scaling: bool
+) -> RopeConfig:
+    """The rotary embedding of layers of `layer_type`, from either spelling of config.json.
+
+    New files (transformers 5) hold `rope_parameters`, flat or nested by layer type; older ones hold the frequency base
+    under `old_theta_key` and, where `old_scaling`, a `rope_scaling` object. A value that is there beats `default_theta`;
+    two that differ are refused.
+    """
+    new = config.get("rope_parameters") or {}
+    if any(isinstance(value, Mapping) for value in new.values()):
+        new = new.get(layer_type) or {}
+    old = (config.get("rope_scaling") or {}) if old_scaling else {}
+    scaling = {**old, **new}
+    rope_type = _agreed("rope_type", new.get("rope_type", new.get("type")), old.get("rope_type", old.get("type")))
+    found = _agreed(
+        "rope_theta", _agreed("rope_theta", new.get("rope_theta"), old.get("rope_theta")), config.get(old_theta_key)
+    )
+    theta = default_theta if found is None else found
+    return _checked(rope_type or "default", float(theta), scaling, config)
+
+
+def _agreed(name: str, first: Any, second: Any) -> Any:
+    if first is not None and second is not None and first != second:
+        raise PshareError(f"config.json gives {name} twice with different values, {first} and {second}: keep one.")
+    return second if first is None else first
+
+
+def _checked(rope_type: str, theta: float, scaling: Mapping[str, Any], config: Mapping[str, Any]) -> RopeConfig:
+    partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise PshareError(f"config.json asks for partial_rotary_factor {partial}, but only 1.0 is supported.")
+    if rope_type not in KNOWN_TYPES:
+        raise PshareError(f"rope type '{rope_type}' is not supported; known types: {', '.join(KNOWN_TYPES)}.")
+    if rope_type == "default":
+        return RopeConfig(theta)
+    needed = ["factor"] + (["low_freq_factor", "high_freq_factor"] if rope_type == "llama3" else [])
+    missing = [key for key in needed if scaling.get(key) is None]
+    if missing:
+        raise PshareError(f"rope type '{rope_type}' needs {', '.join(missing)} in config.json.")
+    if rope_type == "linear":
+        return RopeConfig(theta, "linear", float(scaling["factor"]))
+    original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+    if original is None:
+        raise PshareError("rope type 'llama3' needs original_max_position_embeddings in config.json.")
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    if low >= high:
+        raise PshareError(f"rope type 'llama3' needs low_freq_factor {low} below high_freq_factor {high}.")
+    return RopeConfig(theta, "llama3", float(scaling["factor"]), low, high, int(original))

@@ -1,0 +1,121 @@
+"""Checks of single request fields that have a form of their own, and the table of fields that are not offered yet.
+
+Used by protocol.py only. Each check takes the JSON value and returns its plain form; its ValueError starts with the
+field's name and is shown to the client.
+"""
+
+import json
+from typing import Any
+
+MAX_STOPS = 4
+
+# Fields that would change the answer, each with the values that leave it as it is. (0 == False, but types must match.)
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "prompt_logprobs": (),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "length_penalty": (1, 1.0),
+    "logit_bias": ({},),
+    "min_tokens": (0,),
+    "bad_words": ([],),
+    "allowed_token_ids": ([],),
+    "response_format": ({"type": "text"},),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "use_beam_search": (False,),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "documents": ([],),
+    "truncate_prompt_tokens": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "response_start": (),
+}
+
+
+def check_neutral(data: dict[str, Any]) -> None:
+    """Refuses a field of `NEUTRAL` with any other value."""
+    for name, value in data.items():
+        if name not in NEUTRAL or value is None:
+            continue
+        if not any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL[name]):
+            only = "".join(f" or set it to {json.dumps(neutral)}" for neutral in NEUTRAL[name][:1])
+            raise ValueError(f"{name} is not offered by this server; leave it out{only}.")
+
+
+def check_stop(value: Any) -> list[str]:
+    """A string or a list of up to four; nulls in the list are ignored."""
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list):
+        raise ValueError("stop must be a string or a list of strings.")
+    stops = [stop for stop in stops if stop is not None]
+    if not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("stop must be a string or a list of strings.")
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"stop has {len(stops)} entries; at most {MAX_STOPS} are allowed.")
+    if "" in stops:
+        raise ValueError("stop has an empty string, which would stop every answer at once.")
+    return stops
+
+
+def check_stream_options(value: Any) -> dict[str, Any]:
+    """An object of switches; null is false and unknown ones are accepted."""
+    if not isinstance(value, dict):
+        raise ValueError("stream_options must be an object.")
+    for name in ("include_usage", "continuous_usage_stats"):
+        if not isinstance(value.get(name, False), bool | None):
+            raise ValueError(f"stream_options.{name} must be true or false.")
+    return value
+
+
+def check_choice(value: Any) -> str:
+    """`none` or `auto`; forcing a call needs guided decoding."""
+    if value not in ("none", "auto"):
+        raise ValueError("tool_choice may be none or auto; forcing a tool call is not offered by this server.")
+    return value
+
+
+def check_prompt(value: Any) -> str | list[int]:
+    """Text or token ids, also inside a list of one."""
+    if isinstance(value, list) and value and isinstance(value[0], str | list):
+        if len(value) > 1:
+            raise ValueError("prompt may hold one prompt, not several; send one request for each.")
+        value = value[0]
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise ValueError("prompt must be a string or a list of token ids.")
+    return value
+
+
+def check_messages(value: Any) -> list[dict[str, Any]]:
+    """Objects with a role and content; what roles and content parts there are is the tokenizer's knowledge."""
+    if not isinstance(value, list) or not value:
+        raise ValueError("messages must be a list with at least one message.")
+    for i, message in enumerate(value):
+        _check_message(f"messages.{i}", message)
+    return value
+
+
+def _check_message(name: str, message: Any) -> None:
+    if not isinstance(message, dict):
+        raise ValueError(f"{name} must be an object with role and content.")
+    calls = message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise ValueError(f"{name}.tool_calls must be a list of objects.")
+    if message.get("content") is None and message.get("role") != "assistant":
+        raise ValueError(f"{name}.content is missing.")

@@ -1,0 +1,255 @@
+"""What clients may send: request bodies, their checks, and the error object for everything else. Imports no jax.
+
+The api hands raw bytes to `parse_body`, gets a checked body, tokenises the prompt and calls `make_request`. A wrong
+type is refused by field name, null means absent, unknown fields are accepted, and a known field that would change the
+output and is not offered yet is refused by name.
+"""
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pshare_jax.serving.fields import (
+    check_choice,
+    check_messages,
+    check_neutral,
+    check_prompt,
+    check_stop,
+    check_stream_options,
+)
+from pshare_jax.serving.request import Request
+
+MAX_DEPTH = 100
+
+
+class ApiError(Exception):
+    """An answer that is an error: HTTP status and OpenAI's error object."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.error = {"message": message, "type": kind, "param": param, "code": code}
+
+
+class _Body(BaseModel):
+    """Fields that both endpoints take."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    model: str
+    stream: bool = False
+    stream_options: dict[str, Any] = {}
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: list[str] = []
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] = []
+    ignore_eos: bool = False
+    user: str | None = None
+    cache_salt: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _normalised(cls, data: dict[str, Any]) -> dict[str, Any]:
+        check_neutral(data)
+        data = {name: value for name, value in data.items() if value is not None}
+        for name, check in cls.checks().items():
+            if name in data:
+                data[name] = check(data[name])
+        return data
+
+    @classmethod
+    def checks(cls) -> dict[str, Any]:
+        """Fields with a form of their own: name -> function that returns the plain form or raises ValueError."""
+        return {"stop": check_stop, "stream_options": check_stream_options}
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a usage chunk."""
+        return bool(self.stream_options.get("include_usage"))
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream carries the usage so far."""
+        return self.include_usage and bool(self.stream_options.get("continuous_usage_stats"))
+
+
+class ChatBody(_Body):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = []
+    tool_choice: Literal["none", "auto"] = "auto"
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @classmethod
+    def checks(cls) -> dict[str, Any]:
+        """The shared checks and those of messages and tool_choice."""
+        return {**super().checks(), "messages": check_messages, "tool_choice": check_choice}
+
+
+class CompletionBody(_Body):
+    """POST /v1/completions: `prompt` is text or token ids, also as a list with just one of them."""
+
+    prompt: str | list[int]
+
+    @classmethod
+    def checks(cls) -> dict[str, Any]:
+        """The shared checks and the prompt's."""
+        return {**super().checks(), "prompt": check_prompt}
+
+
+Body = ChatBody | CompletionBody
+B = TypeVar("B", bound=Body)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the model allows: context length, vocabulary size and the ids that end an answer."""
+
+    max_len: int
+    vocab_size: int
+    stop_ids: frozenset[int]
+
+
+def parse_body(kind: type[B], raw: bytes) -> B:
+    """JSON bytes -> a checked body.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    try:
+        data = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ApiError(400, f"The request body is not valid JSON: {reason}.") from None
+    if not isinstance(data, dict):
+        raise ApiError(400, "The request body must be a JSON object.")
+    _check_tree(data)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise _invalid(error) from None
+
+
+def make_request(body: Body, request_id: str, prompt: list[int], limits: Limits) -> Request:
+    """The engine's request for a body whose prompt has been tokenised.
+
+    Raises:
+        ApiError: 400, the prompt is empty, has ids outside the vocabulary, or does not fit the context.
+    """
+    param = "messages" if isinstance(body, ChatBody) else "prompt"
+    if not prompt:
+        raise ApiError(400, f"{param} holds no tokens; a prompt needs at least one.", param=param)
+    if max(prompt) >= limits.vocab_size or min(prompt) < 0:
+        raise ApiError(400, f"{param} holds a token id outside 0 to {limits.vocab_size - 1}.", param=param)
+    return Request(
+        id=request_id,
+        task=body.model,
+        prompt=tuple(prompt),
+        max_tokens=_max_tokens(body, len(prompt), limits.max_len, param),
+        # Below this, logits / temperature overflows; the limit is greedy.
+        temperature=body.temperature if body.temperature >= 1e-5 else 0.0,
+        top_p=body.top_p,
+        top_k=max(body.top_k, 0),
+        min_p=body.min_p,
+        seed=secrets.randbits(63) if body.seed is None else body.seed,
+        stop=tuple(body.stop),
+        stop_ids=frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else limits.stop_ids),
+    )
+
+
+def check_model(name: str, tasks: list[str]) -> None:
+    """Raises ApiError 404 unless `name` is exactly a served task."""
+    if name not in tasks:
+        known = ", ".join(repr(task) for task in tasks)
+        message = f"The model {name!r} does not exist; this server has {known}."
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+def _max_tokens(body: Body, prompt_len: int, max_len: int, param: str) -> int:
+    asked, other = body.max_completion_tokens, body.max_tokens
+    if asked is not None and other is not None and asked != other:
+        raise ApiError(400, "max_tokens and max_completion_tokens differ; send one.", param="max_completion_tokens")
+    wanted = other if asked is None else asked
+    limit = f"This model's maximum context length is {max_len} tokens. However, "
+    code = "context_length_exceeded"
+    if prompt_len >= max_len:
+        raise ApiError(
+            400,
+            f"{limit}your {param} resulted in {prompt_len} tokens, which leaves no room for an answer. "
+            f"Please reduce the length of the {param}.",
+            param=param,
+            code=code,
+        )
+    if wanted is not None and prompt_len + wanted > max_len:
+        raise ApiError(
+            400,
+            f"{limit}you requested {prompt_len + wanted} tokens ({prompt_len} in the {param}, {wanted} in the "
+            f"completion). Please reduce the length of the {param} or completion.",
+            param=param,
+            code=code,
+        )
+    return max_len - prompt_len if wanted is None else wanted
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _check_tree(data: Any) -> None:
+    """Refuses half characters (lone surrogates, which no encoder takes) and nesting that templates would choke on."""
+    level: list[Any] = [data]
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return
+        below: list[Any] = []
+        for node in level:
+            if isinstance(node, dict):
+                below += [*node.keys(), *node.values()]
+            elif isinstance(node, list):
+                below += node
+            elif isinstance(node, str) and not node.isascii():
+                _check_text(node)
+        level = below
+    raise ApiError(400, f"The request body is nested deeper than {MAX_DEPTH} levels.")
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ApiError(400, "The request body holds half a character (a lone surrogate escape).") from None
+
+
+def _invalid(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    if first["type"] == "value_error":
+        message: str = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
+        param = message.split(" ", 1)[0].split(".", 1)[0]
+        return ApiError(400, message, param=param)
+    name = ".".join(str(part) for part in first["loc"])
+    param = str(first["loc"][0]) if first["loc"] else None
+    return ApiError(400, f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}.", param=param)
+
+
+def error_body(error: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenAI's error answer."""
+    return {"error": dict(error)}

@@ -1,0 +1,269 @@
+"""YAML files and `a.b=c` overrides become nested frozen dataclasses, strictly.
+
+Serving and training call `load_settings` with their own config class. It owns the rules: every key must be a field,
+every value must have the field's type (nothing is coerced, except that a whole number is a fine float), each mistake
+is one sentence with the full dotted key. YAML is read with the JSON-like rules of YAML 1.2: `on` and `12:30` are text.
+"""
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from pshare_jax.errors import PshareError
+
+T = TypeVar("T")
+
+
+def load_settings(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+    """Reads a YAML file, applies overrides in order and builds `cls`.
+
+    An override is `dotted.key=value`, its value parsed as YAML; it may add keys to maps (`tasks.math=base`) and index
+    existing list items (`placement.prefill.0.tp=2`). In a map of plain values everything after the map's name is the
+    key, so names with dots work.
+
+    Raises:
+        PshareError: the file cannot be read, is not a YAML mapping, repeats a key, or a key or type is wrong.
+    """
+    data = _read_mapping(Path(path))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise PshareError(f"The override {override!r} is not of the form key=value, such as server.port=8001.")
+        value = _parse(text, f"the value of the override {key}")
+        data = _put(cls, data, key.split("."), value, "")
+    return _build(cls, data, "")
+
+
+def to_yaml(settings: Any) -> str:
+    """The settings as YAML that `load_settings` reads back to an equal object."""
+    return yaml.dump(_plain(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1.2's core types only (so `1e-4` is a number and `no` is text) and no repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode):
+                if key_node.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key_node.value!r} appears twice", key_node.start_mark
+                    )
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes exactly the text that `_Loader` would read as something else."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+_Dumper.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"~|null|", ["~", "n", ""]),
+    ("bool", r"true|false", list("tf")),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),
+    ("float", r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise PshareError(f"Cannot read {where} as YAML: {line}{error.problem or error.context}.") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise PshareError(f"Cannot read {where} as YAML: {str(error).splitlines()[0]}.") from None
+
+
+def _read_mapping(path: Path) -> dict:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise PshareError(f"There is no config file {path}.") from None
+    except UnicodeDecodeError:
+        raise PshareError(f"The config file {path} is not UTF-8 text.") from None
+    except OSError as error:
+        raise PshareError(f"Cannot read the config file {path}: {error.strerror}.") from None
+    data = _parse(text, str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise PshareError(f"The config file {path} must hold `key: value` lines, not {_named(data)}.")
+    return data
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+def _put(kind: Any, node: Any, parts: list[str], value: Any, key: str) -> Any:
+    """`node` with `value` at the path `parts`; `kind` is the declared type, `key` the dotted name so far."""
+    if not parts:
+        return value
+    kind = _container(kind)
+    if kind is None:
+        raise PshareError(f"{key} is a plain value and has no key {parts[0]!r} below it.")
+    if dataclasses.is_dataclass(kind):
+        fields = _field_types(kind)
+        if parts[0] not in fields:
+            raise _unknown_key(_join(key, parts[0]), key, fields)
+        node = _as_map(node, key)
+        below = _put(fields[parts[0]], node.get(parts[0]), parts[1:], value, _join(key, parts[0]))
+        return {**node, parts[0]: below}
+    if typing.get_origin(kind) is dict:
+        node, inner = _as_map(node, key), typing.get_args(kind)[1]
+        name, rest = (parts[0], parts[1:]) if _container(inner) else (".".join(parts), [])
+        return {**node, name: _put(inner, node.get(name), rest, value, _join(key, name))}
+    return _put_item(kind, node, parts, value, key)
+
+
+def _put_item(kind: Any, node: Any, parts: list[str], value: Any, key: str) -> list:
+    items = list(node) if isinstance(node, list) else []
+    if not parts[0].isdecimal() or int(parts[0]) >= len(items):
+        raise PshareError(f"{key} has {len(items)} items (counted from 0), so there is no {_join(key, parts[0])}.")
+    index = int(parts[0])
+    items[index] = _put(typing.get_args(kind)[0], items[index], parts[1:], value, _join(key, parts[0]))
+    return items
+
+
+def _as_map(node: Any, key: str) -> dict:
+    if node is None:
+        return {}
+    if not isinstance(node, dict):
+        raise PshareError(f"{key} must be a map of keys and values, not {_named(node)}.")
+    return node
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def _build(kind: Any, value: Any, key: str) -> Any:
+    """Checks `value` against the declared type `kind` and turns maps into dataclasses, lists into lists or tuples."""
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, key)
+    origin = typing.get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return _build_union(kind, value, key)
+    if origin is dict and isinstance(value, dict):
+        inner = typing.get_args(kind)[1]
+        return {_text_key(name, key): _build(inner, item, _join(key, name)) for name, item in value.items()}
+    if origin in (list, tuple) and isinstance(value, list):
+        return origin(_build(typing.get_args(kind)[0], item, _join(key, i)) for i, item in enumerate(value))
+    if not _is_plain(kind, value):
+        raise PshareError(f"{key} must be {_described(kind)}, not {_named(value)}.")
+    return float(value) if kind is float else value
+
+
+def _build_dataclass(kind: Any, value: Any, key: str) -> Any:
+    if not isinstance(value, dict):
+        raise PshareError(f"{key} must be a map of keys and values, not {_named(value)}.")
+    types_of = _field_types(kind)
+    for name in value:
+        if name not in types_of:
+            raise _unknown_key(_join(key, name), key, types_of)
+    for field in dataclasses.fields(kind):
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in value:
+            raise PshareError(f"The key {_join(key, field.name)} is missing; it is {_described(types_of[field.name])}.")
+    return kind(**{name: _build(types_of[name], item, _join(key, name)) for name, item in value.items()})
+
+
+def _build_union(kind: Any, value: Any, key: str) -> Any:
+    members = typing.get_args(kind)
+    exact = sorted((m for m in members if _is_plain(m, value)), key=lambda m: m is float)
+    if exact:
+        return _build(exact[0], value, key)
+    for member in members:
+        fits = list if typing.get_origin(member) in (list, tuple) else dict
+        if _container(member) is not None and isinstance(value, fits):
+            return _build(member, value, key)
+    raise PshareError(f"{key} must be {_described(kind)}, not {_named(value)}.")
+
+
+def _is_plain(kind: Any, value: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in typing.get_args(kind))
+    if kind in (None, type(None)):
+        return value is None
+    if kind is float:
+        return type(value) in (int, float)
+    return kind in (str, int, bool) and type(value) is kind
+
+
+def _container(kind: Any) -> Any:
+    """The dataclass, dict, list or tuple type inside `kind` (also inside a union), or None for plain values."""
+    if dataclasses.is_dataclass(kind) or typing.get_origin(kind) in (dict, list, tuple):
+        return kind
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        return next((m for m in typing.get_args(kind) if _container(m) is not None), None)
+    return None
+
+
+def _field_types(kind: Any) -> Mapping[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _text_key(name: Any, key: str) -> str:
+    if not isinstance(name, str):
+        raise PshareError(f'The name {name} in {key} must be text; put it in quotes: "{name}".')
+    return name
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _unknown_key(full: str, parent: str, fields: Mapping[str, Any]) -> PshareError:
+    return PshareError(f"Unknown key {full}; {parent or 'the config'} takes {', '.join(fields)}.")
+
+
+def _join(key: str, name: Any) -> str:
+    return f"{key}.{name}" if key else str(name)
+
+
+def _named(value: Any) -> str:
+    """A value in an error sentence."""
+    if value is None:
+        return "empty"
+    if isinstance(value, dict | list):
+        return "a map" if isinstance(value, dict) else "a list"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"the text {value!r}" if isinstance(value, str) else f"the number {value}"
+
+
+def _described(kind: Any) -> str:
+    """A type in an error sentence."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return " or ".join(repr(choice) for choice in args)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_described(member) for member in args)
+    if origin in (list, tuple):
+        return f"a list of {_described(args[0])}"
+    if origin is dict or dataclasses.is_dataclass(kind):
+        return "a map"
+    names = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "empty"}
+    return names.get(kind, str(kind))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,52 @@
+"""The base fingerprint: which weights made a KV, whatever file format, sharding or run dtype they came in.
+
+Per-tensor hashes are taken while a model is read (`weights/load.py`) and cached beside the source, so that the next start
+does not hash again.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from pshare_jax.model.config import ModelConfig
+
+CACHE_NAME = ".pshare_hashes.json"
+
+
+def tensor_hash(values: np.ndarray) -> str:
+    """SHA-256 of a file tensor's values as float32 in Hugging Face orientation."""
+    return hashlib.sha256(np.ascontiguousarray(values, dtype=np.float32).data).hexdigest()
+
+
+def model_fingerprint(config: ModelConfig, hashes: dict[str, str]) -> str:
+    """One hash of what a model computes: the config fields that layers read and every tensor's values by our name."""
+    text = json.dumps([config.layer_fields(), sorted(hashes.items())], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class HashCache:
+    """Tensor hashes stored beside a model's files, valid while every weight file keeps its size and time of change."""
+
+    def __init__(self, source: Path):
+        self.file = source / CACHE_NAME if source.is_dir() else source.with_name(source.name + CACHE_NAME)
+        files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+        self.state = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+    def read(self) -> dict[str, str]:
+        """Hashes by parameter path; empty where none are stored for the files as they are now."""
+        try:
+            stored = json.loads(self.file.read_text())
+        except (OSError, ValueError):
+            return {}
+        return stored["hashes"] if isinstance(stored, dict) and stored.get("files") == self.state else {}
+
+    def write(self, hashes: dict[str, str]) -> None:
+        """Store hashes; a folder that may not be written to is left alone, the next load hashes again."""
+        part = self.file.with_name(self.file.name + ".part")
+        try:
+            part.write_text(json.dumps({"files": self.state, "hashes": hashes}))
+            part.replace(self.file)
+        except OSError:
+            part.unlink(missing_ok=True)

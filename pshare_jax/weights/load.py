@@ -1,0 +1,67 @@
+"""Fill a model's parameters from a checkpoint, tensor by tensor straight to its sharding, and hash the values read.
+
+`read_parameters` is what `pshare_jax.load` and `modules.load_module` call. At most one tensor is in host memory beside
+the parameters themselves.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pshare_jax.mesh import parameter_sharding
+from pshare_jax.model.config import ModelConfig
+from pshare_jax.model.params import Params
+from pshare_jax.weights.checkpoint import Checkpoint
+from pshare_jax.weights.fingerprint import HashCache, tensor_hash
+from pshare_jax.weights.names import HEADS, Entry, plan
+
+
+def read_parameters(
+    checkpoint: Checkpoint, config: ModelConfig, mesh: Mesh, dtype: str, progress: Callable[[float], None] | None = None
+) -> tuple[Params, dict[str, str]]:
+    """All parameters on `mesh` in `dtype`, and a hash of each tensor's float32 values by parameter path.
+
+    `progress` is called with the share of tensors read, 0 to 1.
+    """
+    shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
+    matched = plan(config, shapes, str(checkpoint.path))
+    params: Params = {}
+    cache = HashCache(checkpoint.path)
+    known = cache.read()
+    hashes: dict[str, str] = {}
+    for count, (entry, name) in enumerate(matched.entries, start=1):
+        values = checkpoint.read(name)
+        hashes[entry.path] = known.get(entry.path) or tensor_hash(values)
+        params[entry.path] = place(values, entry, config, mesh, dtype)
+        if progress:
+            progress(count / len(matched.entries))
+    if hashes != known:
+        cache.write(hashes)
+    return params, hashes
+
+
+def place(values: np.ndarray, entry: Entry, config: ModelConfig, mesh: Mesh, dtype: str) -> jax.Array:
+    """One file tensor as the parameter of `entry`: transposed, cast and put to its sharding."""
+    ours = values.T if entry.transpose else values
+    # One copy at most: the transposed view becomes contiguous while it takes its dtype.
+    cast = np.ascontiguousarray(ours, dtype=dtype)
+    return jax.device_put(cast, parameter_sharding(entry.path, config, mesh))
+
+
+def settle_tying(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """The config, untied where it says tied but the file has a head of other values (transformers then does not tie)."""
+    heads = [name for name in checkpoint.names() if name in HEADS]
+    embeddings = [name for name in checkpoint.names() if name.endswith("embed_tokens.weight")]
+    if not (config.tied and heads and embeddings):
+        return config
+    if np.array_equal(checkpoint.read(heads[0]), checkpoint.read(embeddings[0])):
+        return config
+    warnings.warn(
+        f"{checkpoint.path}: config.json says tied embeddings, but {heads[0]} differs from {embeddings[0]}; both are kept.",
+        stacklevel=2,
+    )
+    return dataclasses.replace(config, tied=False)

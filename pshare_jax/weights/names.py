@@ -1,0 +1,154 @@
+"""Hugging Face tensor names <-> our parameter paths, one table for loading and saving.
+
+Every family uses the same names below a prefix, so the table is derived from a `ModelConfig`; kernels are `[in, out]` here
+and `[out, in]` in files. `plan` matches a file's names against it, strictly: all faults come in one message.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pshare_jax.errors import PshareError
+from pshare_jax.model.config import ModelConfig
+
+# Where the language model sits in text-only and in multimodal repositories (old and new style).
+PREFIXES = ("language_model.model.", "model.language_model.", "model.")
+HEADS = ("language_model.lm_head.weight", "lm_head.weight")
+# Left out without a word: buffers that older files carry, and the vision half of multimodal repositories.
+SKIPPED = re.compile(
+    r".*\.rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector|embed_vision)\..*|"
+    r".*\.vision_model\..*"
+)
+PROJECTIONS = {
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.o": "self_attn.o_proj",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter: our path, its name in files (below `model.`, save for the head), file shape, and whether to transpose."""
+
+    path: str
+    name: str
+    shape: tuple[int, ...]
+    transpose: bool = False
+
+
+def table(config: ModelConfig) -> list[Entry]:
+    """All parameters of a model, in the order in which files are written."""
+    hidden = config.hidden_size
+    entries = [Entry("embedding.weight", "embed_tokens.weight", (config.vocab_size, hidden))]
+    for index in range(config.num_layers):
+        entries += _layer(config, index)
+    entries.append(Entry("final_norm.weight", "norm.weight", (hidden,)))
+    if not config.tied:
+        entries.append(Entry("head", "lm_head.weight", (config.vocab_size, hidden), transpose=True))
+    return entries
+
+
+def projection_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of each projection of a layer, by its path below the layer."""
+    hidden, heads, kv = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "attention.q": (hidden, heads),
+        "attention.k": (hidden, kv),
+        "attention.v": (hidden, kv),
+        "attention.o": (heads, hidden),
+        "mlp.gate": (hidden, config.ffn_size),
+        "mlp.up": (hidden, config.ffn_size),
+        "mlp.down": (config.ffn_size, hidden),
+    }
+
+
+def _layer(config: ModelConfig, index: int) -> list[Entry]:
+    ours, theirs = f"layers.{index}.", f"layers.{index}."
+    entries = []
+    for path, (num_in, num_out) in projection_sizes(config).items():
+        name = PROJECTIONS[path]
+        entries.append(Entry(f"{ours}{path}.kernel", f"{theirs}{name}.weight", (num_out, num_in), transpose=True))
+        if config.attention_bias if path.startswith("attention") else config.mlp_bias:
+            entries.append(Entry(f"{ours}{path}.bias", f"{theirs}{name}.bias", (num_out,)))
+    if config.qk_norm:
+        for name in ("q_norm", "k_norm"):
+            entries.append(
+                Entry(f"{ours}attention.{name}.weight", f"{theirs}self_attn.{name}.weight", (config.head_dim,))
+            )
+    for path, name in _norms(config).items():
+        entries.append(Entry(f"{ours}{path}.weight", f"{theirs}{name}.weight", (config.hidden_size,)))
+    return entries
+
+
+def _norms(config: ModelConfig) -> dict[str, str]:
+    # The same Hugging Face name means the MLP's pre-norm in two-norm families and attention's post-norm in Gemma 3.
+    if not config.sandwich_norms:
+        return {"pre_attention_norm": "input_layernorm", "pre_mlp_norm": "post_attention_layernorm"}
+    return {
+        "pre_attention_norm": "input_layernorm",
+        "post_attention_norm": "post_attention_layernorm",
+        "pre_mlp_norm": "pre_feedforward_layernorm",
+        "post_mlp_norm": "post_feedforward_layernorm",
+    }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which file tensor fills which parameter, and the head that a tied model's file carries nevertheless, if any."""
+
+    entries: list[tuple[Entry, str]]
+    extra_head: str | None
+
+
+def plan(config: ModelConfig, shapes: dict[str, tuple[int, ...]], where: str) -> Plan:
+    """Match a file's tensors (name -> shape) to the model's parameters; `where` names the source in errors.
+
+    Every parameter must be set exactly once with the right shape and every tensor be used or in `SKIPPED`.
+    """
+    found, faults = _by_short_name(shapes)
+    used: list[tuple[Entry, str]] = []
+    extra_head = found.pop("lm_head.weight", None) if config.tied else None
+    for entry in table(config):
+        name = found.pop(entry.name, None)
+        if name is None:
+            faults.append(f"{_full(entry.name)} is missing")
+        elif shapes[name] != entry.shape:
+            faults.append(f"{name} has shape {list(shapes[name])} instead of {list(entry.shape)}")
+        else:
+            used.append((entry, name))
+    faults += [f"{name} belongs to no parameter" for name in found.values()]
+    if faults:
+        raise PshareError(f"{where} does not fit its config.json: {_listed(faults)}.")
+    return Plan(used, extra_head)
+
+
+def file_name(entry: Entry) -> str:
+    """The entry's full name in a text-only Hugging Face file."""
+    return _full(entry.name)
+
+
+def _full(name: str) -> str:
+    return name if name == "lm_head.weight" else f"model.{name}"
+
+
+def _by_short_name(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, str], list[str]]:
+    found: dict[str, str] = {}
+    faults = []
+    for name in shapes:
+        if SKIPPED.fullmatch(name):
+            continue
+        short = "lm_head.weight" if name in HEADS else name
+        short = next((short.removeprefix(p) for p in PREFIXES if short.startswith(p)), short)
+        if short in found:
+            faults.append(f"{name} and {found[short]} are the same parameter")
+        found[short] = name
+    return found, faults
+
+
+def _listed(faults: Sequence[str], most: int = 12) -> str:
+    shown = "; ".join(faults[:most])
+    return shown if len(faults) <= most else f"{shown}; and {len(faults) - most} more"

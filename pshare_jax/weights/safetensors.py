@@ -1,0 +1,272 @@
+"""Hugging Face folders: config.json, one or several safetensors files, tokenizer files; read strictly, written lazily.
+
+`sources.open_source` opens a folder with `SafetensorsFolder`; saving a model or a decode module calls
+`write_safetensors`. All faults of a folder are told in one message, before any tensor is read.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from pshare_jax.errors import PshareError
+from pshare_jax.tokenizer import Tokenizer
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SHARD_PATTERN = "model-*.safetensors"
+
+_DTYPES: Mapping[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where one tensor lies: its file, first byte, shape and the format's name of its dtype."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class SafetensorsFolder:
+    """A Hugging Face model folder with its weights in safetensors, opened for reading (a `Checkpoint`)."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Check the whole folder and read headers only; PshareError lists every fault."""
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise PshareError(f"There is no model folder {self.path}; give the path of a Hugging Face model folder.")
+        faults: list[str] = []
+        config = _read_json_object(self.path / "config.json", faults, required=True)
+        generation_config = _read_json_object(self.path / "generation_config.json", faults, required=False)
+        self._entries = _collect_entries(self.path, faults)
+        if faults:
+            raise PshareError(f"The model folder {self.path} cannot be used: {'; '.join(faults)}.")
+        self.config: Mapping[str, Any] = config
+        self.generation_config: Mapping[str, Any] = generation_config
+
+    def names(self) -> list[str]:
+        """Tensor names as stored, file by file."""
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The stored shape of a tensor."""
+        return self._entry(name).shape
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as a fresh array; float32, float16 and bfloat16 are read, another dtype is refused by name."""
+        entry = self._entry(name)
+        dtype = _DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise PshareError(
+                f"Tensor {name} in {entry.file} has dtype {entry.dtype}; only {', '.join(_DTYPES)} are read, "
+                "so convert the checkpoint to bfloat16 or float32."
+            )
+        # Plain reads, not a memory map: the map's pages would count as resident beside the copy on the device.
+        count = int(np.prod(entry.shape, dtype=np.int64))
+        values = np.fromfile(entry.file, dtype=dtype.newbyteorder("<"), count=count, offset=entry.offset)
+        if values.size != count:
+            raise PshareError(f"{entry.file} was cut short while tensor {name} was read; download or copy it again.")
+        return values.astype(dtype, copy=False).reshape(entry.shape)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the folder's tokenizer files."""
+        return Tokenizer.from_folder(self.path)
+
+    def _entry(self, name: str) -> _Entry:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise PshareError(f"The model folder {self.path} has no tensor {name}.")
+        return entry
+
+
+def _read_json_object(file: Path, faults: list[str], *, required: bool) -> dict[str, Any]:
+    """The file's JSON object; {} and a new fault if it is missing (and required), no JSON or no object."""
+    if not file.is_file():
+        if required:
+            faults.append(f"{file.name} is missing")
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        faults.append(f"{file.name} is not valid JSON ({error})")
+        return {}
+    if not isinstance(value, dict):
+        faults.append(f"{file.name} holds a JSON {type(value).__name__}, not an object")
+        return {}
+    return value
+
+
+def _collect_entries(folder: Path, faults: list[str]) -> dict[str, _Entry]:
+    """All tensors of the folder's weight files; what is wrong with the files goes to `faults`."""
+    shards = sorted(folder.glob(SHARD_PATTERN))
+    has_single, has_index = (folder / SINGLE_FILE).is_file(), (folder / INDEX_FILE).is_file()
+    if has_index:
+        return _collect_sharded(folder, shards, faults)
+    if shards:
+        faults.append(f"it has the shard {shards[0].name} but no {INDEX_FILE}")
+    elif not has_single:
+        faults.append(_describe_absence(folder))
+    if not has_single:
+        return {}
+    return _read_header(folder / SINGLE_FILE, faults)
+
+
+def _describe_absence(folder: Path) -> str:
+    """Why a folder without safetensors is no use, and the way out."""
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    if pickled:
+        return (
+            f"its weights are pickled ({pickled[0].name}), which is not read because a pickle can run code; "
+            "convert them to safetensors, for example with transformers' save_pretrained"
+        )
+    return f"it has no {SINGLE_FILE} and no {INDEX_FILE}"
+
+
+def _collect_sharded(folder: Path, shards: list[Path], faults: list[str]) -> dict[str, _Entry]:
+    """The tensors of all shards that the index names, compared with the index in both directions."""
+    weight_map = _read_weight_map(folder / INDEX_FILE, faults)
+    if weight_map is None:
+        return {}
+    named = sorted(set(weight_map.values()))
+    present = [file.name for file in shards]
+    if (folder / SINGLE_FILE).is_file():
+        present.append(SINGLE_FILE)
+    faults.extend(f"{INDEX_FILE} does not name the file {name}" for name in present if name not in named)
+    entries: dict[str, _Entry] = {}
+    for shard in named:
+        if not (folder / shard).is_file():
+            faults.append(f"{INDEX_FILE} names the shard {shard}, which is missing")
+            continue
+        before = len(faults)
+        header = _read_header(folder / shard, faults)
+        if len(faults) == before:
+            faults.extend(_compare_with_index(shard, header, weight_map, entries))
+        entries.update(header)
+    return entries
+
+
+def _read_weight_map(file: Path, faults: list[str]) -> dict[str, str] | None:
+    """The index's tensor name -> shard name; None and a fault if the index is damaged."""
+    before = len(faults)
+    index = _read_json_object(file, faults, required=True)
+    if len(faults) > before:
+        return None
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(_is_file_name(shard) for shard in weight_map.values()):
+        faults.append(f'{file.name} has no "weight_map" from tensor names to file names')
+        return None
+    return weight_map
+
+
+def _is_file_name(value: object) -> bool:
+    """Whether a shard name stays in the folder."""
+    return isinstance(value, str) and value != "" and Path(value).name == value
+
+
+def _compare_with_index(
+    shard: str, header: Mapping[str, _Entry], weight_map: Mapping[str, str], seen: Mapping[str, _Entry]
+) -> list[str]:
+    """Faults between one shard, the index, and the shards read before it."""
+    faults = [f"tensor {name} is in {seen[name].file.name} and in {shard}" for name in header if name in seen]
+    for name in header:
+        if name not in weight_map:
+            faults.append(f"{shard} holds tensor {name}, which {INDEX_FILE} does not name")
+    for name, where in weight_map.items():
+        if where == shard and name not in header:
+            faults.append(f"{INDEX_FILE} places tensor {name} in {shard}, which lacks it")
+    return faults
+
+
+def _read_header(file: Path, faults: list[str]) -> dict[str, _Entry]:
+    """A safetensors file's table of contents; {} and a fault if the file is cut short or damaged."""
+    try:
+        with safe_open(file, framework="numpy"):  # the library's own checks of header, offsets and file length
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        faults.append(f"{file.name} is cut short or damaged ({error}), so download or copy it again")
+        return {}
+    header.pop("__metadata__", None)
+    start = 8 + length
+    return {
+        name: _Entry(file, start + info["data_offsets"][0], tuple(info["shape"]), info["dtype"])
+        for name, info in header.items()
+    }
+
+
+def write_safetensors(
+    folder: str | Path, tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int = 2_000_000_000
+) -> None:
+    """Write tensors as one model.safetensors, or as shards with an index; older weight files of the folder go.
+
+    Args:
+        folder: made if missing.
+        tensors: Hugging Face names and host arrays, drawn one by one; at most one shard is held in memory.
+        max_shard_bytes: a shard's largest size in bytes of tensors; a larger tensor gets a shard of its own.
+
+    Raises:
+        PshareError: a name comes twice.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weight_files = [folder / SINGLE_FILE, folder / INDEX_FILE, *folder.glob(SHARD_PATTERN)]
+    parts: list[tuple[Path, list[str]]] = []
+    total_bytes = 0
+    try:
+        for number, shard in enumerate(_shards(tensors, max_shard_bytes)):
+            part = folder / f".writing-{number}.safetensors"
+            parts.append((part, list(shard)))
+            save_file(shard, part, metadata={"format": "pt"})
+            total_bytes += sum(value.nbytes for value in shard.values())
+    except BaseException:
+        for part, _ in parts:
+            part.unlink(missing_ok=True)
+        raise
+    for file in weight_files:
+        file.unlink(missing_ok=True)
+    _publish(folder, parts, total_bytes)
+
+
+def _shards(tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int) -> Iterable[dict[str, np.ndarray]]:
+    """Group consecutive tensors into shards; a single empty shard if there are no tensors."""
+    shard: dict[str, np.ndarray] = {}
+    size, seen = 0, set()
+    for name, value in tensors:
+        if name in seen:
+            raise PshareError(f"Tensor {name} was given twice, so the weights were not saved.")
+        seen.add(name)
+        if shard and size + value.nbytes > max_shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = np.require(value, requirements="C")
+        size += value.nbytes
+    if shard or not seen:
+        yield shard
+
+
+def _publish(folder: Path, parts: list[tuple[Path, list[str]]], total_bytes: int) -> None:
+    """Give the written parts their final names, which depend on how many there are, and write the index."""
+    if len(parts) == 1:
+        parts[0][0].replace(folder / SINGLE_FILE)
+        return
+    weight_map: dict[str, str] = {}
+    for number, (part, names) in enumerate(parts, start=1):
+        shard = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        part.replace(folder / shard)
+        weight_map.update(dict.fromkeys(names, shard))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

