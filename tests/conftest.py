@@ -4,6 +4,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import jax
 import pytest
 from jaxtyping import install_import_hook
 
@@ -21,6 +22,9 @@ from tiny import FAMILIES, tiny_folder  # noqa: E402
 import pshare_jax  # noqa: E402
 
 pshare_jax.virtual_cpu_devices(8)
+# Compiled programs are kept between runs; a cold cache only costs time.
+jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "pshare_jax" / "xla-tests"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

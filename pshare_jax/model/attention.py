@@ -4,8 +4,12 @@ Used by the plain forward pass, the dense prefill/decode steps and the notebook.
 (`[B, K, queries, H] x [B, K, S, H]`) are 3-5x faster on CPU than contracting over interleaved heads.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pshare_jax.model.config import ModelConfig
@@ -17,23 +21,34 @@ QUERY_BLOCK = 128
 """Queries a block of causal attention: later keys of a block's queries are never multiplied."""
 
 
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of keys and values that queries may look at, and which of its S keys each of the T queries sees."""
+
+    k: Float[Array, "B K S H"]
+    v: Float[Array, "B K S H"]
+    visible: Bool[Array, "T S"]
+
+
 def attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    visible: Bool[Array, "T S"],
-    *,
-    scale: float,
-    softcap: float | None,
+    q: Float[Array, "B T N H"], segments: Sequence[Segment], *, scale: float, softcap: float | None
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention of every query to its visible keys; softmax in float32, a query sees at least one key."""
+    """Grouped-query attention to all segments' visible keys under one softmax, in float32; a query sees at least one key."""
     B, T, N, H = q.shape
-    K = k.shape[1]
+    K = segments[0].k.shape[1]
     grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
-    scores = jnp.einsum("BKQH,BKSH->BKQS", grouped, k, preferred_element_type=jnp.float32) * scale
-    scores = soft_cap(scores, softcap).reshape(B, K, N // K, T, -1)
-    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
-    out = jnp.einsum("BKQS,BKSH->BKQH", weights.reshape(B, K, N // K * T, -1), v)
+
+    def scores(segment: Segment) -> Array:
+        raw = jnp.einsum("BKQH,BKSH->BKQS", grouped, segment.k, preferred_element_type=jnp.float32) * scale
+        capped = soft_cap(raw, softcap).reshape(B, K, N // K, T, -1)
+        return jnp.where(segment.visible, capped, -jnp.inf)
+
+    weights = jax.nn.softmax(jnp.concatenate([scores(segment) for segment in segments], axis=-1), axis=-1)
+    weights = weights.astype(q.dtype).reshape(B, K, N // K * T, -1)
+    ends = np.cumsum([segment.k.shape[2] for segment in segments])
+    parts = jnp.split(weights, ends[:-1], axis=-1)
+    outs = [jnp.einsum("BKQS,BKSH->BKQH", part, segment.v) for part, segment in zip(parts, segments, strict=True)]
+    out = sum(outs[1:], start=outs[0])
     return out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
@@ -61,10 +76,8 @@ def causal_attention(
         end = min(start + QUERY_BLOCK, T)
         first = 0 if window is None else max(0, start - window + 1)
         visible = visible_keys(jnp.arange(start, end), jnp.arange(first, end), window)
-        block = attention(
-            q[:, start:end], k[:, :, first:end], v[:, :, first:end], visible, scale=scale, softcap=softcap
-        )
-        outs.append(block)
+        segment = Segment(k[:, :, first:end], v[:, :, first:end], visible)
+        outs.append(attention(q[:, start:end], [segment], scale=scale, softcap=softcap))
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
 
@@ -92,17 +105,25 @@ def fresh_attend(config: ModelConfig) -> Attend:
 
 
 def cached_attend(config: ModelConfig, start: Int[Array, ""]) -> Attend:
-    """`attend` for tokens at positions `start`, `start` + 1, ... after a dense KV: writes theirs into it and reads all."""
+    """`attend` for tokens at positions `start`, `start` + 1, ... after a dense KV: reads it, then writes theirs into it.
+
+    New keys are a segment of their own, and the write comes after the look-up: the other way round, or unordered, XLA
+    copies every layer's whole cache several times a step.
+    """
 
     def attend(
         layer: int, q: Array | None, k: Array, v: Array, kv: tuple[LayerKV, ...]
     ) -> tuple[Array | None, tuple[LayerKV, ...]]:
-        keys, values = write(kv[layer], start, k.swapaxes(1, 2), v.swapaxes(1, 2))
-        kv = (*kv[:layer], (keys, values), *kv[layer + 1 :])
-        if q is None:
-            return None, kv
-        # Slots past the newest token hold padding or nothing: they are later than every query, so never visible.
-        visible = visible_keys(start + jnp.arange(q.shape[1]), jnp.arange(keys.shape[2]), config.layers[layer].window)
-        return attention(q, keys, values, visible, scale=config.attention_scale, softcap=config.attention_softcap), kv
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        out = None if q is None else look_up(layer, q, k, v, kv[layer])
+        return out, (*kv[:layer], write(kv[layer], start, k, v, after=out), *kv[layer + 1 :])
+
+    def look_up(layer: int, q: Array, k: Array, v: Array, old: LayerKV) -> Array:
+        window = config.layers[layer].window
+        positions, slots = start + jnp.arange(q.shape[1]), jnp.arange(old[0].shape[2])
+        # Slots from `start` on hold padding or nothing yet.
+        cached = Segment(*old, visible_keys(positions, slots, window) & (slots < start))
+        new = Segment(k, v, visible_keys(positions, positions, window))
+        return attention(q, [cached, new], scale=config.attention_scale, softcap=config.attention_softcap)
 
     return attend

@@ -106,6 +106,7 @@ FAMILIES = (
         {
             **_COMMON,
             "max_position_embeddings": 32768,
+            "num_key_value_heads": 32,
             "head_dim": 128,
             "use_sliding_window": False,
             "sliding_window": 4096,
@@ -267,7 +268,11 @@ class _Reader:
         if self.family.gemma:
             sliding = (index + 1) % self.get("sliding_window_pattern", int) != 0
         else:
-            sliding = index >= int(self.config.get("max_window_layers", self.family.defaults["max_window_layers"]))
+            # Zero is a number of layers too, so `get` with its positive numbers does not fit.
+            full_layers = self.config.get("max_window_layers", self.family.defaults["max_window_layers"])
+            if not isinstance(full_layers, int):
+                raise PshareError(f"config.json has max_window_layers: {full_layers!r}, but it must be int.")
+            sliding = index >= full_layers
         return "sliding_attention" if sliding else "full_attention"
 
     def _rope(self, layer_type: str) -> RopeConfig:

@@ -48,13 +48,27 @@ def bucket(size: int, smallest: int = 16) -> int:
     return max(smallest, 1 << (size - 1).bit_length()) if size > 1 else smallest
 
 
-def write(layer: LayerKV, start: Int[Array, ""], k: Float[Array, "B K T H"], v: Float[Array, "B K T H"]) -> LayerKV:
-    """Put T tokens' keys and values at slots `start`.. (the caller makes room: past the end, XLA would shift them)."""
+def write(
+    layer: LayerKV,
+    start: Int[Array, ""],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    *,
+    after: Array | None,
+) -> LayerKV:
+    """Put T tokens' keys and values at slots `start`.. (the caller makes room: past the end, XLA would shift them).
+
+    `after` is a result computed from the old cache, which a donated cache must not be written before. XLA drops
+    optimization barriers before it looks at orders, so the dependency is a real one, on a comparison that is always false.
+    """
     keys, values = layer
     at = (0, 0, start, 0)
+    if after is not None:
+        nothing = (after[(0,) * after.ndim] > jnp.inf).astype(k.dtype)
+        k, v = k + nothing, v + nothing
     return jax.lax.dynamic_update_slice(keys, k, at), jax.lax.dynamic_update_slice(values, v, at)
 
 
 @jax.jit(static_argnums=1)
-def _pad(layers: tuple[LayerKV, ...], extra: int) -> tuple[LayerKV, ...]:
+def _pad(layers: tuple, extra: int) -> tuple:
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))), layers)

@@ -78,23 +78,34 @@ def parse_rope(
     under `old_theta_key` and, where `old_scaling`, a `rope_scaling` object. A value that is there beats `default_theta`;
     two that differ are refused.
     """
-    new = config.get("rope_parameters") or {}
+    new = _object(config, "rope_parameters")
     if any(isinstance(value, Mapping) for value in new.values()):
-        new = new.get(layer_type) or {}
-    old = (config.get("rope_scaling") or {}) if old_scaling else {}
-    scaling = {**old, **new}
-    rope_type = _agreed("rope_type", new.get("rope_type", new.get("type")), old.get("rope_type", old.get("type")))
-    found = _agreed(
-        "rope_theta", _agreed("rope_theta", new.get("rope_theta"), old.get("rope_theta")), config.get(old_theta_key)
-    )
-    theta = default_theta if found is None else found
-    return _checked(rope_type or "default", float(theta), scaling, config)
+        new = _object(new, layer_type)
+    old = _object(config, "rope_scaling") if old_scaling else {}
+    scaling = {key: _agreed(key, new.get(key), old.get(key)) for key in (*old, *new)}
+    rope_type = _agreed("rope_type", scaling.get("rope_type"), scaling.get("type"))
+    theta = _agreed("rope_theta", scaling.get("rope_theta"), config.get(old_theta_key))
+    theta = _positive("rope_theta", default_theta if theta is None else theta)
+    return _checked(rope_type or "default", theta, scaling, config)
+
+
+def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise PshareError(f"config.json has {key}: {value!r}, but it must be an object.")
+    return value or {}
 
 
 def _agreed(name: str, first: Any, second: Any) -> Any:
     if first is not None and second is not None and first != second:
         raise PshareError(f"config.json gives {name} twice with different values, {first} and {second}: keep one.")
     return second if first is None else first
+
+
+def _positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise PshareError(f"config.json has {name}: {value!r}, but it must be a positive number.")
+    return float(value)
 
 
 def _checked(rope_type: str, theta: float, scaling: Mapping[str, Any], config: Mapping[str, Any]) -> RopeConfig:
@@ -109,12 +120,14 @@ def _checked(rope_type: str, theta: float, scaling: Mapping[str, Any], config: M
     missing = [key for key in needed if scaling.get(key) is None]
     if missing:
         raise PshareError(f"rope type '{rope_type}' needs {', '.join(missing)} in config.json.")
+    factor = _positive("factor", scaling["factor"])
     if rope_type == "linear":
-        return RopeConfig(theta, "linear", float(scaling["factor"]))
+        return RopeConfig(theta, "linear", factor)
     original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings")
     if original is None:
         raise PshareError("rope type 'llama3' needs original_max_position_embeddings in config.json.")
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    original = int(_positive("original_max_position_embeddings", original))
+    low, high = (_positive(key, scaling[key]) for key in ("low_freq_factor", "high_freq_factor"))
     if low >= high:
         raise PshareError(f"rope type 'llama3' needs low_freq_factor {low} below high_freq_factor {high}.")
-    return RopeConfig(theta, "llama3", float(scaling["factor"]), low, high, int(original))
+    return RopeConfig(theta, "llama3", factor, low, high, original)

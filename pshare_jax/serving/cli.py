@@ -57,15 +57,15 @@ def _serve(config: ServeConfig) -> None:
     def say(line: str) -> None:
         print(f"[{time.monotonic() - started:5.1f} s] {line}", flush=True)
 
+    listener = bind(config.server)
     # systemd and docker stop with SIGTERM; it means what Ctrl-C means, also while weights are loading.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    listener = bind(config.server)
     with listener:
         startup.prepare_jax(config, _cache_folder())
         served = startup.build(config, say)
         served.engine.start()
         try:
-            startup.warm_up(served.engine, say)
+            startup.warm_up(served, say)
             port = listener.getsockname()[1]
             host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
 

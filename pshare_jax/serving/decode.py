@@ -77,9 +77,8 @@ class DecodeWorker:
         request = sequence.request
         token = sequence.completion_ids[-1] if sequence.completion_ids else request.prompt[-1]
         tokens = np.asarray([[token]], np.int32)
-        # The KV is this sequence's alone, so its memory is reused; only an empty one (one-token prompt) may be shared.
-        donate = len(request.prompt) + len(sequence.completion_ids) > 1
-        logits, sequence.kv = self._modules.decode(request.task, tokens, sequence.kv, donate=donate)
+        # The KV is this sequence's alone, so its memory may be written in place.
+        logits, sequence.kv = self._modules.decode(request.task, tokens, sequence.kv, donate=True)
         position = len(request.prompt) + len(sequence.completion_ids)
         token_id, _ = sample(logits[0, -1], sampling_params(request), position)
         return int(token_id)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+from pshare_jax.errors import PshareError
 from pshare_jax.load import Model, load
 from pshare_jax.mesh import make_mesh, virtual_cpu_devices
 from pshare_jax.serving.api import Served
@@ -19,7 +20,8 @@ from pshare_jax.serving.request import Event, Request
 from pshare_jax.share import DecodeModules, PrefillModule
 
 Say = Callable[[str], None]
-WARM_UP_PROMPT = (0, 0)
+WARM_UP_LEN = 40
+"""Tokens of the warm-up prompt: a short chat's, so that the first real one meets compiled shapes."""
 
 
 def prepare_jax(config: ServeConfig, cache_folder: Path) -> None:
@@ -56,23 +58,24 @@ def build(config: ServeConfig, say: Say) -> Served:
     return Served(engine, list(config.tasks), model.tokenizer, limits, config.server.max_body_bytes)
 
 
-def warm_up(engine: Engine, say: Say) -> None:
-    """Two tokens from every task on every worker of a started engine, so that the smallest variants are compiled.
+def warm_up(served: Served, say: Say) -> None:
+    """Two tokens from every task on every worker of a started engine, so that a short chat's shapes are compiled.
 
     Raises:
-        RuntimeError: a warm-up request failed.
+        PshareError: a task's first answer failed, such as for want of memory.
     """
     say("compiling")
-    for number, (route, task) in enumerate(engine.all_routes()):
+    prompt = (0,) * min(WARM_UP_LEN, served.limits.max_len - 2)
+    for number, (route, task) in enumerate(served.engine.all_routes()):
         for temperature in (0.0, 1.0):
             done: queue.SimpleQueue[Event] = queue.SimpleQueue()
-            request = Request(f"warm-up-{number}-{temperature}", task, WARM_UP_PROMPT, 2, temperature=temperature)
-            engine.submit(request, done.put, route)
+            request = Request(f"warm-up-{number}-{temperature}", task, prompt, 2, temperature=temperature)
+            served.engine.submit(request, done.put, route)
             event = done.get()
             while not event.last:
                 event = done.get()
             if event.error is not None:
-                raise RuntimeError(f"The warm-up of the task {task!r} failed.")
+                raise PshareError(f"The first answer of the task {task!r} failed; the log above says why.")
 
 
 def _modules(model: Model, mesh: jax.sharding.Mesh, tasks: list[str], config: ServeConfig, say: Say) -> DecodeModules:

@@ -195,6 +195,11 @@ def test_prefill_goes_to_the_least_loaded_worker():
     assert [len(prefill.chunks) for prefill in prefills] == [2, 2]
 
 
+def test_all_routes_reach_every_task_of_every_worker_and_every_prefill_worker():
+    engine, _, _ = make_engine({"t": SCRIPT, "u": SCRIPT}, num_prefill=3)
+    assert engine.all_routes() == [((0, 0), "t"), ((1, 0), "u"), ((2, 0), "t")]
+
+
 def test_router_counts_down_again():
     router = Router(2, [["t"], ["t", "u"]])
     assert [router.assign(task) for task in "tttu"] == [(0, 0), (1, 1), (0, 0), (1, 1)]
@@ -244,7 +249,7 @@ def test_a_dead_thread_fails_its_requests_and_shows_in_health(side, monkeypatch)
     assert started.wait(10)
     worker = getattr(engine, side)[0]
     monkeypatch.setattr(worker, "step", die)
-    engine.abort("nothing")
+    engine._wake()
     limit = time.monotonic() + 10
     while engine.healthy:
         assert time.monotonic() < limit

@@ -1,0 +1,1 @@
+"""Benchmark scripts: each measures one claim of the README against a baseline in the same run and prints a table."""
