@@ -71,11 +71,12 @@ def continue_from(
 ) -> Rollout:
     """Generate from a context's KV on the decode mesh; `kv` is left as it was, so that other tasks may start from it."""
     stops = shared.model.stop_ids if stop_ids is None else stop_ids
+    kv = kv.copy(kv.length + max_new_tokens)
     ids: list[int] = []
     smallest_gap = float("inf")
     token = last_prompt_id
     while len(ids) < max_new_tokens:
-        logits, kv = shared.decode(task, [[token]], kv, donate=bool(ids))
+        logits, kv = shared.decode(task, [[token]], kv, donate=True)
         chosen, gap = sample(logits[0, -1], sampling, kv.length)
         token, smallest_gap = int(chosen), min(smallest_gap, float(gap))
         ids.append(token)

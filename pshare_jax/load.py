@@ -119,9 +119,15 @@ def end_set(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
 
 def checked_tokens(tokens: Any, config: ModelConfig) -> np.ndarray:
     """Tokens as host int32 `[B, T]`; a wrong shape or an id outside the vocabulary is refused (JAX would clamp it silently)."""
-    array = np.asarray(tokens, np.int32)
+    try:
+        array = np.asarray(tokens)
+    except ValueError as error:
+        raise PshareError("tokens must be [batch, length], but the rows differ in length.") from error
     if array.ndim != 2:
         raise PshareError(f"tokens must be [batch, length], but their shape is {list(array.shape)}.")
+    # NumPy makes an empty list an array of floats.
+    if array.size and array.dtype.kind not in "iu":
+        raise PshareError(f"token ids must be whole numbers, but they are {array.dtype}.")
     if array.size and not (int(array.min()) >= 0 and int(array.max()) < config.vocab_size):
         raise PshareError(f"token ids must be 0 to {config.vocab_size - 1}.")
-    return array
+    return array.astype(np.int32)

@@ -42,6 +42,11 @@ class DenseKV:
             return self
         return replace(self, layers=_pad(self.layers, bucket(capacity) - self.capacity))
 
+    def copy(self, capacity: int = 0) -> "DenseKV":
+        """The same KV in arrays of its own, with room for at least `capacity` tokens."""
+        extra = max(0, bucket(max(capacity, self.length)) - self.capacity)
+        return replace(self, layers=_pad(self.layers, extra))
+
 
 def bucket(size: int, smallest: int = 16) -> int:
     """The power of two, at least `smallest`, that holds `size`."""
@@ -71,4 +76,5 @@ def write(
 
 @jax.jit(static_argnums=1)
 def _pad(layers: tuple, extra: int) -> tuple:
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))), layers)
+    # A copy also where nothing is added: the result may be donated, the argument stays usable.
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) if extra else jnp.copy(x), layers)

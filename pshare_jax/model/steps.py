@@ -19,7 +19,7 @@ from pshare_jax.model.kv import LayerKV
 from pshare_jax.model.params import Architecture, Params
 
 KVLayers = tuple[LayerKV, ...]
-SUM_BLOCK = 128
+SUM_BLOCK = 192
 """Terms summed at a time in the plain forward pass, the yardstick that is compared with other implementations."""
 
 

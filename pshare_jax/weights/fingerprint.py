@@ -4,6 +4,7 @@ Per-tensor hashes are taken while a model is read (`weights/load.py`) and cached
 does not hash again.
 """
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -40,7 +41,11 @@ class HashCache:
             stored = json.loads(self.file.read_text())
         except (OSError, ValueError):
             return {}
-        return stored["hashes"] if isinstance(stored, dict) and stored.get("files") == self.state else {}
+        if not isinstance(stored, dict) or stored.get("files") != self.state:
+            return {}
+        hashes = stored.get("hashes")
+        usable = isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values())
+        return hashes if usable else {}
 
     def write(self, hashes: dict[str, str]) -> None:
         """Store hashes; a folder that may not be written to is left alone, the next load hashes again."""
@@ -49,4 +54,6 @@ class HashCache:
             part.write_text(json.dumps({"files": self.state, "hashes": hashes}))
             part.replace(self.file)
         except OSError:
-            part.unlink(missing_ok=True)
+            # A read-only file system refuses to remove even what is not there.
+            with contextlib.suppress(OSError):
+                part.unlink()

@@ -1,78 +1,20 @@
 """The real server in a process of its own (serve/main.py, default CPU placement) against the oracle `generate`."""
 
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from server_process import CHAT, TEXT, serving
 from tiny import tiny_folder, tiny_module
 
 import pshare_jax as ps
 
-ROOT = Path(__file__).parents[2]
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 FULL, LORA = "org/math-v1.5", "qwen3:lora"
 TASKS = ("chat", FULL, LORA)
 MAX_LEN = 512
 # 33 to 50 tokens: their shapes are those of the warm-up, so that few programs are compiled.
 PROMPTS = ["hello there, 0123456789 and 0123456789", "the user and the system is " * 4, "x" * 40]
-
-
-class Served:
-    """The server's process and client, and the same model and tasks in this process."""
-
-    def __init__(self, base, modules, config, cache):
-        environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)}
-        self.output = cache / "output.txt"
-        command = [sys.executable, str(ROOT / "serve" / "main.py"), "--config", str(config), f"base={base}"]
-        with self.output.open("w") as output:
-            self.process = subprocess.Popen(
-                [*command, "server.port=0"], stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=cache
-            )
-        self.shared = ps.factorize(ps.load(base))
-        for name, source in modules.items():
-            self.shared.add_task(name, source)
-        self.url = self._wait()
-        self.client = httpx.Client(base_url=self.url, timeout=60)
-
-    def _wait(self):
-        limit = time.monotonic() + 120
-        while not (found := re.search(r"^ready in [\d.]+ s: (http://\S+)$", self.output.read_text(), re.MULTILINE)):
-            assert self.process.poll() is None, self.output.read_text()
-            assert time.monotonic() < limit, self.output.read_text()
-            time.sleep(0.05)
-        return found[1]
-
-    def expected(self, task, ids, count, sampling=None):
-        """The oracle's (text, finish reason, number of tokens); fails the test's premise on a near-tie."""
-        rolled = ps.rollout(self.shared, task, ids, max_new_tokens=count, sampling=sampling or ps.SamplingParams())
-        assert rolled.smallest_gap > 1e-4, "draw another prompt"
-        ended = rolled.ids[-1] in self.shared.model.stop_ids
-        text = self.shared.model.tokenizer.decode(rolled.ids[: len(rolled.ids) - ended])
-        return text, "stop" if ended else "length", len(rolled.ids)
-
-    def ask(self, path, **body):
-        """(text, finish reason, completion tokens), streamed or not as `body` says."""
-        body = {"model": "chat", "temperature": 0, **body}
-        if not body.get("stream"):
-            answer = self.client.post(path, json=body).json()
-            choice = answer["choices"][0]
-            text = choice["message"]["content"] if path == CHAT else choice["text"]
-            return text, choice["finish_reason"], answer["usage"]["completion_tokens"]
-        lines = self.client.post(path, json={**body, "stream_options": {"include_usage": True}}).text.split("\n\n")
-        assert lines[-2:] == ["data: [DONE]", ""]
-        chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
-        choices = [chunk["choices"][0] for chunk in chunks[:-1]]
-        text = "".join(c["delta"].get("content", "") if path == CHAT else c["text"] for c in choices)
-        return text, choices[-1]["finish_reason"], chunks[-1]["usage"]["completion_tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -84,23 +26,8 @@ def served(tmp_path_factory):
         FULL: tiny_module(base, root / "full"),
         LORA: tiny_module(base, root / "lora", kind="lora"),
     }
-    config = root / "serve.yaml"
-    config.write_text(json.dumps({"base": "overridden", "tasks": {name: str(path) for name, path in modules.items()}}))
-    server = Served(base, modules, config, root)
-    try:
+    with serving(base, modules, root) as server:
         yield server
-    finally:
-        server.client.close()
-        server.process.send_signal(signal.SIGTERM)
-        try:
-            status = server.process.wait(timeout=20)
-        finally:
-            server.process.kill()
-    output = server.output.read_text()
-    assert status == 0, output
-    assert output.endswith("stopped\n")
-    assert "Traceback" not in output
-    assert "Warning" not in output
 
 
 def test_the_config_is_printed_and_the_cpu_is_split(served):
