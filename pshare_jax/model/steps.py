@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
@@ -19,6 +20,7 @@ from pshare_jax.model.kv import LayerKV
 from pshare_jax.model.params import Architecture, Params
 
 KVLayers = tuple[LayerKV, ...]
+Tokens = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 SUM_BLOCK = 192
 """Terms summed at a time in the plain forward pass, the yardstick that is compared with other implementations."""
 
@@ -27,13 +29,11 @@ SUM_BLOCK = 192
 class Steps:
     """Compiled on first use for each shape. `start` is the absolute position of the first token given."""
 
-    forward: Callable[[Params, Int[Array, "B T"]], Float[Array, "B T V"]]
-    prefill: Callable[[Params, Int[Array, "B T"]], KVLayers]
-    extend: Callable[[Params, Int[Array, "B T"], Int[Array, ""], KVLayers], KVLayers]
-    decode: Callable[[Params, Int[Array, "B T"], Int[Array, ""], KVLayers], tuple[Float[Array, "B T V"], KVLayers]]
-    decode_donating: Callable[
-        [Params, Int[Array, "B T"], Int[Array, ""], KVLayers], tuple[Float[Array, "B T V"], KVLayers]
-    ]
+    forward: Callable[[Params, Tokens], Float[Array, "B T V"]]
+    prefill: Callable[[Params, Tokens], KVLayers]
+    extend: Callable[[Params, Tokens, Int[Array, ""], KVLayers], KVLayers]
+    decode: Callable[[Params, Tokens, Int[Array, ""], KVLayers], tuple[Float[Array, "B T V"], KVLayers]]
+    decode_donating: Callable[[Params, Tokens, Int[Array, ""], KVLayers], tuple[Float[Array, "B T V"], KVLayers]]
 
 
 @functools.cache

@@ -44,8 +44,9 @@ class HashCache:
         if not isinstance(stored, dict) or stored.get("files") != self.state:
             return {}
         hashes = stored.get("hashes")
-        usable = isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values())
-        return hashes if usable else {}
+        if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
+            return {}
+        return hashes
 
     def write(self, hashes: dict[str, str]) -> None:
         """Store hashes; a folder that may not be written to is left alone, the next load hashes again."""
