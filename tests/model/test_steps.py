@@ -1,0 +1,38 @@
+"""The jitted steps: what they compile to (values are tested in test_generate.py and test_share.py)."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pshare_jax as ps
+
+FAMILIES = ("llama", "qwen3", "gemma3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_donated_decode_step_copies_no_cache(tiny_folders, family):
+    model = ps.load(tiny_folders[family])
+    kv = ps.PrefillModule(model).prefill(np.ones((1, 100), np.int32))
+    token, start = np.ones((1, 1), np.int32), jnp.int32(100)
+    compiled = model.steps.decode_donating.lower(model.params, token, start, kv.layers).compile().as_text()
+    shape = ",".join(map(str, kv.layers[0][0].shape))
+    assert f"f32[{shape}]" in compiled
+    assert re.findall(rf"= f32\[{shape}\]\S* copy\(", compiled) == []
+
+
+def test_a_donated_cache_is_gone_and_another_stays(tiny_folders):
+    model = ps.load(tiny_folders["llama"])
+    shared = ps.factorize(model)
+    shared.add_task("chat", "base")
+    kv = shared.prefill([[5, 6, 7]])
+    kept, _ = shared.decode("chat", [[8]], kv)
+    donated, _ = shared.decode("chat", [[8]], kv, donate=True)
+    assert kv.layers[0][0].is_deleted()
+    np.testing.assert_array_equal(kept, donated)
+
+
+def test_equal_architectures_share_their_steps(tiny_folders):
+    first, second = ps.load(tiny_folders["llama"]), ps.load(tiny_folders["llama"])
+    assert first.steps is second.steps
