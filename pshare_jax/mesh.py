@@ -30,6 +30,7 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r".*\.(o|down)\.(bias|lora_b)", REPLICATED),
 )
 KV_SPEC = PartitionSpec(None, MODEL, None, None)
+PAGES_SPEC = PartitionSpec(MODEL, None, None, None)
 
 
 def virtual_cpu_devices(count: int) -> None:
@@ -75,6 +76,11 @@ def parameter_sharding(path: str, config: ModelConfig, mesh: Mesh) -> NamedShard
 def kv_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
     """The sharding of `[B, kv_heads, S, head_dim]` keys or values: by heads, or whole where tp is a multiple of them."""
     return NamedSharding(mesh, REPLICATED if config.num_kv_heads % mesh.shape[MODEL] else KV_SPEC)
+
+
+def pages_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
+    """The sharding of `[kv_heads, pages, page_size, head_dim]` pages: by heads, as `kv_sharding`."""
+    return NamedSharding(mesh, REPLICATED if config.num_kv_heads % mesh.shape[MODEL] else PAGES_SPEC)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,0 +1,88 @@
+"""Paged attention against the dense plain loop: any page table, row lengths, chunk split, page size; garbage never seen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import FAMILIES, tiny_folder
+
+import pshare_jax as ps
+from pshare_jax.mesh import make_mesh
+from pshare_jax.model.paged_attention import Rows, blocked, gathered, paged_attend
+from pshare_jax.model.pages import empty_pages, gather_pages, scatter_pages
+
+TOTAL = 70
+
+
+class Paged:
+    """A pool filled with NaN, and three rows whose pages are dealt at random; tokens are fed chunk by chunk."""
+
+    def __init__(self, model, page_size, look_up, seed=0, num_tables=TOTAL):
+        self.model, self.page_size = model, page_size
+        draw = np.random.default_rng(seed)
+        per_row = -(-num_tables // page_size)
+        pool = empty_pages(model.config, 3 * per_row + 4, page_size, "float32", model.mesh)
+        self.pool = jax.tree.map(lambda pages: jnp.full_like(pages, jnp.nan), pool)
+        self.table = draw.permutation(np.arange(1, 3 * per_row + 1)).reshape(3, per_row).astype(np.int32)
+        self.lengths = np.zeros(3, np.int32)
+        self.tokens = draw.integers(0, model.config.vocab_size, (3, TOTAL)).astype(np.int32)
+
+        @jax.jit(donate_argnums=2)
+        def step(params, tokens, pool, rows):
+            decoder = model.architecture.bind(params)
+            hidden, pool = decoder(
+                tokens, rows.positions(tokens.shape[1]), paged_attend(model.config, rows, look_up), pool
+            )
+            return decoder.logits(hidden), pool
+
+        self.step = step
+
+    def feed(self, counts, width):
+        """Feed the next `counts[b]` tokens of each row in a batch of `width` columns; logits of the real ones."""
+        counts = np.array(counts, np.int32)
+        chunk = np.zeros((3, width), np.int32)
+        for row, count in enumerate(counts):
+            chunk[row, :count] = self.tokens[row, self.lengths[row] : self.lengths[row] + count]
+        logits, self.pool = self.step(self.model.params, chunk, self.pool, Rows(self.table, self.lengths, counts))
+        self.lengths = self.lengths + counts
+        return [np.asarray(logits)[row, :count] for row, count in enumerate(counts)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, tmp_path_factory):
+    return ps.load(tiny_folder(request.param, tmp_path_factory.mktemp("paged"), std=0.1))
+
+
+@pytest.mark.parametrize("look_up", [gathered, blocked])
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+def test_any_split_into_chunks_equals_the_plain_forward(model, look_up, page_size, monkeypatch):
+    # Several blocks even at these lengths, so that the loop's borders matter.
+    monkeypatch.setattr("pshare_jax.model.paged_attention.BLOCK_TOKENS", 32)
+    paged = Paged(model, page_size, look_up)
+    expected = np.asarray(model.logits(paged.tokens))
+    got = [[] for _ in range(3)]
+    for counts, width in (([16, 1, 15], 16), ([16, 0, 16], 16), ([3, 16, 9], 16), ([1, 1, 1], 1), ([16, 16, 16], 16)):
+        for row, logits in enumerate(paged.feed(counts, width)):
+            got[row].append(logits)
+    for row in range(3):
+        logits = np.concatenate(got[row])
+        np.testing.assert_allclose(logits, expected[row, : len(logits)], atol=1e-4, rtol=0)
+
+
+def test_blocked_equals_gathered(model):
+    first, second = Paged(model, 4, gathered), Paged(model, 4, blocked)
+    for counts, width in (([16, 1, 15], 16), ([9, 16, 16], 16), ([1, 1, 1], 1)):
+        for ours, theirs in zip(first.feed(counts, width), second.feed(counts, width), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_pages_move_between_pools_of_other_tp_degrees(tiny_folders):
+    model = ps.load(tiny_folders["llama"])
+    pools = [empty_pages(model.config, 9, 4, "float32", mesh) for mesh in (make_mesh([0, 1], 2), make_mesh([4], 1))]
+    source = jax.tree.map(lambda x: jax.device_put(jax.random.normal(jax.random.key(7), x.shape), x.sharding), pools[0])
+    ids, target_ids = np.array([3, 5, 0, 0], np.int32), np.array([7, 2, 0, 0], np.int32)
+    content = jax.device_put(gather_pages(source, ids), pools[1][0][0].sharding)
+    moved = scatter_pages(pools[1], target_ids, content)
+    for (k, _), (moved_k, _) in zip(source, moved, strict=True):
+        np.testing.assert_array_equal(np.asarray(moved_k)[:, [7, 2]], np.asarray(k)[:, [3, 5]])
+        np.testing.assert_array_equal(np.asarray(moved_k)[:, [1, 3, 4, 5, 6, 8]], 0)
