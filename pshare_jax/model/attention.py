@@ -4,12 +4,11 @@ Used by the plain forward pass, the dense prefill/decode steps and the notebook.
 (`[B, K, queries, H] x [B, K, S, H]`) are 3-5x faster on CPU than contracting over interleaved heads.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pshare_jax.model.config import ModelConfig
@@ -43,12 +42,18 @@ def attention(
         capped = soft_cap(raw, softcap).reshape(B, K, N // K, T, -1)
         return jnp.where(segment.visible, capped, -jnp.inf)
 
-    weights = jax.nn.softmax(jnp.concatenate([scores(segment) for segment in segments], axis=-1), axis=-1)
-    weights = weights.astype(q.dtype).reshape(B, K, N // K * T, -1)
-    ends = np.cumsum([segment.k.shape[2] for segment in segments])
-    parts = jnp.split(weights, ends[:-1], axis=-1)
-    outs = [jnp.einsum("BKQS,BKSH->BKQH", part, segment.v) for part, segment in zip(parts, segments, strict=True)]
-    out = sum(outs[1:], start=outs[0])
+    # The segments' scores stay apart: joining them and splitting the weights again would copy both.
+    all_scores = [scores(segment) for segment in segments]
+    highest = functools.reduce(jnp.maximum, [one.max(axis=-1, keepdims=True) for one in all_scores])
+    weights = [jnp.exp(one - highest) for one in all_scores]
+    total = sum(one.sum(axis=-1, keepdims=True) for one in weights)
+
+    def looked_up(weight: Array, segment: Segment) -> Array:
+        rows = weight.astype(q.dtype).reshape(B, K, N // K * T, -1)
+        return jnp.einsum("BKQS,BKSH->BKQH", rows, segment.v, preferred_element_type=jnp.float32)
+
+    parts = [looked_up(weight, segment) for weight, segment in zip(weights, segments, strict=True)]
+    out = (sum(parts[1:], start=parts[0]) / total.reshape(B, K, -1, 1)).astype(q.dtype)
     return out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 

@@ -49,8 +49,13 @@ class DenseKV:
 
 
 def bucket(size: int, smallest: int = 16) -> int:
-    """The power of two, at least `smallest`, that holds `size`."""
-    return max(smallest, 1 << (size - 1).bit_length()) if size > 1 else smallest
+    """The least of 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, ... that holds `size`.
+
+    Powers of two, and from 256 on also what lies half-way between: few shapes to compile, at most a third of it empty.
+    """
+    power = max(smallest, 1 << max(0, size - 1).bit_length())
+    half_way = power // 4 * 3
+    return half_way if half_way > 256 and size <= half_way else power
 
 
 def write(

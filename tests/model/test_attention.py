@@ -11,7 +11,7 @@ import torch
 from reference import assert_close
 from transformers.models.gemma3.modeling_gemma3 import eager_attention_forward
 
-from pshare_jax.model.attention import QUERY_BLOCK, attention, causal_attention, visible_keys
+from pshare_jax.model.attention import QUERY_BLOCK, Segment, attention, causal_attention, visible_keys
 
 SIZES = {"B": 2, "N": 6, "K": 3, "H": 10}
 
@@ -33,14 +33,27 @@ def eager(q: Any, k: Any, v: Any, visible: np.ndarray, scale: float, softcap: fl
     return eager_attention_forward(module, query, key, value, mask, scaling=scale, softcap=softcap)[0].numpy()
 
 
+def over(q: Any, k: Any, v: Any, visible: Any, scale: float = 0.3, softcap: float | None = None) -> jax.Array:
+    """Our attention over one segment."""
+    return attention(q, [Segment(k, v, jnp.asarray(visible))], scale=scale, softcap=softcap)
+
+
 @pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("window", [None, 1, 7])
 def test_eager_attention(window, softcap):
     q, k, v = heads(0, 23)
     visible = np.array(visible_keys(jnp.arange(23), jnp.arange(23), window))
     expected = eager(q, k, v, visible, 0.37, softcap)
-    assert_close(attention(q, k, v, jnp.asarray(visible), scale=0.37, softcap=softcap), expected, 1e-5)
+    assert_close(over(q, k, v, visible, 0.37, softcap), expected, 1e-5)
     assert_close(causal_attention(q, k, v, window=window, scale=0.37, softcap=softcap), expected, 1e-5)
+
+
+@pytest.mark.parametrize("cut", [1, 9, 22])
+def test_segments_share_one_softmax(cut):
+    q, k, v = heads(4, 23)
+    visible = visible_keys(jnp.arange(23), jnp.arange(23), 12)
+    segments = [Segment(k[:, :, part], v[:, :, part], visible[:, part]) for part in (slice(cut), slice(cut, None))]
+    assert_close(attention(q, segments, scale=0.3, softcap=2.0), over(q, k, v, visible, 0.3, 2.0), 1e-6)
 
 
 def test_window_counts_the_query_itself():
@@ -49,26 +62,25 @@ def test_window_counts_the_query_itself():
     assert np.asarray(visible_keys(jnp.array([4]), jnp.arange(6), None)).tolist() == [[True] * 5 + [False]]
 
 
-@pytest.mark.parametrize("length", [QUERY_BLOCK - 1, QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK + 5])
-@pytest.mark.parametrize("window", [None, 9, QUERY_BLOCK, QUERY_BLOCK + 1])
+@pytest.mark.parametrize("length", [QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK + 5])
+@pytest.mark.parametrize("window", [None, 9, QUERY_BLOCK + 1])
 def test_blocks_of_queries_change_nothing(length, window):
     q, k, v = heads(1, length)
     positions = jnp.arange(length)
-    whole = attention(q, k, v, visible_keys(positions, positions, window), scale=0.3, softcap=None)
+    whole = over(q, k, v, visible_keys(positions, positions, window))
     assert_close(causal_attention(q, k, v, window=window, scale=0.3, softcap=None), whole, 1e-5)
 
 
 def test_large_scores_do_not_overflow():
     q, k, v = heads(2, 5)
-    out = attention(q * 1e4, k * 1e4, v, visible_keys(jnp.arange(5), jnp.arange(5), None), scale=1.0, softcap=None)
+    out = over(q * 1e4, k * 1e4, v, visible_keys(jnp.arange(5), jnp.arange(5), None))
     assert np.isfinite(np.asarray(out)).all()
     np.testing.assert_allclose(out[:, 0, ::2], v[:, :, 0], rtol=1e-6)
 
 
-def test_undefined_slots_after_the_newest_token_are_never_read():
-    """Values there may be anything finite: a weight of exactly zero is what the mask gives them."""
+def test_slots_after_the_newest_token_weigh_exactly_nothing():
     q, k, v = heads(3, 12)
     visible = visible_keys(jnp.array([4]), jnp.arange(12), None)
-    expected = attention(q[:, :1], k, v, visible, scale=1.0, softcap=None)
+    expected = over(q[:, :1], k, v, visible)
     k, v = k.at[:, :, 5:].set(1e30), v.at[:, :, 5:].set(-1e30)
-    np.testing.assert_array_equal(attention(q[:, :1], k, v, visible, scale=1.0, softcap=None), expected)
+    np.testing.assert_array_equal(over(q[:, :1], k, v, visible), expected)

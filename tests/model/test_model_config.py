@@ -221,7 +221,6 @@ def test_missing_fields_are_named(family, key):
         ("max_window_layers", "28", "int"),
         ("layer_types", "full_attention", "layer_types"),
         ("rope_parameters", [1], "rope_parameters"),
-        ("rope_parameters", {"rope_type": "default", "rope_theta": "big"}, "rope_theta"),
         ("rope_scaling", "linear", "rope_scaling"),
         ("rope_theta", -1.0, "rope_theta"),
     ],

@@ -133,7 +133,7 @@ FIELDS = {
     "activation": lambda config: {"activation": "silu"},
     "attention_scale": lambda config: {"attention_scale": config.attention_scale * 1.1},
     "attention_softcap": lambda config: {"attention_softcap": 2.0},
-    "final_softcap": lambda config: {"final_softcap": config.final_softcap * 1.1},
+    "final_softcap": lambda config: {"final_softcap": 2.0},
     "embed_scale": lambda config: {"embed_scale": config.embed_scale * 1.1},
     "norm_plus_one": lambda config: {"norm_plus_one": False},
     "window": lambda config: first_layer(config, window=config.layers[0].window + 1),

@@ -85,6 +85,7 @@ def test_other_types_are_refused_by_name(name, spelling, key):
 @pytest.mark.parametrize(
     ("rope", "named"),
     [
+        ({"rope_type": "default", "rope_theta": "big"}, "rope_theta"),
         ({"rope_type": "linear"}, "factor"),
         ({"rope_type": "linear", "factor": "4"}, "factor"),
         ({"rope_type": "linear", "factor": 0.0}, "factor"),
