@@ -5,6 +5,7 @@ by name.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,35 @@ from pshare_jax.weights.names import PROJECTIONS, Entry, projection_sizes
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.model."
-# Options of PEFT that are off when they have these values; any other value would need code that we do not have.
+USED = frozenset({"r", "lora_alpha", "use_rslora", "target_modules"})
+# Options of PEFT that change nothing in a trained adapter's output, or nothing without another option that is refused.
+HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+# Options with another word for "off"; these initialisations, unlike all others, leave the base's weights as they are.
 OFF: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "layers_to_transform": (None, []),
-    "layer_replication": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "trainable_token_indices": (None, []),
-    "lora_bias": (False, None),
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -47,7 +64,7 @@ def read_adapter(folder: Path, base: Model) -> tuple[LoraConfig, Params]:
     except (OSError, SafetensorError) as error:
         raise PshareError(f"{folder / WEIGHTS_FILE} cannot be read: {error}.") from error
     rank = settings["r"]
-    lora = LoraConfig(rank, _scale(settings), _targets(tensors, folder))
+    lora = LoraConfig(rank, _scale(settings), _targets(tensors, settings, folder))
     params, faults = {}, []
     for entry in adapter_entries(base.config, lora):
         values = tensors.pop(entry.name, None)
@@ -110,12 +127,15 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise PshareError(f"{path} cannot be read: {error}.") from error
-    for name, values in OFF.items():
-        if settings.get(name, values[0]) not in values:
-            raise PshareError(f"{path} has {name}: {settings[name]!r}, which is not supported.")
+    if not isinstance(settings, dict):
+        raise PshareError(f"{path} must hold a JSON object.")
+    for name, value in settings.items():
+        # Strict: what a newer PEFT adds is refused until it is known to change nothing.
+        if value not in (None, False, [], {}) and name not in USED | HARMLESS and value not in OFF.get(name, ()):
+            raise PshareError(f"{path} has {name}: {value!r}, which is not supported.")
     for name, kinds in (("r", int), ("lora_alpha", (int, float))):
         value = settings.get(name)
-        if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
             raise PshareError(f"{path} needs a positive number {name}, but has {value!r}.")
     return settings
 
@@ -125,9 +145,14 @@ def _scale(settings: Mapping[str, Any]) -> float:
     return settings["lora_alpha"] / settings["r"] ** (0.5 if settings.get("use_rslora") else 1.0)
 
 
-def _targets(tensors: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+def _targets(tensors: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
+    # What the settings name must have its tensors, and what has tensors counts, also where the settings hold a pattern.
+    listed = settings.get("target_modules")
+    names = {str(name).split(".")[-1] for name in listed} if isinstance(listed, list) else set()
     targets = tuple(
-        _short(path) for path, name in PROJECTIONS.items() if any(f".{name}.lora_" in tensor for tensor in tensors)
+        _short(path)
+        for path, name in PROJECTIONS.items()
+        if name.split(".")[1] in names or any(f".{name}.lora_" in tensor for tensor in tensors)
     )
     if not targets:
         raise PshareError(f"{folder / WEIGHTS_FILE} has no LoRA tensors for {', '.join(PROJECTIONS.values())}.")

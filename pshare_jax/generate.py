@@ -49,8 +49,10 @@ def rollout(
     stop_ids: Collection[int] | None = None,
 ) -> Rollout:
     """`generate` with the smallest top-two gap. Raises `PshareError` if prompt and answer exceed the model's context."""
-    if not prompt_ids:
+    if len(prompt_ids) == 0:
         raise PshareError("the prompt is empty: at least one token is needed.")
+    if max_new_tokens < 0:
+        raise PshareError(f"max_new_tokens must not be negative, but is {max_new_tokens}.")
     if len(prompt_ids) + max_new_tokens > shared.config.max_len:
         raise PshareError(
             f"the model's maximum context length is {shared.config.max_len} tokens, but the prompt has {len(prompt_ids)} "

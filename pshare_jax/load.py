@@ -111,9 +111,14 @@ def checked_dtype(dtype: str) -> str:
 def end_set(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
     """Ids that end generation: those of config.json, of generation_config.json and of the tokenizer, together."""
     ids: set[int] = set(tokenizer.eos_ids)
-    for config in (checkpoint.config, checkpoint.config.get("text_config") or {}, checkpoint.generation_config):
+    for config in (checkpoint.config, text_config(checkpoint.config), checkpoint.generation_config):
         eos = config.get("eos_token_id")
-        ids.update([eos] if isinstance(eos, int) else eos or [])
+        listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(one) is int and one >= 0 for one in listed):
+            raise PshareError(
+                f"{checkpoint.path} has eos_token_id: {eos!r}, but it must be a token id or a list of them."
+            )
+        ids.update(listed)
     return frozenset(ids)
 
 

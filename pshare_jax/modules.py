@@ -67,6 +67,8 @@ def save_module(
     """Write a decode module of `base` into `folder` (made if missing): weights, and decode_module.json last."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # An older card must not vouch for weights that are half written.
+    (folder / CARD).unlink(missing_ok=True)
     lora = module.architecture.lora
     if lora is None:
         save_folder(folder, replace(base, architecture=module.architecture, params=module.params, mesh=module.mesh))
@@ -94,15 +96,31 @@ def read_card(folder: Path) -> Card:
             "the base's KV, so only modules trained for it can be served."
         )
     try:
-        card = Card(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
         raise PshareError(f"{path} is not a readable decode module card: {error}.") from error
-    if card.version != 1 or card.kind not in get_args(Kind) or card.prefill not in get_args(Prefill):
-        raise PshareError(
-            f"{path} has version {card.version!r}, kind {card.kind!r}, prefill {card.prefill!r}, but needs version 1, "
-            "kind full or lora, prefill base or own."
-        )
-    return card
+    if not isinstance(content, dict):
+        raise PshareError(f"{path} is not a readable decode module card: it must hold a JSON object.")
+    faults = _card_faults(content)
+    if faults:
+        raise PshareError(f"{path} is not a decode module card of version 1: {'; '.join(faults)}.")
+    return Card(**content)
+
+
+def _card_faults(content: Mapping[str, Any]) -> list[str]:
+    texts = ("base_fingerprint", "tokenizer", "chat_template")
+    choices = {"kind": get_args(Kind), "prefill": get_args(Prefill), "version": (1,)}
+    faults = [f"{name} is missing" for name in ("kind", *texts) if name not in content]
+    for name, value in content.items():
+        if name in choices and value not in choices[name]:
+            faults.append(f"{name} {value!r} is not one of {', '.join(map(str, choices[name]))}")
+        elif name in texts and not isinstance(value, str):
+            faults.append(f"{name} {value!r} is not a text")
+        elif name == "training" and not isinstance(value, dict):
+            faults.append(f"{name} {value!r} is not an object")
+        elif name not in (*choices, *texts, "training"):
+            faults.append(f"{name} is unknown")
+    return faults
 
 
 def load_module(folder: str | Path, base: Model, *, prefill: Prefill = "base") -> DecodeModule:

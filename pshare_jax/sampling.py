@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+ALMOST_GREEDY = 1e-5
+"""Temperatures below this are greedy: scores divided by less overflow float32, and the draw would be the best token anyway."""
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -24,7 +27,7 @@ class SamplingParams:
 
 def sample(logits: Float[Array, "V"], params: SamplingParams, position: int) -> tuple[Int[Array, ""], Float[Array, ""]]:
     """The token for absolute `position`, and the gap between the two largest scores that the choice was made on."""
-    if params.temperature == 0:
+    if params.temperature < ALMOST_GREEDY:
         return _greedy(logits)
     return _draw(
         logits,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from pshare_jax.errors import PshareError
 from pshare_jax.load import Model, checked_tokens
-from pshare_jax.mesh import kv_sharding
+from pshare_jax.mesh import kv_sharding, same_devices
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.kv import DenseKV, bucket
 from pshare_jax.modules import DecodeModule, load_module
@@ -36,6 +36,8 @@ class PrefillModule:
         tokens = checked_tokens(tokens, self.model.config)
         kv = self._empty(tokens.shape[0]) if kv is None else kv
         check_fits(tokens, kv, self.model.config)
+        if tokens.shape[1] == 0:
+            return kv.copy()
         for start in range(0, tokens.shape[1], CHUNK):
             kv = self._chunk(tokens[:, start : start + CHUNK], kv)
         return kv
@@ -91,9 +93,10 @@ class DecodeModules:
         return self._tasks[task]
 
     def place(self, kv: DenseKV) -> DenseKV:
-        """KV from the prefill mesh in this mesh's sharding, by one `jax.device_put`; on the same devices nothing moves."""
+        """KV from the prefill mesh in this mesh's sharding, by one `jax.device_put`; always arrays of its own."""
         sharding = kv_sharding(self.model.config, self.model.mesh)
-        return replace(kv, layers=jax.device_put(kv.layers, sharding))
+        # On the same devices an alias would be destroyed with whichever of the two is donated first.
+        return replace(kv, layers=jax.device_put(kv.layers, sharding, may_alias=False))
 
     def decode(
         self, task: str, tokens: Any, kv: DenseKV, *, donate: bool = False
@@ -116,6 +119,8 @@ class DecodeModules:
 
     def _module(self, source: str | Path | DecodeModule) -> DecodeModule:
         if isinstance(source, DecodeModule):
+            if not same_devices(source.mesh, self.model.mesh):
+                raise PshareError("this decode module lies on other devices than its decode worker.")
             return source
         if source == "base":
             return DecodeModule(self.model.architecture, self.model.params, self.model.mesh)
@@ -152,7 +157,7 @@ class SharedModel:
         return self.prefill_module.prefill(tokens, kv)
 
     def transfer(self, kv: DenseKV) -> DenseKV:
-        """KV on the decode mesh, moved by one `jax.device_put`; where both meshes are the same devices nothing moves."""
+        """KV on the decode mesh, moved by one `jax.device_put`; a copy where both meshes are the same devices."""
         return self.decode_modules.place(kv)
 
     def decode(

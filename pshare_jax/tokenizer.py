@@ -61,8 +61,15 @@ class Tokenizer:
     @classmethod
     def from_gguf(cls, fields: Mapping[str, Any]) -> "Tokenizer":
         """The tokenizer that GGUF metadata describes (`tokenizer.*` keys, plain values); unknown kinds are refused."""
-        backend, config, turn_ends = build_from_gguf(fields)
+        try:
+            backend, config, turn_ends = build_from_gguf(fields)
+        except PshareError:
+            raise
+        except Exception as error:  # the Rust library raises bare Exception
+            raise PshareError(f"The GGUF file's tokenizer does not have the form it should: {error!r}.") from error
         source = fields.get("tokenizer.chat_template")
+        if source is not None and not isinstance(source, str):
+            raise PshareError("The GGUF file's chat template is not a text.")
         return cls(backend, config, {"default": source} if source else {}, turn_ends)
 
     @property

@@ -35,8 +35,13 @@ def read_folder(folder: Path) -> tuple[Backend, dict[str, Any], dict[str, str]]:
     config = _read_json(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in config:
         config |= _read_json(folder / "special_tokens_map.json")
-    templates = _templates(folder, config.pop("chat_template", None))
-    _add_special_tokens(backend, config)
+    try:
+        templates = _templates(folder, config.pop("chat_template", None))
+        _add_special_tokens(backend, config)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise PshareError(f"The tokenizer files in {folder} do not have the form they should: {error!r}.") from error
+    if not all(isinstance(template, str) for template in templates.values()):
+        raise PshareError(f"A chat template in {folder} is not a text.")
     return backend, _with_texts(config), templates
 
 
@@ -46,7 +51,9 @@ def write_folder(folder: Path, backend: Backend, config: Mapping[str, Any], temp
     backend.save(str(folder / "tokenizer.json"))
     body = dict(config)
     jinja = folder / "chat_template.jinja"
-    jinja.unlink(missing_ok=True)
+    # Templates of an earlier save would win over this one's.
+    for old in (jinja, folder / "chat_template.json", *(folder / "additional_chat_templates").glob("*.jinja")):
+        old.unlink(missing_ok=True)
     if list(templates) == ["default"]:
         jinja.write_text(templates["default"], encoding="utf-8")
     elif templates:

@@ -4,11 +4,13 @@ Generation takes no cache where the reference has sliding windows: transformers'
 full forward pass when the prompt was longer than the window.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from tiny import VOCAB
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -18,6 +20,15 @@ CLOSE = 1e-4
 def load_hf(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The folder's model as transformers reads it."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def load_peft(base_folder: Path, adapter_folder: Path) -> Any:
+    """The base with a LoRA adapter on every token, as PEFT reads it."""
+    base = load_hf(base_folder)
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks transformers 5.24 for an attribute that was renamed there.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        return PeftModel.from_pretrained(base, str(adapter_folder)).eval()
 
 
 def random_tokens(seed: int, *shape: int) -> np.ndarray:

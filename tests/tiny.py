@@ -56,7 +56,7 @@ def tiny_config(family: str, **changes: Any) -> Any:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 24,
-        "query_pre_attn_scalar": 20,
+        "query_pre_attn_scalar": 3,
         "sliding_window": 8,
         "final_logit_softcapping": 30.0,
         "tie_word_embeddings": True,
@@ -77,7 +77,11 @@ def tiny_model(family: str, *, seed: int = 0, std: float = 0.3, **changes: Any) 
 
 
 def redraw(model: Any, seed: int, std: float) -> None:
-    """Draw every parameter of a transformers model anew."""
+    """Draw every parameter of a transformers model anew.
+
+    Gemma multiplies its embeddings by sqrt(hidden): drawn as wide as the rest, they drown what the layers add, and a tied
+    model then repeats its input whatever the context.
+    """
     generator = torch.Generator().manual_seed(seed)
     gemma = "Gemma" in type(model).__name__
     with torch.no_grad():
@@ -85,7 +89,8 @@ def redraw(model: Any, seed: int, std: float) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             is_norm = "norm" in name
             neutral = 0.0 if gemma or not is_norm else 1.0
-            parameter.copy_(neutral + noise * (0.2 if is_norm else std))
+            spread = 0.2 if is_norm else min(std, 0.05) if gemma and "embed_tokens" in name else std
+            parameter.copy_(neutral + noise * spread)
 
 
 def save_tiny(model: Any, family: str, folder: Path) -> Path:
@@ -100,8 +105,11 @@ def tiny_folder(family: str, folder: Path, *, seed: int = 0, std: float = 0.3, *
     return save_tiny(tiny_model(family, seed=seed, std=std, **changes), family, folder)
 
 
-def tiny_module(base_folder: Path, folder: Path, *, kind: str = "full", seed: int = 1, std: float = 0.2) -> Path:
-    """A decode module folder for a tiny base: the base's weights plus noise (full), or a random LoRA adapter."""
+def tiny_module(base_folder: Path, folder: Path, *, kind: str = "full", seed: int = 1, noise: float = 0.7) -> Path:
+    """A decode module folder for a tiny base: a random LoRA adapter, or the base's weights plus noise (full).
+
+    `noise` is in units of each weight's own spread.
+    """
     import jax.numpy as jnp
     import numpy as np
 
@@ -112,16 +120,16 @@ def tiny_module(base_folder: Path, folder: Path, *, kind: str = "full", seed: in
     base = ps.load(base_folder)
     draw = np.random.default_rng(seed)
 
-    def noisy(array: Any, factor: float) -> Any:
-        return array + jnp.asarray(draw.normal(0, factor, array.shape), array.dtype)
+    def drawn(shape: tuple[int, ...], spread: float) -> Any:
+        return jnp.asarray(draw.normal(0, spread, shape), jnp.float32)
 
     if kind == "full":
-        params = {path: noisy(array, std) for path, array in base.params.items()}
+        params = {path: x + drawn(x.shape, noise * float(np.std(x))) for path, x in base.params.items()}
         module = ps.DecodeModule(base.architecture, params, base.mesh)
     else:
         lora = LoraConfig(rank=3, scale=1.5, targets=("q", "v", "o", "down"))
         architecture = base.architecture.with_lora(lora)
-        new = {path: noisy(jnp.zeros(s.shape), std) for path, s in architecture.shapes.items() if is_lora(path)}
+        new = {path: drawn(x.shape, 0.2) for path, x in architecture.shapes.items() if is_lora(path)}
         module = ps.DecodeModule(architecture, {**base.params, **new}, base.mesh)
     ps.save_module(folder, module, base)
     return folder

@@ -5,6 +5,7 @@ files leave out, and a few traits). Both transformers 4 and 5 spellings are unde
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -161,6 +162,8 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def find_family(config: Mapping[str, Any]) -> Family:
     """The family of a config.json, by `architectures`, else by `model_type`; an unknown one is refused."""
     names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise PshareError(f"config.json has architectures: {names!r}, but it must be a list of names.")
     for family in FAMILIES:
         if any(name in family.architectures for name in names):
             return family
@@ -191,8 +194,8 @@ class _Reader:
             value = float(value)
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
             raise PshareError(f"config.json has {key}: {value!r}, but it must be {kind.__name__}.")
-        if kind in (int, float) and value <= 0:
-            raise PshareError(f"config.json has {key}: {value!r}, but it must be positive.")
+        if kind in (int, float) and not 0 < value < math.inf:
+            raise PshareError(f"config.json has {key}: {value!r}, but it must be a positive number.")
         return value
 
     def read(self) -> ModelConfig:
@@ -258,7 +261,8 @@ class _Reader:
         kinds = self.config.get("layer_types")
         if kinds is None:
             kinds = [self._default_layer_type(i) for i in range(num_layers)]
-        if len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
             raise PshareError(
                 f"layer_types in config.json must name full_attention or sliding_attention for each of {num_layers} layers."
             )
@@ -270,7 +274,7 @@ class _Reader:
         else:
             # Zero is a number of layers too, so `get` with its positive numbers does not fit.
             full_layers = self.config.get("max_window_layers", self.family.defaults["max_window_layers"])
-            if not isinstance(full_layers, int):
+            if type(full_layers) is not int:
                 raise PshareError(f"config.json has max_window_layers: {full_layers!r}, but it must be int.")
             sliding = index >= full_layers
         return "sliding_attention" if sliding else "full_attention"
@@ -284,4 +288,5 @@ class _Reader:
             old_theta_key=key,
             default_theta=self.family.defaults[key],
             old_scaling=not local,
+            per_layer_type=self.family.gemma,
         )

@@ -70,17 +70,28 @@ def rotate(
 
 
 def parse_rope(
-    config: Mapping[str, Any], layer_type: str, *, old_theta_key: str, default_theta: float, old_scaling: bool
+    config: Mapping[str, Any],
+    layer_type: str,
+    *,
+    old_theta_key: str,
+    default_theta: float,
+    old_scaling: bool,
+    per_layer_type: bool,
 ) -> RopeConfig:
     """The rotary embedding of layers of `layer_type`, from either spelling of config.json.
 
     New files (transformers 5) hold `rope_parameters`, flat or nested by layer type; older ones hold the frequency base
     under `old_theta_key` and, where `old_scaling`, a `rope_scaling` object. A value that is there beats `default_theta`;
-    two that differ are refused.
+    two that differ are refused, and so are flat `rope_parameters` of a family whose layer types differ.
     """
     new = _object(config, "rope_parameters")
     if any(isinstance(value, Mapping) for value in new.values()):
+        # Gemma 3's absent kinds have defaults of their own in transformers.
+        if layer_type not in new and not per_layer_type:
+            raise PshareError(f"rope_parameters in config.json has no '{layer_type}', which the model's layers need.")
         new = _object(new, layer_type)
+    elif new and per_layer_type:
+        raise PshareError("rope_parameters in config.json must be given for each layer type of this family.")
     old = _object(config, "rope_scaling") if old_scaling else {}
     scaling = {key: _agreed(key, new.get(key), old.get(key)) for key in (*old, *new)}
     rope_type = _agreed("rope_type", scaling.get("rope_type"), scaling.get("type"))
@@ -103,7 +114,7 @@ def _agreed(name: str, first: Any, second: Any) -> Any:
 
 
 def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise PshareError(f"config.json has {name}: {value!r}, but it must be a positive number.")
     return float(value)
 

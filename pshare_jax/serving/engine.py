@@ -160,7 +160,8 @@ class Engine:
         with self._lock:
             self._accepting = False
             for transfer, is_dead in zip(self.transfers, dead, strict=True):
-                transfer.closed = transfer.closed or is_dead
+                if is_dead:
+                    transfer.close()
             live = list(self._live.values())
         for sequence in live:
             before = sequence.state in (State.WAITING, State.PREFILLING)

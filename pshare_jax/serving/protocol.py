@@ -166,7 +166,7 @@ def make_request(body: Body, request_id: str, prompt: list[int], limits: Limits)
         prompt=tuple(prompt),
         max_tokens=_max_tokens(body, len(prompt), limits.max_len, param),
         # Below this, logits / temperature overflows; the limit is greedy.
-        temperature=body.temperature if body.temperature >= 1e-5 else 0.0,
+        temperature=body.temperature,
         top_p=body.top_p,
         top_k=max(body.top_k, 0),
         min_p=body.min_p,

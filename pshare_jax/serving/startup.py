@@ -65,6 +65,8 @@ def warm_up(served: Served, say: Say) -> None:
         PshareError: a task's first answer failed, such as for want of memory.
     """
     say("compiling")
+    # Its half is built on first use, which must not stall the streams of others.
+    served.tokenizer.encode("", allow_special=False)
     prompt = (0,) * min(WARM_UP_LEN, served.limits.max_len - 2)
     for number, (route, task) in enumerate(served.engine.all_routes()):
         for temperature in (0.0, 1.0):

@@ -6,6 +6,7 @@ waits for a prefill.
 """
 
 import queue
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class KVTransfer:
         self._sent: queue.SimpleQueue[Sequence] = queue.SimpleQueue()
         self._waiting: list[Sequence] = []
         self.stats = TransferStats()
+        self._lock = threading.Lock()
         self.closed = False
 
     def has_room(self) -> bool:
@@ -64,12 +66,19 @@ class KVTransfer:
         Raises:
             RuntimeError: the decode worker is dead.
         """
-        if self.closed:
-            raise RuntimeError("the decode worker of this task has stopped")
         sequence.kv = self._destination.place(sequence.kv)
-        sequence.move(State.TRANSFERRING)
-        self._sent.put(sequence)
+        # Under the lock, so that a worker that dies meanwhile either finds the sequence on its way or refuses it.
+        with self._lock:
+            if self.closed:
+                raise RuntimeError("the decode worker of this task has stopped")
+            sequence.move(State.TRANSFERRING)
+            self._sent.put(sequence)
         self._wake()
+
+    def close(self) -> None:
+        """The decode worker is dead: nothing more is taken (any thread)."""
+        with self._lock:
+            self.closed = True
 
     def take_aborted(self) -> list[Sequence]:
         """The sequences on the way that are no longer wanted (called by the decode worker's owner)."""

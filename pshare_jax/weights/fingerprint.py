@@ -7,6 +7,7 @@ does not hash again.
 import contextlib
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 from pshare_jax.model.config import ModelConfig
 
 CACHE_NAME = ".pshare_hashes.json"
+FORMAT = 1
+"""Raised when a reader's values change, so that hashes of the old ones are forgotten."""
 
 
 def tensor_hash(values: np.ndarray) -> str:
@@ -27,13 +30,18 @@ def model_fingerprint(config: ModelConfig, hashes: dict[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _identity(stat: os.stat_result) -> tuple[int, ...]:
+    # Size and mtime alone survive `tar x` or `rsync -t` of other weights; inode and ctime cannot be set.
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
 class HashCache:
-    """Tensor hashes stored beside a model's files, valid while every weight file keeps its size and time of change."""
+    """Tensor hashes stored beside a model's files, valid while every weight file is the very same, unchanged."""
 
     def __init__(self, source: Path):
         self.file = source / CACHE_NAME if source.is_dir() else source.with_name(source.name + CACHE_NAME)
         files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
-        self.state = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        self.state: list = [FORMAT, *([file.name, *_identity(file.stat())] for file in files)]
 
     def read(self) -> dict[str, str]:
         """Hashes by parameter path; empty where none are stored for the files as they are now."""

@@ -16,7 +16,7 @@ from pshare_jax.weights.safetensors import SafetensorsFolder
 _PYPI_PREFIX = "pypi:"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt"]
-_HUB_IGNORED = ["*/*", "consolidated*"]
+_HUB_IGNORED = ["original/*", "*/*.safetensors", "consolidated*"]
 _KINDS = (
     "a model is a folder with config.json and safetensors, a .gguf file, pypi:NAME[==VERSION], "
     "or a name ORG/MODEL on the Hugging Face hub"

@@ -87,7 +87,7 @@ def test_old_and_new_spelling_are_one_config(family):
 @pytest.mark.parametrize("family", HF_CONFIGS)
 def test_old_and_new_spelling_give_the_same_logits(family, tmp_path):
     """A4-06, with theta 5e5: identical, not only close."""
-    few = {"num_hidden_layers": 2}
+    few: dict[str, Any] = {"num_hidden_layers": 2}
     if family == "gemma3":
         theta = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
@@ -264,7 +264,7 @@ def test_sparse_text_config_takes_the_familys_defaults():
         "sliding_window": 1024,
     }
     ours = read({"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text})
-    theirs = Gemma3TextConfig(**text)
+    theirs: Any = Gemma3TextConfig(**text)
     assert (ours.num_heads, ours.num_kv_heads, ours.head_dim) == (8, 4, 256)
     assert ours.vocab_size == theirs.vocab_size
     for layer, kind in zip(ours.layers, theirs.layer_types, strict=True):
@@ -282,3 +282,22 @@ def test_layer_fields_leave_out_only_limits_and_names():
 
 def test_config_is_hashable():
     assert hash(read(new_style("llama"))) == hash(read(old_style("llama")))
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "word"),
+    [
+        ("llama", {"architectures": 5}, "architectures"),
+        ("llama", {"architectures": "LlamaForCausalLM"}, "architectures"),
+        ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ("llama", {"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta"),
+        ("llama", {"rope_parameters": {"sliding_attention": {"rope_theta": 5.0}}}, "full_attention"),
+        ("gemma3", {"layer_types": 5}, "layer_types"),
+        ("gemma3", {"layer_types": [["full_attention"]] * 12}, "layer_types"),
+        ("gemma3", {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}, "rope_parameters"),
+    ],
+)
+def test_values_of_no_use_are_told_in_one_sentence(family, change, word):
+    with pytest.raises(PshareError, match=word) as told:
+        ModelConfig.from_hf(new_style(family, **change))
+    assert "\n" not in str(told.value)

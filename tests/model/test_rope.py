@@ -19,7 +19,12 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 
 def parse(content: dict[str, Any], **changes: Any) -> RopeConfig:
-    arguments: dict[str, Any] = {"old_theta_key": "rope_theta", "default_theta": 10000.0, "old_scaling": True}
+    arguments: dict[str, Any] = {
+        "old_theta_key": "rope_theta",
+        "default_theta": 10000.0,
+        "old_scaling": True,
+        "per_layer_type": False,
+    }
     return parse_rope(content, "full_attention", **{**arguments, **changes})
 
 
@@ -70,6 +75,7 @@ def test_oldest_spelling():
         {"rope_local_base_freq": 9.0, "rope_scaling": {"type": "linear", "factor": 2}},
         old_theta_key="rope_local_base_freq",
         old_scaling=False,
+        per_layer_type=False,
     )
     assert local == RopeConfig(9.0)
 

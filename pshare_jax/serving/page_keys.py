@@ -1,0 +1,58 @@
+"""Names the full pages of a prompt by content: the one key function of every prefix cache and of the router.
+
+A key chains over what made the page's KV: whose weights (fingerprint), which tenant (salt), all tokens before and its
+own. Keys are SHA-256 over length-framed bytes, so they are equal in every process. Standard library only.
+"""
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class PageKey(NamedTuple):
+    """One full page: the chained digest, and the bytes that it stands for beyond the previous page's digest.
+
+    A cache finds a page by `digest` and believes it only if `content` is equal too and the page before is the same.
+    """
+
+    digest: bytes
+    content: bytes
+
+
+def page_keys(
+    fingerprint: str, salt: str, prompt: Sequence[int], page_size: int, known: Sequence[PageKey] = ()
+) -> list[PageKey]:
+    """The keys of the pages that the base fills for `prompt`: `(len(prompt) - 1) // page_size` of them.
+
+    The base encodes `prompt[:-1]`, so the page that holds the last prompt token has no key: it can be neither hit nor
+    published, and at least that token is always left for the decode module. `known` are the keys of an earlier, shorter
+    prompt that this one extends (same fingerprint, salt and page size); only the keys beyond them are computed.
+
+    Raises:
+        struct.error: a token id is negative or needs more than 32 bits.
+    """
+    num_pages = max(len(prompt) - 1, 0) // page_size
+    keys = list(known[:num_pages])
+    for index in range(len(keys), num_pages):
+        tokens = prompt[index * page_size : (index + 1) * page_size]
+        content = struct.pack(f"<{page_size}I", *tokens)
+        if index == 0:
+            content = _framed(_utf8(fingerprint), _utf8(salt), content)
+        previous = keys[-1].digest if keys else b""
+        keys.append(PageKey(_digest(_framed(previous, content)), content))
+    return keys
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _framed(*parts: bytes) -> bytes:
+    """Joins so that no two lists of parts give the same bytes."""
+    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+
+
+def _utf8(text: str) -> bytes:
+    # JSON may carry half a surrogate pair in a salt; it is as good a salt as any.
+    return text.encode("utf-8", "surrogatepass")

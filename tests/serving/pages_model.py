@@ -1,0 +1,135 @@
+"""What allocator and prefix cache should do, the slow way: prefixes as plain tuples, scans instead of indexes.
+
+A prefix is (salt, *tokens), so two are the same page exactly if they are equal. pages_world.py asks both.
+"""
+
+from collections import Counter
+
+
+class PagesModel:
+    """Predicts every result; ids of newly lent pages alone are taken from the real thing, and checked."""
+
+    def __init__(self, total):
+        self.total = total
+        self.refs = Counter()
+        self.published = {}
+        self.pending = {}
+        self.owner = {}
+        self.waits = {}
+        self.last_use = {}
+        self.now = 0
+        self.num_cut_off = 0  # evictions of a page with published or pending ones behind it
+
+    @property
+    def cached(self):
+        return [page for page in self.published.values() if not self.refs[page]]
+
+    @property
+    def num_used(self):
+        return sum(count > 0 for count in self.refs.values())
+
+    @property
+    def num_free(self):
+        return self.total - self.num_used - len(self.cached)
+
+    def hits(self, prefixes):
+        return sum(prefix in self.published for prefix in prefixes)
+
+    def chain(self, prefixes):
+        found = []
+        for prefix in prefixes:
+            page = self.published.get(prefix, self.pending.get(prefix))
+            if page is None:
+                break
+            found.append(page)
+        return found
+
+    def retain(self, pages):
+        self.refs.update(pages)
+
+    def release(self, pages):
+        for page in reversed(pages):
+            assert self.refs[page] > 0
+            self.refs[page] -= 1
+            self.now += 1
+            self.last_use[page] = self.now
+
+    def allocate(self, num, lent):
+        """Takes what was lent (None: nothing), if that is right."""
+        if num > self.num_free + len(self.cached):
+            assert lent is None
+            return
+        assert lent is not None
+        while self.num_free < num:
+            self.evict_oldest()
+        assert len(set(lent)) == num == len(lent)
+        assert not any(self.refs[page] for page in lent)
+        assert not set(lent) & set(self.published.values())
+        assert 0 not in lent
+        self.retain(lent)
+
+    def reserve(self, name, prefixes, num, reservation):
+        shared = self.chain(prefixes)
+        self.retain(shared)
+        self.allocate(num - len(shared), reservation and reservation.pages[len(shared) :])
+        if reservation is None:
+            self.release(shared)
+            return
+        awaited = {page for page in shared if page in self.owner}
+        assert reservation.pages[: len(shared)] == shared
+        assert (reservation.num_hits, reservation.num_awaited) == (len(shared) - len(awaited), len(awaited))
+        if awaited:
+            self.waits[name] = awaited
+        for prefix, page in list(zip(prefixes, reservation.pages, strict=False))[len(shared) :]:
+            self.pending[prefix] = page
+            self.owner[page] = name
+
+    def publish(self, name, prefixes, pages, first, last):
+        table = list(pages)
+        for index in range(first, last):
+            prefix, page = prefixes[index], table[index]
+            if self.owner.get(page) == name:
+                self.done(page)
+            if index and self.published.get(prefixes[index - 1]) != table[index - 1]:
+                continue
+            if self.pending.get(prefix) == page:
+                del self.pending[prefix]
+            if prefix in self.pending:
+                continue
+            table[index] = self.published.setdefault(prefix, page)
+            if table[index] != page:
+                self.retain(table[index : index + 1])
+                self.release([page])
+        return table[first:last]
+
+    def done(self, page):
+        del self.owner[page]
+        self.waits = {waiter: pages - {page} for waiter, pages in self.waits.items() if pages != {page}}
+
+    def drop(self, gone):
+        """The set of those who must start anew."""
+        told, more = set(), {gone}
+        while more:
+            told |= more
+            lost = {page for page, owner in self.owner.items() if owner in told}
+            more = {waiter for waiter, pages in self.waits.items() if pages & lost} - told
+        self.waits = {waiter: pages for waiter, pages in self.waits.items() if waiter not in told}
+        for page in lost:
+            del self.owner[page]
+            for prefix in [prefix for prefix, other in self.pending.items() if other == page]:
+                self.unlink(prefix)
+        return told - {gone}
+
+    def hand_over(self, owner, heir, pages):
+        self.owner.update({page: heir for page in pages if self.owner.get(page) == owner})
+
+    def evict_oldest(self):
+        oldest = min(self.cached, key=lambda page: self.last_use[page])
+        top = next(prefix for prefix, page in self.published.items() if page == oldest)
+        self.num_cut_off += sum(prefix[: len(top)] == top for prefix in (*self.published, *self.pending)) > 1
+        self.unlink(top)
+
+    def unlink(self, top):
+        for prefixes in (self.published, self.pending):
+            for prefix in [prefix for prefix in prefixes if prefix[: len(top)] == top]:
+                del prefixes[prefix]
