@@ -158,13 +158,6 @@ def test_size_of_the_kv(shared):
     assert (kv.grown(33).capacity, kv.grown(33).length) == (64, 21)
 
 
-def test_transfer_to_the_same_devices_moves_nothing(shared):
-    kv = shared.prefill(random_tokens(7, 1, 5))
-    moved = shared.transfer(kv)
-    for old, new in zip(kv.layers, moved.layers, strict=True):
-        assert old[0].unsafe_buffer_pointer() == new[0].unsafe_buffer_pointer()
-
-
 def test_meshes_apart(tiny_folders):
     """Invariant 8: prefill and decode arrays on disjoint devices, the KV's layout what the decode step expects."""
     model = ps.load(tiny_folders["llama"])
@@ -235,3 +228,19 @@ def test_refusals(shared):
 @pytest.mark.parametrize(("size", "expected"), [(0, 16), (1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (1000, 1024)])
 def test_buckets(size, expected):
     assert bucket(size) == expected
+
+
+def test_a_moved_kv_and_its_source_are_apart(shared):
+    kv = shared.prefill([[5, 6, 7]])
+    moved, again = shared.transfer(kv), shared.prefill([[]], kv)
+    for one in (moved, again):
+        shared.decode("base", [[8]], one, donate=True)
+    logits, _ = shared.decode("base", [[8]], kv)
+    assert np.isfinite(np.asarray(logits)).all()
+
+
+def test_a_module_on_other_devices_is_refused(shared):
+    base = shared.model
+    elsewhere = base.on(ps.make_mesh([3], 1))
+    with pytest.raises(PshareError, match="other devices"):
+        shared.add_task("elsewhere", ps.DecodeModule(base.architecture, elsewhere.params, elsewhere.mesh))

@@ -2,13 +2,7 @@
 
 A tree of pages by chained key (page_keys.py), kept beside the pool's PageAllocator. The engine reserves a request's
 pages here, says which it is about to make (`pend`), publishes them once they are written, and drops whoever has gone.
-Host code; called only by the thread that owns the pool: no locks. A failed pool gets a new allocator and a new cache;
-what still holds the old ones gives its pages back to those, and harms nobody.
-
-Two rules make hits right and eviction simple. An entry is believed only if its digest, its content and the very entry
-before it are those asked for, so a hash collision is a miss. Every entry's chain is in the tree: an entry that leaves
-takes those behind it along, since no hit can reach them (a page in use then stays its holders' and is freed by them).
-Whoever holds a page should hold all pages before it; then the order of last use evicts ends before beginnings.
+Host code; called only by the thread that owns the pool: no locks.
 """
 
 from collections.abc import Collection, Hashable, Sequence
@@ -60,7 +54,15 @@ class _Entry:
 
 
 class PrefixCache:
-    """The cache of one pool. Pages are lists of ids in prompt order, `keys` those of the same prompt's full pages."""
+    """The cache of one pool. Pages are lists of ids in prompt order, `keys` those of the same prompt's full pages.
+
+    An entry is believed only if its digest, its content and the very entry before it are those asked for, so a hash
+    collision is a miss. Every entry's chain is in the tree: an entry that leaves takes those behind it along, since no
+    hit can reach them (a page in use stays its holders' then, and is free after them). Whoever holds a page should hold
+    all pages before it; then the order of last use evicts ends before beginnings, and nothing is cut off.
+
+    A failed pool gets a new allocator and a new cache: what still holds pages of the old ones gives them back to those.
+    """
 
     def __init__(self, allocator: PageAllocator, stats: CacheStats | None = None):
         self.allocator = allocator
@@ -100,7 +102,7 @@ class PrefixCache:
         came in between, or a colliding digest) or the page before is not in the tree: from there the pages are private.
         """
         for index in range(first, len(keys)):
-            parent = self._by_page.get(pages[index - 1]) if index else None
+            parent = self._before(keys, pages, index)
             if (index and parent is None) or keys[index].digest in self._entries:
                 return index - first
             self._pending.add(owner, pages[index])
@@ -126,7 +128,7 @@ class PrefixCache:
         """
         table = list(pages[:last])
         for index in range(first, last):
-            parent = self._by_page.get(table[index - 1]) if index else None
+            parent = self._before(keys, table, index)
             if parent is not None and parent.page in self._pending:
                 raise AssertionError(f"page {table[index]} was published before the page before it")
             self._pending.done(owner, table[index])
@@ -192,6 +194,13 @@ class PrefixCache:
             chain.append(entry)
             parent = entry
         return chain
+
+    def _before(self, keys: Sequence[PageKey], pages: Sequence[int], index: int) -> _Entry | None:
+        """The entry of the page before `index`; None for the first page, and where that page is private."""
+        parent = self._by_page.get(pages[index - 1]) if index else None
+        if parent is not None and parent.key != keys[index - 1]:
+            raise AssertionError(f"page {parent.page} is not the page of this prompt before page {pages[index]}")
+        return parent
 
     def _publish_one(self, key: PageKey, page: int, parent: _Entry | None) -> int:
         entry = self._entries.get(key.digest)

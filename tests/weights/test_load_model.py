@@ -237,3 +237,11 @@ def test_nothing_warns(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ps.load(tiny_folder("gemma3", tmp_path, num_hidden_layers=1))
+
+
+@pytest.mark.parametrize("eos", ["2", "</s>", True, -1, [None], [2.0], {"a": 1}, [[2]]])
+def test_end_ids_that_are_none_are_refused(tmp_path, eos):
+    folder = tiny_folder("llama", tmp_path, **SMALL)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(PshareError, match="eos_token_id"):
+        ps.load(folder)
