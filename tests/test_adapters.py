@@ -72,10 +72,9 @@ def refusal(folder: Path, model: ps.Model) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("targets", [EVERY, ("v",)], ids="".join)
-def test_ours_in_peft(base, targets, tmp_path):
+def test_ours_in_peft(base, tmp_path):
     folder, model = base
-    lora = LoraConfig(3, 1.5, targets)
+    lora = LoraConfig(3, 1.5, EVERY)
     params = random_lora(model, lora)
     write_adapter(tmp_path, lora, params, model.config)
     expected = hf_logits(load_peft(folder, tmp_path), TOKENS)
@@ -88,7 +87,7 @@ def test_ours_in_peft(base, targets, tmp_path):
         np.testing.assert_array_equal(read[path], array)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"target_modules": "all-linear"}], ids=str)
+@pytest.mark.parametrize("options", [{"use_rslora": True}, {"target_modules": "all-linear"}], ids=str)
 def test_theirs_here(base, options, tmp_path):
     folder, model = base
     settings = {"r": 5, "lora_alpha": 7, "target_modules": ["q_proj", "o_proj", "up_proj"], "lora_dropout": 0.1}

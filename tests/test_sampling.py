@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pshare_jax.sampling import SamplingParams, kept, sample
 
 VOCAB = 23
+jitted_kept = jax.jit(kept)
 
 
 def reference_kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
@@ -32,7 +33,7 @@ def reference_kept(logits: np.ndarray, temperature: float, top_k: int, top_p: fl
 
 def ours_kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
     scores = jnp.asarray(logits, jnp.float32) / temperature
-    masked = np.asarray(kept(scores, jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p)))
+    masked = np.asarray(jitted_kept(scores, jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p)))
     finite = np.isfinite(masked)
     np.testing.assert_array_equal(masked[finite], np.asarray(scores)[finite])
     return set(np.flatnonzero(finite).tolist())

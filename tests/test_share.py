@@ -1,7 +1,6 @@
 """The factorised model: prefill in pieces, KV that several tasks start from, donation, placement, refusals."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,29 +15,17 @@ from pshare_jax.mesh import kv_sharding
 from pshare_jax.model.kv import DenseKV, bucket
 from pshare_jax.share import CHUNK
 
-CHANGES = {
-    "llama": {"num_hidden_layers": 2},
-    "gemma3": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
-}
 
-
-def factorized(family: str, root: Path) -> ps.SharedModel:
-    """A tiny factorised model with a base task and a full one; Gemma's windows are shorter than every prompt here."""
-    folder = tiny_folder(family, root / "base", max_position_embeddings=1024, **CHANGES[family])
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> ps.SharedModel:
+    """A tiny factorised Gemma 3 with a base task and a full one: a layer of shared kind, windows shorter than prompts."""
+    root = tmp_path_factory.mktemp("shared")
+    layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    folder = tiny_folder("gemma3", root / "base", max_position_embeddings=1024, **layers)
     shared = ps.factorize(ps.load(folder))
     shared.add_task("base", "base")
     shared.add_task("tuned", tiny_module(folder, root / "tuned"))
     return shared
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory) -> ps.SharedModel:
-    return factorized("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module", params=CHANGES)
-def either(request, tmp_path_factory) -> ps.SharedModel:
-    return factorized(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def used(kv: DenseKV) -> list[np.ndarray]:
@@ -59,25 +46,25 @@ def split_cases() -> list[tuple[int, list[int]]]:
 
 
 @pytest.mark.parametrize(("length", "splits"), split_cases(), ids=str)
-def test_prefill_in_pieces(either, length, splits):
+def test_prefill_in_pieces(shared, length, splits):
     """The same KV in any pieces (A2-21's dense share)."""
     tokens = random_tokens(length, 2, length)
-    whole = either.prefill(tokens)
-    kv = either.prefill(tokens[:, : splits[0]])
+    whole = shared.prefill(tokens)
+    kv = shared.prefill(tokens[:, : splits[0]])
     for start, end in zip(splits, [*splits[1:], length], strict=True):
         assert kv.length == start
-        kv = either.prefill(tokens[:, start:end], kv)
+        kv = shared.prefill(tokens[:, start:end], kv)
     assert_same_kv(kv, whole)
 
 
-def test_decode_after_pieces(either):
+def test_decode_after_pieces(shared):
     """What earlier pieces left in the slots behind the newest token is never seen."""
     tokens = random_tokens(10, 2, 40)
-    kv = either.prefill(tokens[:, 15:], either.prefill(tokens[:, :15]))
-    whole = either.prefill(tokens)
+    kv = shared.prefill(tokens[:, 15:], shared.prefill(tokens[:, :15]))
+    whole = shared.prefill(tokens)
     assert kv.capacity == whole.capacity
-    logits, _ = either.decode("tuned", tokens[:, :1], kv)
-    expected, _ = either.decode("tuned", tokens[:, :1], whole)
+    logits, _ = shared.decode("tuned", tokens[:, :1], kv)
+    expected, _ = shared.decode("tuned", tokens[:, :1], whole)
     assert_close(logits, expected)
 
 

@@ -21,7 +21,7 @@ from pshare_jax.model.params import Architecture, Params
 
 KVLayers = tuple[LayerKV, ...]
 Tokens = Int[Array, "B T"] | Int[np.ndarray, "B T"]
-SUM_BLOCK = 192
+SUM_BLOCK = 64
 """Terms summed at a time in the plain forward pass, the yardstick that is compared with other implementations."""
 
 

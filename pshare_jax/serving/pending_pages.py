@@ -100,8 +100,8 @@ class PendingPages:
             raise AssertionError("awaited pages and their waiters disagree")
         if not self._waiters.keys() <= self._owner.keys() or not all(self._awaited.values()):
             raise AssertionError("a page is awaited that nobody has under way")
-        for name in () if live is None else (*self._owned, *self._awaited):
-            if name not in live:
+        for name in (*self._owned, *self._awaited):
+            if live is not None and name not in live:
                 raise AssertionError(f"{name!r} has gone, but pages are pending for it")
 
     def _remove(self, page: int) -> dict[Hashable, None]:

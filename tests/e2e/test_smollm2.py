@@ -7,6 +7,12 @@ from server_process import CHAT, TEXT, serving
 from transformers import AutoModelForCausalLM
 
 QUESTION = "What is the capital of France? Answer briefly."
+TEXT_PROMPT = (
+    "The old lighthouse had stood on the cliff for more than two hundred years. Every evening its keeper climbed the "
+    "narrow stairs, lit the lamp and wrote one line into a thick book: the weather, the ships that he had seen, and "
+    "whether anybody had come to visit. Most evenings nobody had. Then, one night in late November, a small boat without "
+    "lights came slowly out of the fog, and a voice called his name."
+)
 PROMPTS = (
     "The quick brown fox",
     "Once upon a time there was a small village by the sea, where",
@@ -34,13 +40,14 @@ def logits_of(reference, ids):
         return reference(torch.tensor([ids])).logits[0].numpy()
 
 
-@pytest.mark.parametrize("kind", ["random tokens", "chat"])
+@pytest.mark.parametrize("kind", ["text", "chat"])
 def test_logits_equal_transformers(served, reference, kind):
-    model = served.shared.model
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 128).tolist()
-    if kind == "chat":
-        ids = model.tokenizer.encode_chat([{"role": "user", "content": QUESTION}])
-    np.testing.assert_allclose(np.asarray(model.logits([ids]))[0], logits_of(reference, ids), atol=1e-4, rtol=0)
+    # Natural text: on random tokens transformers' own float32 logits are 4e-4 away from its float64 ones.
+    tokenizer = served.shared.model.tokenizer
+    chat = tokenizer.encode_chat([{"role": "user", "content": QUESTION}])
+    ids = chat if kind == "chat" else tokenizer.encode(TEXT_PROMPT)
+    ours = np.asarray(served.shared.model.logits([ids]))[0]
+    np.testing.assert_allclose(ours, logits_of(reference, ids), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -108,7 +108,7 @@ class PagesModel:
 
     def drop(self, gone):
         """The set of those who must start anew."""
-        told, more = set(), {gone}
+        told, more, lost = set(), {gone}, set()
         while more:
             told |= more
             lost = {page for page, owner in self.owner.items() if owner in told}

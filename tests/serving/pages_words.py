@@ -2,7 +2,7 @@
 
 from pshare_jax.serving.page_allocator import PageAllocator
 from pshare_jax.serving.page_keys import page_keys
-from pshare_jax.serving.prefix_cache import PrefixCache
+from pshare_jax.serving.prefix_cache import PrefixCache, Reservation
 
 SIZE = 2
 PROMPT = tuple(range(9))  # four full pages and the last prompt token
@@ -21,10 +21,16 @@ def counts(cache, live=None):
     return cache.allocator.num_free, cache.allocator.num_cached, cache.allocator.num_used
 
 
-def start(cache, owner, prompt=PROMPT, **names):
+def reserve(cache, owner, keys, num_pages) -> Reservation:
+    reservation = cache.reserve(owner, keys, num_pages)
+    assert reservation is not None
+    return reservation
+
+
+def start(cache, owner, prompt=PROMPT, **names) -> Reservation:
     """Reserves and registers a prompt, with one page more for its tail."""
     keys = keys_of(prompt, **names)
-    reservation = cache.reserve(owner, keys, len(keys) + 1)
+    reservation = reserve(cache, owner, keys, len(keys) + 1)
     cache.pend(owner, keys, reservation.pages, reservation.num_shared)
     return reservation
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pshare_jax.serving import page_keys as module
@@ -26,6 +26,7 @@ def test_the_last_prompt_token_is_always_left(page_size):
         assert len(page_keys("base", "", range(length), page_size)) == max(length - 1, 0) // page_size
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 2**32 - 1), max_size=40), st.integers(0, 40), st.sampled_from(PAGE_SIZES))
 def test_a_growing_prompt_continues_its_keys(prompt, cut, page_size):
     whole = page_keys("base", "salt", prompt, page_size)
@@ -35,6 +36,7 @@ def test_a_growing_prompt_continues_its_keys(prompt, cut, page_size):
     assert page_keys("base", "salt", prompt[:cut], page_size, whole) == earlier
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=13, max_size=13), st.integers(0, 11), st.integers(1, 9))
 def test_a_changed_token_changes_its_page_and_all_behind(prompt, place, change):
     other = list(prompt)

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from pages_words import PROMPT, SIZE, counts, finish, keys_of, new_cache, start, warm
+from pages_words import PROMPT, SIZE, counts, finish, keys_of, new_cache, reserve, start, warm
 
 from pshare_jax.serving import page_keys as keys_module
 from pshare_jax.serving.page_allocator import PageAllocator
@@ -16,7 +16,7 @@ def test_a_hit_returns_the_published_pages_held():
     cache = new_cache()
     table = warm(cache)
     assert counts(cache) == (16, 4, 0)
-    again = cache.reserve("b", keys_of(), 5)
+    again = reserve(cache, "b", keys_of(), 5)
     assert again == Reservation([*table, again.pages[4]], num_hits=4, num_awaited=0)
     assert again.num_shared == 4
     assert counts(cache) == (15, 0, 5)
@@ -27,15 +27,15 @@ def test_a_hit_ends_with_the_last_full_page_in_common(shared):
     cache = new_cache()
     table = warm(cache)
     other = PROMPT[:shared] + tuple(99 for _ in PROMPT[shared:])
-    assert cache.reserve("b", keys_of(other), 5).pages[: shared // SIZE] == table[: shared // SIZE]
+    assert reserve(cache, "b", keys_of(other), 5).pages[: shared // SIZE] == table[: shared // SIZE]
     assert cache.num_cached(keys_of(other)) == shared // SIZE
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 8, 9])
 def test_a_warm_prompt_always_leaves_its_last_token(length):
     cache = new_cache()
+    keys = keys_of(PROMPT[:length])
     for _ in range(3):
-        keys = keys_of(PROMPT[:length])
         reservation = start(cache, "a", PROMPT[:length])
         assert reservation.num_hits * SIZE <= length - 1
         finish(cache, "a", reservation, PROMPT[:length])
@@ -53,7 +53,7 @@ def test_same_salt_and_weights_hit_and_others_miss():
 
 def test_no_keys_no_lookup_and_the_pages_may_still_be_published():
     cache = new_cache()
-    reservation = cache.reserve("scored", [], 5)
+    reservation = reserve(cache, "scored", [], 5)
     assert (reservation.num_shared, len(reservation.pages)) == (0, 5)
     assert cache.publish("scored", keys_of(), reservation.pages, 0, 4) == reservation.pages[:4]
     cache.allocator.release(reservation.pages)
@@ -78,7 +78,7 @@ def test_a_reservation_that_does_not_fit_holds_and_evicts_nothing():
     assert cache.reserve("b", keys_of(), 7) is None
     assert counts(cache) == (2, 4, 0)
     assert cache.num_cached(keys_of()) == 4
-    assert len(cache.reserve("b", keys_of(), 6).pages) == 6
+    assert len(reserve(cache, "b", keys_of(), 6).pages) == 6
 
 
 # Collisions
@@ -134,7 +134,7 @@ def test_a_page_is_not_believed_behind_another_first_page_of_the_same_digest(mon
 
 def test_a_page_that_is_already_published_is_dropped_for_the_published_one():
     cache = new_cache()
-    late = cache.reserve("late", [], 5)  # bypasses the lookup
+    late = reserve(cache, "late", [], 5)  # bypasses the lookup
     table = warm(cache)
     assert cache.publish("late", keys_of(), late.pages, 0, 4) == table
     assert cache.stats.num_duplicates == 4
@@ -155,7 +155,7 @@ def test_publishing_twice_changes_nothing():
 def test_pages_pending_elsewhere_stay_private_to_who_bypassed_them():
     cache = new_cache()
     owner = start(cache, "owner")
-    other = cache.reserve("other", [], 5)
+    other = reserve(cache, "other", [], 5)
     assert cache.publish("other", keys_of(), other.pages, 0, 4) == other.pages[:4]
     assert cache.num_cached(keys_of()) == 0
     cache.allocator.release(other.pages)
@@ -236,7 +236,7 @@ def test_pages_in_use_and_pages_of_a_pending_copy_are_never_evicted():
     cache.allocator.retain(table, "transfer")
     assert cache.reserve("b", keys_of(range(20, 29)), 6) is None
     assert cache.flush() == 0
-    held = cache.reserve("b", keys_of(range(20, 29)), 5)
+    held = reserve(cache, "b", keys_of(range(20, 29)), 5)
     assert not set(held.pages) & set(table)
     cache.allocator.release(table, "transfer")
     assert counts(cache) == (0, 4, 5)
@@ -280,7 +280,7 @@ def test_flush_frees_what_nobody_holds():
     cache = new_cache()
     warm(cache)
     warm(cache, range(20, 29))
-    held = cache.reserve("b", keys_of(), 4)
+    held = reserve(cache, "b", keys_of(), 4)
     assert cache.flush() == 4
     assert counts(cache) == (16, 0, 4)
     assert (cache.num_cached(keys_of()), cache.num_cached(keys_of(range(20, 29)))) == (4, 0)

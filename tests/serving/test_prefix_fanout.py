@@ -1,7 +1,7 @@
 """prefix_cache.py and pending_pages.py: one maker a page, waiters that are told, copies that inherit."""
 
 import pytest
-from pages_words import PROMPT, counts, finish, keys_of, new_cache, start
+from pages_words import PROMPT, counts, finish, keys_of, new_cache, reserve, start
 
 
 def test_equal_prompts_at_one_instant_are_made_once():
@@ -82,7 +82,7 @@ def test_a_waiter_that_goes_troubles_nobody_unless_they_wait_for_it():
 def test_a_reservation_is_undone_by_drop_and_release():
     cache = new_cache()
     owner = start(cache, "owner")
-    taken = cache.reserve("b", keys_of(), 5)
+    taken = reserve(cache, "b", keys_of(), 5)
     assert cache.waiting("b")
     assert cache.drop("b") == []
     cache.allocator.release(taken.pages)
@@ -94,7 +94,7 @@ def test_a_reservation_is_undone_by_drop_and_release():
 def test_registration_stops_at_a_key_that_somebody_took_in_between():
     cache = new_cache()
     keys = keys_of()
-    slow, quick = cache.reserve("slow", keys, 5), cache.reserve("quick", keys[:2], 3)
+    slow, quick = reserve(cache, "slow", keys, 5), reserve(cache, "quick", keys[:2], 3)
     assert cache.pend("quick", keys[:2], quick.pages, 0) == 2
     assert cache.pend("slow", keys, slow.pages, 0) == 0
     assert cache.publish("slow", keys, slow.pages, 0, 4) == slow.pages[:4]
@@ -108,7 +108,7 @@ def test_nothing_is_registered_behind_a_page_whose_maker_has_gone():
     cache = new_cache()
     longer = (*PROMPT, 7, 7)
     owner = start(cache, "owner")
-    waiter = cache.reserve("waiter", keys_of(longer), 6)
+    waiter = reserve(cache, "waiter", keys_of(longer), 6)
     assert cache.drop("owner") == ["waiter"]
     assert cache.pend("waiter", keys_of(longer), waiter.pages, waiter.num_shared) == 0
     cache.allocator.release(waiter.pages)
