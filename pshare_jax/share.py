@@ -115,7 +115,8 @@ class DecodeModules:
         kv = kv.grown(kv.length + padded.shape[1])
         step = module.steps.decode_donating if donate else module.steps.decode
         logits, layers = step(module.params, padded, jnp.int32(kv.length), kv.layers)
-        return logits[:, : tokens.shape[1]], DenseKV(layers, length)
+        wanted = logits if padded is tokens else logits[:, : tokens.shape[1]]
+        return wanted, DenseKV(layers, length)
 
     def _module(self, source: str | Path | DecodeModule) -> DecodeModule:
         if isinstance(source, DecodeModule):

@@ -39,9 +39,9 @@ class Architecture:
         """The same decoder carrying an adapter."""
         return replace(self, build=replace(self.build, lora=lora))
 
-    def summing_in_blocks(self, block: int) -> "Architecture":
-        """The same decoder with more exact inner products (`Build.sum_block`)."""
-        return replace(self, build=replace(self.build, sum_block=block))
+    def summing_in(self, parts: int) -> "Architecture":
+        """The same decoder with its inner products summed in parts (`Build.sum_parts`)."""
+        return replace(self, build=replace(self.build, sum_parts=parts))
 
     @functools.cached_property
     def _skeleton(self) -> tuple[nnx.GraphDef, list]:
