@@ -34,7 +34,8 @@ class Ours:
     def __init__(self, source: str, context: int):
         self.shared = pshare_jax.factorize(pshare_jax.load(source, dtype="float32"))
         self.shared.add_task("base", "base")
-        self.context, self.kv = context, None
+        self.context = context
+        self.kv: Any = None
 
     def prefill(self, tokens: np.ndarray) -> np.ndarray:
         """KV of all tokens `[1, T]` and the last position's logits `[V]`."""

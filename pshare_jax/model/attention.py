@@ -46,14 +46,14 @@ def attention(
     all_scores = [scores(segment) for segment in segments]
     highest = functools.reduce(jnp.maximum, [one.max(axis=-1, keepdims=True) for one in all_scores])
     weights = [jnp.exp(one - highest) for one in all_scores]
-    total = sum(one.sum(axis=-1, keepdims=True) for one in weights)
+    total = functools.reduce(jnp.add, [one.sum(axis=-1, keepdims=True) for one in weights])
 
     def looked_up(weight: Array, segment: Segment) -> Array:
         rows = weight.astype(q.dtype).reshape(B, K, N // K * T, -1)
         return jnp.einsum("BKQS,BKSH->BKQH", rows, segment.v, preferred_element_type=jnp.float32)
 
     parts = [looked_up(weight, segment) for weight, segment in zip(weights, segments, strict=True)]
-    out = (sum(parts[1:], start=parts[0]) / total.reshape(B, K, -1, 1)).astype(q.dtype)
+    out = (functools.reduce(jnp.add, parts) / total.reshape(B, K, -1, 1)).astype(q.dtype)
     return out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 

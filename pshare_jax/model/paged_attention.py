@@ -35,13 +35,13 @@ class Rows(NamedTuple):
 
     def positions(self, num_tokens: int) -> Int[Array, "B T"]:
         """Absolute positions of the new tokens."""
-        return self.lengths[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
+        return jnp.asarray(self.lengths)[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
 
     def slots(self, num_tokens: int, page_size: int) -> Int[Array, "B T"]:
         """Slots of the new tokens; padding goes to page 0."""
         real = jnp.arange(num_tokens) < self.counts[:, None]
         positions = jnp.where(real, self.positions(num_tokens), 0)
-        return jnp.where(real, slots_of(self.page_table, positions, page_size), 0)
+        return jnp.where(real, slots_of(jnp.asarray(self.page_table), positions, page_size), 0)
 
 
 PagedAttention = Callable[[Array, Array, Array, LayerPages, Rows, int | None, float, float | None], Array]
@@ -85,7 +85,7 @@ def gathered(
         new = Segment(k.swapaxes(0, 1)[None], v.swapaxes(0, 1)[None], visible_keys(positions, positions, window))
         return attention(q[None], [old, new], scale=scale, softcap=softcap)[0]
 
-    return jax.vmap(one)(q, k, v, rows.page_table, rows.lengths)
+    return jax.vmap(one)(q, k, v, jnp.asarray(rows.page_table), jnp.asarray(rows.lengths))
 
 
 def blocked(

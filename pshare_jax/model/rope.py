@@ -35,7 +35,9 @@ class RopeConfig:
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """Radians a position for each of the `head_dim // 2` rotated pairs, float32 `[head_dim // 2]`."""
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        plain = (1.0 / np.power(np.float32(self.theta), exponents)).astype(np.float32)
+        # NumPy's float32 power differs in the last bit between CPUs: power in float64, then rounded, equals torch's.
+        powers = np.power(self.theta, exponents.astype(np.float64)).astype(np.float32)
+        plain = np.float32(1.0) / powers
         if self.type == "linear":
             return plain / np.float32(self.factor)
         if self.type == "llama3":

@@ -42,8 +42,8 @@ RETRY_SECONDS = "1"
 class Encoder(Protocol):
     """Prompts to token ids (pshare_jax.tokenizer's); a prompt it cannot encode is a PshareError."""
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text prompt."""
+    def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
+        """The ids of a text prompt; control tokens written in it are control tokens only if allowed."""
         ...
 
     def encode_chat(

@@ -1,6 +1,7 @@
 """The jitted steps: what they compile to (values are tested in test_generate.py and test_share.py)."""
 
 import re
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,8 @@ def test_a_donated_decode_step_copies_no_cache(tiny_folders, family):
     model = ps.load(tiny_folders[family])
     kv = ps.PrefillModule(model).prefill(np.ones((1, 100), np.int32))
     token, start = np.ones((1, 1), np.int32), jnp.int32(100)
-    compiled = model.steps.decode_donating.lower(model.params, token, start, kv.layers).compile().as_text()
+    step: Any = model.steps.decode_donating
+    compiled = step.lower(model.params, token, start, kv.layers).compile().as_text()
     shape = ",".join(map(str, kv.layers[0][0].shape))
     assert f"f32[{shape}]" in compiled
     assert re.findall(rf"= f32\[{shape}\]\S* copy\(", compiled) == []
