@@ -31,6 +31,7 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 KV_SPEC = PartitionSpec(None, MODEL, None, None)
 PAGES_SPEC = PartitionSpec(MODEL, None, None, None)
+CONTENT_SPEC = PartitionSpec(None, None, MODEL, None, None, None)
 
 
 def virtual_cpu_devices(count: int) -> None:
@@ -81,6 +82,11 @@ def kv_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
 def pages_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
     """The sharding of `[kv_heads, pages, page_size, head_dim]` pages: by heads, as `kv_sharding`."""
     return NamedSharding(mesh, REPLICATED if config.num_kv_heads % mesh.shape[MODEL] else PAGES_SPEC)
+
+
+def content_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
+    """The sharding of `[layers, 2, kv_heads, pages, page_size, head_dim]` content of pages: by heads, as the pages."""
+    return NamedSharding(mesh, REPLICATED if config.num_kv_heads % mesh.shape[MODEL] else CONTENT_SPEC)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -48,7 +48,8 @@ class Single:
 
 @pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda heads: f"{heads} kv heads")
 def single(request, tmp_path_factory) -> Single:
-    changes = {"num_key_value_heads": request.param, "num_hidden_layers": 2}
+    # Weights of std 0.1, as for all parity of values: wider ones magnify the order of sums, which tp changes.
+    changes = {"num_key_value_heads": request.param, "num_hidden_layers": 2, "std": 0.1}
     folder = tiny_folder("llama", tmp_path_factory.mktemp("tp"), **changes)
     shared = ps.factorize(ps.load(folder))
     shared.add_task("base", "base")
@@ -70,8 +71,9 @@ def test_every_pair_of_degrees(single, prefill_tp, decode_tp):
     shared.add_task("base", "base")
     kv = shared.prefill([single.prompt[:-1]])
     moved = shared.transfer(kv)
+    np.testing.assert_array_equal(used(moved), used(kv))
     for side, tp in ((kv, prefill_tp), (moved, decode_tp)):
-        np.testing.assert_allclose(used(side), single.kv, atol=1e-5)
+        np.testing.assert_allclose(used(side), single.kv, rtol=0, atol=1e-5)
         heads = shared.config.num_kv_heads
         assert shares(side.layers) == {1 / tp if heads % tp == 0 else 1.0}
         assert {x.sharding for x in jax.tree.leaves(side.layers)} == {

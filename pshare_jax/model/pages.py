@@ -6,15 +6,16 @@ that JAX's GPU paged-attention kernel takes. A slot is page * page_size + offset
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from pshare_jax.mesh import pages_sharding
+from pshare_jax.mesh import content_sharding, pages_sharding
 from pshare_jax.model.config import ModelConfig
 
 LayerPages = tuple[Float[Array, "K P page H"], Float[Array, "K P page H"]]
 KVPages = tuple[LayerPages, ...]
-PageContent = tuple[tuple[Float[Array, "K n page H"], Float[Array, "K n page H"]], ...]
+PageContent = Float[Array, "L 2 K n page H"]
+"""What n pages hold, in one array: keys and values of every layer. It is what travels between pools."""
 
 
 def empty_pages(config: ModelConfig, num_pages: int, page_size: int, dtype: str, mesh: Mesh) -> KVPages:
@@ -24,6 +25,12 @@ def empty_pages(config: ModelConfig, num_pages: int, page_size: int, dtype: str,
     return tuple(
         (jnp.zeros(shape, dtype, device=sharding), jnp.zeros(shape, dtype, device=sharding)) for _ in config.layers
     )
+
+
+def page_bytes(config: ModelConfig, page_size: int, dtype: str) -> int:
+    """Bytes of one page over all layers (logical: replicas on a mesh count once)."""
+    tokens_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    return page_size * tokens_bytes
 
 
 def slots_of(page_table: Int[Array, "B M"], positions: Int[Array, "B T"], page_size: int) -> Int[Array, "B T"]:
@@ -55,13 +62,35 @@ def write_slots(
     return put(layer[0], k), put(layer[1], v)
 
 
-@jax.jit
-def gather_pages(pool: KVPages, ids: Int[Array, "n"]) -> PageContent:
-    """The content of the pages `ids` of every layer, for a transfer; padding ids are 0."""
-    return jax.tree.map(lambda pages: pages[:, ids], pool)
+def gather_pages(pages: KVPages, ids: Int[Array, "n"]) -> PageContent:
+    """The content of the pages `ids` of every layer; padding ids are 0."""
+    return jnp.stack([jnp.stack([part[:, ids] for part in layer]) for layer in pages])
 
 
-@jax.jit(donate_argnums=0)
-def scatter_pages(pool: KVPages, ids: Int[Array, "n"], content: PageContent) -> KVPages:
-    """Put transferred pages into the pool in place; `content` comes from `gather_pages`, padding goes to page 0."""
-    return jax.tree.map(lambda pages, new: pages.at[:, ids].set(new), pool, content)
+def scatter_pages(pages: KVPages, ids: Int[Array, "n"], content: PageContent) -> KVPages:
+    """Put content into the pages `ids`; padding goes to page 0."""
+    return tuple(
+        (keys.at[:, ids].set(new[0]), values.at[:, ids].set(new[1]))
+        for (keys, values), new in zip(pages, content, strict=True)
+    )
+
+
+def fill_pages(pages: KVPages, ids: Int[Array, "n"], value: Float[Array, ""]) -> KVPages:
+    """Put one number into all of the pages `ids` (debug mode: NaN into freed pages)."""
+    return jax.tree.map(lambda part: part.at[:, ids].set(value.astype(part.dtype)), pages)
+
+
+def place_content(content: PageContent, config: ModelConfig, mesh: Mesh) -> PageContent:
+    """Content on the pool's mesh in the pool's own sharding, by one `jax.device_put`; always an array of its own."""
+    return jax.device_put(content, content_sharding(config, mesh), may_alias=False)
+
+
+def content_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[int, ...]:
+    """The shape of `num_pages` pages' content."""
+    return (config.num_layers, 2, config.num_kv_heads, num_pages, page_size, config.head_dim)
+
+
+def pages_out(config: ModelConfig, mesh: Mesh) -> tuple[tuple[NamedSharding, NamedSharding], ...]:
+    """The shardings of a pool's arrays, for `jax.jit(out_shardings=...)`."""
+    sharding = pages_sharding(config, mesh)
+    return tuple((sharding, sharding) for _ in config.layers)

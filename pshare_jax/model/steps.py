@@ -57,11 +57,8 @@ def steps(architecture: Architecture, mesh: Mesh) -> Steps:
         attend = cached_attend(config, start)
         return architecture.bind(params).prefill(tokens, _positions(tokens, start), attend, kv)
 
-    one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    one_row = architecture.summing_in(ONE_ROW_PARTS) if one_cpu else architecture
-
     def decode(params: Params, tokens: Array, start: Array, kv: KVLayers) -> tuple[Array, KVLayers]:
-        decoder = (one_row if tokens.size == 1 else architecture).bind(params)
+        decoder = decode_architecture(architecture, mesh, tokens.size).bind(params)
         hidden, kv = decoder(tokens, _positions(tokens, start), cached_attend(config, start), kv)
         return decoder.logits(hidden), kv
 
@@ -72,6 +69,12 @@ def steps(architecture: Architecture, mesh: Mesh) -> Steps:
         decode=jax.jit(decode, out_shardings=(whole, kv_out)),
         decode_donating=jax.jit(decode, out_shardings=(whole, kv_out), donate_argnums=3),
     )
+
+
+def decode_architecture(architecture: Architecture, mesh: Mesh, num_tokens: int) -> Architecture:
+    """How a decode step over that many tokens is computed fastest on this mesh."""
+    one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    return architecture.summing_in(ONE_ROW_PARTS) if one_cpu and num_tokens == 1 else architecture
 
 
 def _positions(tokens: Array, start: Array | int) -> Int[Array, "B T"]:

@@ -246,7 +246,8 @@ def llama3_scaling(path: Path, factors: np.ndarray, theta: float, max_len: int) 
     factors = np.asarray(factors, dtype=np.float64)
     if np.allclose(factors, 1.0, rtol=0, atol=1e-5):
         return None
-    factor = float(str(np.float32(factors.max())))
+    # As exact as the divisors are: theirs may be a last bit off, people write 8.0.
+    factor = float(f"{factors.max():.6g}")
     lengths = [8192, *(2**k for k in range(4, 21) if 2**k <= max_len and 2**k != 8192)]
     for low, high in ((1.0, 4.0), (1.0, 2.0), (1.0, 8.0)):
         for length in lengths:

@@ -7,9 +7,10 @@ import pytest
 from tiny import FAMILIES, tiny_folder
 
 import pshare_jax as ps
-from pshare_jax.mesh import make_mesh
+from pshare_jax.mesh import make_mesh, pages_sharding
 from pshare_jax.model.paged_attention import Rows, blocked, gathered, paged_attend
-from pshare_jax.model.pages import empty_pages, gather_pages, scatter_pages
+from pshare_jax.model.paged_steps import page_moves
+from pshare_jax.model.pages import empty_pages, place_content
 
 TOTAL = 70
 
@@ -77,11 +78,14 @@ def test_blocked_equals_gathered(model):
 
 def test_pages_move_between_pools_of_other_tp_degrees(tiny_folders):
     model = ps.load(tiny_folders["llama"])
-    pools = [empty_pages(model.config, 9, 4, "float32", mesh) for mesh in (make_mesh([0, 1], 2), make_mesh([4], 1))]
-    source = jax.tree.map(lambda x: jax.device_put(jax.random.normal(jax.random.key(7), x.shape), x.sharding), pools[0])
+    meshes = make_mesh([0, 1], 2), make_mesh([4], 1)
+    empty, target = (empty_pages(model.config, 9, 4, "float32", mesh) for mesh in meshes)
+    source = jax.tree.map(lambda x: jax.device_put(jax.random.normal(jax.random.key(7), x.shape), x.sharding), empty)
     ids, target_ids = np.array([3, 5, 0, 0], np.int32), np.array([7, 2, 0, 0], np.int32)
-    content = jax.device_put(gather_pages(source, ids), pools[1][0][0].sharding)
-    moved = scatter_pages(pools[1], target_ids, content)
-    for (k, _), (moved_k, _) in zip(source, moved, strict=True):
-        np.testing.assert_array_equal(np.asarray(moved_k)[:, [7, 2]], np.asarray(k)[:, [3, 5]])
-        np.testing.assert_array_equal(np.asarray(moved_k)[:, [1, 3, 4, 5, 6, 8]], 0)
+    content = place_content(page_moves(model.config, meshes[0]).take(source, ids), model.config, meshes[1])
+    moved = page_moves(model.config, meshes[1]).put(target, target_ids, content)
+    for before, after in zip(source, moved, strict=True):
+        for part, moved_part in zip(before, after, strict=True):
+            assert moved_part.sharding == pages_sharding(model.config, meshes[1])
+            np.testing.assert_array_equal(np.asarray(moved_part)[:, [7, 2]], np.asarray(part)[:, [3, 5]])
+            np.testing.assert_array_equal(np.asarray(moved_part)[:, [1, 3, 4, 5, 6, 8]], 0)

@@ -1,0 +1,74 @@
+"""The jitted steps over a pool of KV pages: prefill, decode, and pages in and out. Called by the serving workers.
+
+Pages are donated and keep their sharding, so a pool is written in place and steps of equal shapes share one compilation,
+whatever the rows' lengths. Metadata (`Rows`, page ids) is built in NumPy.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from pshare_jax.mesh import content_sharding, replicated
+from pshare_jax.model.config import ModelConfig
+from pshare_jax.model.paged_attention import Rows, blocked, paged_attend
+from pshare_jax.model.pages import KVPages, PageContent, fill_pages, gather_pages, pages_out, scatter_pages
+from pshare_jax.model.params import Architecture, Params
+from pshare_jax.model.steps import decode_architecture
+
+
+@dataclass(frozen=True)
+class PagedSteps:
+    """Jitted on first use for each shape. All donate the pages they are given."""
+
+    prefill: Callable[[Params, Any, Rows, KVPages], tuple[Int[Array, ""], KVPages]]
+    """(params, tokens [B, T], rows, pages) -> (a number that is there when the step is done, pages)."""
+    decode: Callable[[Params, Any, Rows, KVPages], tuple[Float[Array, "B V"], KVPages]]
+    """(params, tokens [B, 1], rows, pages) -> (logits of the next token in float32, pages)."""
+
+
+@dataclass(frozen=True)
+class PageMoves:
+    """Pages out of a pool, into it, and (debug mode) overwritten. `put` and `fill` donate the pages they are given."""
+
+    take: Callable[[KVPages, Any], PageContent]
+    put: Callable[[KVPages, Any, PageContent], KVPages]
+    fill: Callable[[KVPages, Any, Any], KVPages]
+
+
+@functools.cache
+def paged_steps(architecture: Architecture, mesh: Mesh) -> PagedSteps:
+    """The steps of an architecture on a mesh; equal arguments share their compilations."""
+    config, whole = architecture.config, replicated(mesh)
+    out = pages_out(config, mesh)
+
+    def prefill(params: Params, tokens: Int[Array, "B T"], rows: Rows, pages: KVPages) -> tuple[Array, KVPages]:
+        positions, attend = rows.positions(tokens.shape[1]), paged_attend(config, rows, blocked)
+        pages = architecture.bind(params).prefill(tokens, positions, attend, pages)
+        return jnp.sum(jnp.asarray(rows.counts)), pages
+
+    def decode(params: Params, tokens: Int[Array, "B 1"], rows: Rows, pages: KVPages) -> tuple[Array, KVPages]:
+        decoder = decode_architecture(architecture, mesh, tokens.size).bind(params)
+        hidden, pages = decoder(tokens, rows.positions(1), paged_attend(config, rows, blocked), pages)
+        return decoder.logits(hidden)[:, 0], pages
+
+    return PagedSteps(
+        prefill=jax.jit(prefill, out_shardings=(whole, out), donate_argnums=3),
+        decode=jax.jit(decode, out_shardings=(whole, out), donate_argnums=3),
+    )
+
+
+@functools.cache
+def page_moves(config: ModelConfig, mesh: Mesh) -> PageMoves:
+    """The moves of pools of this config on a mesh."""
+    out = pages_out(config, mesh)
+    return PageMoves(
+        take=jax.jit(gather_pages, out_shardings=content_sharding(config, mesh)),
+        put=jax.jit(scatter_pages, out_shardings=out, donate_argnums=0),
+        fill=jax.jit(fill_pages, out_shardings=out, donate_argnums=0),
+    )
