@@ -17,6 +17,7 @@ from pshare_jax.errors import PshareError
 from pshare_jax.mesh import check_tensor_parallel, make_mesh, parameter_sharding, same_devices
 from pshare_jax.model.config import ModelConfig, text_config
 from pshare_jax.model.layers import Build
+from pshare_jax.model.paged_steps import PagedSteps, paged_steps
 from pshare_jax.model.params import Architecture, Params
 from pshare_jax.model.steps import Steps, steps
 from pshare_jax.tokenizer import Tokenizer
@@ -51,6 +52,11 @@ class Model:
     def steps(self) -> Steps:
         """The jitted steps of this model's architecture on its mesh."""
         return steps(self.architecture, self.mesh)
+
+    @property
+    def paged(self) -> PagedSteps:
+        """The jitted steps over pages of KV."""
+        return paged_steps(self.architecture, self.mesh)
 
     def logits(self, tokens: Any) -> Float[Array, "B T V"]:
         """Plain forward pass over int tokens `[B, T]`: next-token logits of every position, in float32."""

@@ -17,6 +17,7 @@ from pshare_jax.adapters import read_adapter, write_adapter
 from pshare_jax.errors import PshareError
 from pshare_jax.load import Model
 from pshare_jax.model.config import ModelConfig
+from pshare_jax.model.paged_steps import PagedSteps, paged_steps
 from pshare_jax.model.params import Architecture, Params
 from pshare_jax.model.steps import Steps, steps
 from pshare_jax.weights.fingerprint import model_fingerprint
@@ -41,6 +42,11 @@ class DecodeModule:
     def steps(self) -> Steps:
         """The jitted steps of this module's architecture on its mesh."""
         return steps(self.architecture, self.mesh)
+
+    @property
+    def paged(self) -> PagedSteps:
+        """The jitted steps over pages of KV."""
+        return paged_steps(self.architecture, self.mesh)
 
 
 @dataclass(frozen=True)
@@ -124,8 +130,14 @@ def _card_faults(content: Mapping[str, Any]) -> list[str]:
 
 
 def load_module(folder: str | Path, base: Model, *, prefill: Prefill = "base") -> DecodeModule:
-    """The decode module in `folder` on the base's mesh; refused if made for another base, tokenizer or prefill."""
+    """The decode module in `folder` on the base's mesh; refused if made for another base, tokenizer or prefill.
+
+    With `prefill` "own" (the isolated baseline: the module's own weights make its KV) any full fine-tune of the base's
+    architecture will do, and so will a module that was trained on the base's KV.
+    """
     folder = Path(folder)
+    if prefill == "own" and folder.is_dir() and not (folder / CARD).exists():
+        return _load_full(folder, base)
     card = read_card(folder)
     _check_card(card, folder, base, prefill)
     if card.kind == "lora":
@@ -144,9 +156,9 @@ def _check_card(card: Card, folder: Path, base: Model, prefill: Prefill) -> None
         theirs = getattr(card, name)
         if theirs != ours:
             raise PshareError(f"{folder} was made for {what} ({name} {theirs[:12]}, this base has {ours[:12]}).")
-    if card.prefill != prefill:
+    if card.prefill == "own" and prefill == "base":
         raise PshareError(
-            f"{folder} was trained with prefill '{card.prefill}', but here the KV comes from prefill '{prefill}'."
+            f"{folder} was trained with prefill 'own', but here the KV comes from the base: it would answer wrongly."
         )
 
 

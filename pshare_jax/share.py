@@ -19,7 +19,7 @@ from pshare_jax.load import Model, checked_tokens
 from pshare_jax.mesh import kv_sharding, same_devices
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.kv import DenseKV, bucket
-from pshare_jax.modules import DecodeModule, load_module
+from pshare_jax.modules import DecodeModule, Prefill, load_module
 
 CHUNK = 512
 """Tokens a prefill step at most: bounds the shapes that are compiled and the memory of attention scores."""
@@ -64,10 +64,14 @@ class PrefillModule:
 
 
 class DecodeModules:
-    """All tasks of one decode mesh. The base's weights are there once, whatever the number of tasks that use them."""
+    """All tasks of one decode mesh. The base's weights are there once, whatever the number of tasks that use them.
 
-    def __init__(self, model: Model, mesh: Mesh | None = None):
+    `prefill` is whose KV the tasks decode from: the base's, or (the isolated baseline) each task's own.
+    """
+
+    def __init__(self, model: Model, mesh: Mesh | None = None, prefill: Prefill = "base"):
         self.model = model if mesh is None else model.on(mesh)
+        self._prefill: Prefill = prefill
         self._tasks: dict[str, DecodeModule] = {}
 
     @property
@@ -125,7 +129,7 @@ class DecodeModules:
             return source
         if source == "base":
             return DecodeModule(self.model.architecture, self.model.params, self.model.mesh)
-        return load_module(source, self.model)
+        return load_module(source, self.model, prefill=self._prefill)
 
 
 class SharedModel:

@@ -58,18 +58,23 @@ class Served:
 
     def ask(self, path, **body):
         """(text, finish reason, completion tokens), streamed or not as `body` says."""
+        return self.answer(path, **body)[0]
+
+    def answer(self, path, **body):
+        """The same, and the usage object."""
         body = {"model": "chat", "temperature": 0, **body}
         if not body.get("stream"):
             answer = self.client.post(path, json=body).json()
             choice = answer["choices"][0]
             text = choice["message"]["content"] if path == CHAT else choice["text"]
-            return text, choice["finish_reason"], answer["usage"]["completion_tokens"]
+            return (text, choice["finish_reason"], answer["usage"]["completion_tokens"]), answer["usage"]
         lines = self.client.post(path, json={**body, "stream_options": {"include_usage": True}}).text.split("\n\n")
         assert lines[-2:] == ["data: [DONE]", ""]
         chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
         choices = [chunk["choices"][0] for chunk in chunks[:-1]]
         text = "".join(c["delta"].get("content", "") if path == CHAT else c["text"] for c in choices)
-        return text, choices[-1]["finish_reason"], chunks[-1]["usage"]["completion_tokens"]
+        usage = chunks[-1]["usage"]
+        return (text, choices[-1]["finish_reason"], usage["completion_tokens"]), usage
 
 
 @contextmanager

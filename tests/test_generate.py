@@ -143,6 +143,97 @@ def test_sampling_is_a_function_of_seed_and_choice(made):
     assert draw(top_k=1) == ps.generate(made.shared, "base", prompt, max_new_tokens=NEW, stop_ids=())
 
 
+def forced_logits(shared: ps.SharedModel, prompt: list[int], ids: list[int]) -> np.ndarray:
+    """Float64 logits `[len(ids), V]` that each of these new ids was chosen from, all in one step."""
+    kv = shared.transfer(shared.prefill([prompt[:-1]]))
+    return np.asarray(shared.decode("base", [[prompt[-1], *ids[:-1]]], kv)[0][0], np.float64)
+
+
+PENALTIES: tuple[dict[str, Any], ...] = (
+    {"presence_penalty": 10.3, "logit_bias": ((7, 40.0), (9, 35.0))},
+    {"frequency_penalty": 7.1, "logit_bias": ((7, 40.0), (9, 35.0))},
+    {"frequency_penalty": -6.0},
+    {"presence_penalty": -6.0},
+    {"repetition_penalty": 4.0},
+    {"repetition_penalty": 0.3},
+    {"logit_bias": ((7, 30.0), (9, 29.5))},
+    # So large that the logits of 7 and 9 do not matter: 7, then 9 only because both penalties come together. When both
+    # are used up, some of the many prompt tokens would be next without the repetition penalty.
+    {
+        "presence_penalty": 100.0,
+        "frequency_penalty": 200.0,
+        "repetition_penalty": 4.0,
+        "logit_bias": ((7, 600.0), (9, 200.0), (9, 150.0)),
+    },
+)
+
+
+@pytest.mark.parametrize("options", PENALTIES)
+def test_penalties(made, options):
+    """Greedy ids are the best adjusted scores, recomputed in NumPy from the logits of the whole answer."""
+    prompt, sampling = [7, *random_tokens(6, 250).tolist()], ps.SamplingParams(**options)
+    rollout = ps.rollout(made.shared, "base", prompt, max_new_tokens=12, sampling=sampling, stop_ids=())
+    for i, logits in enumerate(forced_logits(made.shared, prompt, rollout.ids)):
+        scores = logits.copy()
+        for token in range(len(scores)):
+            if token in prompt or token in rollout.ids[:i]:
+                factor = sampling.repetition_penalty
+                scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
+            count = rollout.ids[:i].count(token)
+            scores[token] -= sampling.frequency_penalty * count + sampling.presence_penalty * (count > 0)
+            scores[token] += sum(bias for named, bias in sampling.logit_bias if named == token)
+        assert rollout.smallest_gap > 1e-4
+        assert rollout.ids[i] == scores.argmax()
+        assert np.sort(scores)[-1] - np.sort(scores)[-2] > rollout.smallest_gap - 1e-4
+    for name in options:
+        without = ps.SamplingParams(**{key: value for key, value in options.items() if key != name})
+        assert rollout.ids != ps.generate(
+            made.shared, "base", prompt, max_new_tokens=12, sampling=without, stop_ids=()
+        ), f"{name} has no effect here"
+
+
+def test_logprobs_are_those_of_the_raw_logits(made):
+    prompt = random_tokens(7, 25).tolist()
+    sampling = ps.SamplingParams(1.3, top_k=9, seed=2, frequency_penalty=1.5, repetition_penalty=1.6)
+    rollout = ps.rollout(made.shared, "base", prompt, max_new_tokens=8, sampling=sampling, stop_ids=())
+    logits = forced_logits(made.shared, prompt, rollout.ids)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(rollout.logprobs, expected[range(8), rollout.ids], rtol=0, atol=1e-4)
+
+
+def test_min_tokens(made):
+    """The stop ids cannot come before; what comes instead is the next best."""
+    prompt = random_tokens(8, 20).tolist()
+
+    def ids(stops: Any, min_tokens: int = 0) -> list[int]:
+        return ps.generate(made.shared, "base", prompt, max_new_tokens=NEW, stop_ids=stops, min_tokens=min_tokens)
+
+    first = ids(())[0]
+    assert ids([first]) == [first]
+    held_back = ids([first, -1, 10**9], NEW - 1)
+    assert first not in held_back[: NEW - 1]
+    assert len(held_back) == NEW
+    logits = forced_logits(made.shared, prompt, held_back)
+    logits[:, first] = -np.inf
+    assert held_back[:-1] == logits.argmax(-1).tolist()[:-1]
+    assert ids([], NEW) == ids(())
+    assert ids([first], 1)[0] == held_back[0]
+
+
+def test_a_repetition_penalty_needs_the_context(made):
+    prompt, sampling = random_tokens(9, 20).tolist(), ps.SamplingParams(repetition_penalty=3.0)
+    kv = made.shared.transfer(made.shared.prefill([prompt[:-1]]))
+    with pytest.raises(PshareError, match="a repetition penalty needs the tokens of the KV: context_ids has 0 of 19"):
+        ps.continue_from(made.shared, "base", kv, prompt[-1], NEW, sampling)
+    given = ps.continue_from(made.shared, "base", kv, prompt[-1], NEW, sampling, (), context_ids=prompt[:-1])
+    assert given == ps.rollout(made.shared, "base", prompt, max_new_tokens=NEW, sampling=sampling, stop_ids=())
+
+
+def test_a_bias_for_no_token(made):
+    with pytest.raises(PshareError, match="logit_bias names token 320, but token ids are 0 to 319"):
+        ps.generate(made.shared, "base", [1], max_new_tokens=1, sampling=ps.SamplingParams(logit_bias=((320, 1.0),)))
+
+
 @pytest.mark.parametrize(
     ("prompt", "count", "message"),
     [

@@ -169,15 +169,62 @@ def test_another_tokenizer_or_template(made, full):
     assert "another chat template" in refusal(full, made.base)
 
 
-def test_prefill_own(made, full):
+def test_trained_on_its_own_prefill(made, full):
+    """It is refused where the KV is the base's, and only there."""
     ps.save_module(full, base_module(made.base), made.base, prefill="own")
-    assert "trained with prefill 'own', but here the KV comes from prefill 'base'" in refusal(full, made.base)
-    ps.load_module(full, made.base, prefill="own")
-    assert "trained with prefill 'base'" in refusal(made.full, made.base, prefill="own")
+    assert "trained with prefill 'own', but here the KV comes from the base" in refusal(full, made.base)
     shared = ps.factorize(made.base)
     with pytest.raises(PshareError, match="trained with prefill 'own'"):
         shared.add_task("own", full)
     assert shared.tasks == ()
+    ps.load_module(full, made.base, prefill="own")
+    decode = ps.DecodeModules(made.base, prefill="own")
+    decode.add_task("own", full)
+    assert decode.tasks == ("own",)
+
+
+def test_own_prefill_takes_modules_of_the_bases_prefill_too(made):
+    """The baseline compares the very same weights."""
+    for folder in (made.full, made.lora):
+        shared, own = ps.load_module(folder, made.base), ps.load_module(folder, made.base, prefill="own")
+        assert own.architecture == shared.architecture
+        for path, array in shared.params.items():
+            np.testing.assert_array_equal(own.params[path], array)
+
+
+def test_own_prefill_takes_any_full_fine_tune(made, full):
+    """An ordinary Hugging Face folder has no card; its weights make their own KV, so nothing can be wrong with it."""
+    expected = ps.load_module(full, made.base).params
+    (full / CARD).unlink()
+    assert f"has no {CARD}" in refusal(full, made.base)
+    loaded = ps.load_module(full, made.base, prefill="own")
+    assert loaded.architecture == made.base.architecture
+    for path, array in expected.items():
+        np.testing.assert_array_equal(loaded.params[path], array)
+    decode = ps.DecodeModules(made.base, prefill="own")
+    decode.add_task("tuned", full)
+    with pytest.raises(PshareError, match=f"has no {CARD}"):
+        ps.DecodeModules(made.base).add_task("tuned", full)
+    # The base's own folder is such a fine-tune as well, and costs no second copy.
+    assert ps.load_module(made.folder, made.base, prefill="own").params is made.base.params
+
+
+def test_own_prefill_still_refuses_what_does_not_fit(made, full, tmp_path):
+    def own(folder: Path | str, base: ps.Model = made.base) -> str:
+        return refusal(folder, base, prefill="own")
+
+    assert "no decode module folder" in own("nowhere/to/be/found")
+    other = ps.load(tiny_folder("llama", tmp_path / "other", seed=1, **SMALL))
+    assert "made for another base" in own(made.full, other)
+    assert "another architecture" in own(tiny_folder("llama", tmp_path / "deeper", num_hidden_layers=3))
+    edit_json(full / CARD, tokenizer="0" * 64)
+    assert "another tokenizer" in own(full)
+    # An adapter without a card does not say which base it belongs to.
+    adapter = tiny_module(made.folder, tmp_path / "adapter", kind="lora")
+    (adapter / CARD).unlink()
+    assert str(adapter) in own(adapter)
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in own(tmp_path / "empty")
 
 
 def test_ordinary_fine_tune(made):

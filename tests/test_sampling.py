@@ -39,13 +39,15 @@ def ours_kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float, 
     return set(np.flatnonzero(finite).tolist())
 
 
-def is_borderline(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> bool:
-    """Whether rounding decides: a cumulated mass or a ratio within 1e-5 of a limit."""
+def is_borderline(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float, margin: float = 1e-5
+) -> bool:
+    """Whether rounding decides: a cumulated mass or a ratio within `margin` of a limit that is on."""
     scores = np.sort(logits.astype(np.float64) / temperature)[::-1]
     weights = np.exp(scores - scores[0])[: top_k or None]
     shares = weights / weights.sum()
-    mass = np.cumsum(shares)
-    return bool(np.any(np.abs(mass - top_p) < 1e-5) or np.any(np.abs(weights - min_p) < 1e-5))
+    near_mass = np.any(np.abs(np.cumsum(shares) - top_p) < margin) and top_p < 1
+    return bool(near_mass or (np.any(np.abs(weights - min_p) < margin) and min_p > 0))
 
 
 @settings(max_examples=150, deadline=None)
@@ -59,9 +61,36 @@ def is_borderline(logits: np.ndarray, temperature: float, top_k: int, top_p: flo
 def test_masks(seed, temperature, top_k, top_p, min_p):
     logits = np.random.default_rng(seed).normal(0, 2, VOCAB).astype(np.float32)
     arguments = (logits, temperature, top_k, top_p, min_p)
-    if top_p < 1 and is_borderline(*arguments):
+    if is_borderline(*arguments):
         return
     assert ours_kept(*arguments) == reference_kept(*arguments)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        (0, 0.5, 0.0),
+        (0, 0.97, 0.0),
+        (1023, 1.0, 0.0),
+        (1024, 1.0, 0.0),
+        (1025, 1.0, 0.0),
+        (1024, 0.9999, 0.0),
+        (2500, 0.3, 0.0),
+        (2500, 0.9, 0.0),
+        (0, 1.0, 0.001),
+        (0, 1.0, 0.5),
+        (4000, 0.999, 0.01),
+    ],
+)
+def test_masks_of_a_large_vocabulary(limits):
+    """Where the best 1024 tokens are enough, and where they are not."""
+    compared = 0
+    for seed, spread in enumerate((0.1, 1.0, 1.0, 2.0, 6.0)):
+        logits = np.random.default_rng(seed).normal(0, spread, 3000).astype(np.float32)
+        if not is_borderline(logits, 1.0, *limits, margin=1e-6):
+            assert ours_kept(logits, 1.0, *limits) == reference_kept(logits, 1.0, *limits)
+            compared += 1
+    assert compared > 1
 
 
 def test_ties_keep_the_lower_id():

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pshare_jax.mesh import content_sharding, replicated
 from pshare_jax.model.config import ModelConfig
-from pshare_jax.model.paged_attention import Rows, blocked, paged_attend
+from pshare_jax.model.paged_attention import PagedAttention, Rows, blocked, paged_attend
 from pshare_jax.model.pages import KVPages, PageContent, fill_pages, gather_pages, pages_out, scatter_pages
 from pshare_jax.model.params import Architecture, Params
 from pshare_jax.model.steps import decode_architecture
@@ -42,19 +42,19 @@ class PageMoves:
 
 
 @functools.cache
-def paged_steps(architecture: Architecture, mesh: Mesh) -> PagedSteps:
-    """The steps of an architecture on a mesh; equal arguments share their compilations."""
+def paged_steps(architecture: Architecture, mesh: Mesh, look_up: PagedAttention = blocked) -> PagedSteps:
+    """The steps of an architecture on a mesh, with this attention; equal arguments share their compilations."""
     config, whole = architecture.config, replicated(mesh)
     out = pages_out(config, mesh)
 
     def prefill(params: Params, tokens: Int[Array, "B T"], rows: Rows, pages: KVPages) -> tuple[Array, KVPages]:
-        positions, attend = rows.positions(tokens.shape[1]), paged_attend(config, rows, blocked)
+        positions, attend = rows.positions(tokens.shape[1]), paged_attend(config, rows, look_up)
         pages = architecture.bind(params).prefill(tokens, positions, attend, pages)
         return jnp.sum(jnp.asarray(rows.counts)), pages
 
     def decode(params: Params, tokens: Int[Array, "B 1"], rows: Rows, pages: KVPages) -> tuple[Array, KVPages]:
         decoder = decode_architecture(architecture, mesh, tokens.size).bind(params)
-        hidden, pages = decoder(tokens, rows.positions(1), paged_attend(config, rows, blocked), pages)
+        hidden, pages = decoder(tokens, rows.positions(1), paged_attend(config, rows, look_up), pages)
         return decoder.logits(hidden)[:, 0], pages
 
     return PagedSteps(

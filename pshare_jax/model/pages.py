@@ -6,6 +6,7 @@ that JAX's GPU paged-attention kernel takes. A slot is page * page_size + offset
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
@@ -16,6 +17,8 @@ LayerPages = tuple[Float[Array, "K P page H"], Float[Array, "K P page H"]]
 KVPages = tuple[LayerPages, ...]
 PageContent = Float[Array, "L 2 K n page H"]
 """What n pages hold, in one array: keys and values of every layer. It is what travels between pools."""
+HostContent = Float[np.ndarray, "L 2 K n page H"]
+"""The same in host memory."""
 
 
 def empty_pages(config: ModelConfig, num_pages: int, page_size: int, dtype: str, mesh: Mesh) -> KVPages:
@@ -80,7 +83,7 @@ def fill_pages(pages: KVPages, ids: Int[Array, "n"], value: Float[Array, ""]) ->
     return jax.tree.map(lambda part: part.at[:, ids].set(value.astype(part.dtype)), pages)
 
 
-def place_content(content: PageContent, config: ModelConfig, mesh: Mesh) -> PageContent:
+def place_content(content: PageContent | HostContent, config: ModelConfig, mesh: Mesh) -> PageContent:
     """Content on the pool's mesh in the pool's own sharding, by one `jax.device_put`; always an array of its own."""
     return jax.device_put(content, content_sharding(config, mesh), may_alias=False)
 

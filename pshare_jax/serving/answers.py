@@ -41,44 +41,44 @@ class Answer:
             choice["message"] = {"role": "assistant", "content": self._text}
         else:
             choice["text"] = self._text
-        return {**self._head, "choices": [choice], "usage": self._usage(last.completion_tokens)}
+        return {**self._head, "choices": [choice], "usage": self._usage(last)}
 
     def start(self) -> Iterator[str]:
         """What a stream begins with: a chat's role."""
         if self._chat:
-            yield self._chunk({"role": "assistant", "content": ""}, None, 0)
+            yield self._chunk({"role": "assistant", "content": ""}, None, Event())
 
     def chunks(self, event: Event) -> Iterator[str]:
         """The event as stream lines: its text if there is any, and at the end the finish reason, usage and [DONE]."""
-        count = event.completion_tokens
         if event.text:
-            yield self._chunk({"content": event.text} if self._chat else event.text, None, count)
+            yield self._chunk({"content": event.text} if self._chat else event.text, None, event)
         if event.failure is not None:
             yield _line(error_body(ApiError(500, event.failure, kind="server_error").error))
         elif event.finish_reason is not None:
-            yield self._chunk({} if self._chat else "", event.finish_reason, count)
+            yield self._chunk({} if self._chat else "", event.finish_reason, event)
             if self._body.include_usage:
-                yield _line({**self._stream_head(), "choices": [], "usage": self._usage(count)})
+                yield _line({**self._stream_head(), "choices": [], "usage": self._usage(event)})
         if event.last:
             yield DONE
 
-    def _chunk(self, content: Any, finish_reason: str | None, count: int) -> str:
+    def _chunk(self, content: Any, finish_reason: str | None, event: Event) -> str:
         part = {"delta": content} if self._chat else {"text": content}
         choice = {"index": 0, **part, "logprobs": None, "finish_reason": finish_reason}
         chunk: dict[str, Any] = {**self._stream_head(), "choices": [choice]}
         if self._body.include_usage:
-            chunk["usage"] = self._usage(count) if self._body.continuous_usage else None
+            chunk["usage"] = self._usage(event) if self._body.continuous_usage else None
         return _line(chunk)
 
     def _stream_head(self) -> dict[str, Any]:
         return {**self._head, "object": "chat.completion.chunk"} if self._chat else self._head
 
-    def _usage(self, completion_tokens: int) -> dict[str, Any]:
+    def _usage(self, event: Event) -> dict[str, Any]:
+        completion_tokens = event.completion_tokens
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": completion_tokens,
             "total_tokens": self._prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": event.cached_tokens},
         }
 
 

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_config(config)
         print(to_yaml(config), end="", flush=True)
         if not options.print_config:
-            _serve(config)
+            _serve(config, options.warmup == "full")
     except PshareError as error:
         print(f"pshare-serve: {error}", file=sys.stderr)
         return 2
@@ -47,11 +47,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pshare-serve", description="Serve many tasks over one shared prefill.")
     parser.add_argument("--config", required=True, type=Path, help="a YAML file, such as configs/serve/smollm2.yaml")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and end")
+    parser.add_argument(
+        "--warmup",
+        choices=("small", "full"),
+        default="small",
+        help="small (default): answer once a short chat's programs are compiled, the rest follows in the background; "
+        "full: compile everything first",
+    )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config values, such as server.port=8001")
     return parser
 
 
-def _serve(config: ServeConfig) -> None:
+def _serve(config: ServeConfig, full_warmup: bool) -> None:
     started = time.monotonic()
 
     def say(line: str) -> None:
@@ -62,10 +69,11 @@ def _serve(config: ServeConfig) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with listener:
         startup.prepare_jax(config, _cache_folder())
-        served = startup.build(config, say)
+        served, programs = startup.build(config, say)
         served.engine.start()
+        compiler = None
         try:
-            startup.warm_up(served, say)
+            compiler = startup.warm_up(served, programs, full_warmup, say)
             port = listener.getsockname()[1]
             host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
 
@@ -83,6 +91,8 @@ def _serve(config: ServeConfig) -> None:
             asyncio.run(_Server(settings, served.engine, tell_ready).serve([listener]))
         finally:
             served.engine.stop()
+            if compiler is not None:
+                compiler.stop()
 
 
 class _Server(uvicorn.Server):

@@ -39,24 +39,51 @@ class Placement:
 
 
 @dataclass(frozen=True)
+class KVConfig:
+    """KV pools: tokens of a page, and pages of each worker's pool (one of them is for padding)."""
+
+    page_size: int = 16
+    pages: int = 2048
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Most tokens of one prefill step, and most sequences of one decode step."""
+
+    prefill_tokens: int = 512
+    decode_rows: int = 16
+
+
+@dataclass(frozen=True)
 class ServerConfig:
-    """The HTTP side: address (port 0 = any free one), largest request body, most requests waiting or running."""
+    """The HTTP side: address (port 0 = any free one), largest request body, most requests waiting or running, and how
+    long a request may make no progress before it is given up.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
     max_body_bytes: int = 8 * 1024 * 1024
     max_requests: int = 256
+    stall_seconds: float = 300.0
 
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """A whole serve config; `tasks` maps a served name to `base` or a decode module folder, in /v1/models' order."""
+    """A whole serve config; `tasks` maps a served name to `base` or a decode module folder, in /v1/models' order.
+
+    `routing` is how requests find their prefill worker. `debug` fills pages that were given back with NaN and proves the
+    pools' books whenever the engine is idle.
+    """
 
     base: str
     tasks: dict[str, str]
     sharing: Literal["shared", "isolated"] = "shared"
     placement: Placement | None = None
+    kv: KVConfig = field(default_factory=KVConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    routing: Literal["prefix", "round_robin", "least_loaded"] = "prefix"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    debug: bool = False
     server: ServerConfig = field(default_factory=ServerConfig)
 
 
@@ -66,17 +93,17 @@ def check_config(config: ServeConfig) -> None:
     Raises:
         PshareError: naming the key and the way out.
     """
-    if config.sharing == "isolated":
-        raise PshareError("sharing: isolated is not offered yet; use sharing: shared.")
     if not config.tasks:
         raise PshareError("tasks is empty; name at least one, such as tasks.chat=base.")
     if "" in config.tasks:
         raise PshareError("A task in tasks has an empty name; give it one.")
     if not 0 <= config.server.port <= 65535:
         raise PshareError(f"server.port must be 0 to 65535, not {config.server.port}.")
-    for key in ("max_body_bytes", "max_requests"):
-        if getattr(config.server, key) < 1:
-            raise PshareError(f"server.{key} must be at least 1.")
+    for key, value, least in _least_values(config):
+        if value < least:
+            raise PshareError(f"{key} must be at least {least}, not {value}.")
+    if not config.server.stall_seconds > 0:
+        raise PshareError(f"server.stall_seconds must be more than 0, not {config.server.stall_seconds}.")
     if config.placement is not None:
         _check_workers(config.placement)
         _check_tasks(config.placement.decode, config.tasks)
@@ -117,6 +144,18 @@ def resolve_placement(config: ServeConfig, platform: str, num_devices: int) -> P
 def worker_tasks(worker: DecodePlacement, tasks: Sequence[str]) -> list[str]:
     """The tasks a decode worker serves, in the config's order."""
     return list(tasks) if worker.tasks == "all" else [name for name in tasks if name in worker.tasks]
+
+
+def _least_values(config: ServeConfig) -> list[tuple[str, int, int]]:
+    return [
+        ("server.max_body_bytes", config.server.max_body_bytes, 1),
+        ("server.max_requests", config.server.max_requests, 1),
+        ("kv.page_size", config.kv.page_size, 1),
+        # The padding page, and two that can be lent.
+        ("kv.pages", config.kv.pages, 3),
+        ("batch.prefill_tokens", config.batch.prefill_tokens, 1),
+        ("batch.decode_rows", config.batch.decode_rows, 1),
+    ]
 
 
 def _default_placement(platform: str, num_devices: int) -> Placement:

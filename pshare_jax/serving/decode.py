@@ -1,95 +1,166 @@
-"""The decode worker: generates for its tasks from transferred base KV, one request at a time.
+"""The decode worker: generates for all its tasks from base KV in its pool, many sequences a step.
 
-Whoever owns the worker calls `step`, which takes an arrived sequence or runs one decode step of the current one. The
-first input is the last prompt token, so the first answer token already comes from the task's own weights.
+Whoever owns the worker calls `step`: it takes what has arrived and runs one decode step of one group of sequences, those
+whose tasks have the same weights; groups take turns. The first input is the last prompt token, so the first answer
+token already comes from the task's own weights.
 """
 
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import numpy as np
 
-from pshare_jax.sampling import SamplingParams, sample
-from pshare_jax.serving.request import FAILED, End, Event, Request, Sequence, State
+from pshare_jax.model.paged_attention import Rows
+from pshare_jax.serving.buckets import ReadyShapes, bucket_of, row_buckets
+from pshare_jax.serving.control import Control
+from pshare_jax.serving.preemption import restore, save
+from pshare_jax.serving.request import Sequence, State
+from pshare_jax.serving.sampler import Sampler
+from pshare_jax.serving.scheduler import Scheduler
 from pshare_jax.serving.transfer import KVTransfer
 
 logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
-class Decoder(Protocol):
-    """The decode modules of one mesh (pshare_jax.share.DecodeModules)."""
+class DecodeWeights(Protocol):
+    """A task's weights on the worker's mesh (pshare_jax.modules.DecodeModule)."""
 
-    def decode(self, task: str, tokens: np.ndarray, kv: Any, *, donate: bool = False) -> tuple[jax.Array, Any]:
-        """Logits [1, T, V] of tokens [1, T] after `kv`, and the grown KV."""
+    @property
+    def params(self) -> Any:
+        """The parameters; tasks with the very same object are decoded in one batch."""
+        ...
+
+    @property
+    def paged(self) -> Any:
+        """The paged steps (model/paged_steps.py) of these parameters."""
         ...
 
 
 class DecodeWorker:
-    """Runs one sequence to its end, then takes the next whose KV has arrived."""
+    """Runs the sequences of one decode pool."""
 
-    def __init__(self, modules: Decoder, transfer: KVTransfer, emit: Callable[[Sequence, int], Event], end: End):
-        self._modules = modules
-        self._transfer = transfer
-        self._emit = emit
-        self._end = end
-        self._current: Sequence | None = None
+    def __init__(
+        self,
+        index: int,
+        tasks: Mapping[str, DecodeWeights],
+        scheduler: Scheduler,
+        transfer: KVTransfer,
+        sampler: Sampler,
+        control: Control,
+        max_rows: int,
+        table_len: int,
+    ):
+        self.index, self.pool = index, scheduler.decode_pools[index]
+        self._tasks, self._scheduler, self._transfer, self._sampler = tasks, scheduler, transfer, sampler
+        self._control, self._max_rows, self._table_len = control, max_rows, table_len
+        self._turns = itertools.count(1)
+        self.ready = ReadyShapes()
+        self.num_preempted = 0
+        self.num_steps = 0
+        self.num_tokens = 0
 
     @property
     def must_poll(self) -> bool:
-        """Whether a transfer under way can become ready without a wake-up."""
-        return self._current is None and self._transfer.in_flight > 0
+        """Whether something can become possible without a wake-up: a copy on its way may arrive."""
+        return self._transfer.in_flight > 0
 
     def step(self) -> bool:
-        """Takes a sequence or makes one token; False if there was nothing to do."""
-        for aborted in self._transfer.take_aborted():
-            self._end(aborted, State.ABORTED, Event(finish_reason="abort"))
-        if self._current is None:
-            self._current = self._transfer.take_arrived()
-        sequence = self._current
-        if sequence is None:
-            return False
+        """Takes what has arrived and makes one token for each sequence of a group; False if there was nothing to do."""
         try:
-            if self._advance(sequence):
-                self._current = None
+            done = self._transfer.receive()
+            with self._control.lock:
+                done = self._scheduler.reap_decode(self.index) or done
+                started = self._scheduler.start_decoding(self.index)
+            if done or started:
+                # Pages have come free, on the prefill side too, and who waits for them may be asleep.
+                self._control.wake()
+            for sequence in started:
+                if sequence.saved is not None:
+                    restore(sequence)
+            batch = self._next_batch()
+            if batch:
+                self._run(batch)
+            return bool(batch) or bool(started) or done
         except Exception:
-            logger.exception("the decoding of request %s failed", sequence.request.id)
-            self._current = None
-            self._end(sequence, State.FAILED, Event(error=FAILED))
-        return True
-
-    def _advance(self, sequence: Sequence) -> bool:
-        """One token; True when the sequence has ended."""
-        if sequence.abort_requested.is_set():
-            self._end(sequence, State.ABORTED, Event(finish_reason="abort"))
+            logger.exception("a decode step of %s failed", self.pool.name)
+            self._control.pool_failed(self.pool)
             return True
-        if sequence.state is State.TRANSFERRING:
-            sequence.move(State.DECODING)
-        event = self._emit(sequence, self._next_token(sequence))
-        if not event.last:
-            return False
-        self._end(sequence, State.FINISHED, event)
-        return True
 
-    def _next_token(self, sequence: Sequence) -> int:
-        request = sequence.request
-        token = sequence.completion_ids[-1] if sequence.completion_ids else request.prompt[-1]
-        tokens = np.asarray([[token]], np.int32)
-        # The KV is this sequence's alone, so its memory may be written in place.
-        logits, sequence.kv = self._modules.decode(request.task, tokens, sequence.kv, donate=True)
-        position = len(request.prompt) + len(sequence.completion_ids)
-        token_id, _ = sample(logits[0, -1], sampling_params(request), position)
-        return int(token_id)
+    def _next_batch(self) -> list[Sequence]:
+        """Sequences of one group, those whose turn was longest ago first, with room for their next token each."""
+        with self._control.lock:
+            waiting = [one for one in self._scheduler.decoding[self.index] if not one.final]
+        if not waiting:
+            return []
+        waiting.sort(key=lambda one: (one.last_turn, one.number))
+        weights = self._weights(waiting[0])
+        group = [one for one in waiting if self._weights(one) is weights][: self._row_buckets()[-1]]
+        for sequence in sorted(group, key=lambda one: one.number):
+            self._make_room(sequence)
+        return [one for one in group if one.state is State.DECODING and self._has_room(one)]
 
+    def _row_buckets(self) -> list[int]:
+        return [rows for rows in row_buckets(self._max_rows) if (rows,) in self.ready]
 
-def sampling_params(request: Request) -> SamplingParams:
-    """The request's sampling fields as the sampler takes them."""
-    return SamplingParams(
-        temperature=request.temperature,
-        top_k=request.top_k,
-        top_p=request.top_p,
-        min_p=request.min_p,
-        seed=request.seed,
-    )
+    def _weights(self, sequence: Sequence) -> Any:
+        return self._tasks[sequence.request.task].params
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        held = sequence.decode_pages
+        return held is not None and sequence.num_tokens <= len(held.pages) * self.pool.page_size
+
+    def _make_room(self, sequence: Sequence) -> None:
+        """A page for its next token, if need be by preempting the youngest (perhaps this one)."""
+        while sequence.state is State.DECODING:
+            with self._control.lock:
+                if self._scheduler.make_room(sequence):
+                    return
+                victim = self._scheduler.victim(self.index)
+            if victim is None:
+                return
+            self._preempt(victim)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        saved = save(sequence)
+        with self._control.lock:
+            if sequence.state is State.DECODING:
+                sequence.saved = saved
+                self.num_preempted += 1
+                self._scheduler.preempted(sequence)
+            else:
+                self._scheduler.reap_decode(self.index)
+        self._control.wake()
+
+    def _run(self, batch: list[Sequence]) -> None:
+        rows_len = bucket_of(len(batch), self._row_buckets())
+        tokens = np.zeros((rows_len, 1), np.int32)
+        rows = Rows(*(np.zeros(shape, np.int32) for shape in ((rows_len, self._table_len), rows_len, rows_len)))
+        turn = next(self._turns)
+        for row, sequence in enumerate(batch):
+            held = sequence.decode_pages
+            assert held is not None
+            tokens[row, 0] = sequence.next_input
+            rows.page_table[row, : len(held.pages)] = held.pages
+            rows.lengths[row], rows.counts[row] = sequence.num_tokens - 1, 1
+            sequence.last_turn = turn
+        weights = self._tasks[batch[0].request.task]
+        logits = self.pool.run(weights.paged.decode, weights.params, tokens, rows)
+        sampled = self._sampler.sample(logits, batch)
+        self.num_steps += 1
+        self.num_tokens += len(batch)
+        with self._control.lock:
+            for row, sequence in enumerate(batch):
+                if not sequence.final:
+                    self._tell(sequence, *sampled(row, sequence))
+            if self._scheduler.reap_decode(self.index):
+                self._control.wake()
+
+    def _tell(self, sequence: Sequence, token_id: int, logprobs: Any) -> None:
+        event = sequence.accept(token_id, logprobs)
+        if event.last:
+            self._control.end(sequence, State.FINISHED, event)
+        else:
+            sequence.on_event(event)

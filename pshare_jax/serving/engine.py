@@ -1,22 +1,28 @@
-"""The engine: takes requests, walks them over router and workers, and sends their tokens up. Owns the threads.
+"""The engine: takes requests, walks them over router and workers, and sends their tokens up.
 
 The api calls `submit` and `abort`; a request goes down once (router, prefill, transfer, decode) and only events come
-back. In the server every group of workers that share devices has one thread; tests call `step` instead.
+back. All books are kept under one lock; device work happens outside it, in the thread that owns the pool (owners.py).
 """
 
 import threading
+import time
 from collections.abc import Callable, Collection
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
-from pshare_jax.serving.decode import Decoder, DecodeWorker
+from pshare_jax.serving.control import Control
+from pshare_jax.serving.decode import DecodeWeights, DecodeWorker
 from pshare_jax.serving.output import Pieces, TextOutput
-from pshare_jax.serving.prefill import Prefiller, PrefillWorker
-from pshare_jax.serving.request import FAILED, Event, Request, Sequence, State
-from pshare_jax.serving.router import Router
-from pshare_jax.serving.transfer import Destination, KVTransfer
-
-POLL_SECONDS = 0.001
+from pshare_jax.serving.owners import Group, Owner, group_by_devices
+from pshare_jax.serving.page_keys import page_keys
+from pshare_jax.serving.pool import Pool
+from pshare_jax.serving.prefill import PrefillWeights, PrefillWorker
+from pshare_jax.serving.request import FAILED, TIMED_OUT, Event, Request, Sequence, State
+from pshare_jax.serving.routing import Policy, Route, Router, Ticket
+from pshare_jax.serving.sampler import Sampler
+from pshare_jax.serving.scheduler import Scheduler
+from pshare_jax.serving.token_history import TokenHistory
+from pshare_jax.serving.transfer import KVTransfer
 
 
 class EngineFull(Exception):
@@ -27,26 +33,41 @@ class EngineDown(Exception):
     """A worker thread has died, or the engine is stopping."""
 
 
-@runtime_checkable
-class DecodeModules(Decoder, Destination, Protocol):
-    """A decode worker's modules: they decode, and KV can be placed on their devices."""
-
-
 @dataclass(frozen=True)
 class PrefillSide:
-    """What a prefill worker is made of: the base on its mesh, and its device indices."""
+    """What a prefill worker is made of: weights, pool, device indices, and the tasks it takes (None: any)."""
 
-    module: Prefiller
+    weights: PrefillWeights
+    pool: Pool
     devices: Collection[int]
+    tasks: Collection[str] | None = None
 
 
 @dataclass(frozen=True)
 class DecodeSide:
-    """What a decode worker is made of: its modules, its device indices and the tasks it serves."""
+    """What a decode worker is made of: its tasks' weights, pool, sampler and device indices."""
 
-    modules: DecodeModules
+    tasks: dict[str, DecodeWeights]
+    pool: Pool
+    sampler: Sampler
     devices: Collection[int]
-    tasks: Collection[str]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """`key_of(task)` names the weights that make the task's prompt KV. Tokens of a prefill chunk and rows of a decode
+    step are at most `chunk_tokens` and `max_rows`; a request without progress for `stall_seconds` is given up.
+    """
+
+    key_of: Callable[[str], str]
+    vocab_size: int
+    max_len: int
+    page_bytes: int = 0
+    chunk_tokens: int = 512
+    max_rows: int = 16
+    max_requests: int = 256
+    stall_seconds: float = 300.0
+    policy: Policy = "prefix"
 
 
 class Engine:
@@ -57,191 +78,206 @@ class Engine:
         prefill: list[PrefillSide],
         decode: list[DecodeSide],
         detokenizer: Callable[[], Pieces],
-        max_requests: int = 256,
+        settings: EngineSettings,
     ):
+        self.settings = settings
+        self._prefill_sides = prefill
         self._detokenizer = detokenizer
-        self._max_requests = max_requests
-        self._router = Router(len(prefill), [side.tasks for side in decode])
-        self.transfers = [KVTransfer(side.modules, self._wake) for side in decode]
-        self.prefill_workers = [PrefillWorker(side.module, self.transfers, self._end) for side in prefill]
-        self.decode_workers = [
-            DecodeWorker(side.modules, transfer, self._emit, self._end)
-            for side, transfer in zip(decode, self.transfers, strict=True)
-        ]
-        self._workers: list[PrefillWorker | DecodeWorker] = [*self.prefill_workers, *self.decode_workers]
-        groups = group_by_devices([set(side.devices) for side in [*prefill, *decode]])
-        self._owners = [_Owner(self, [self._workers[i] for i in group]) for group in groups]
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
         self._live: dict[str, Sequence] = {}
         self._accepting = True
+        self.num_ended: dict[State, int] = {}
+        control = Control(self.lock, self.end, self._prefilled, self._pool_failed, self.wake)
+        self.scheduler = Scheduler([side.pool for side in prefill], [side.pool for side in decode])
+        self.page_size = decode[0].pool.page_size
+        table_len = -(-settings.max_len // self.page_size)
+        self.transfers = [KVTransfer(self.scheduler, i, control, settings.page_bytes) for i in range(len(decode))]
+        self.prefill_workers = [
+            PrefillWorker(i, side.weights, self.scheduler, self.transfers, control, settings.chunk_tokens, table_len)
+            for i, side in enumerate(prefill)
+        ]
+        self.decode_workers = [
+            DecodeWorker(
+                i, side.tasks, self.scheduler, self.transfers[i], side.sampler, control, settings.max_rows, table_len
+            )
+            for i, side in enumerate(decode)
+        ]
+        self._router = Router(
+            len(prefill),
+            [list(side.tasks) for side in decode],
+            settings.policy,
+            self.page_size,
+            None if prefill[0].tasks is None else [side.tasks or () for side in prefill],
+        )
+        self._groups = self._grouped([set(side.devices) for side in prefill], [set(side.devices) for side in decode])
+        self._owners = [Owner(group, self.fail_group) for group in self._groups]
+        self._watch = threading.Thread(target=self._run_watch, name="pshare-watch", daemon=True)
+        self._stopped = threading.Event()
 
-    def submit(self, request: Request, on_event: Callable[[Event], None], route: tuple[int, int] | None = None) -> None:
-        """Takes a request; `on_event` is called from a worker's thread, and must not raise or block.
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, on_event: Callable[[Event], None], route: Route | None = None) -> None:
+        """Takes a request; `on_event` is called under the engine's lock, and must not raise or block.
 
         Args:
-            request: its id must not be one that is still running.
+            request: its id must not be one that is still running, and its prompt and answer fit `settings.max_len`
+                (the api refuses what does not).
             on_event: gets one event a token; the last one has `last` set.
-            route: (prefill worker, decode worker), by default the router's choice.
+            route: by default the router's choice.
 
         Raises:
             EngineFull: too many requests are waiting or running.
             EngineDown: a worker thread has died or the engine is stopping.
         """
-        sequence = Sequence(request, TextOutput(self._detokenizer(), request.stop), on_event)
-        with self._lock:
+        history = TokenHistory(
+            request.prompt, request.sampling, self.settings.vocab_size, request.stop_ids, request.min_tokens
+        )
+        keys = page_keys(self.settings.key_of(request.task), request.cache_salt, request.prompt, self.page_size)
+        output = TextOutput(self._detokenizer(), request.stop)
+        sequence = Sequence(request, output, history, keys, on_event)
+        with self.lock:
             if not self._accepting:
                 raise EngineDown
-            if len(self._live) >= self._max_requests:
+            if len(self._live) >= self.settings.max_requests:
                 raise EngineFull
-            chosen = self._router.take(*route) if route else self._router.assign(request.task)
-            sequence.prefill_worker, sequence.decode_worker = chosen
+            ticket = self._assigned(sequence) if route is None else self._router.take(route, len(request.prompt))
+            sequence.ticket = ticket
+            sequence.prefill_worker, sequence.decode_worker = ticket.route.prefill, ticket.route.decode
             self._live[request.id] = sequence
-        self.prefill_workers[sequence.prefill_worker].submit(sequence)
-        self._wake()
+            self.scheduler.add(sequence)
+        self.wake()
 
-    def all_routes(self) -> list[tuple[tuple[int, int], str]]:
-        """Routes that together use every task of every decode worker and every prefill worker, each with its task."""
-        pairs = [(decode, task) for decode, tasks in enumerate(self._router.decode_tasks) for task in tasks]
-        num_prefill = len(self.prefill_workers)
-        return [
-            ((i % num_prefill, pairs[i % len(pairs)][0]), pairs[i % len(pairs)][1])
-            for i in range(max(len(pairs), num_prefill))
-        ]
+    def _assigned(self, sequence: Sequence) -> Ticket:
+        request, pools = sequence.request, self.scheduler.prefill_pools
+        return self._router.assign(
+            request.task,
+            request.session,
+            len(request.prompt),
+            sequence.keys,
+            lambda worker: pools[worker].cache.num_cached(sequence.keys),
+        )
 
     def abort(self, request_id: str) -> None:
-        """Asks for a request's end; its owner sees it within a step. Unknown and ended ids are ignored."""
-        with self._lock:
+        """Ends a request at once; its pages come back within a step. Unknown and ended ids are ignored."""
+        with self.lock:
             sequence = self._live.get(request_id)
-        if sequence is not None:
-            sequence.abort_requested.set()
-            self._wake()
+            if sequence is not None:
+                self.end(sequence, State.ABORTED, Event(finish_reason="abort"))
 
     def abort_all(self) -> None:
-        """Takes no more requests and asks for the end of every live one."""
-        with self._lock:
+        """Takes no more requests and ends every live one."""
+        with self.lock:
             self._accepting = False
-            live = list(self._live.values())
-        for sequence in live:
-            sequence.abort_requested.set()
-        self._wake()
+            for sequence in list(self._live.values()):
+                self.end(sequence, State.ABORTED, Event(finish_reason="abort"))
 
-    def step(self) -> bool:
-        """Steps every worker once in turn (without threads); False if none had anything to do."""
-        return step_all(self._workers)
+    def end(self, sequence: Sequence, state: State, event: Event) -> None:
+        """Ends a sequence, once, from any thread; the worker that has it gives its pages back."""
+        with self.lock:
+            if sequence.final:
+                return
+            sequence.move(state)
+            self.num_ended[state] = self.num_ended.get(state, 0) + 1
+            self.scheduler.take_out(sequence)
+            del self._live[sequence.request.id]
+            self._router.release(sequence.ticket)
+            sequence.on_event(event)
+        self.wake()
 
-    def start(self) -> None:
-        """Gives every group of workers its thread."""
-        for owner in self._owners:
-            owner.start()
-
-    def stop(self) -> None:
-        """Ends the threads; requests that still live get a last `abort` event."""
-        self.abort_all()
-        for owner in self._owners:
-            owner.stop()
-        with self._lock:
-            live = list(self._live.values())
-        for sequence in live:
-            self._end(sequence, State.ABORTED, Event(finish_reason="abort"))
-
-    @property
-    def healthy(self) -> bool:
-        """Whether requests are taken and every worker's thread lives."""
-        return self._accepting and all(owner.alive for owner in self._owners)
+    def all_routes(self) -> list[tuple[Route, str]]:
+        """Routes that together use every task of every decode worker and every prefill worker, each with its task."""
+        pairs = [(decode, task) for decode, tasks in enumerate(self._router.decode_tasks) for task in tasks]
+        routes = []
+        for turn in range(max(len(pairs), len(self._prefill_sides))):
+            decode, task = pairs[turn % len(pairs)]
+            able = [i for i, side in enumerate(self._prefill_sides) if side.tasks is None or task in side.tasks]
+            routes.append((Route(able[turn % len(able)], decode), task))
+        return routes
 
     @property
     def num_live(self) -> int:
         """Requests waiting or running."""
         return len(self._live)
 
-    def fail_workers(self, workers: Collection[object]) -> None:
-        """The thread that stepped these workers is dead: their requests fail and no new ones are taken."""
-        dead = [worker in workers for worker in self.decode_workers]
-        with self._lock:
-            self._accepting = False
-            for transfer, is_dead in zip(self.transfers, dead, strict=True):
-                if is_dead:
-                    transfer.close()
-            live = list(self._live.values())
-        for sequence in live:
-            before = sequence.state in (State.WAITING, State.PREFILLING)
-            owner = self.prefill_workers[sequence.prefill_worker]
-            if owner in workers if before else dead[sequence.decode_worker]:
-                self._end(sequence, State.FAILED, Event(error=FAILED))
-        self._wake()
+    @property
+    def idle(self) -> bool:
+        """Whether no request lives and no worker has anything left to give back."""
+        scheduler = self.scheduler
+        groups = (*scheduler.prefilling, *scheduler.arriving, *scheduler.decoding, *scheduler.copies)
+        return not self._live and not any(groups)
 
-    def _emit(self, sequence: Sequence, token_id: int) -> Event:
-        """A token came up: the event for it, already sent unless it is the last one (then `_end` sends it)."""
-        event = sequence.accept(token_id)
-        if not event.last:
-            sequence.on_event(event)
-        return event
+    # --- steps and threads ----------------------------------------------------------------------------------------
 
-    def _end(self, sequence: Sequence, state: State, event: Event) -> None:
-        with self._lock:
-            if self._live.pop(sequence.request.id, None) is None:
-                return
-            self._router.release(sequence.prefill_worker, sequence.decode_worker)
-        sequence.move(state)
-        sequence.on_event(event)
-        self._wake()
+    def step(self) -> bool:
+        """One turn of every group of workers (without threads); False if none had anything to do."""
+        self.expire()
+        done = [group.step() for group in self._groups]
+        return any(done)
 
-    def _wake(self) -> None:
+    def start(self) -> None:
+        """Gives every group of workers its thread."""
+        for owner in self._owners:
+            owner.start()
+        self._watch.start()
+
+    def stop(self) -> None:
+        """Ends all requests and the threads."""
+        self.abort_all()
+        self._stopped.set()
+        for owner in self._owners:
+            owner.stop()
+
+    def wake(self) -> None:
+        """Makes every worker look for something to do."""
         for owner in self._owners:
             owner.wake.set()
 
-
-class _Owner:
-    """The one thread that steps a group of workers in turn."""
-
-    def __init__(self, engine: Engine, workers: list[PrefillWorker | DecodeWorker]):
-        self._engine = engine
-        self._workers = workers
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="pshare-worker", daemon=True)
-        self.wake = threading.Event()
-        self._started = False
-
     @property
-    def alive(self) -> bool:
-        """Whether the thread runs (or was never asked to)."""
-        return not self._started or self._thread.is_alive()
+    def healthy(self) -> bool:
+        """Whether requests are taken, every worker's thread lives and none has been in one step for too long."""
+        return self._accepting and all(owner.alive and not owner.stalled for owner in self._owners)
 
-    def start(self) -> None:
-        """Starts the thread."""
-        self._started = True
-        self._thread.start()
+    def expire(self) -> None:
+        """Gives up the requests, and the copies that outlived theirs, that made no progress for too long."""
+        limit = time.monotonic() - self.settings.stall_seconds
+        with self.lock:
+            for sequence in [one for one in self._live.values() if one.progressed < limit]:
+                self.end(sequence, State.FAILED, Event(error=TIMED_OUT))
+            self.scheduler.give_up_copies(limit)
 
-    def stop(self) -> None:
-        """Ends the thread after its current step."""
-        self._stopping = True
-        self.wake.set()
-        if self._started:
-            self._thread.join()
+    def fail_group(self, group: Group) -> None:
+        """The thread that stepped these workers is dead: their requests fail and no new ones are taken."""
+        with self.lock:
+            self._accepting = False
+            for sequence in list(self._live.values()):
+                prefill = self.prefill_workers[sequence.prefill_worker]
+                before = sequence.state in (State.WAITING, State.PREFILLING, State.PREEMPTED)
+                if (before and prefill in group.prefill) or self.decode_workers[sequence.decode_worker] in group.decode:
+                    self.end(sequence, State.FAILED, Event(error=FAILED))
 
-    def _run(self) -> None:
-        try:
-            while not self._stopping:
-                self.wake.clear()
-                if not step_all(self._workers):
-                    self.wake.wait(POLL_SECONDS if any(worker.must_poll for worker in self._workers) else None)
-        except BaseException:
-            self._engine.fail_workers(self._workers)
-            raise
+    def _prefilled(self, sequence: Sequence) -> None:
+        self._router.prefilled(sequence.ticket, sequence.num_prefilled)
 
+    def _pool_failed(self, pool: Pool) -> None:
+        """A step of the pool has failed: who has pages in it fails, all else goes on with an empty pool."""
+        with self.lock:
+            for sequence in self.scheduler.holders(pool):
+                self.end(sequence, State.FAILED, Event(error=FAILED))
+            pool.rebuild()
+            self.scheduler.room_changed()
 
-def step_all(workers: list[PrefillWorker | DecodeWorker]) -> bool:
-    """One step of each worker (also of those after one that did something); False if none had anything to do."""
-    done = [worker.step() for worker in workers]
-    return any(done)
+    def _run_watch(self) -> None:
+        while not self._stopped.wait(0.5):
+            self.expire()
 
-
-def group_by_devices(device_sets: list[set[int]]) -> list[list[int]]:
-    """Indices of the workers that (directly or through another) share a device, one list a group."""
-    groups: list[tuple[set[int], list[int]]] = []
-    for index, devices in enumerate(device_sets):
-        touching = [group for group in groups if group[0] & devices]
-        merged_devices = devices.union(*(group[0] for group in touching))
-        members = sorted([index, *(member for group in touching for member in group[1])])
-        groups = [group for group in groups if group not in touching] + [(merged_devices, members)]
-    return [members for _, members in groups]
+    def _grouped(self, prefill: Items[set[int]], decode: Items[set[int]]) -> list[Group]:
+        num_prefill = len(prefill)
+        groups = []
+        for members in group_by_devices([*prefill, *decode]):
+            groups.append(
+                Group(
+                    [self.prefill_workers[i] for i in members if i < num_prefill],
+                    [self.decode_workers[i - num_prefill] for i in members if i >= num_prefill],
+                )
+            )
+        return groups

@@ -1,98 +1,157 @@
-"""The prefill worker: turns prompts into KV with the shared base, one request at a time, and never samples.
+"""The prefill worker: turns contexts into KV pages with the base, chunk by chunk, and never samples.
 
-The engine submits sequences from any thread; whoever owns the worker calls `step`, which runs one chunk of one prompt
-and, after the last chunk, sends the KV to the sequence's decode worker.
+Whoever owns the worker calls `step`: at most one chunk, of one sequence or of a few short ones, is dispatched; what is
+complete is published at once and sent to the decode worker, so that the copy overlaps the next chunk.
 """
 
 import logging
-import queue
+from collections import deque
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 import numpy as np
 
-from pshare_jax.serving.request import FAILED, End, Event, Sequence, State
+from pshare_jax.model.paged_attention import Rows
+from pshare_jax.serving.buckets import ReadyShapes, choose_rows
+from pshare_jax.serving.control import Control
+from pshare_jax.serving.request import Sequence
+from pshare_jax.serving.scheduler import Scheduler
 from pshare_jax.serving.transfer import KVTransfer
 
 logger = logging.getLogger(__name__)
+MAX_RUNNING = 2
+"""Chunks under way: one that runs and one that is ready to follow."""
 
 
 @runtime_checkable
-class Prefiller(Protocol):
-    """The base on one mesh (pshare_jax.share.PrefillModule)."""
+class PrefillWeights(Protocol):
+    """What a prefill worker computes with: the base's weights, or in the isolated baseline a task's own."""
 
-    def prefill(self, tokens: np.ndarray, kv: Any = None) -> Any:
-        """KV of tokens [1, T] after those already in `kv`; T may be 0."""
+    @property
+    def params(self) -> Any:
+        """The parameters on the worker's mesh."""
+        ...
+
+    @property
+    def paged(self) -> Any:
+        """The paged steps (model/paged_steps.py) of these parameters."""
         ...
 
 
+@dataclass
+class PrefillStats:
+    """Prefill steps so far: calls, tokens fed, and slots that the calls had (the rest is padding)."""
+
+    calls: int = 0
+    tokens: int = 0
+    slots: int = 0
+
+
 class PrefillWorker:
-    """Prefills `prompt[:-1]` in chunks; the last prompt token belongs to the decode module."""
+    """Prefills the contexts of the sequences that the router gave it, the first admitted first."""
 
-    def __init__(self, module: Prefiller, transfers: list[KVTransfer], end: End, chunk_len: int = 512):
-        self._module = module
-        self._transfers = transfers
-        self._end = end
-        self._chunk_len = chunk_len
-        self._inbox: queue.SimpleQueue[Sequence] = queue.SimpleQueue()
-        self._waiting: list[Sequence] = []
-        self._current: Sequence | None = None
-
-    def submit(self, sequence: Sequence) -> None:
-        """Queues a waiting sequence (any thread)."""
-        self._inbox.put(sequence)
+    def __init__(
+        self,
+        index: int,
+        weights: PrefillWeights,
+        scheduler: Scheduler,
+        transfers: list[KVTransfer],
+        control: Control,
+        chunk_tokens: int,
+        table_len: int,
+    ):
+        self.index, self.pool = index, scheduler.prefill_pools[index]
+        self._weights, self._scheduler, self._transfers, self._control = weights, scheduler, transfers, control
+        self._chunk_tokens, self._table_len = chunk_tokens, table_len
+        self._running: deque[Any] = deque()
+        self._generation = self.pool.generation
+        self.stats = PrefillStats()
+        self.ready = ReadyShapes()
 
     @property
     def must_poll(self) -> bool:
-        """Whether something can become ready without a wake-up: never here."""
-        return False
+        """Whether something can become possible without a wake-up: a way to a decode worker that is full now."""
+        return bool(self._scheduler.prefilling[self.index])
 
     def step(self) -> bool:
-        """Advances one sequence by one chunk; False if there was nothing to do."""
-        self._drop_aborted()
-        if self._current is None:
-            self._current = self._next()
-        sequence = self._current
-        if sequence is None:
-            return False
+        """Admits, sends what can be sent and runs one chunk; False if there was nothing to do."""
         try:
-            if self._advance(sequence):
-                self._current = None
+            with self._control.lock:
+                done = self._scheduler.reap_prefill(self.index)
+                if done:
+                    # Pages have come free, on the decode side too, and who waits for them may be asleep.
+                    self._control.wake()
+                self._scheduler.admit(self.index)
+            done = self._send() or done
+            with self._control.lock:
+                batch, bucket = self._choose()
+            if batch:
+                self._run(batch, bucket)
+                self._send()
+            with self._control.lock:
+                return self._hand_on() or bool(batch) or done
         except Exception:
-            logger.exception("the prefill of request %s failed", sequence.request.id)
-            self._current = None
-            self._end(sequence, State.FAILED, Event(error=FAILED))
-        return True
-
-    def _drop_aborted(self) -> None:
-        while not self._inbox.empty():
-            self._waiting.append(self._inbox.get())
-        for sequence in [s for s in self._waiting if s.abort_requested.is_set()]:
-            self._waiting.remove(sequence)
-            self._end(sequence, State.ABORTED, Event(finish_reason="abort"))
-
-    def _next(self) -> Sequence | None:
-        """The first waiting sequence whose decode worker has room."""
-        for sequence in self._waiting:
-            if self._transfers[sequence.decode_worker].has_room():
-                self._waiting.remove(sequence)
-                sequence.move(State.PREFILLING)
-                return sequence
-        return None
-
-    def _advance(self, sequence: Sequence) -> bool:
-        """One chunk; True when the sequence has left this worker."""
-        # Waiting for the chunk before keeps one chunk in flight, so that an abort frees the device within a chunk.
-        if sequence.kv is not None:
-            jax.block_until_ready(sequence.kv.layers)
-        if sequence.abort_requested.is_set():
-            self._end(sequence, State.ABORTED, Event(finish_reason="abort"))
+            logger.exception("a prefill step of %s failed", self.pool.name)
+            self._control.pool_failed(self.pool)
             return True
-        context = sequence.request.prompt[:-1]
-        chunk = context[sequence.num_prefilled : sequence.num_prefilled + self._chunk_len]
-        sequence.kv = self._module.prefill(np.asarray([chunk], np.int32), sequence.kv)
-        sequence.num_prefilled += len(chunk)
-        if sequence.num_prefilled < len(context):
-            return False
-        self._transfers[sequence.decode_worker].send(sequence)
-        return True
+
+    def _choose(self) -> tuple[list[Sequence], int]:
+        ready = self._scheduler.ready_to_prefill(self.index)
+        if not ready:
+            return [], 0
+        remaining = [one.context_len - one.num_prefilled for one in ready]
+        chosen, bucket = choose_rows(remaining, self._chunk_tokens, self.ready)
+        return [ready[index] for index in chosen], bucket
+
+    def _run(self, batch: list[Sequence], bucket: int) -> None:
+        if self._generation != self.pool.generation:
+            # What ran when the pool failed has been told, perhaps by the decode worker that shares the pool.
+            self._running.clear()
+            self._generation = self.pool.generation
+        if len(self._running) == MAX_RUNNING:
+            # An abort then frees the device within two chunks, and a failed step is seen.
+            self._running.popleft().block_until_ready()
+        tokens = np.zeros((len(batch), bucket), np.int32)
+        rows = Rows(*(np.zeros(shape, np.int32) for shape in ((len(batch), self._table_len), len(batch), len(batch))))
+        for row, sequence in enumerate(batch):
+            held, start = sequence.prefill_pages, sequence.num_prefilled
+            assert held is not None
+            chunk = sequence.request.prompt[start : min(start + bucket, sequence.context_len)]
+            tokens[row, : len(chunk)] = chunk
+            rows.page_table[row, : len(held.pages)] = held.pages
+            rows.lengths[row], rows.counts[row] = start, len(chunk)
+        counts = rows.counts.tolist()
+        self._running.append(self.pool.run(self._weights.paged.prefill, self._weights.params, tokens, rows))
+        self.stats.calls += 1
+        self.stats.tokens += sum(counts)
+        self.stats.slots += tokens.size
+        with self._control.lock:
+            for sequence, count in zip(batch, counts, strict=True):
+                self._scheduler.prefilled(sequence, count)
+                self._control.prefilled(sequence)
+
+    def _send(self) -> bool:
+        """Sends the next pages of every sequence, as far as their decode workers' ways have room."""
+        sent = False
+        for sequence in list(self._scheduler.prefilling[self.index]):
+            transfer = self._transfers[sequence.decode_worker]
+            while True:
+                with self._control.lock:
+                    most = self.pool.move_pages
+                    copy = self._scheduler.next_copy(sequence, most) if transfer.has_room(sequence) else None
+                if copy is None:
+                    break
+                transfer.send(copy)
+                sent = True
+        if sent:
+            # A decode worker that had nothing to do does not look for copies by itself.
+            self._control.wake()
+        return sent
+
+    def _hand_on(self) -> bool:
+        gone = self._scheduler.leave_prefill(self.index)
+        for sequence in gone:
+            self._control.prefilled(sequence)
+        if gone:
+            self._control.wake()
+        return bool(gone)

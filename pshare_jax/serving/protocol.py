@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from pshare_jax.sampling_params import SamplingParams
 from pshare_jax.serving.fields import (
     check_choice,
     check_messages,
@@ -165,14 +166,17 @@ def make_request(body: Body, request_id: str, prompt: list[int], limits: Limits)
         task=body.model,
         prompt=tuple(prompt),
         max_tokens=_max_tokens(body, len(prompt), limits.max_len, param),
-        # Below this, logits / temperature overflows; the limit is greedy.
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=max(body.top_k, 0),
-        min_p=body.min_p,
-        seed=secrets.randbits(63) if body.seed is None else body.seed,
+        sampling=SamplingParams(
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=max(body.top_k, 0),
+            min_p=body.min_p,
+            seed=secrets.randbits(63) if body.seed is None else body.seed,
+        ),
         stop=tuple(body.stop),
         stop_ids=frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else limits.stop_ids),
+        cache_salt=body.cache_salt or "",
+        session=body.prompt_cache_key or body.user,
     )
 
 

@@ -5,33 +5,51 @@ transitions in `LEGAL` exist, and the three last states are final.
 """
 
 import enum
-import threading
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from pshare_jax.sampling_params import SamplingParams
 from pshare_jax.serving.output import TextOutput
+from pshare_jax.serving.page_keys import PageKey
+from pshare_jax.serving.pool import Holding
+from pshare_jax.serving.token_history import TokenHistory
 
 FAILED = "The server failed while it worked on this request; its log says why."
 ABORTED = "The server is stopping and has aborted this request."
+TIMED_OUT = "The server made no progress on this request within its time limit and has given it up."
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and how to continue it; `max_tokens` and the prompt together fit the model's context."""
+    """One prompt and how to continue it; `max_tokens` and the prompt together fit the model's context.
+
+    `cache_salt` parts the prefix cache between tenants, `session` names a growing context for the router. `logprobs` is
+    how many alternatives to report with each token's log-probability (0: its own alone), None reports nothing.
+    """
 
     id: str
     task: str
     prompt: tuple[int, ...]
     max_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int = 0
+    sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
     stop_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    cache_salt: str = ""
+    session: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A sampled token's log-probability and the best alternatives, best first, as (id, log-probability)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,13 +57,16 @@ class Event:
     """What comes up after one token, or at the end.
 
     `text` is what may be shown now (often one token's text, possibly empty). The last event of a sequence has a
-    `finish_reason` ("stop", "length", "abort") or an `error` sentence.
+    `finish_reason` ("stop", "length", "abort") or an `error` sentence. `cached_tokens` counts the prompt's tokens that
+    were not prefilled for this request.
     """
 
     text: str = ""
     completion_tokens: int = 0
     finish_reason: str | None = None
     error: str | None = None
+    cached_tokens: int = 0
+    logprobs: TokenLogprobs | None = None
 
     @property
     def failure(self) -> str | None:
@@ -59,12 +80,17 @@ class Event:
 
 
 class State(enum.Enum):
-    """Where a sequence is on its way."""
+    """Where a sequence is on its way.
+
+    A waiting sequence holds nothing; a preempted one holds its private pages' content in host memory alone. Pages are
+    held in the states between, and given back by the worker that has the sequence.
+    """
 
     WAITING = "waiting"
     PREFILLING = "prefilling"
     TRANSFERRING = "transferring"
     DECODING = "decoding"
+    PREEMPTED = "preempted"
     FINISHED = "finished"
     ABORTED = "aborted"
     FAILED = "failed"
@@ -73,9 +99,11 @@ class State(enum.Enum):
 _ENDS = {State.ABORTED, State.FAILED}
 LEGAL: dict[State, set[State]] = {
     State.WAITING: {State.PREFILLING} | _ENDS,
-    State.PREFILLING: {State.TRANSFERRING} | _ENDS,
-    State.TRANSFERRING: {State.DECODING} | _ENDS,
-    State.DECODING: {State.FINISHED} | _ENDS,
+    # Back to where it was admitted from: what it waited for will not come, or its pages are lost.
+    State.PREFILLING: {State.TRANSFERRING, State.WAITING, State.PREEMPTED} | _ENDS,
+    State.TRANSFERRING: {State.DECODING, State.WAITING, State.PREEMPTED} | _ENDS,
+    State.DECODING: {State.PREEMPTED, State.FINISHED} | _ENDS,
+    State.PREEMPTED: {State.PREFILLING} | _ENDS,
     State.FINISHED: set(),
     State.ABORTED: set(),
     State.FAILED: set(),
@@ -86,27 +114,59 @@ class IllegalTransition(AssertionError):
     """A worker tried to move a sequence where its state does not lead: a bug, not a user's mistake."""
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A preempted sequence's private pages in host memory: content of table entries `first`, `first` + 1, ..., in parts."""
+
+    first: int
+    parts: list[Any]
+
+
+_numbers = itertools.count()
+
+
 @dataclass(eq=False)
 class Sequence:
-    """A request on its way: state, route, KV while it holds some, and the text made so far.
+    """A request on its way: state, route, pages, and the text made so far.
 
-    One worker owns it at a time; `abort_requested` may be set from any thread and is read by the owner.
+    All fields are read and written under the engine's lock, except by the worker that has the sequence, which alone
+    gives its pages back.
     """
 
     request: Request
     output: TextOutput
+    history: TokenHistory
+    keys: list[PageKey]
     on_event: Callable[[Event], None]
+    ticket: Any = None
+    """The router's note of it."""
     prefill_worker: int = 0
     decode_worker: int = 0
     state: State = State.WAITING
-    abort_requested: threading.Event = field(default_factory=threading.Event)
-    num_prefilled: int = 0
+    number: int = field(default_factory=lambda: next(_numbers))
+    """Its age: sequences are served, and spared preemption, in the order of their coming."""
     completion_ids: list[int] = field(default_factory=list)
-    kv: Any = None
-    entered: dict[State, float] = field(default_factory=lambda: {State.WAITING: time.monotonic()})
+    prefill_pages: Holding | None = None
+    decode_pages: Holding | None = None
+    context_len: int = 0
+    """Leading tokens whose KV must come from the base before it can decode."""
+    num_prefilled: int = 0
+    """Of these, how many the prefill pool holds."""
+    num_sent: int = 0
+    """Leading pages that the decode pool holds or that are on their way to it."""
+    copies_in_flight: int = 0
+    cached_tokens: int = 0
+    counted: bool = False
+    """Whether its prefix hits are in the cache's statistics."""
+    last_turn: int = 0
+    """The decode step that it took part in last."""
+    lost: bool = False
+    """Pages that it waited for will not come: it must give back everything and be admitted anew."""
+    saved: Saved | None = None
+    progressed: float = field(default_factory=time.monotonic)
 
     def move(self, state: State) -> None:
-        """Goes to `state`, dropping the KV in a final one.
+        """Goes to `state`.
 
         Raises:
             IllegalTransition: there is no such way.
@@ -114,29 +174,38 @@ class Sequence:
         if state not in LEGAL[self.state]:
             raise IllegalTransition(f"request {self.request.id} cannot go from {self.state.value} to {state.value}")
         self.state = state
-        self.entered[state] = time.monotonic()
-        if self.final:
-            self.kv = None
+        self.progressed = time.monotonic()
 
     @property
     def final(self) -> bool:
         """Whether its life is over."""
         return not LEGAL[self.state]
 
-    def accept(self, token_id: int) -> Event:
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and answer so far; the last one is not yet in the KV."""
+        return len(self.request.prompt) + len(self.completion_ids)
+
+    @property
+    def next_input(self) -> int:
+        """The token that the decode module consumes next: the last prompt token, then its own."""
+        return self.completion_ids[-1] if self.completion_ids else self.request.prompt[-1]
+
+    def accept(self, token_id: int, logprobs: TokenLogprobs | None = None) -> Event:
         """Takes a sampled token: what may be shown, and why it ends if it does."""
         self.completion_ids.append(token_id)
-        count, request = len(self.completion_ids), self.request
-        if token_id in request.stop_ids:
-            return Event(self.output.finish(), count, "stop")
+        self.history.push(token_id)
+        self.progressed = time.monotonic()
+        text, reason = self._text(token_id)
+        return Event(text, len(self.completion_ids), reason, None, self.cached_tokens, logprobs)
+
+    def _text(self, token_id: int) -> tuple[str, str | None]:
+        if token_id in self.request.stop_ids:
+            return self.output.finish(), "stop"
         text = self.output.push(token_id)
         if self.output.stopped:
-            return Event(text, count, "stop")
-        if count < request.max_tokens:
-            return Event(text, count)
+            return text, "stop"
+        if len(self.completion_ids) < self.request.max_tokens:
+            return text, None
         text += self.output.finish()
-        return Event(text, count, "stop" if self.output.stopped else "length")
-
-
-End = Callable[[Sequence, State, Event], None]
-"""How a worker hands back a sequence whose life is over: its final state and the last event for the client."""
+        return text, "stop" if self.output.stopped else "length"

@@ -1,4 +1,4 @@
-"""From a config to a running engine: devices, weights on every worker's mesh, tasks, warm-up.
+"""From a config to a running engine: devices, weights on every worker's mesh, tasks, compiled programs, a first answer.
 
 Called by the command line only. Everything here happens before the server answers, so it tells its progress.
 """
@@ -10,18 +10,20 @@ from pathlib import Path
 import jax
 
 from pshare_jax.errors import PshareError
-from pshare_jax.load import Model, load
+from pshare_jax.load import load
 from pshare_jax.mesh import make_mesh, virtual_cpu_devices
 from pshare_jax.serving.api import Served
-from pshare_jax.serving.config import Placement, ServeConfig, num_cpu_devices, resolve_placement, worker_tasks
-from pshare_jax.serving.engine import DecodeSide, Engine, PrefillSide
+from pshare_jax.serving.assemble import Plan, assemble
+from pshare_jax.serving.compiles import compile_counter
+from pshare_jax.serving.config import Placement, ServeConfig, num_cpu_devices, resolve_placement
+from pshare_jax.serving.engine import Engine
 from pshare_jax.serving.protocol import Limits
 from pshare_jax.serving.request import Event, Request
-from pshare_jax.share import DecodeModules, PrefillModule
+from pshare_jax.serving.warmup import BackgroundCompiler, Variant, variants
 
 Say = Callable[[str], None]
 WARM_UP_LEN = 40
-"""Tokens of the warm-up prompt: a short chat's, so that the first real one meets compiled shapes."""
+"""Tokens of the warm-up prompt: a short chat's."""
 
 
 def prepare_jax(config: ServeConfig, cache_folder: Path) -> None:
@@ -30,9 +32,10 @@ def prepare_jax(config: ServeConfig, cache_folder: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    compile_counter()
 
 
-def build(config: ServeConfig, say: Say) -> Served:
+def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:
     """Loads the base once, puts it on every worker's mesh and adds the tasks; the engine is not started yet.
 
     Raises:
@@ -42,50 +45,71 @@ def build(config: ServeConfig, say: Say) -> Served:
     placement = resolve_placement(config, devices[0].platform, len(devices))
     say(f"{len(devices)} {devices[0].platform} devices; {_told(placement)}")
     say(f"opening and loading the base {config.base}")
-    meshes = [make_mesh(worker.devices, worker.tp or 1) for worker in [*placement.prefill, *placement.decode]]
     dtype = None if config.dtype == "auto" else config.dtype
-    model = load(config.base, dtype=dtype, mesh=meshes[0])
-    prefill = [
-        PrefillSide(PrefillModule(model, mesh), worker.devices)
-        for worker, mesh in zip(placement.prefill, meshes, strict=False)
-    ]
-    decode = []
-    for worker, mesh in zip(placement.decode, meshes[len(prefill) :], strict=True):
-        tasks = worker_tasks(worker, list(config.tasks))
-        decode.append(DecodeSide(_modules(model, mesh, tasks, config, say), worker.devices, tasks))
-    engine = Engine(prefill, decode, model.tokenizer.detokenizer, config.server.max_requests)
-    limits = Limits(model.config.max_len, model.config.vocab_size, model.stop_ids)
-    return Served(engine, list(config.tasks), model.tokenizer, limits, config.server.max_body_bytes)
+    first = placement.prefill[0]
+    model = load(config.base, dtype=dtype, mesh=make_mesh(first.devices, len(first.devices)))
+    plan = Plan(
+        config.tasks,
+        placement,
+        config.sharing,
+        config.kv,
+        config.batch,
+        config.routing,
+        config.debug,
+        config.server.max_requests,
+        config.server.stall_seconds,
+    )
+    sides = assemble(model, plan, say)
+    pools = {id(side.pool): side.pool for side in (*sides.prefill, *sides.decode)}.values()
+    say(
+        f"KV: {sum(pool.num_pages for pool in pools)} pages of {sides.settings.page_bytes:,} bytes in {len(pools)} pools"
+    )
+    engine = Engine(sides.prefill, sides.decode, model.tokenizer.detokenizer, sides.settings)
+    limits = Limits(sides.settings.max_len, model.config.vocab_size, model.stop_ids)
+    served = Served(engine, list(config.tasks), model.tokenizer, limits, config.server.max_body_bytes)
+    return served, variants(sides.prefill, sides.decode, sides.settings)
 
 
-def warm_up(served: Served, say: Say) -> None:
-    """Two tokens from every task on every worker of a started engine, so that a short chat's shapes are compiled.
+def warm_up(served: Served, programs: list[Variant], full: bool, say: Say) -> BackgroundCompiler:
+    """Compiles what a short chat needs, or with `full` everything, and lets every task on every worker of a started
+    engine answer once; the rest is compiled in the background.
 
     Raises:
         PshareError: a task's first answer failed, such as for want of memory.
     """
-    say("compiling")
+    now = [one for one in programs if full or one.small]
+    say(f"compiling {len(now)} of {len(programs)} programs")
+    ready = [worker.ready for worker in (*served.engine.prefill_workers, *served.engine.decode_workers)]
+    for shapes in ready:
+        shapes.limit(one.shape for one in now if one.shape is not None)
+    for program in now:
+        program.lower().compile()
     # Its half is built on first use, which must not stall the streams of others.
     served.tokenizer.encode("", allow_special=False)
-    prompt = (0,) * min(WARM_UP_LEN, served.limits.max_len - 2)
+    first_answers(served)
+    return BackgroundCompiler([one for one in programs if one not in now], ready, say)
+
+
+def first_answers(served: Served) -> None:
+    """Two tokens from every task on every worker.
+
+    Raises:
+        PshareError: an answer failed.
+    """
+    max_len = served.limits.max_len
+    prompt = (0,) * max(1, min(WARM_UP_LEN, max_len - 2))
     for number, (route, task) in enumerate(served.engine.all_routes()):
-        for temperature in (0.0, 1.0):
-            done: queue.SimpleQueue[Event] = queue.SimpleQueue()
-            request = Request(f"warm-up-{number}-{temperature}", task, prompt, 2, temperature=temperature)
-            served.engine.submit(request, done.put, route)
+        done: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        # A salt of its own: no prompt of a user's shall hit what nobody asked for.
+        request = Request(
+            f"warm-up-{number}", task, prompt, min(2, max_len - len(prompt)), cache_salt=f"warm-up {number}"
+        )
+        served.engine.submit(request, done.put, route)
+        event = done.get()
+        while not event.last:
             event = done.get()
-            while not event.last:
-                event = done.get()
-            if event.error is not None:
-                raise PshareError(f"The first answer of the task {task!r} failed; the log above says why.")
-
-
-def _modules(model: Model, mesh: jax.sharding.Mesh, tasks: list[str], config: ServeConfig, say: Say) -> DecodeModules:
-    modules = DecodeModules(model, mesh)
-    for name in tasks:
-        say(f"adding the task {name} ({config.tasks[name]})")
-        modules.add_task(name, config.tasks[name])
-    return modules
+        if event.error is not None:
+            raise PshareError(f"The first answer of the task {task!r} failed; the log above says why.")
 
 
 def _told(placement: Placement) -> str:

@@ -1,105 +1,107 @@
-"""Moves a finished prefill's KV to a decode worker's devices: one device_put, counted in bytes and seconds.
+"""Moves pages from prefill pools to one decode pool: one gather, one device_put, one scatter when the array is there.
 
-There is one `KVTransfer` per decode worker. A prefill worker's thread calls `send` between its steps and goes on; the
-decode worker's thread takes a sequence only when all its arrays are there, so that no decode step ever
-waits for a prefill.
+The thread that owns the prefill pool calls `send` between its steps and goes on; the thread that owns the decode pool
+calls `receive`, which writes only what has arrived, so that no decode step ever waits for a prefill.
 """
 
-import queue
-import threading
+import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
 
-import jax
+from pshare_jax.serving.control import Control
+from pshare_jax.serving.copies import Copy
+from pshare_jax.serving.pool import Pool
+from pshare_jax.serving.request import FAILED, Event, Sequence, State
+from pshare_jax.serving.scheduler import Scheduler
 
-from pshare_jax.serving.request import Sequence, State
-
-
-@runtime_checkable
-class Destination(Protocol):
-    """Where the KV goes: the decode modules of one worker."""
-
-    def place(self, kv: Any) -> Any:
-        """The KV on the worker's devices (dispatched, perhaps not there yet)."""
-        ...
+logger = logging.getLogger(__name__)
+MAX_IN_FLIGHT = 16
+"""Copies on their way to one decode pool: each holds its content twice outside the pools."""
 
 
 @dataclass
 class TransferStats:
-    """Copies that arrived: how many, their bytes, and seconds from dispatch to seen ready."""
+    """Copies that arrived: how many, their pages and bytes, seconds from dispatch to written; and those that failed."""
 
     count: int = 0
+    num_pages: int = 0
     num_bytes: int = 0
     seconds: float = 0.0
+    failures: int = 0
 
 
 class KVTransfer:
-    """The way to one decode worker; at most `max_waiting` sequences' KV are on it or waiting at its end.
+    """The way to one decode worker."""
 
-    `wake` is called when a sequence enters or leaves, since the owner at the other end may be asleep.
-    """
-
-    def __init__(self, destination: Destination, wake: Callable[[], None], max_waiting: int = 2):
-        self._destination = destination
-        self._wake = wake
-        self._max_waiting = max_waiting
-        self._sent: queue.SimpleQueue[Sequence] = queue.SimpleQueue()
-        self._waiting: list[Sequence] = []
+    def __init__(self, scheduler: Scheduler, worker: int, control: Control, page_bytes: int):
+        self._scheduler, self._worker, self._control = scheduler, worker, control
+        self._page_bytes = page_bytes
+        self._pool: Pool = scheduler.decode_pools[worker]
         self.stats = TransferStats()
-        self._lock = threading.Lock()
-        self.closed = False
-
-    def has_room(self) -> bool:
-        """Whether one more sequence may be prefilled for this worker (a closed way takes it, to refuse it)."""
-        return self.closed or self._sent.qsize() + len(self._waiting) < self._max_waiting
 
     @property
     def in_flight(self) -> int:
-        """Sequences sent and not yet taken by the decode worker."""
-        return self._sent.qsize() + len(self._waiting)
+        """Copies on their way."""
+        return len(self._scheduler.copies[self._worker])
 
-    def send(self, sequence: Sequence) -> None:
-        """Dispatches the copy of the sequence's KV (called by the owner of the prefill side).
+    def has_room(self, sequence: Sequence) -> bool:
+        """Whether one more copy of the sequence may be sent.
 
-        Raises:
-            RuntimeError: the decode worker is dead.
+        While it waits for pages of others its copies cannot be written: they leave half of the way to those others, who
+        may have another prefill worker and else could not send what all wait for.
         """
-        sequence.kv = self._destination.place(sequence.kv)
-        # Under the lock, so that a worker that dies meanwhile either finds the sequence on its way or refuses it.
-        with self._lock:
-            if self.closed:
-                raise RuntimeError("the decode worker of this task has stopped")
-            sequence.move(State.TRANSFERRING)
-            self._sent.put(sequence)
-        self._wake()
+        held = sequence.decode_pages
+        waits = held is not None and held.cache.waiting(sequence)
+        return self.in_flight < (MAX_IN_FLIGHT // 2 if waits else MAX_IN_FLIGHT)
 
-    def close(self) -> None:
-        """The decode worker is dead: nothing more is taken (any thread)."""
-        with self._lock:
-            self.closed = True
+    def send(self, copy: Copy) -> None:
+        """Dispatches the copy (called by the owner of the prefill side); if that fails, so does its request."""
+        try:
+            copy.content = self._pool.store.place(copy.source.pool.store.take(copy.source_pages))
+        except Exception:
+            logger.exception("the KV transfer of request %s failed", copy.sequence.request.id)
+            self._fail(copy)
 
-    def take_aborted(self) -> list[Sequence]:
-        """The sequences on the way that are no longer wanted (called by the decode worker's owner)."""
-        while not self._sent.empty():
-            self._waiting.append(self._sent.get())
-        aborted = [sequence for sequence in self._waiting if sequence.abort_requested.is_set()]
-        for sequence in aborted:
-            self._waiting.remove(sequence)
-        return aborted
+    def receive(self) -> bool:
+        """Writes the copies that have come into the pool (called by its owner); whether any is on its way no more."""
+        with self._control.lock:
+            dropped = self._scheduler.drop_unwanted(self._worker)
+            due = [copy for copy in self._scheduler.due_copies(self._worker) if copy.content is not None]
+        arrived = [copy for copy in due if copy.content.is_ready()]
+        for copy in arrived:
+            self._write(copy)
+        return dropped or bool(arrived)
 
-    def take_arrived(self) -> Sequence | None:
-        """The first sequence whose KV is all there (called by the decode worker's owner)."""
-        for sequence in self._waiting:
-            if all(leaf.is_ready() for leaf in jax.tree.leaves(sequence.kv.layers)):
-                self._waiting.remove(sequence)
-                self._count(sequence)
-                self._wake()
-                return sequence
-        return None
+    def _write(self, copy: Copy) -> None:
+        try:
+            # It is there; this raises if what should have computed it has failed.
+            copy.content.block_until_ready()
+        except Exception:
+            logger.exception("the KV transfer of request %s failed", copy.sequence.request.id)
+            self._fail(copy)
+            return
+        with self._control.lock:
+            if copy.unwanted or copy.target.lost:
+                return
+            pages = copy.target_pages
+        # Should the copy become unwanted just now, its pages' next holder writes after this: one thread writes the pool.
+        self._pool.put(pages, copy.content)
+        with self._control.lock:
+            self._count(copy)
+            if copy.unwanted:
+                self._scheduler.copy_failed(copy)
+            else:
+                self._scheduler.arrived(copy)
 
-    def _count(self, sequence: Sequence) -> None:
+    def _fail(self, copy: Copy) -> None:
+        with self._control.lock:
+            self.stats.failures += 1
+            self._scheduler.copy_failed(copy)
+            if not copy.unwanted and copy.inherited is None:
+                self._control.end(copy.sequence, State.FAILED, Event(error=FAILED))
+
+    def _count(self, copy: Copy) -> None:
         self.stats.count += 1
-        self.stats.num_bytes += sequence.kv.nbytes
-        self.stats.seconds += time.monotonic() - sequence.entered[State.TRANSFERRING]
+        self.stats.num_pages += copy.last - copy.first
+        self.stats.num_bytes += (copy.last - copy.first) * self._page_bytes
+        self.stats.seconds += time.monotonic() - copy.started

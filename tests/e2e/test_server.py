@@ -1,5 +1,6 @@
 """The real server in a process of its own (serve/main.py, default CPU placement) against the oracle `generate`."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -34,7 +35,10 @@ def test_the_config_is_printed_and_the_cpu_is_split(served):
     output = served.output.read_text()
     assert "base: overridden" not in output
     assert "tasks:\n  chat: base\n" in output
+    assert "kv:\n  page_size: 16\n" in output
     assert "2 cpu devices; prefill on [0], decode on [1]" in output
+    assert re.search(r"KV: 4096 pages of [\d,]+ bytes in 2 pools\n", output)
+    assert re.search(r"compiling \d+ of \d+ programs\n", output)
     assert served.client.get("/health").status_code == 200
     assert [card["id"] for card in served.client.get("/v1/models").json()["data"]] == list(TASKS)
     assert served.client.get("/v1/models/org%2Fmath-v1.5").json()["max_model_len"] == MAX_LEN
@@ -68,6 +72,29 @@ def test_token_ids_and_short_answers_equal_the_oracle(served):
 def test_an_answer_that_outgrows_its_kv_equals_the_oracle(served):
     ids = list(range(40, 100))
     assert served.ask(TEXT, model=FULL, prompt=ids, max_tokens=12) == served.expected(FULL, ids, 12)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_is_prefilled_once_for_all_tasks(served, stream):
+    """Cases A2-04, A2-19: what is cached is told, and neither hits nor another task's answer change an answer."""
+    ids = [7 + stream, *(number * number % 300 for number in range(101))]
+    cached = []
+    for task in (FULL, "chat", LORA, FULL):
+        body = {"model": task, "prompt": ids, "max_tokens": 12, "temperature": 0, "stream": stream}
+        answer, usage = served.answer(TEXT, **body)
+        assert answer == served.expected(task, ids, 12)
+        cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+        assert usage["prompt_tokens"] == len(ids)
+    assert cached == [0, 96, 96, 96]
+
+
+def test_the_next_turn_of_another_task_equals_the_oracle(served):
+    ids = list(range(100, 160))
+    turn = [*ids, *served.generate(FULL, ids, 40), 5, 6]
+    served.ask(TEXT, model=FULL, prompt=ids, max_tokens=40)
+    answer, usage = served.answer(TEXT, model=LORA, prompt=turn, max_tokens=10)
+    assert answer == served.expected(LORA, turn, 10)
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 48}
 
 
 def test_tasks_differ_from_the_first_token_on(served):

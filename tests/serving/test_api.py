@@ -1,104 +1,15 @@
-"""api.py over real sockets, with scripted modules behind it: any output can be forced, any disconnect be seen."""
+"""api.py over real sockets: answers, streams, models, and everything that is refused."""
 
-import json
 import random
-import threading
-import time
-from contextlib import contextmanager
 
-import httpx
 import pytest
-import uvicorn
-from serving_fakes import EOS, EOT, VOCAB, ByteTokenizer, make_engine
-
-from pshare_jax.serving.api import Served, make_app
-from pshare_jax.serving.protocol import Limits
-from pshare_jax.serving.request import ABORTED, FAILED
-
-FAMILY = "👨‍👩‍👧 한국어 नमस्ते é"
-SCRIPTS = {
-    "abc": [*b"ABCDEFGH", EOS],
-    "org/math-v1.5": [*b"math", EOT],
-    "qwen3:mit Leer ü": [*FAMILY.encode(), EOS],
-    "broken": [0xF0, 0x9F, 0x41, 0xFF, 0xE2, 0x82],
-    "endless": [120],
-}
-MAX_LEN = 100_000
-
-
-class Running:
-    """A server in a thread, its engine, and an HTTP client."""
-
-    def __init__(self, engine, decode, client):
-        self.engine, self.decode, self.client = engine, decode, client
-
-    def post(self, path="/v1/completions", **body):
-        return self.client.post(path, json={"model": "abc", "prompt": "p", **body})
-
-    def ask(self, path, **body):
-        """The answer's text, finish reason and completion tokens, as a stream and whole: both must agree."""
-        prompt = {"messages": [{"role": "user", "content": "p"}]} if "chat" in path else {"prompt": "p"}
-        body = {"model": "abc", **prompt, **body}
-        whole = self.client.post(path, json=body).json()
-        streamed = self.stream(path, **body, stream_options={"include_usage": True})
-        choice = whole["choices"][0]
-        text = choice["message"]["content"] if "chat" in path else choice["text"]
-        result = (text, choice["finish_reason"], whole["usage"]["completion_tokens"])
-        assert ("".join(pieces(streamed)), reason(streamed), streamed[-1]["usage"]["completion_tokens"]) == result
-        return result
-
-    def stream(self, path, **body):
-        """The chunks of a stream that must end with [DONE]."""
-        response = self.client.post(path, json={**body, "stream": True})
-        assert response.headers["content-type"].startswith("text/event-stream")
-        lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
-        assert lines.pop() == "[DONE]"
-        return [json.loads(line) for line in lines]
-
-    def rest(self, live=0, seconds=2.0):
-        """Waits until `live` requests are left."""
-        limit = time.monotonic() + seconds
-        while self.engine.num_live != live:
-            assert time.monotonic() < limit, "requests still live"
-            time.sleep(0.01)
-
-
-def pieces(chunks):
-    choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
-    return [choice["delta"].get("content", "") if "delta" in choice else choice["text"] for choice in choices]
-
-
-def reason(chunks):
-    (only,) = [c["choices"][0]["finish_reason"] for c in chunks if c["choices"] and c["choices"][0]["finish_reason"]]
-    return only
-
-
-@contextmanager
-def serving(max_requests=64, max_body_bytes=100_000):
-    engine, _, decode = make_engine(SCRIPTS, max_requests=max_requests)
-    limits = Limits(MAX_LEN, VOCAB, frozenset({EOS, EOT}))
-    app = make_app(Served(engine, list(SCRIPTS), ByteTokenizer(), limits, max_body_bytes))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run)
-    engine.start()
-    thread.start()
-    while not server.started:
-        time.sleep(0.005)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-        yield Running(engine, decode, client)
-    server.should_exit = True
-    engine.stop()
-    thread.join()
+from fake_server import FAMILY, MAX_LEN, PATHS, SCRIPTS, error_of, pieces, serving
 
 
 @pytest.fixture(scope="module")
 def server():
     with serving() as running:
         yield running
-
-
-PATHS = ["/v1/completions", "/v1/chat/completions"]
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -238,14 +149,6 @@ def test_request_ids(server):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def error_of(response, status):
-    assert response.status_code == status, response.text
-    (error,) = response.json().values()
-    assert set(error) == {"message", "type", "param", "code"}
-    assert "\n" not in error["message"]
-    return error
-
-
 def test_unknown_routes_and_methods(server):
     for path in ("/v1/responses", "/v1/messages", "/", "/v1"):
         assert "/v1/chat/completions" in error_of(server.client.post(path, json={}), 404)["message"]
@@ -307,87 +210,3 @@ def test_no_body_makes_a_500(server, path):
         assert response.status_code in (200, 400, 404), body
         if response.status_code != 200:
             error_of(response, response.status_code)
-
-
-# --- aborts and failures ---------------------------------------------------------------------------------------------
-
-
-ENDLESS = {"model": "endless", "prompt": "p", "max_tokens": 90_000}
-
-
-@contextmanager
-def endless_stream(server):
-    """A stream that runs until the block ends; gives its lines after the first one."""
-    with httpx.stream("POST", f"{server.client.base_url}/v1/completions", json={**ENDLESS, "stream": True}) as response:
-        lines = response.iter_lines()
-        assert next(lines).startswith("data: ")
-        yield lines
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_hanging_up_while_queued(server, stream):
-    with endless_stream(server):
-        for _ in range(3):
-            with pytest.raises(httpx.ReadTimeout):
-                httpx.post(f"{server.client.base_url}/v1/completions", json={**ENDLESS, "stream": stream}, timeout=0.2)
-            server.rest(live=1)
-    server.rest()
-    assert server.ask("/v1/completions", stop="B")[0] == "A"
-
-
-def test_hanging_up_while_running(server):
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.client.base_url}/v1/completions", json=ENDLESS, timeout=0.2)
-    server.rest()
-    with endless_stream(server):
-        assert server.engine.num_live == 1
-    server.rest()
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_failed_step_is_an_error_object(server, stream, caplog):
-    server.decode.fail_at = 0
-    error = error_of(server.post(stream=stream), 500)
-    assert (error["message"], error["type"]) == (FAILED, "server_error")
-    server.decode.fail_at = 2
-    if stream:
-        chunks = server.stream("/v1/completions", model="abc", prompt="p")
-        assert chunks[-1]["error"]["message"] == FAILED
-    else:
-        error_of(server.post(), 500)
-    server.decode.fail_at = None
-    assert server.ask("/v1/completions")[0] == "ABCDEFGH"
-
-
-def test_a_full_server_says_when_to_try_again():
-    with serving(max_requests=1) as server:
-        with endless_stream(server):
-            refusal = server.post()
-            assert error_of(refusal, 429)["code"] == "rate_limit_exceeded"
-            assert refusal.headers["retry-after"] == "1"
-        server.rest()
-        assert server.post().status_code == 200
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_health_tells_of_a_dead_worker(monkeypatch):
-    with serving() as server:
-        assert server.client.get("/health").json() == {"status": "ok"}
-
-        def die():
-            raise SystemError("dead")
-
-        monkeypatch.setattr(server.engine.decode_workers[0], "step", die)
-        error_of(server.post(), 500)
-        assert server.client.get("/health").status_code == 503
-        error_of(server.post(), 503)
-
-
-def test_a_stopping_server_ends_streams_with_an_error():
-    with serving() as server:
-        with endless_stream(server) as lines:
-            server.engine.abort_all()
-            rest = list(lines)
-        assert json.loads(rest[-4].removeprefix("data: "))["error"]["message"] == ABORTED
-        assert rest[-2] == "data: [DONE]"
-        error_of(server.post(), 503)

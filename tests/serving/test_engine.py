@@ -1,263 +1,310 @@
-"""engine.py and its rooms, stepped in turn over fakes: the walk, routing, aborts and failures at every place."""
+"""engine.py and its rooms, stepped in turn over fakes: the walk, chunks, turn order, routes and admission."""
 
-import threading
-import time
+from itertools import pairwise
 
 import pytest
-from serving_fakes import EOS, Gate, make_engine
+from fake_engine import PAGE, Client, make_engine
+from serving_fakes import EOS, Echo
 
-from pshare_jax.serving.engine import EngineDown, EngineFull, group_by_devices
-from pshare_jax.serving.request import FAILED, Request
-from pshare_jax.serving.router import Router
+from pshare_jax.serving import transfer
+from pshare_jax.serving.engine import EngineDown, EngineFull
+from pshare_jax.serving.owners import group_by_devices
+from pshare_jax.serving.request import State
+from pshare_jax.serving.routing import Route
 
 SCRIPT = [*b"xyz", EOS]
+ENDLESS = [120]
 
 
-class Client:
-    """Submits requests and keeps what comes up."""
-
-    def __init__(self, engine):
-        self.engine = engine
-        self.events = {}
-
-    def ask(self, name, prompt=(1, 2, 3), task="t", **fields):
-        events = self.events[name] = []
-        fields = {"max_tokens": 50, "stop_ids": frozenset({EOS}), **fields}
-        self.engine.submit(Request(name, task, tuple(prompt), **fields), events.append)
-
-    def text(self, name):
-        return "".join(event.text for event in self.events[name])
-
-    def end(self, name):
-        last = self.events[name][-1]
-        assert [event.last for event in self.events[name]].count(True) == 1
-        return last.finish_reason or last.error
+# --- the walk --------------------------------------------------------------------------------------------------------
 
 
-def run(engine):
-    for _ in range(1000):
-        if not engine.step():
-            return
-    raise AssertionError("the engine does not come to rest")
-
-
-def test_a_request_walks_down_once_and_its_tokens_come_up():
-    engine, (prefill,), decode = make_engine({"t": SCRIPT})
-    client = Client(engine)
+@pytest.mark.parametrize("colocated", [False, True])
+def test_a_request_walks_down_once_and_its_tokens_come_up(colocated):
+    fakes = make_engine({"t": SCRIPT}, colocated=colocated)
+    client = Client(fakes)
     client.ask("a", (5, 6, 7))
-    run(engine)
-    assert prefill.chunks == [(5, 6)]
+    fakes.run()
+    assert fakes.prefill[0].chunks == [(5, 6)]
     # The last prompt token is the decode module's first input, then its own tokens.
-    assert decode.inputs == [("t", 7), ("t", 120), ("t", 121), ("t", 122)]
+    assert fakes.decode["t"].inputs == [7, 120, 121, 122]
     assert (client.text("a"), client.end("a")) == ("xyz", "stop")
-    assert client.events["a"][-1].completion_tokens == 4
-    stats = engine.transfers[0].stats
-    assert (stats.count, stats.num_bytes) == (1, 20)
-    assert engine.num_live == 0
+    assert [event.completion_tokens for event in client.events["a"]] == [1, 2, 3, 4]
+    stats = fakes.engine.transfers[0].stats
+    assert (stats.count, stats.num_pages, stats.num_bytes, stats.failures) == ((0,) * 4 if colocated else (1, 1, 10, 0))
+    assert fakes.engine.num_live == 0
+    assert fakes.engine.num_ended == {State.FINISHED: 1}
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_exactly_max_tokens(count):
-    engine, _, decode = make_engine({"t": SCRIPT})
-    client = Client(engine)
+    fakes = make_engine({"t": SCRIPT})
+    client = Client(fakes)
     client.ask("a", max_tokens=count)
-    run(engine)
-    assert (len(decode.inputs), client.end("a")) == (count, "length")
+    fakes.run()
+    assert (len(fakes.decode["t"].inputs), client.end("a")) == (count, "length")
+    assert client.events["a"][-1].completion_tokens == count
 
 
-def test_a_prompt_of_one_token_has_an_empty_kv():
-    engine, (prefill,), decode = make_engine({"t": SCRIPT})
-    client = Client(engine)
+@pytest.mark.parametrize("colocated", [False, True])
+def test_a_prompt_of_one_token_has_an_empty_kv(colocated):
+    fakes = make_engine({"t": SCRIPT}, colocated=colocated)
+    client = Client(fakes)
     client.ask("a", (9,))
-    run(engine)
-    assert (prefill.chunks, decode.inputs[0], client.text("a")) == ([()], ("t", 9), "xyz")
+    fakes.run()
+    assert (fakes.prefill[0].chunks, fakes.decode["t"].inputs[0], client.text("a")) == ([], 9, "xyz")
+
+
+@pytest.mark.parametrize("colocated", [False, True])
+@pytest.mark.parametrize("length", [1, 2, *range(PAGE - 1, PAGE + 2), *range(2 * PAGE - 1, 2 * PAGE + 2), 33, 34])
+def test_answers_depend_on_the_whole_context_and_are_the_same_cold_and_warm(length, colocated):
+    echo = Echo("t")
+    fakes = make_engine({"t": echo}, colocated=colocated)
+    client = Client(fakes)
+    prompt = [7 * i % 50 for i in range(length)]
+    for cached in (0, (length - 1) // PAGE * PAGE, (length - 1) // PAGE * PAGE):
+        name = client.ask(prompt=prompt, max_tokens=9)
+        fakes.run()
+        assert client.ids(name) == echo.answer(prompt, 9)
+        assert client.cached(name) == cached <= length - 1
 
 
 def test_long_prompts_go_in_chunks():
-    engine, (prefill,), _ = make_engine({"t": SCRIPT})
-    Client(engine).ask("a", [1] * 1300)
-    run(engine)
-    assert [len(chunk) for chunk in prefill.chunks] == [512, 512, 275]
+    fakes = make_engine({"t": SCRIPT}, page_size=16, pages=128, chunk=512, moves=(2, 8, 32))
+    client = Client(fakes)
+    client.ask("a", [1] * 1300)
+    fakes.run()
+    assert [len(chunk) for chunk in fakes.prefill[0].chunks] == [512, 512, 275]
+    assert client.text("a") == "xyz"
+    stats = fakes.engine.prefill_workers[0].stats
+    assert (stats.calls, stats.tokens, stats.slots) == (3, 1299, 512 + 512 + 384)
+    # Each chunk's pages are sent as soon as it is dispatched, and the tail with the last one.
+    assert fakes.engine.transfers[0].stats.num_pages == 82
 
 
-def test_tasks_answer_for_themselves():
-    engine, _, _ = make_engine({"t": SCRIPT, "u": [*b"other", EOS]})
-    client = Client(engine)
+def test_short_chunks_share_a_call():
+    fakes = make_engine({"t": SCRIPT}, chunk=64)
+    client = Client(fakes)
+    for first in range(5):
+        client.ask(prompt=[first, 2, 3, 4])
+    fakes.run()
+    assert fakes.prefill[0].rows == [4, 1]
+    assert {client.text(name) for name in client.events} == {"xyz"}
+
+
+@pytest.mark.parametrize("colocated", [False, True])
+def test_tasks_answer_for_themselves(colocated):
+    fakes = make_engine({"t": SCRIPT, "u": [*b"other", EOS]}, colocated=colocated)
+    client = Client(fakes)
     for name, task in (("a", "t"), ("b", "u"), ("c", "t")):
         client.ask(name, task=task)
-    run(engine)
+    fakes.run()
     assert [client.text(name) for name in "abc"] == ["xyz", "other", "xyz"]
 
 
+def test_tasks_with_the_same_weights_are_decoded_in_one_step():
+    fakes = make_engine({"t": SCRIPT, "u": SCRIPT})
+    client = Client(fakes)
+    for number, task in enumerate("tutu"):
+        client.ask(prompt=[number, 2, 3], task=task)
+    fakes.run()
+    assert max(fakes.decode["t"].rows) == 4
+    assert {client.text(name) for name in client.events} == {"xyz"}
+
+
+# --- transfers -------------------------------------------------------------------------------------------------------
+
+
 def test_decoding_waits_until_the_kv_has_arrived_and_others_go_first():
-    engine, _, decode = make_engine({"t": SCRIPT})
-    gate = Gate()
-    decode.gates[(1, 1)] = (gate,)
-    client = Client(engine)
+    fakes = make_engine({"t": SCRIPT})
+    gate = fakes.hold(1)
+    client = Client(fakes)
     client.ask("late", (1, 1, 1))
     client.ask("early", (2, 2, 2))
-    for _ in range(20):
-        engine.step()
+    fakes.step(20)
     assert client.end("early") == "stop"
     assert client.events["late"] == []
-    assert engine.decode_workers[0].must_poll
-    gate.ready = True
-    run(engine)
+    assert client.state("late") is State.TRANSFERRING
+    assert fakes.engine.decode_workers[0].must_poll
+    gate.open = True
+    fakes.run()
     assert client.text("late") == "xyz"
+    assert not fakes.engine.decode_workers[0].must_poll
 
 
-def test_kv_does_not_pile_up_before_a_decode_worker():
-    engine, (prefill,), decode = make_engine({"t": SCRIPT})
-    decode.gates[(1, 1)] = (Gate(),)
-    client = Client(engine)
-    for name in "abcdef":
-        client.ask(name, (1, 1, 1))
-    for _ in range(20):
-        engine.step()
-    assert len(prefill.chunks) == 2
+def test_copies_do_not_pile_up_before_a_decode_worker(monkeypatch):
+    monkeypatch.setattr(transfer, "MAX_IN_FLIGHT", 2)
+    fakes = make_engine({"t": SCRIPT})
+    gate = fakes.hold(1)
+    client = Client(fakes)
+    names = [client.ask(prompt=(1, number, 1)) for number in range(5)]
+    fakes.step(20)
+    assert fakes.engine.transfers[0].in_flight == 2
+    assert [client.state(name) for name in names] == [State.TRANSFERRING] * 2 + [State.PREFILLING] * 3
+    # They are all prefilled: whoever comes behind them does not wait for them.
+    client.ask("other", (2, 2, 2))
+    gate.open = True
+    fakes.run()
+    assert {client.text(name) for name in client.events} == {"xyz"}
 
 
-def test_abort_while_waiting_prefilling_transferring_and_decoding():
-    for steps in range(8):
-        engine, (prefill,), decode = make_engine({"t": [120]})
-        decode.gates[(1,) * 1200] = (gate := Gate(steps > 4),)
-        client = Client(engine)
-        client.ask("a", [1] * 1201)
-        for _ in range(steps):
-            engine.step()
-        engine.abort("a")
-        used = len(prefill.chunks) + len(decode.inputs)
-        engine.step()
-        engine.step()
-        assert client.end("a") == "abort", steps
-        assert len(prefill.chunks) + len(decode.inputs) == used
-        assert engine.num_live == 0
-        gate.ready = True
-        client.ask("b", max_tokens=1)
-        run(engine)
-        assert client.end("b") == "length"
+def test_copies_that_come_in_another_order_are_right():
+    """Case A3-19: the first of two copies into neighbouring pages comes last, while a third request decodes."""
+    echo = Echo("t")
+    fakes = make_engine({"t": echo})
+    gates = [fakes.hold(101, polls=6), fakes.hold(102, polls=2)]
+    client = Client(fakes)
+    prompts = {"first": [101] * 11, "second": [102] * 11, "runs": [103] * 11}
+    for name, prompt in prompts.items():
+        client.ask(name, prompt, max_tokens=12)
+    fakes.run()
+    assert all(gate.open for gate in gates)
+    for name, prompt in prompts.items():
+        assert client.ids(name) == echo.answer(prompt, 12)
 
 
-def test_abort_behind_a_busy_worker_does_not_wait_for_it():
-    engine, (prefill,), _ = make_engine({"t": [120]})
-    client = Client(engine)
-    client.ask("running", max_tokens=10**6)
-    for _ in range(3):
-        engine.step()
-    client.ask("waiting", (7, 7))
-    engine.abort("waiting")
-    engine.step()
-    assert client.end("waiting") == "abort"
-    assert (7,) not in prefill.chunks
+# --- turns -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_failed_step_fails_that_request_only(caplog):
-    engine, (prefill,), decode = make_engine({"t": SCRIPT})
-    client = Client(engine)
-    prefill.fail_on = 66
-    client.ask("bad", (66, 1))
-    client.ask("good")
-    run(engine)
-    assert (client.end("bad"), client.end("good")) == (FAILED, "stop")
-    decode.fail_at = 1
-    client.ask("bad2")
-    run(engine)
-    assert (client.end("bad2"), client.text("bad2")) == (FAILED, "x")
-    decode.fail_at = None
-    client.ask("good2")
-    run(engine)
-    assert client.end("good2") == "stop"
-    assert len(caplog.records) == 2
+def noted_turns(fakes):
+    """The order of device calls from now on: "p0", "p1" for prefill workers, the task's name for decode steps."""
+    turns = []
+    for index, prefill in enumerate(fakes.prefill):
+        prefill.before = lambda index=index: turns.append(f"p{index}")
+    for task, decode in fakes.decode.items():
+        decode.before = lambda task=task: turns.append(task)
+    return turns
+
+
+def test_tasks_with_other_weights_take_turns():
+    fakes = make_engine({"t": ENDLESS, "u": ENDLESS[:], "v": ENDLESS[:]})
+    client = Client(fakes)
+    names = [client.ask(prompt=[number, 2], task=task) for number, task in enumerate("ttuvvv")]
+    fakes.step_until(lambda: all(client.ids(name) for name in names))
+    turns = noted_turns(fakes)
+    fakes.step(30)
+    assert [turns[start : start + 3] for start in range(0, 30, 3)] == [turns[:3]] * 10
+    assert sorted(turns[:3]) == ["t", "u", "v"]
+
+
+def test_a_step_has_at_most_so_many_rows_and_all_get_their_turns():
+    fakes = make_engine({"t": ENDLESS}, rows=4)
+    client = Client(fakes)
+    names = [client.ask(prompt=[number, 2]) for number in range(7)]
+    fakes.step_until(lambda: all(client.state(name) is State.DECODING for name in names))
+    fakes.decode["t"].rows.clear()
+    for _ in range(7):
+        before = [len(client.ids(name)) for name in names]
+        fakes.step(2)
+        made = [len(client.ids(name)) - old for name, old in zip(names, before, strict=True)]
+        assert min(made) >= 1
+    assert fakes.decode["t"].rows == [4] * 14
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_colocated_answers_wait_for_one_chunk_at_most(workers):
+    """Between two decode steps there is one prefill chunk at most, however many prefill workers share the devices."""
+    devices = [{0}] * workers
+    fakes = make_engine(
+        {"t": ENDLESS}, num_prefill=workers, num_decode=workers, colocated=True, devices=(devices, devices)
+    )
+    client = Client(fakes)
+    client.ask("runs", (1, 2, 3), max_tokens=200, route=Route(0, 0))
+    fakes.step_until(lambda: len(client.ids("runs")) == 2)
+    turns = noted_turns(fakes)
+    for number in range(4):
+        client.ask(prompt=[number] * 100, max_tokens=1, route=Route(number % workers, number % workers))
+    fakes.step(28)
+    chunks = [turn for turn in turns if turn != "t"]
+    assert len(chunks) == 4 * 7
+    assert all("t" in pair for pair in pairwise(turns))
+    # The workers' chunks come in turn.
+    assert workers == 1 or all(one != other for one, other in pairwise(chunks))
+
+
+# --- admission and routes --------------------------------------------------------------------------------------------
+
+
+def test_who_does_not_fit_waits_and_holds_nothing():
+    fakes = make_engine({"t": SCRIPT}, decode_pages=6)
+    client = Client(fakes)
+    for name in "abc":
+        client.ask(name, [ord(name)] * 14)
+    fakes.step()
+    assert [client.state(name) for name in "abc"] == [State.DECODING, State.WAITING, State.WAITING]
+    waiting = client.sequences["b"]
+    assert (waiting.prefill_pages, waiting.decode_pages) == (None, None)
+    fakes.run()
+    assert {client.text(name) for name in "abc"} == {"xyz"}
+
+
+def test_a_full_decode_pool_does_not_hold_up_the_others():
+    fakes = make_engine({"t": ENDLESS}, num_decode=2, decode_pages=6)
+    client = Client(fakes)
+    for name, decode in (("a", 0), ("b", 0), ("c", 1)):
+        client.ask(name, [ord(name)] * 14, max_tokens=6, route=Route(0, decode))
+    fakes.step(2)
+    assert [client.state(name) for name in "abc"] == [State.DECODING, State.WAITING, State.DECODING]
+    fakes.run()
+    assert {client.end(name) for name in "abc"} == {"length"}
+
+
+def test_many_arrivals_at_once_all_finish():
+    """Case A3-09: the decode pool has room for two, the prefill pool for four."""
+    echo = Echo("t")
+    fakes = make_engine({"t": echo}, pages=25, decode_pages=13)
+    client = Client(fakes)
+    prompts = {client.ask(prompt=[number] * (1 + 5 * number % 23), max_tokens=4): number for number in range(64)}
+    fakes.run()
+    for name, number in prompts.items():
+        assert client.ids(name) == echo.answer([number] * (1 + 5 * number % 23), 4)
 
 
 def test_full_and_stopped_engines_refuse():
-    engine, _, _ = make_engine({"t": SCRIPT}, max_requests=2)
-    client = Client(engine)
+    fakes = make_engine({"t": SCRIPT}, max_requests=2)
+    client = Client(fakes)
     client.ask("a")
     client.ask("b")
     with pytest.raises(EngineFull):
         client.ask("c")
-    run(engine)
+    fakes.run()
     client.ask("d")
-    engine.stop()
+    fakes.engine.stop()
     assert client.end("d") == "abort"
-    assert not engine.healthy
+    assert not fakes.engine.healthy
     with pytest.raises(EngineDown):
         client.ask("e")
+    fakes.run()
 
 
-def test_prefill_goes_to_the_least_loaded_worker():
-    engine, prefills, _ = make_engine({"t": SCRIPT}, num_prefill=2)
-    client = Client(engine)
-    for name in "abcd":
-        client.ask(name)
-    run(engine)
-    assert [len(prefill.chunks) for prefill in prefills] == [2, 2]
+@pytest.mark.parametrize("policy", ["prefix", "round_robin", "least_loaded"])
+def test_prefill_work_is_spread_over_the_workers(policy):
+    fakes = make_engine({"t": SCRIPT}, num_prefill=2, policy=policy)
+    client = Client(fakes)
+    for number in range(4):
+        client.ask(prompt=[number] * 9)
+    fakes.run()
+    assert [prefill.num_tokens for prefill in fakes.prefill] == [16, 16]
+
+
+def test_the_same_prompt_goes_where_its_pages_are():
+    fakes = make_engine({"t": SCRIPT}, num_prefill=2)
+    client = Client(fakes)
+    for _ in range(4):
+        client.ask(prompt=[5] * 9)
+        fakes.run()
+    assert sorted(prefill.num_tokens for prefill in fakes.prefill) == [0, 8]
 
 
 def test_all_routes_reach_every_task_of_every_worker_and_every_prefill_worker():
-    engine, _, _ = make_engine({"t": SCRIPT, "u": SCRIPT}, num_prefill=3)
-    assert engine.all_routes() == [((0, 0), "t"), ((1, 0), "u"), ((2, 0), "t")]
-
-
-def test_router_counts_down_again():
-    router = Router(2, [["t"], ["t", "u"]])
-    assert [router.assign(task) for task in "tttu"] == [(0, 0), (1, 1), (0, 0), (1, 1)]
-    router.release(0, 0)
-    router.release(0, 0)
-    assert router.assign("t") == (0, 0)
-    assert (router.prefill_load, router.decode_load) == ([1, 2], [1, 2])
+    engine = make_engine({"t": SCRIPT, "u": SCRIPT}, num_prefill=3).engine
+    assert engine.all_routes() == [(Route(0, 0), "t"), (Route(1, 0), "u"), (Route(2, 0), "t")]
+    engine = make_engine({"t": SCRIPT, "u": SCRIPT}, num_decode=2).engine
+    assert engine.all_routes() == [(Route(0, decode), task) for decode in (0, 1) for task in "tu"]
+    engine = make_engine({"t": SCRIPT, "u": SCRIPT}, num_prefill=2, prefill_tasks=[["t"], ["u"]]).engine
+    assert engine.all_routes() == [(Route(0, 0), "t"), (Route(1, 0), "u")]
 
 
 def test_workers_that_share_devices_share_a_thread():
     assert group_by_devices([{0}, {1}, {0}]) == [[1], [0, 2]]
     assert group_by_devices([{0}, {1}, {0, 1}, {2}]) == [[0, 1, 2], [3]]
-
-
-@pytest.mark.parametrize("devices", [((0,), (1,)), ((0,), (0,))])
-def test_threads_serve_and_stop(devices):
-    engine, _, _ = make_engine({"t": SCRIPT}, devices=devices)
-    engine.start()
-    done = threading.Semaphore(0)
-    for i in range(20):
-        request = Request(str(i), "t", (1, 2), 50, stop_ids=frozenset({EOS}))
-        engine.submit(request, lambda event: done.release() if event.last else None)
-    for _ in range(20):
-        assert done.acquire(timeout=10)
-    assert engine.healthy
-    engine.stop()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("side", ["prefill_workers", "decode_workers"])
-def test_a_dead_thread_fails_its_requests_and_shows_in_health(side, monkeypatch):
-    engine, _, _ = make_engine({"t": [120]})
-    engine.start()
-    events, done = [], threading.Event()
-    started = threading.Event()
-
-    def on_event(event):
-        events.append(event)
-        started.set()
-        if event.last:
-            done.set()
-
-    def die():
-        raise SystemError("dead")
-
-    engine.submit(Request("a", "t", (1, 2), 10**6), on_event)
-    assert started.wait(10)
-    worker = getattr(engine, side)[0]
-    monkeypatch.setattr(worker, "step", die)
-    engine._wake()
-    limit = time.monotonic() + 10
-    while engine.healthy:
-        assert time.monotonic() < limit
-    with pytest.raises(EngineDown):
-        engine.submit(Request("b", "t", (1, 2), 1), on_event)
-    if side == "decode_workers":
-        assert done.wait(10)
-        assert events[-1].error == FAILED
-    engine.stop()
-    # A request on a healthy worker lives on until the engine stops.
-    assert events[-1].last

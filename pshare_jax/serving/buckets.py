@@ -1,0 +1,78 @@
+"""The few shapes that device calls come in: tokens of a chunk, rows of a batch, pages of a move. Imports no jax.
+
+Every shape is compiled once; what is called for is padded to the next one.
+"""
+
+from collections.abc import Iterable, Sequence
+
+CHUNK_TOKENS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+MAX_ROW_TOKENS = 64
+"""Longest chunks that share a call: longer ones are as fast one by one, without padding (measured on CPU)."""
+
+
+def bucket_of(size: int, buckets: Sequence[int]) -> int:
+    """The least bucket that holds `size`."""
+    return next(bucket for bucket in buckets if bucket >= size)
+
+
+def token_buckets(most: int) -> list[int]:
+    """Lengths of a prefill chunk of at most `most` tokens."""
+    return [size for size in CHUNK_TOKENS if size < most] + [most]
+
+
+def row_buckets(most: int) -> list[int]:
+    """Numbers of rows of a decode step with at most `most` rows: powers of two, and `most`."""
+    return [1 << power for power in range(most.bit_length()) if 1 << power < most] + [most]
+
+
+def page_buckets(most: int) -> list[int]:
+    """Numbers of pages of a move with at most `most` pages: 2, 8, 32, ... and `most`."""
+    sizes, size = [], 2
+    while size < most:
+        sizes.append(size)
+        size *= 4
+    return [*sizes, most]
+
+
+class ReadyShapes:
+    """Which shapes of steps may be used: all, or while the server still compiles only those that are ready.
+
+    Prefill shapes are (rows, tokens), decode shapes (rows,). Read by workers, extended by the compiling thread.
+    """
+
+    def __init__(self) -> None:
+        self._only: set[tuple[int, ...]] | None = None
+
+    def limit(self, shapes: Iterable[tuple[int, ...]]) -> None:
+        """Only these from now on."""
+        self._only = set(shapes)
+
+    def add(self, shape: tuple[int, ...]) -> None:
+        """This one too."""
+        if self._only is not None:
+            self._only.add(shape)
+
+    def __contains__(self, shape: tuple[int, ...]) -> bool:
+        return self._only is None or shape in self._only
+
+
+def choose_rows(remaining: Sequence[int], most: int, ready: ReadyShapes) -> tuple[list[int], int]:
+    """(indices, bucket) of the next prefill step over sequences with so many tokens to go, the oldest first.
+
+    The oldest gives the bucket. Up to four sequences whose next chunk falls into the same one share the call, if it is
+    short; the number of rows is 1, 2 or 4, never padded.
+    """
+    buckets = [size for size in token_buckets(most) if (1, size) in ready]
+    chunks = [bucket_of(min(tokens, buckets[-1]), buckets) for tokens in remaining]
+    bucket = chunks[0]
+    alike = [index for index, chunk in enumerate(chunks) if chunk == bucket]
+    shapes = prefill_shapes(most)
+    rows = max(n for n in (1, 2, 4) if n <= len(alike) and (n, bucket) in shapes and (n, bucket) in ready)
+    return alike[:rows], bucket
+
+
+def prefill_shapes(most: int) -> list[tuple[int, int]]:
+    """All (rows, bucket) that `choose_rows` can give."""
+    shapes = [(1, bucket) for bucket in token_buckets(most)]
+    short = [bucket for bucket in token_buckets(most) if bucket <= MAX_ROW_TOKENS]
+    return shapes + [(rows, bucket) for rows in (2, 4) for bucket in short if rows * bucket <= most]

@@ -1,0 +1,182 @@
+"""Every program that a running engine calls, compiled ahead of time: the smallest before the server answers, then the rest.
+
+A program compiled here is the very one that the worker's first call uses. Called by startup.py.
+"""
+
+import functools
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from pshare_jax.model.paged_attention import Rows
+from pshare_jax.model.paged_steps import page_moves
+from pshare_jax.serving.buckets import ReadyShapes, prefill_shapes, row_buckets
+from pshare_jax.serving.engine import DecodeSide, EngineSettings, PrefillSide
+from pshare_jax.serving.page_store import DevicePages
+from pshare_jax.serving.pool import Pool
+
+SMALL_TOKENS, SMALL_ROWS = 64, 1
+"""A server answers when chunks of so many tokens and decode steps of so many rows are compiled: longer prompts go in more
+chunks and more sequences take turns until the rest is there."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One program: what it is, whether the smallest start needs it, how it is lowered, and the step's shape that it is
+    for (None: pages are moved by it).
+    """
+
+    name: str
+    small: bool
+    lower: Callable[[], Any]
+    shape: tuple[int, ...] | None = None
+
+
+def variants(prefill: Sequence[PrefillSide], decode: Sequence[DecodeSide], settings: EngineSettings) -> list[Variant]:
+    """All programs of the engine's workers, each once, the small ones first."""
+    found: dict[tuple, Variant] = {}
+    for side in prefill:
+        for key, variant in _prefill(side, settings):
+            found.setdefault(key, variant)
+    for side in decode:
+        for key, variant in _decode(side, settings):
+            found.setdefault(key, variant)
+    for pool in {id(side.pool): side.pool for side in prefill}.values():
+        found.update(_takes(_device_pages(pool)))
+    for pool in {id(side.pool): side.pool for side in decode}.values():
+        found.update(_takes(_device_pages(pool)) | _puts(_device_pages(pool)))
+    for source, target in itertools.product(prefill, decode):
+        found.update(_places(_device_pages(source.pool), _device_pages(target.pool)))
+    return sorted(
+        found.values(), key=lambda one: (not one.small, one.shape is not None and len(one.shape) == 2, one.shape or ())
+    )
+
+
+def _prefill(side: PrefillSide, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
+    step, store = side.weights.paged.prefill, _device_pages(side.pool)
+    for rows, tokens in prefill_shapes(settings.chunk_tokens):
+        small = rows == 1 and tokens == min(SMALL_TOKENS, settings.chunk_tokens)
+        shape = (rows, tokens)
+        yield (
+            ("prefill", step, shape, store.mesh, store.num_pages),
+            Variant(
+                f"prefill {rows}x{tokens}",
+                small,
+                _step_lowering(step, side.weights.params, store, shape, settings),
+                shape,
+            ),
+        )
+
+
+def _decode(side: DecodeSide, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
+    store = _device_pages(side.pool)
+    for rows in row_buckets(settings.max_rows):
+        small = rows == SMALL_ROWS
+        for weights in side.tasks.values():
+            step = weights.paged.decode
+            yield (
+                ("decode", step, rows, store.mesh, store.num_pages),
+                Variant(
+                    f"decode {rows}", small, _step_lowering(step, weights.params, store, (rows, 1), settings), (rows,)
+                ),
+            )
+        yield (
+            ("sample", rows, store.mesh),
+            Variant(f"sample {rows}", small, functools.partial(side.sampler.lower, rows), (rows,)),
+        )
+
+
+def _device_pages(pool: Pool) -> DevicePages:
+    assert isinstance(pool.store, DevicePages)
+    return pool.store
+
+
+def _takes(store: DevicePages) -> dict[tuple, Variant]:
+    moves: Any = page_moves(store.config, store.mesh)
+    return {
+        ("take", num, store.mesh, store.num_pages): Variant(
+            f"take {num} pages", True, functools.partial(moves.take.lower, store.spec, _ids(num))
+        )
+        for num in store.move_buckets
+    }
+
+
+def _puts(store: DevicePages) -> dict[tuple, Variant]:
+    moves: Any = page_moves(store.config, store.mesh)
+    return {
+        ("put", num, store.mesh, store.num_pages): Variant(
+            f"put {num} pages",
+            True,
+            functools.partial(moves.put.lower, store.spec, _ids(num), store.content_spec(num)),
+        )
+        for num in store.move_buckets
+    }
+
+
+def _places(source: DevicePages, target: DevicePages) -> dict[tuple, Variant]:
+    """Content that goes to more devices than it comes from is cut up by a program that JAX makes for each shape."""
+    if source.mesh.size == target.mesh.size:
+        return {}
+    return {
+        ("place", num, source.mesh, target.mesh): Variant(
+            f"place {num} pages", True, functools.partial(_Placing, source, target, num)
+        )
+        for num in source.move_buckets
+    }
+
+
+class _Placing:
+    """A move between two pools' devices; a `jax.device_put` cannot be lowered, so it is done once instead."""
+
+    def __init__(self, source: DevicePages, target: DevicePages, num: int):
+        self._spec, self._target = source.content_spec(num), target
+
+    def compile(self) -> None:
+        content = jax.device_put(np.zeros(self._spec.shape, self._spec.dtype), self._spec.sharding)
+        self._target.place(content).block_until_ready()
+
+
+def _ids(num: int) -> np.ndarray:
+    return np.zeros(num, np.int32)
+
+
+def _step_lowering(
+    step: Any, params: Any, store: DevicePages, shape: tuple[int, int], settings: EngineSettings
+) -> Callable[[], Any]:
+    table = (shape[0], -(-settings.max_len // store.page_size))
+    rows = Rows(*(np.zeros(size, np.int32) for size in (table, shape[0], shape[0])))
+    tokens = np.zeros(shape, np.int32)
+    return functools.partial(step.lower, params, tokens, rows, store.spec)
+
+
+class BackgroundCompiler:
+    """Compiles what is not small in a thread; each shape may be used once all its programs are there. `stop` ends it."""
+
+    def __init__(self, rest: Sequence[Variant], ready: Sequence[ReadyShapes], say: Callable[[str], None]):
+        self._rest, self._ready, self._say = rest, ready, say
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pshare-compile", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Returns when the thread has ended, after the program that it compiles now."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        left = Counter(variant.shape for variant in self._rest)
+        for variant in self._rest:
+            if self._stopping.is_set():
+                return
+            variant.lower().compile()
+            left[variant.shape] -= 1
+            if variant.shape is not None and not left[variant.shape]:
+                for ready in self._ready:
+                    ready.add(variant.shape)
+        self._say("all programs are compiled")

@@ -1,0 +1,179 @@
+"""A warmed-up engine compiles nothing, whatever comes; its programs are few, and until all are there it uses those that are."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from faults import Counters, assert_restored, pools_of, task_sources
+from tiny import VOCAB
+from tiny_engine import Answer, Engines, placed
+
+import pshare_jax as ps
+from pshare_jax.model.layers import LoraConfig
+from pshare_jax.model.params import is_lora
+from pshare_jax.sampling_params import SamplingParams
+from pshare_jax.serving.assemble import Plan, Sides, assemble
+from pshare_jax.serving.buckets import prefill_shapes, row_buckets
+from pshare_jax.serving.compiles import compile_counter
+from pshare_jax.serving.config import BatchConfig, KVConfig
+from pshare_jax.serving.engine import Engine
+from pshare_jax.serving.request import Request, State
+from pshare_jax.serving.warmup import BackgroundCompiler, Variant, variants
+
+# Devices that no other test uses: what is compiled for them was compiled here.
+SPLIT, SPLIT_TP2 = placed([[4]], [[5]]), placed([[4]], [[6, 7]])
+TASKS = ("chat", "math", "lora")
+
+
+@pytest.fixture(scope="module")
+def sources(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    return task_sources(tiny_folders["llama"], tmp_path_factory.mktemp("compiles"))
+
+
+def parts(world: Engines) -> tuple[Engine, Sides]:
+    """A cold engine and what it is made of."""
+    sides = assemble(world.model, world.plan, lambda line: None)
+    return Engine(sides.prefill, sides.decode, world.tokenizer.detokenizer, sides.settings), sides
+
+
+def all_variants(sides: Sides) -> list[Variant]:
+    return variants(sides.prefill, sides.decode, sides.settings)
+
+
+def shardings(engine: Engine) -> list[list[Any]]:
+    """Of every array of every pool."""
+    return [[part.sharding for part in jax.tree.leaves(pool.store.pages)] for pool in pools_of(engine)]
+
+
+def random_request(world: Engines, draw: np.random.Generator, most: int) -> Request:
+    """Any length, any way of sampling, any report."""
+    answer_len = int(draw.integers(1, 20))
+    length = int(draw.integers(1, most - answer_len + 1))
+    fields: dict[str, Any] = {"seed": int(draw.integers(1000))}
+    if draw.random() < 0.5:
+        fields |= {"temperature": 0.8, "top_p": float(draw.choice([1, 0.9])), "top_k": int(draw.choice([0, 5]))}
+    if draw.random() < 0.3:
+        fields |= {"presence_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": ((3, -1.0),)}
+    return world.request(
+        str(draw.choice(TASKS)),
+        draw.integers(0, VOCAB, length),
+        answer_len,
+        sampling=SamplingParams(**fields),
+        logprobs=int(draw.integers(0, 21)) if draw.random() < 0.3 else None,
+        stop_ids=frozenset(range(10)) if draw.random() < 0.3 else frozenset(),
+        min_tokens=int(draw.integers(0, 2)),
+        session=str(draw.integers(4)),
+    )
+
+
+def play(world: Engines, engine: Engine, draw: np.random.Generator, count: int) -> None:
+    """So many requests that come and go, some aborted, one to twelve at a time."""
+    live: list[Answer] = []
+    wanted = 1
+    while count or live:
+        if draw.random() < 0.05:
+            wanted = int(draw.integers(1, 13))
+        while count and len(live) < wanted:
+            live.append(Answer(engine, random_request(world, draw, engine.settings.max_len)))
+            count -= 1
+        engine.step()
+        if live and draw.random() < 0.01:
+            engine.abort(live[draw.integers(len(live))].sequence.request.id)
+        live = [one for one in live if not one.ended]
+
+
+def check_warm(world: Engines, count: int) -> None:
+    """After its variants are compiled, an engine compiles nothing and its pools keep their shardings."""
+    engine, sides = parts(world)
+    for variant in all_variants(sides):
+        variant.lower().compile()
+    before, given = compile_counter().count, shardings(engine)
+    for num_pages in range(1, 41):
+        world.run(world.request("chat", np.full(4 * num_pages, num_pages), 1), engine=engine)
+    assert compile_counter().count == before
+    play(world, engine, np.random.default_rng(8), count)
+    assert compile_counter().count == before
+    assert shardings(engine) == given
+    assert State.FAILED not in engine.num_ended
+    assert Counters.of(engine).preemptions > 0
+    colocated = sides.prefill[0].pool is sides.decode[0].pool
+    assert (Counters.of(engine).transfers > 100) is not colocated
+    assert_restored(engine)
+
+
+@pytest.mark.parametrize(("placement", "rows"), [(SPLIT, 4), (SPLIT_TP2, 2)], ids=["tp1", "tp2"])
+def test_a_warm_engine_compiles_nothing(sources, placement, rows):
+    check_warm(Engines(*sources, placement, chunk=32, rows=rows), 120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", [SPLIT, SPLIT_TP2, placed([[6]], [[6]])], ids=["tp1", "tp2", "colocated"])
+def test_a_warm_engine_compiles_nothing_in_300_requests(sources, placement):
+    check_warm(Engines(*sources, placement, chunk=64, rows=8), 300)
+
+
+def test_the_counter_sees_a_program_that_is_missing(sources):
+    """A pool of another size needs new programs: the counter would notice."""
+    world = Engines(*sources, SPLIT, pages=11, chunk=16, rows=1)
+    before = compile_counter().count
+    world.run(world.request("chat", range(20), 2))
+    assert compile_counter().count > before
+
+
+def lora_of(base: ps.Model, rank: int) -> ps.DecodeModule:
+    """A decode module with an architecture of its own."""
+    architecture = base.architecture.with_lora(LoraConfig(rank=rank, scale=1.0, targets=("q", "v")))
+    new = {path: np.zeros(x.shape, np.float32) for path, x in architecture.shapes.items() if is_lora(path)}
+    return ps.DecodeModule(architecture, {**base.params, **jax.device_put(new)}, base.mesh)
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [((), 34), ((2,), 39), ((2, 5), 44)])
+def test_the_default_config_has_few_programs(sources, ranks, expected):
+    base = ps.load(sources[0])
+    tasks = {"chat": "base", **{f"lora{rank}": lora_of(base, rank) for rank in ranks}}
+    plan = Plan(tasks, placed([[1]], [[0]]), kv=KVConfig(pages=64), batch=BatchConfig())
+    sides = assemble(base, plan, lambda line: None)
+    assert (sides.settings.chunk_tokens, sides.settings.max_rows, plan.kv.page_size) == (512, 16, 16)
+    assert len(all_variants(sides)) == expected
+
+
+def test_an_engine_serves_with_the_small_programs_while_the_rest_is_compiled(sources):
+    world = Engines(*sources, SPLIT, chunk=128)
+    engine, sides = parts(world)
+    programs = all_variants(sides)
+    workers = [*engine.prefill_workers, *engine.decode_workers]
+    for worker in workers:
+        worker.ready.limit(one.shape for one in programs if one.small and one.shape is not None)
+    shapes: set[tuple[int, int]] = set()
+    for pool in pools_of(engine):
+        pool.run = watched(pool.run, shapes)
+    draw = np.random.default_rng(10)
+    requests = [world.clear(draw, task, length) for task in TASKS for length in (3, 40, 130)]
+    world.check(*requests, engine=engine)
+    assert shapes == {(1, 64), (1, 1)}
+    # No compiling here: each is told to be there, as the compiling thread would.
+    told: list[str] = []
+    rest = [dataclasses.replace(one, lower=Nothing) for one in programs if not one.small]
+    compiler = BackgroundCompiler(rest, [worker.ready for worker in workers], told.append)
+    compiler._thread.join()
+    assert len(told) == 1
+    for shape in [*prefill_shapes(128), *[(rows,) for rows in row_buckets(4)]]:
+        assert all(shape in worker.ready for worker in workers)
+
+
+class Nothing:
+    """A program that takes no time to compile."""
+
+    def compile(self) -> None:
+        pass
+
+
+def watched(run: Any, shapes: set[tuple[int, int]]) -> Any:
+    def running(step: Any, params: Any, tokens: np.ndarray, rows: Any) -> Any:
+        shapes.add(tokens.shape)
+        return run(step, params, tokens, rows)
+
+    return running
