@@ -71,8 +71,7 @@ class ServerConfig:
 class ServeConfig:
     """A whole serve config; `tasks` maps a served name to `base` or a decode module folder, in /v1/models' order.
 
-    `routing` is how requests find their prefill worker. `debug` fills pages that were given back with NaN and proves the
-    pools' books whenever the engine is idle.
+    `routing` is how requests find their prefill worker. `debug` fills pages that were given back with NaN.
     """
 
     base: str

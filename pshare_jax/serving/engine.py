@@ -138,6 +138,8 @@ class Engine:
         with self.lock:
             if not self._accepting:
                 raise EngineDown
+            if request.id in self._live:
+                raise ValueError(f"a request named {request.id} is still running")
             if len(self._live) >= self.settings.max_requests:
                 raise EngineFull
             ticket = self._assigned(sequence) if route is None else self._router.take(route, len(request.prompt))
@@ -254,9 +256,16 @@ class Engine:
                 before = sequence.state in (State.WAITING, State.PREFILLING, State.PREEMPTED)
                 if (before and prefill in group.prefill) or self.decode_workers[sequence.decode_worker] in group.decode:
                     self.end(sequence, State.FAILED, Event(error=FAILED))
+            # Their thread is gone: somebody must give back what they hold on living workers' pools.
+            for worker in group.prefill:
+                self.scheduler.reap_prefill(worker.index)
+            for worker in group.decode:
+                self.scheduler.reap_decode(worker.index)
+        self.wake()
 
     def _prefilled(self, sequence: Sequence) -> None:
-        self._router.prefilled(sequence.ticket, sequence.num_prefilled)
+        done = sequence.num_prefilled >= sequence.context_len
+        self._router.prefilled(sequence.ticket, len(sequence.request.prompt) if done else sequence.num_prefilled)
 
     def _pool_failed(self, pool: Pool) -> None:
         """A step of the pool has failed: who has pages in it fails, all else goes on with an empty pool."""

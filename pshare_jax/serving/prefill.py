@@ -70,18 +70,20 @@ class PrefillWorker:
 
     @property
     def must_poll(self) -> bool:
-        """Whether something can become possible without a wake-up: a way to a decode worker that is full now."""
-        return bool(self._scheduler.prefilling[self.index])
+        """Whether something can happen without a wake-up: a chunk ends or fails, a full way to a decode worker has room."""
+        return bool(self._running) or bool(self._scheduler.prefilling[self.index])
 
     def step(self) -> bool:
         """Admits, sends what can be sent and runs one chunk; False if there was nothing to do."""
         try:
+            self._look_at_running()
             with self._control.lock:
                 done = self._scheduler.reap_prefill(self.index)
                 if done:
                     # Pages have come free, on the decode side too, and who waits for them may be asleep.
                     self._control.wake()
-                self._scheduler.admit(self.index)
+                if self._scheduler.admit(self.index):
+                    self._control.wake()
             done = self._send() or done
             with self._control.lock:
                 batch, bucket = self._choose()
@@ -103,11 +105,16 @@ class PrefillWorker:
         chosen, bucket = choose_rows(remaining, self._chunk_tokens, self.ready)
         return [ready[index] for index in chosen], bucket
 
-    def _run(self, batch: list[Sequence], bucket: int) -> None:
+    def _look_at_running(self) -> None:
+        """Forgets chunks that are done; raises if one of them has failed."""
         if self._generation != self.pool.generation:
             # What ran when the pool failed has been told, perhaps by the decode worker that shares the pool.
             self._running.clear()
             self._generation = self.pool.generation
+        while self._running and self._running[0].is_ready():
+            self._running.popleft().block_until_ready()
+
+    def _run(self, batch: list[Sequence], bucket: int) -> None:
         if len(self._running) == MAX_RUNNING:
             # An abort then frees the device within two chunks, and a failed step is seen.
             self._running.popleft().block_until_ready()

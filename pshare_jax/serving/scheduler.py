@@ -28,6 +28,7 @@ class Scheduler:
         self.decoding: list[list[Sequence]] = [[] for _ in decode_pools]
         self.copies: list[list[Copy]] = [[] for _ in decode_pools]
         self._may_admit = [True for _ in prefill_pools]
+        self._next: dict[int, Sequence] = {}
         self.num_restarts = 0
         self.num_inherited_copies = 0
 
@@ -42,27 +43,38 @@ class Scheduler:
         """Pages came back somewhere: what could not be admitted may be now."""
         self._may_admit = [True for _ in self._may_admit]
 
-    def admit(self, worker: int) -> None:
-        """Reserves for as many waiting sequences as the pools have room for, in order, but past those whose decode pool
-        is full.
+    def admit(self, worker: int) -> bool:
+        """Reserves for as many waiting sequences as the pools have room for, in the order of their coming; whether for any.
+
+        Who finds a decode pool full is its next: nobody younger is let into that pool before, from any queue.
         """
         if not self._may_admit[worker]:
-            return
+            return False
         self._may_admit[worker] = False
-        full: set[int] = set()
+        before = len(self.waiting[worker])
         for sequence in list(self.waiting[worker]):
-            if sequence.decode_worker in full:
+            target = sequence.decode_worker
+            first = self._next.get(target)
+            if first is not None and first.number < sequence.number:
                 continue
             if not self._reserve_decode(sequence):
-                full.add(sequence.decode_worker)
+                self._next[target] = sequence
                 continue
+            self._not_next(sequence)
             if not self._reserve_prefill(sequence):
+                may_admit = [other != worker and flag for other, flag in enumerate(self._may_admit)]
                 self._release(sequence)
-                self._may_admit[worker] = False
-                return
+                self._may_admit = may_admit
+                break
             self.waiting[worker].remove(sequence)
             sequence.move(State.PREFILLING)
             self.prefilling[worker].append(sequence)
+        return len(self.waiting[worker]) < before
+
+    def _not_next(self, sequence: Sequence) -> None:
+        if self._next.get(sequence.decode_worker) is sequence:
+            del self._next[sequence.decode_worker]
+            self.room_changed()
 
     def _reserve_decode(self, sequence: Sequence) -> bool:
         pool = self.decode_pools[sequence.decode_worker]
@@ -101,7 +113,7 @@ class Scheduler:
         if not sequence.counted:
             sequence.counted = True
             sequence.cached_tokens = sequence.num_prefilled
-            pool.cache_stats.count(sequence.context_len, sequence.num_prefilled)
+            pool.cache_stats.count(len(sequence.request.prompt), sequence.num_prefilled)
 
     def _reserve(self, sequence: Sequence, pool: Pool, num_pages: int) -> Holding | None:
         reservation = pool.cache.reserve(sequence, sequence.keys, num_pages)
@@ -166,6 +178,8 @@ class Scheduler:
 
     def arrived(self, copy: Copy) -> None:
         """The copy is written into the decode pool (dispatched): its full pages are published there."""
+        if copy not in self.copies[copy.sequence.decode_worker]:
+            return
         self._finish(copy)
         last = min(copy.last, len(copy.sequence.keys))
         if copy.inherited is None:
@@ -179,6 +193,9 @@ class Scheduler:
 
     def copy_failed(self, copy: Copy) -> None:
         """The copy will not be written: who waits for it is told (its own sequence is the caller's to end)."""
+        if copy not in self.copies[copy.sequence.decode_worker]:
+            # Told before: its pool was rebuilt while it was being sent.
+            return
         self._finish(copy)
         if copy.inherited is not None:
             self._lose(copy.target.cache.drop(copy))
@@ -258,13 +275,13 @@ class Scheduler:
 
     # --- out ------------------------------------------------------------------------------------------------------
 
-    def take_out(self, sequence: Sequence) -> bool:
-        """A sequence that ended while it waited leaves the queue; False if it waits nowhere."""
+    def take_out(self, sequence: Sequence) -> None:
+        """A sequence that has ended leaves the queue, if it is in one; who stood behind it may be admitted."""
         queue = self.waiting[sequence.prefill_worker]
-        if sequence not in queue:
-            return False
-        queue.remove(sequence)
-        return True
+        if sequence in queue:
+            queue.remove(sequence)
+            self._not_next(sequence)
+            self._may_admit[sequence.prefill_worker] = True
 
     def reap_prefill(self, worker: int) -> bool:
         """Ended sequences of the prefill worker give everything back, those that lost pages wait again; whether any did."""

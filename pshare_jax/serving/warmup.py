@@ -5,6 +5,7 @@ A program compiled here is the very one that the worker's first call uses. Calle
 
 import functools
 import itertools
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from pshare_jax.serving.engine import DecodeSide, EngineSettings, PrefillSide
 from pshare_jax.serving.page_store import DevicePages
 from pshare_jax.serving.pool import Pool
 
+logger = logging.getLogger(__name__)
 SMALL_TOKENS, SMALL_ROWS = 64, 1
 """A server answers when chunks of so many tokens and decode steps of so many rows are compiled: longer prompts go in more
 chunks and more sequences take turns until the rest is there."""
@@ -174,7 +176,12 @@ class BackgroundCompiler:
         for variant in self._rest:
             if self._stopping.is_set():
                 return
-            variant.lower().compile()
+            try:
+                variant.lower().compile()
+            except Exception:
+                # What cannot be compiled (want of memory) is not used; the server goes on with smaller shapes.
+                logger.exception("%s could not be compiled", variant.name)
+                continue
             left[variant.shape] -= 1
             if variant.shape is not None and not left[variant.shape]:
                 for ready in self._ready:

@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tiny import tiny_module
-from tiny_engine import Engines, settle
+from tiny_engine import Answer, Engines, settle
 
 from pshare_jax.serving.assemble import assemble
+from pshare_jax.serving.config import Placement
 from pshare_jax.serving.copies import Copy
 from pshare_jax.serving.engine import Engine
+from pshare_jax.serving.page_store import DevicePages
 from pshare_jax.serving.pool import Pool
 from pshare_jax.serving.request import Sequence as Running
 
@@ -25,6 +28,12 @@ def task_sources(base: Path, folder: Path) -> tuple[Path, dict[str, Any]]:
     """The base and three tasks: itself, full weights, LoRA."""
     full, lora = tiny_module(base, folder / "math"), tiny_module(base, folder / "lora", kind="lora")
     return base, {"chat": "base", "math": full, "lora": lora}
+
+
+def world_on(sources: tuple[Path, dict[str, Any]], placement: Placement, **plan: Any) -> Engines:
+    """The sources' engine, by default with pages of 4, chunks of 32 and 4 rows."""
+    base, tasks = sources
+    return Engines(base, tasks, placement, **{"chunk": 32, **plan})
 
 
 class Late:
@@ -126,6 +135,25 @@ def store_of(pool: Pool) -> FaultyStore:
     return pool.store
 
 
+def arrays_of(pool: Pool) -> list[jax.Array]:
+    """The pool's device arrays."""
+    store = pool.store.inner if isinstance(pool.store, FaultyStore) else pool.store
+    assert isinstance(store, DevicePages)
+    return jax.tree.leaves(store.pages)
+
+
+def shardings(engine: Engine) -> list[list[Any]]:
+    """Of every array of every pool."""
+    return [[part.sharding for part in arrays_of(pool)] for pool in pools_of(engine)]
+
+
+def decode_pages(answer: Answer) -> list[int]:
+    """The ids of a running request's pages in its decode pool."""
+    held = answer.sequence.decode_pages
+    assert held is not None
+    return held.pages
+
+
 def pools_of(engine: Engine) -> list[Pool]:
     """Every pool of the engine once."""
     scheduler = engine.scheduler
@@ -165,7 +193,8 @@ class Sent:
     def __init__(self, engine: Engine):
         self.copies: list[Copy] = []
         self.num_delta = 0
-        for transfer in engine.transfers:
+        transfers: list[Any] = engine.transfers
+        for transfer in transfers:
             transfer.send = self._noting(transfer.send)
 
     def _noting(self, send: Callable[[Copy], None]) -> Callable[[Copy], None]:
@@ -184,9 +213,9 @@ def _is_delta(copy: Copy) -> bool:
 
 
 def has_waiters(sequence: Running) -> bool:
-    """Whether another sequence waits for one of its pages in the decode pool."""
-    held = sequence.decode_pages
-    return held is not None and held.cache.has_waiters(held.pages)
+    """Whether another sequence waits for one of its pages."""
+    holdings = [held for held in (sequence.prefill_pages, sequence.decode_pages) if held is not None]
+    return any(held.cache.has_waiters(held.pages) for held in holdings)
 
 
 @dataclasses.dataclass

@@ -286,6 +286,9 @@ class _Done:
     def __init__(self, failed: bool):
         self.failed = failed
 
+    def is_ready(self) -> bool:
+        return True
+
     def block_until_ready(self) -> None:
         if self.failed:
             raise RuntimeError("made to fail late")

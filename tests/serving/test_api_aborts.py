@@ -49,7 +49,7 @@ def queued(server):
 
 
 def prefilling(server):
-    server.fakes.prefill[0].before = lambda: time.sleep(0.02)
+    server.fakes.prefill[0].before = lambda: time.sleep(0.1)
     return State.PREFILLING
 
 

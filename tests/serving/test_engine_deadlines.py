@@ -138,9 +138,10 @@ def test_a_copy_that_never_comes_is_given_up_though_others_wait_for_it(clock):
     assert client.ids("late") == ECHO.answer([1] * 30, 4)
 
 
-def test_progress_of_any_kind_moves_the_deadline(clock):
+@pytest.mark.parametrize("colocated", [False, True])
+def test_progress_of_any_kind_moves_the_deadline(clock, colocated):
     """Chunks, copies and tokens: a long request is no stuck one."""
-    fakes = make_engine({"t": ECHO}, chunk=4, stall_seconds=STALL)
+    fakes = make_engine({"t": ECHO}, chunk=4, colocated=colocated, stall_seconds=STALL)
     client = Client(fakes)
     client.ask("long", [1] * 60, max_tokens=30)
     steps = 0

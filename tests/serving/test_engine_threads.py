@@ -113,6 +113,7 @@ def test_pages_of_an_aborted_request_go_to_who_waits_for_them(where):
     with started(fakes) as client:
         client.ask("a", [1] * 20)
         stop.reached()
+        wait_for(lambda: client.state("a") is (State.DECODING if where == "decodes" else State.TRANSFERRING))
         client.ask("b", [2] * 20, max_tokens=2)
         # The worker that has it gives its pages back only later, when those who may have them have looked in vain.
         fakes.engine.abort("a")
@@ -151,11 +152,13 @@ def test_more_copies_than_may_be_on_their_way_at_once():
 def test_pages_of_an_aborted_prefill_go_to_the_answer_that_needs_one():
     fakes = make_engine({"t": ECHO}, chunk=4, decode_pages=13)
     with started(fakes) as client:
+        first = fakes.decode["t"].before = Stop()
         client.ask("a", [1] * 8, max_tokens=30)
-        wait_for(lambda: len(client.ids("a")) > 0)
+        first.reached()
         stop = fakes.prefill[0].before = Stop()
         client.ask("b", [2] * 24)
         stop.reached()
+        first.go()
         wait_for(lambda: len(client.ids("a")) == 13)
         assert stays(lambda: len(client.ids("a")) == 13)
         fakes.engine.abort("b")
@@ -179,7 +182,7 @@ def test_who_waited_for_a_copy_that_failed_is_admitted_again(caplog):
 
 def test_a_copy_that_never_comes_ends_by_its_deadline():
     """Case A3-02, by the engine's own watch."""
-    fakes = make_engine({"t": ECHO}, stall_seconds=0.2)
+    fakes = make_engine({"t": ECHO}, stall_seconds=0.5)
     fakes.hold(1)
     with started(fakes) as client:
         client.ask("a", [1] * 29)
@@ -250,7 +253,7 @@ def test_who_waits_for_a_dead_prefill_thread_fails_at_once(monkeypatch):
 
 
 def test_a_thread_that_stands_still_is_unhealthy_until_it_goes_on(monkeypatch):
-    monkeypatch.setattr(owners, "STALL_SECONDS", 0.05)
+    monkeypatch.setattr(owners, "STALL_SECONDS", 0.3)
     fakes = make_engine({"t": [*b"xyz", EOS]})
     stop = fakes.decode["t"].before = Stop()
     with started(fakes) as client:

@@ -32,6 +32,8 @@ from tiny import FAMILIES, VOCAB
 from tiny_engine import Engines, placed, prefill_tokens
 
 from pshare_jax.serving.config import Placement
+from pshare_jax.serving.page_store import DevicePages
+from pshare_jax.serving.pool import Pool
 from pshare_jax.serving.request import Request
 from pshare_jax.share import SharedModel
 
@@ -228,11 +230,17 @@ def long_tokens(case: Case) -> int:
 def check_devices(case: Case, engines: WorldEngines) -> None:
     """Weights and pages of each side lie on its devices, all of them and no others."""
     engine, devices = engines.engine, jax.devices()
-    prefill = [(side.weights.params, side.pool.store.pages) for side in engine._prefill_sides]
+    prefill = [(side.weights.params, arrays(side.pool)) for side in engine._prefill_sides]
     decode = [
-        ([weights.params for weights in worker._tasks.values()], worker.pool.store.pages)
+        ([weights.params for weights in worker._tasks.values()], arrays(worker.pool))
         for worker in engine.decode_workers
     ]
     wanted = [{devices[i] for i in side[0].devices} for side in (case.placement.prefill, case.placement.decode)]
     assert [devices_of(prefill), devices_of(decode)] == wanted
     assert wanted[0].isdisjoint(wanted[1]) or case.place == "colocated"
+
+
+def arrays(pool: Pool) -> Any:
+    """The pool's device arrays."""
+    assert isinstance(pool.store, DevicePages)
+    return pool.store.pages

@@ -78,6 +78,8 @@ def test_the_bases_kv_arrives(tmp_path, kv_heads):
     while not answer.ids:
         engines.engine.step()
     held, [worker] = answer.sequence.decode_pages, engines.engine.decode_workers
+    assert held is not None
+    assert held is not None
     content = np.concatenate([np.asarray(worker.pool.store.take([page]))[:, :, :, :1] for page in held.pages[:7]], 3)
     layers, heads = engines.model.config.num_layers, engines.model.config.num_kv_heads
     assert content.shape == (layers, 2, heads, 7, PAGE, 32)
@@ -104,7 +106,7 @@ def test_preempted_sequences_go_on_as_if_nothing_had_been(engines):
     assert [answer.ids for answer in answers] == [engines.expected(request).ids for request in (one, two)]
     assert engines.engine.decode_workers[0].num_preempted > 0
     stats = engines.engine.prefill_workers[0].pool.cache_stats
-    assert (stats.num_requests, stats.prompt_tokens, stats.cached_tokens) == (2, 2 * (2 * PAGE + 1), 0)
+    assert (stats.num_requests, stats.prompt_tokens, stats.cached_tokens) == (2, 2 * (2 * PAGE + 2), 0)
     [again] = engines.check(engines.request("tools", one.prompt))
     assert again.cached_tokens == full_len(len(one.prompt), PAGE)
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from faults import Counters, assert_restored, pools_of, task_sources
+from faults import Counters, assert_restored, pools_of, shardings, task_sources, world_on
 from tiny import VOCAB
 from tiny_engine import Answer, Engines, placed
 
@@ -41,11 +41,6 @@ def parts(world: Engines) -> tuple[Engine, Sides]:
 
 def all_variants(sides: Sides) -> list[Variant]:
     return variants(sides.prefill, sides.decode, sides.settings)
-
-
-def shardings(engine: Engine) -> list[list[Any]]:
-    """Of every array of every pool."""
-    return [[part.sharding for part in jax.tree.leaves(pool.store.pages)] for pool in pools_of(engine)]
 
 
 def random_request(world: Engines, draw: np.random.Generator, most: int) -> Request:
@@ -106,21 +101,19 @@ def check_warm(world: Engines, count: int) -> None:
 
 @pytest.mark.parametrize(("placement", "rows"), [(SPLIT, 4), (SPLIT_TP2, 2)], ids=["tp1", "tp2"])
 def test_a_warm_engine_compiles_nothing(sources, placement, rows):
-    check_warm(Engines(*sources, placement, chunk=32, rows=rows), 120)
+    check_warm(world_on(sources, placement, rows=rows), 120)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", [SPLIT, SPLIT_TP2, placed([[6]], [[6]])], ids=["tp1", "tp2", "colocated"])
 def test_a_warm_engine_compiles_nothing_in_300_requests(sources, placement):
-    check_warm(Engines(*sources, placement, chunk=64, rows=8), 300)
+    check_warm(world_on(sources, placement, chunk=64, rows=8), 300)
 
 
-def test_the_counter_sees_a_program_that_is_missing(sources):
-    """A pool of another size needs new programs: the counter would notice."""
-    world = Engines(*sources, SPLIT, pages=11, chunk=16, rows=1)
+def test_the_counter_sees_a_new_program():
     before = compile_counter().count
-    world.run(world.request("chat", range(20), 2))
-    assert compile_counter().count > before
+    jax.jit(lambda x: x * 3)(np.zeros(7))
+    assert compile_counter().count == before + 1
 
 
 def lora_of(base: ps.Model, rank: int) -> ps.DecodeModule:
@@ -141,7 +134,7 @@ def test_the_default_config_has_few_programs(sources, ranks, expected):
 
 
 def test_an_engine_serves_with_the_small_programs_while_the_rest_is_compiled(sources):
-    world = Engines(*sources, SPLIT, chunk=128)
+    world = world_on(sources, SPLIT, chunk=128)
     engine, sides = parts(world)
     programs = all_variants(sides)
     workers = [*engine.prefill_workers, *engine.decode_workers]
@@ -151,7 +144,7 @@ def test_an_engine_serves_with_the_small_programs_while_the_rest_is_compiled(sou
     for pool in pools_of(engine):
         pool.run = watched(pool.run, shapes)
     draw = np.random.default_rng(10)
-    requests = [world.clear(draw, task, length) for task in TASKS for length in (3, 40, 130)]
+    requests = [world.clear(draw, "chat", length) for length in (3, 40, 130)]
     world.check(*requests, engine=engine)
     assert shapes == {(1, 64), (1, 1)}
     # No compiling here: each is told to be there, as the compiling thread would.

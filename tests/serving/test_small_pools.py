@@ -9,15 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from faults import Counters, assert_restored, faulty_engine, pools_of, task_sources
+from faults import Counters, arrays_of, assert_restored, faulty_engine, pools_of, store_of, task_sources, world_on
 from tiny import VOCAB
-from tiny_engine import Answer, Engines, placed, prefill_tokens
+from tiny_engine import Answer, Engines, placed
 
 from pshare_jax.serving import decode
 from pshare_jax.serving.engine import Engine
 from pshare_jax.serving.request import Request, State
-
-CHUNK = 32
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +25,12 @@ def sources(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def split(sources) -> Engines:
-    return Engines(*sources, placed([[0]], [[1]]), chunk=CHUNK, debug=True)
+    return world_on(sources, placed([[0]], [[1]]), debug=True)
 
 
 @pytest.fixture(scope="module")
 def colocated(sources) -> Engines:
-    return Engines(*sources, placed([[1]], [[1]]), chunk=CHUNK, debug=True)
+    return world_on(sources, placed([[1]], [[1]]), debug=True)
 
 
 @pytest.fixture
@@ -102,7 +100,7 @@ def test_overlapping_requests_on_one_device(colocated, draw):
 
 
 def test_preempted_answers_are_not_recomputed(sources, draw, monkeypatch):
-    world = Engines(*sources, placed([[1]], [[1]]), page_size=16, pages=8, chunk=CHUNK, rows=2, debug=True)
+    world = world_on(sources, placed([[1]], [[1]]), page_size=16, pages=8, rows=2, debug=True)
     requests = [world.clear(draw, "chat", 34, 35) for _ in range(2)]
     fed = watch_prefill(world.engine)
     world.check(*requests)
@@ -112,7 +110,7 @@ def test_preempted_answers_are_not_recomputed(sources, draw, monkeypatch):
     assert set(fed) <= {token for one in requests for token in one.prompt[:-1]}
     assert 66 <= len(fed) <= 66 + 32 * preemptions
     stats = world.engine.scheduler.prefill_pools[0].cache_stats
-    assert (stats.num_requests, stats.prompt_tokens, stats.cached_tokens) == (2, 66, 0)
+    assert (stats.num_requests, stats.prompt_tokens, stats.cached_tokens) == (2, 68, 0)
     assert_restored(world.engine)
 
 
@@ -167,14 +165,15 @@ def test_what_goes_to_the_host_comes_back(request, draw, which, monkeypatch):
 
 
 def test_padding_rows_beside_one_real_row_over_a_pool_of_nan(sources, draw, monkeypatch):
-    world = Engines(*sources, placed([[1]], [[1]]), pages=5, chunk=16, rows=8, debug=True)
+    world = world_on(sources, placed([[1]], [[1]]), rows=8, debug=True)
     monkeypatch.setattr(decode, "row_buckets", lambda most: [8])
-    engine = faulty_engine(world)
+    engine = faulty_engine(world, prefill_pages=4)
     pool = pools_of(engine)[0]
-    pool.store.fill(range(pool.num_pages))
-    assert all(bool(jnp.isnan(part).all()) for layer in pool.store.inner.pages for part in layer)
+    inner = store_of(pool).inner
+    inner.fill(range(inner.num_pages))
+    assert all(bool(jnp.isnan(part).all()) for part in arrays_of(pool))
     shapes = []
-    run = pool.store.inner.run
+    run = inner.run
 
     def watching(step: Any, params: Any, tokens: np.ndarray, rows: Any) -> Any:
         result = run(step, params, tokens, rows)
@@ -183,7 +182,7 @@ def test_padding_rows_beside_one_real_row_over_a_pool_of_nan(sources, draw, monk
             assert np.isfinite(np.asarray(result)[0]).all()
         return result
 
-    pool.store.inner.run = watching
+    inner.run = watching
     for length in (1, 4, 5, 9):
         world.check(world.clear(draw, "math", length, 6), engine=engine)
     assert (8, 1) in shapes
