@@ -78,11 +78,12 @@ class Served:
 
 
 @contextmanager
-def serving(base, modules, folder) -> Iterator[Served]:
+def serving(base, modules, folder, **config) -> Iterator[Served]:
     """Start the server for `modules` (task name -> source) and stop it; its log must be clean and its end wanted."""
-    config = folder / "serve.yaml"
-    config.write_text(json.dumps({"base": "overridden", "tasks": {name: str(path) for name, path in modules.items()}}))
-    server = Served(base, modules, config, folder)
+    file = folder / "serve.yaml"
+    tasks = {name: str(path) for name, path in modules.items()}
+    file.write_text(json.dumps({"base": "overridden", "tasks": tasks, **config}))
+    server = Served(base, modules, file, folder)
     try:
         yield server
     finally:

@@ -31,7 +31,9 @@ def reference(smollm2_gguf):
 
 @pytest.fixture(scope="module")
 def served(smollm2_gguf, tmp_path_factory):
-    with serving(smollm2_gguf, {"chat": "base"}, tmp_path_factory.mktemp("smollm2")) as server:
+    # Few shapes: with none cached, the default's take two minutes to compile behind the tests' backs.
+    few = {"batch": {"prefill_tokens": 64, "decode_rows": 1}, "kv": {"pages": 128}}
+    with serving(smollm2_gguf, {"chat": "base"}, tmp_path_factory.mktemp("smollm2"), **few) as server:
         yield server
 
 

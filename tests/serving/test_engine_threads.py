@@ -150,7 +150,8 @@ def test_more_copies_than_may_be_on_their_way_at_once():
 
 
 def test_pages_of_an_aborted_prefill_go_to_the_answer_that_needs_one():
-    fakes = make_engine({"t": ECHO}, chunk=4, decode_pages=13)
+    # A chunk fills no page, so no copy makes the decode worker look again.
+    fakes = make_engine({"t": ECHO}, chunk=3, decode_pages=13)
     with started(fakes) as client:
         first = fakes.decode["t"].before = Stop()
         client.ask("a", [1] * 8, max_tokens=30)
