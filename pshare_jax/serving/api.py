@@ -9,7 +9,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from fastapi import FastAPI, Request, Response
@@ -36,6 +36,8 @@ from pshare_jax.serving.request import FAILED, Event
 T = TypeVar("T")
 LONG_BODY = 16 * 1024
 RETRY_SECONDS = "1"
+SESSION_HEADERS = ("x-session-id", "x-openwebui-chat-id")
+"""Headers in which clients name a growing context; the fields prompt_cache_key and user come after them."""
 
 
 @runtime_checkable
@@ -110,6 +112,8 @@ async def _answer(served: Served, http: Request, kind: type[ChatBody] | type[Com
     check_model(body.model, served.tasks)
     prompt = await _maybe_threaded(len(raw), lambda: _encode(served.tokenizer, body))
     request = make_request(body, uuid.uuid4().hex, prompt, served.limits)
+    named = next((value for name in SESSION_HEADERS if (value := http.headers.get(name))), request.session)
+    request = replace(request, session=named)
     events = _Events(served.engine, request.id)
     answer = Answer(body, request)
     try:

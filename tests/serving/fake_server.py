@@ -32,8 +32,8 @@ class Running:
     def __init__(self, fakes, client):
         self.fakes, self.engine, self.client = fakes, fakes.engine, client
 
-    def post(self, path="/v1/completions", **body):
-        return self.client.post(path, json={"model": "abc", "prompt": "p", **body})
+    def post(self, path="/v1/completions", headers=None, **body):
+        return self.client.post(path, json={"model": "abc", "prompt": "p", **body}, headers=headers)
 
     def ask(self, path, **body):
         """The answer's text, finish reason and completion tokens, as a stream and whole: both must agree."""

@@ -64,7 +64,7 @@ def test_the_next_turn_hits_the_prompt_before_it_but_not_the_answer(server):
     assert again["prompt_tokens_details"]["cached_tokens"] == (again["prompt_tokens"] - 1) // PAGE * PAGE
 
 
-@pytest.mark.parametrize("field", ["prompt_cache_key", "user"])
+@pytest.mark.parametrize("field", ["prompt_cache_key", "user", "x-session-id", "X-OpenWebUI-Chat-Id"])
 def test_sessions_stay_with_their_prefill_worker(field):
     with serving(num_prefill=2) as server:
         homes = {}
@@ -73,7 +73,10 @@ def test_sessions_stay_with_their_prefill_worker(field):
                 before = [prefill.num_tokens for prefill in server.fakes.prefill]
                 # Prompts that share nothing: only the session's name can bring them together.
                 text = f"{turn}{session}".ljust(40, "x")
-                assert server.post(prompt=text, **{field: session}).status_code == 200
+                in_header = "-" in field
+                headers = {field: session} if in_header else None
+                fields = {} if in_header else {field: session}
+                assert server.post(prompt=text, headers=headers, **fields).status_code == 200
                 server.rest()
                 grown = [prefill.num_tokens > old for prefill, old in zip(server.fakes.prefill, before, strict=True)]
                 homes.setdefault(session, set()).add(grown.index(True))
