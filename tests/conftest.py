@@ -1,5 +1,6 @@
 """Test set-up: eight virtual CPU devices before JAX starts, shape types checked at run time, tiny models made once."""
 
+import gc
 import sys
 import warnings
 from pathlib import Path
@@ -28,6 +29,19 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+
+MAPS = Path("/proc/self/maps")
+MANY_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+    """Every program that XLA compiles takes several memory maps, of which Linux grants a process 65,530: beyond, it dies."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
