@@ -304,8 +304,12 @@ def test_storm_of_other_models(tiny_folders, tmp_path, caplog, family, changes):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("placement", [SPLIT, placed([[0], [1]], [[1], [0]])], ids=["split", "crosswise"])
 def test_storm_with_failing_steps_and_copies(sources, caplog, placement):
-    met = storm(world_of(sources, placement), 10, 500, caplog, faults=0.03, **SMALL)
-    assert_split_troubles(*met)
+    counters, _, _ = storm(world_of(sources, placement), 10, 500, caplog, faults=0.03, **SMALL)
+    # Not evictions: a pool that was rebuilt counts them anew.
+    assert counters.preemptions > 0
+    assert counters.waits > 0
+    assert counters.restarts > 0
+    assert counters.inherited > 0
 
 
 # --- with threads -----------------------------------------------------------------------------------------------------
