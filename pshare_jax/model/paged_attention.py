@@ -4,7 +4,7 @@ Rows of a batch have page tables and lengths of their own. `blocked` walks the p
 run-time trip count, so one compilation serves all lengths; `gathered` materialises everything and is the tests' truth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -32,6 +32,19 @@ class Rows(NamedTuple):
     page_table: Array | np.ndarray
     lengths: Array | np.ndarray
     counts: Array | np.ndarray
+
+    @classmethod
+    def empty(cls, num_rows: int, table_len: int) -> "Rows":
+        """Rows without pages in NumPy, all padding until they are filled."""
+        shapes = (num_rows, table_len), num_rows, num_rows
+        return cls(*(np.zeros(shape, np.int32) for shape in shapes))
+
+    def fill(self, row: int, pages: Sequence[int], length: int, count: int) -> None:
+        """Fills one of `empty`'s rows in: its pages, the tokens that they hold and the number of new ones."""
+        # NumPy's arrays are written in place; JAX's have no item assignment.
+        table, lengths, counts = (np.asarray(part) for part in self)
+        table[row, : len(pages)] = pages
+        lengths[row], counts[row] = length, count
 
     def positions(self, num_tokens: int) -> Int[Array, "B T"]:
         """Absolute positions of the new tokens."""

@@ -9,7 +9,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from fastapi import FastAPI, Request, Response
@@ -111,9 +111,8 @@ async def _answer(served: Served, http: Request, kind: type[ChatBody] | type[Com
     body = await _maybe_threaded(len(raw), lambda: parse_body(kind, raw))
     check_model(body.model, served.tasks)
     prompt = await _maybe_threaded(len(raw), lambda: _encode(served.tokenizer, body))
-    request = make_request(body, uuid.uuid4().hex, prompt, served.limits)
-    named = next((value for name in SESSION_HEADERS if (value := http.headers.get(name))), request.session)
-    request = replace(request, session=named)
+    session = next((value for name in SESSION_HEADERS if (value := http.headers.get(name))), None)
+    request = make_request(body, uuid.uuid4().hex, prompt, served.limits, session)
     events = _Events(served.engine, request.id)
     answer = Answer(body, request)
     try:

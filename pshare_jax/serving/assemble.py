@@ -15,8 +15,9 @@ from pshare_jax.load import Model
 from pshare_jax.mesh import make_mesh
 from pshare_jax.model.pages import page_bytes
 from pshare_jax.modules import DecodeModule
-from pshare_jax.serving.buckets import page_buckets
+from pshare_jax.serving.buckets import page_buckets, pages_for
 from pshare_jax.serving.config import BatchConfig, DecodePlacement, KVConfig, Placement, PrefillPlacement, worker_tasks
+from pshare_jax.serving.control import Weights
 from pshare_jax.serving.engine import DecodeSide, EngineSettings, PrefillSide
 from pshare_jax.serving.page_store import DevicePages
 from pshare_jax.serving.pool import Pool
@@ -84,18 +85,16 @@ class _Maker:
 
     def pool(self, name: str, mesh: Mesh, num_pages: int) -> Pool:
         kv = self.plan.kv
-        most = max(1, -(-self.plan.batch.prefill_tokens // kv.page_size))
+        most = pages_for(self.plan.batch.prefill_tokens, kv.page_size)
         store = DevicePages(
             self.model.config, mesh, num_pages, kv.page_size, self.model.architecture.dtype, page_buckets(most)
         )
         return Pool(name, store, self.plan.debug)
 
-    def decode_side(
-        self, index: int, worker: DecodePlacement, modules: DecodeModules, tasks: list[str], pool: Pool
-    ) -> DecodeSide:
+    def decode_side(self, worker: DecodePlacement, modules: DecodeModules, tasks: list[str], pool: Pool) -> DecodeSide:
         mesh = modules.model.mesh
-        weights = {name: modules.module(name) for name in tasks}
-        return DecodeSide(dict(weights), pool, Sampler(mesh, self.model.config.vocab_size), worker.devices)
+        weights: dict[str, Weights] = {name: modules.module(name) for name in tasks}
+        return DecodeSide(weights, pool, Sampler(mesh, self.model.config.vocab_size), worker.devices)
 
     def on(self, mesh: Mesh) -> Model:
         """The base on a mesh, one copy whatever the number of workers there."""
@@ -136,7 +135,7 @@ class _Shared(_Maker):
             modules = self.modules(mesh_of(worker), tasks)
             same = [side.pool for side in prefill if list(side.devices) == worker.devices]
             pool = same[0] if same else self.pool(f"decode pool {index}", modules.model.mesh, pages)
-            decode.append(self.decode_side(index, worker, modules, tasks, pool))
+            decode.append(self.decode_side(worker, modules, tasks, pool))
         return prefill, decode
 
 
@@ -165,11 +164,11 @@ class _Isolated(_Maker):
             for side in pairs:
                 own = [name for name in side.tasks or () if name in tasks]
                 if own:
-                    decode.append(self.decode_side(index, worker, modules, own, side.pool))
+                    decode.append(self.decode_side(worker, modules, own, side.pool))
             rest = [name for name in tasks if not any(name in (side.tasks or ()) for side in pairs)]
             if rest:
                 pool = self.pool(f"decode pool {index}", modules.model.mesh, self.plan.kv.pages)
-                decode.append(self.decode_side(index, worker, modules, rest, pool))
+                decode.append(self.decode_side(worker, modules, rest, pool))
         return prefill, decode
 
     def share(self, neighbours: int) -> int:

@@ -15,6 +15,11 @@ def bucket_of(size: int, buckets: Sequence[int]) -> int:
     return next(bucket for bucket in buckets if bucket >= size)
 
 
+def pages_for(num_tokens: int, page_size: int) -> int:
+    """Pages that hold so many tokens."""
+    return -(-num_tokens // page_size)
+
+
 def token_buckets(most: int) -> list[int]:
     """Lengths of a prefill chunk of at most `most` tokens."""
     return [size for size in CHUNK_TOKENS if size < most] + [most]

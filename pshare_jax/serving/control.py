@@ -1,11 +1,27 @@
-"""What workers share with the engine: its lock, and what they tell it. Host-side, imports no jax."""
+"""What workers are given: weights to compute with, the engine's lock, and ways to tell the engine. Host-side, imports no jax."""
 
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 from pshare_jax.serving.pool import Pool
 from pshare_jax.serving.request import Event, Sequence, State
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """What a worker computes with on its mesh: the base (pshare_jax.load.Model) or a task's module (DecodeModule)."""
+
+    @property
+    def params(self) -> Any:
+        """The parameters; tasks with the very same object are decoded in one batch."""
+        ...
+
+    @property
+    def paged(self) -> Any:
+        """The paged steps (model/paged_steps.py) of these parameters."""
+        ...
 
 
 @dataclass(frozen=True)

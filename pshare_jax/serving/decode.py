@@ -8,13 +8,13 @@ token already comes from the task's own weights.
 import itertools
 import logging
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from pshare_jax.model.paged_attention import Rows
 from pshare_jax.serving.buckets import ReadyShapes, bucket_of, row_buckets
-from pshare_jax.serving.control import Control
+from pshare_jax.serving.control import Control, Weights
 from pshare_jax.serving.preemption import restore, save
 from pshare_jax.serving.request import Sequence, State
 from pshare_jax.serving.sampler import Sampler
@@ -24,28 +24,13 @@ from pshare_jax.serving.transfer import KVTransfer
 logger = logging.getLogger(__name__)
 
 
-@runtime_checkable
-class DecodeWeights(Protocol):
-    """A task's weights on the worker's mesh (pshare_jax.modules.DecodeModule)."""
-
-    @property
-    def params(self) -> Any:
-        """The parameters; tasks with the very same object are decoded in one batch."""
-        ...
-
-    @property
-    def paged(self) -> Any:
-        """The paged steps (model/paged_steps.py) of these parameters."""
-        ...
-
-
 class DecodeWorker:
     """Runs the sequences of one decode pool."""
 
     def __init__(
         self,
         index: int,
-        tasks: Mapping[str, DecodeWeights],
+        tasks: Mapping[str, Weights],
         scheduler: Scheduler,
         transfer: KVTransfer,
         sampler: Sampler,
@@ -110,7 +95,7 @@ class DecodeWorker:
 
     def _has_room(self, sequence: Sequence) -> bool:
         held = sequence.decode_pages
-        return held is not None and sequence.num_tokens <= len(held.pages) * self.pool.page_size
+        return held is not None and held.fits(sequence.num_tokens)
 
     def _make_room(self, sequence: Sequence) -> None:
         """A page for its next token, if need be by preempting the youngest (perhaps this one)."""
@@ -137,14 +122,13 @@ class DecodeWorker:
     def _run(self, batch: list[Sequence]) -> None:
         rows_len = bucket_of(len(batch), self._row_buckets())
         tokens = np.zeros((rows_len, 1), np.int32)
-        rows = Rows(*(np.zeros(shape, np.int32) for shape in ((rows_len, self._table_len), rows_len, rows_len)))
+        rows = Rows.empty(rows_len, self._table_len)
         turn = next(self._turns)
         for row, sequence in enumerate(batch):
             held = sequence.decode_pages
             assert held is not None
             tokens[row, 0] = sequence.next_input
-            rows.page_table[row, : len(held.pages)] = held.pages
-            rows.lengths[row], rows.counts[row] = sequence.num_tokens - 1, 1
+            rows.fill(row, held.pages, sequence.num_tokens - 1, 1)
             sequence.last_turn = turn
         weights = self._tasks[batch[0].request.task]
         logits = self.pool.run(weights.paged.decode, weights.params, tokens, rows)

@@ -10,13 +10,14 @@ from collections.abc import Callable, Collection
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-from pshare_jax.serving.control import Control
-from pshare_jax.serving.decode import DecodeWeights, DecodeWorker
+from pshare_jax.serving.buckets import pages_for
+from pshare_jax.serving.control import Control, Weights
+from pshare_jax.serving.decode import DecodeWorker
 from pshare_jax.serving.output import Pieces, TextOutput
 from pshare_jax.serving.owners import Group, Owner, group_by_devices
 from pshare_jax.serving.page_keys import page_keys
 from pshare_jax.serving.pool import Pool
-from pshare_jax.serving.prefill import PrefillWeights, PrefillWorker
+from pshare_jax.serving.prefill import PrefillWorker
 from pshare_jax.serving.request import FAILED, TIMED_OUT, Event, Request, Sequence, State
 from pshare_jax.serving.routing import Policy, Route, Router, Ticket
 from pshare_jax.serving.sampler import Sampler
@@ -37,7 +38,7 @@ class EngineDown(Exception):
 class PrefillSide:
     """What a prefill worker is made of: weights, pool, device indices, and the tasks it takes (None: any)."""
 
-    weights: PrefillWeights
+    weights: Weights
     pool: Pool
     devices: Collection[int]
     tasks: Collection[str] | None = None
@@ -47,7 +48,7 @@ class PrefillSide:
 class DecodeSide:
     """What a decode worker is made of: its tasks' weights, pool, sampler and device indices."""
 
-    tasks: dict[str, DecodeWeights]
+    tasks: dict[str, Weights]
     pool: Pool
     sampler: Sampler
     devices: Collection[int]
@@ -90,7 +91,7 @@ class Engine:
         control = Control(self.lock, self.end, self._prefilled, self._pool_failed, self.wake)
         self.scheduler = Scheduler([side.pool for side in prefill], [side.pool for side in decode])
         self.page_size = decode[0].pool.page_size
-        table_len = -(-settings.max_len // self.page_size)
+        table_len = pages_for(settings.max_len, self.page_size)
         self.transfers = [KVTransfer(self.scheduler, i, control, settings.page_bytes) for i in range(len(decode))]
         self.prefill_workers = [
             PrefillWorker(i, side.weights, self.scheduler, self.transfers, control, settings.chunk_tokens, table_len)

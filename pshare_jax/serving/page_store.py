@@ -15,6 +15,7 @@ from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.paged_steps import page_moves
 from pshare_jax.model.pages import KVPages, content_shape, empty_pages, place_content
 from pshare_jax.serving.buckets import bucket_of
+from pshare_jax.serving.pool import Pool
 
 
 class DevicePages:
@@ -69,6 +70,12 @@ class DevicePages:
         """Shape and sharding of placed content of so many pages."""
         shape = content_shape(self.config, num_pages, self.page_size)
         return jax.ShapeDtypeStruct(shape, self.dtype, sharding=content_sharding(self.config, self.mesh))
+
+    @classmethod
+    def of(cls, pool: Pool) -> "DevicePages":
+        """The arrays of a pool that is on devices (tests have others)."""
+        assert isinstance(pool.store, cls)
+        return pool.store
 
     def _padded(self, ids: Sequence[int]) -> np.ndarray:
         padded = np.zeros(bucket_of(len(ids), self.move_buckets), np.int32)

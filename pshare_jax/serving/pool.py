@@ -117,7 +117,11 @@ class Holding:
         """Whether the pool was rebuilt since."""
         return self.cache is not self.pool.cache
 
-    def release(self, holder: str = "sequence") -> None:
+    def fits(self, num_tokens: int) -> bool:
+        """Whether the pages have room for so many tokens."""
+        return num_tokens <= len(self.pages) * self.pool.page_size
+
+    def release(self) -> None:
         """Gives all pages back."""
-        self.cache.allocator.release(self.pages, holder)
+        self.cache.allocator.release(self.pages)
         self.pages = []

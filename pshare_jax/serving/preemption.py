@@ -6,27 +6,31 @@ into, exist once. Called by the decode worker, which owns the pool.
 
 import numpy as np
 
+from pshare_jax.serving.buckets import pages_for
+from pshare_jax.serving.pool import Holding
 from pshare_jax.serving.request import Saved, Sequence
 
 
 def save(sequence: Sequence) -> Saved:
-    """Copies the pages behind the prompt's full ones, as far as they hold KV (all but the last token's) to the host."""
-    held = sequence.decode_pages
-    assert held is not None
-    first, size = len(sequence.keys), held.pool.page_size
-    private = held.pages[first : -(-(sequence.num_tokens - 1) // size)]
-    most, store = held.pool.move_pages, held.pool.store
-    parts = [np.asarray(store.take(private[start : start + most])) for start in range(0, len(private), most)]
-    return Saved(first, parts)
+    """Copies the sequence's private pages to the host."""
+    held, private = _private_pages(sequence)
+    most = held.pool.move_pages
+    starts = range(0, len(private), most)
+    return Saved([np.asarray(held.pool.store.take(private[start : start + most])) for start in starts])
 
 
 def restore(sequence: Sequence) -> None:
     """Writes the saved pages into the sequence's new ones."""
-    held, saved = sequence.decode_pages, sequence.saved
-    assert held is not None
-    assert saved is not None
+    held, private = _private_pages(sequence)
+    assert sequence.saved is not None
     most = held.pool.move_pages
-    private = held.pages[saved.first : -(-(sequence.num_tokens - 1) // held.pool.page_size)]
-    for index, content in enumerate(saved.parts):
+    for index, content in enumerate(sequence.saved.parts):
         held.pool.put(private[index * most : (index + 1) * most], held.pool.store.place(content))
     sequence.saved = None
+
+
+def _private_pages(sequence: Sequence) -> tuple[Holding, list[int]]:
+    """The pages behind the prompt's full ones, as far as they hold KV (that of all tokens but the last)."""
+    held = sequence.decode_pages
+    assert held is not None
+    return held, held.pages[len(sequence.keys) : pages_for(sequence.num_tokens - 1, held.pool.page_size)]

@@ -7,13 +7,13 @@ complete is published at once and sent to the decode worker, so that the copy ov
 import logging
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from pshare_jax.model.paged_attention import Rows
 from pshare_jax.serving.buckets import ReadyShapes, choose_rows
-from pshare_jax.serving.control import Control
+from pshare_jax.serving.control import Control, Weights
 from pshare_jax.serving.request import Sequence
 from pshare_jax.serving.scheduler import Scheduler
 from pshare_jax.serving.transfer import KVTransfer
@@ -21,21 +21,6 @@ from pshare_jax.serving.transfer import KVTransfer
 logger = logging.getLogger(__name__)
 MAX_RUNNING = 2
 """Chunks under way: one that runs and one that is ready to follow."""
-
-
-@runtime_checkable
-class PrefillWeights(Protocol):
-    """What a prefill worker computes with: the base's weights, or in the isolated baseline a task's own."""
-
-    @property
-    def params(self) -> Any:
-        """The parameters on the worker's mesh."""
-        ...
-
-    @property
-    def paged(self) -> Any:
-        """The paged steps (model/paged_steps.py) of these parameters."""
-        ...
 
 
 @dataclass
@@ -53,7 +38,7 @@ class PrefillWorker:
     def __init__(
         self,
         index: int,
-        weights: PrefillWeights,
+        weights: Weights,
         scheduler: Scheduler,
         transfers: list[KVTransfer],
         control: Control,
@@ -79,11 +64,10 @@ class PrefillWorker:
             self._look_at_running()
             with self._control.lock:
                 done = self._scheduler.reap_prefill(self.index)
-                if done:
-                    # Pages have come free, on the decode side too, and who waits for them may be asleep.
-                    self._control.wake()
-                if self._scheduler.admit(self.index):
-                    self._control.wake()
+                admitted = self._scheduler.admit(self.index)
+            if done or admitted:
+                # Pages have come free, on the decode side too, or a full decode pool has another next: they may be asleep.
+                self._control.wake()
             done = self._send() or done
             with self._control.lock:
                 batch, bucket = self._choose()
@@ -119,15 +103,15 @@ class PrefillWorker:
             # An abort then frees the device within two chunks, and a failed step is seen.
             self._running.popleft().block_until_ready()
         tokens = np.zeros((len(batch), bucket), np.int32)
-        rows = Rows(*(np.zeros(shape, np.int32) for shape in ((len(batch), self._table_len), len(batch), len(batch))))
+        rows = Rows.empty(len(batch), self._table_len)
+        counts = []
         for row, sequence in enumerate(batch):
             held, start = sequence.prefill_pages, sequence.num_prefilled
             assert held is not None
             chunk = sequence.request.prompt[start : min(start + bucket, sequence.context_len)]
             tokens[row, : len(chunk)] = chunk
-            rows.page_table[row, : len(held.pages)] = held.pages
-            rows.lengths[row], rows.counts[row] = start, len(chunk)
-        counts = rows.counts.tolist()
+            rows.fill(row, held.pages, start, len(chunk))
+            counts.append(len(chunk))
         self._running.append(self.pool.run(self._weights.paged.prefill, self._weights.params, tokens, rows))
         self.stats.calls += 1
         self.stats.tokens += sum(counts)

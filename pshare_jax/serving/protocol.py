@@ -150,7 +150,7 @@ def parse_body(kind: type[B], raw: bytes) -> B:
         raise _invalid(error) from None
 
 
-def make_request(body: Body, request_id: str, prompt: list[int], limits: Limits) -> Request:
+def make_request(body: Body, request_id: str, prompt: list[int], limits: Limits, session: str | None = None) -> Request:
     """The engine's request for a body whose prompt has been tokenised.
 
     Raises:
@@ -176,7 +176,7 @@ def make_request(body: Body, request_id: str, prompt: list[int], limits: Limits)
         stop=tuple(body.stop),
         stop_ids=frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else limits.stop_ids),
         cache_salt=body.cache_salt or "",
-        session=body.prompt_cache_key or body.user,
+        session=session or body.prompt_cache_key or body.user,
     )
 
 

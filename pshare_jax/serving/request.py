@@ -116,9 +116,8 @@ class IllegalTransition(AssertionError):
 
 @dataclass(frozen=True)
 class Saved:
-    """A preempted sequence's private pages in host memory: content of table entries `first`, `first` + 1, ..., in parts."""
+    """The content of a preempted sequence's private pages in host memory, in parts of as many pages as move at once."""
 
-    first: int
     parts: list[Any]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pshare_jax.mesh import replicated
-from pshare_jax.sampling import Adjustments, Sampled, SamplingRows, sample_rows
+from pshare_jax.sampling import Adjustments, sample_rows
 from pshare_jax.sampling_params import sampling_rows
 from pshare_jax.serving.request import Sequence as Running
 from pshare_jax.serving.request import TokenLogprobs
@@ -72,12 +72,7 @@ class Sampler:
 
 @functools.cache
 def _jitted(mesh: Mesh) -> Any:
-    def sample(
-        logits: jax.Array, rows: SamplingRows, adjustments: Adjustments, drawn: Any, adjusted: Any, reported: Any
-    ) -> Sampled:
-        return sample_rows(logits, rows, adjustments, drawn, adjusted, reported)
-
-    return jax.jit(sample, out_shardings=replicated(mesh))
+    return jax.jit(sample_rows, out_shardings=replicated(mesh))
 
 
 def _with_logprobs(

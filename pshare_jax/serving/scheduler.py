@@ -9,6 +9,7 @@ import bisect
 import time
 from collections.abc import Sequence as Items
 
+from pshare_jax.serving.buckets import pages_for
 from pshare_jax.serving.copies import Copy
 from pshare_jax.serving.pool import Holding, Pool
 from pshare_jax.serving.request import Sequence, State
@@ -78,7 +79,7 @@ class Scheduler:
 
     def _reserve_decode(self, sequence: Sequence) -> bool:
         pool = self.decode_pools[sequence.decode_worker]
-        num_pages = -(-(sequence.num_tokens + 1) // pool.page_size)
+        num_pages = pages_for(sequence.num_tokens + 1, pool.page_size)
         held = self._reserve(sequence, pool, num_pages)
         sequence.decode_pages = held
         if held is None:
@@ -101,7 +102,7 @@ class Scheduler:
             sequence.prefill_pages = held
             sequence.num_prefilled = held.num_shared * pool.page_size
         else:
-            sequence.prefill_pages = self._reserve(sequence, pool, -(-sequence.context_len // pool.page_size))
+            sequence.prefill_pages = self._reserve(sequence, pool, pages_for(sequence.context_len, pool.page_size))
             if sequence.prefill_pages is None:
                 return False
             sequence.num_prefilled = sequence.prefill_pages.num_shared * pool.page_size
@@ -148,7 +149,7 @@ class Scheduler:
             return None
         size = source.pool.page_size
         done = sequence.num_prefilled == sequence.context_len
-        available = -(-sequence.num_prefilled // size) if done else sequence.num_prefilled // size
+        available = pages_for(sequence.num_prefilled, size) if done else sequence.num_prefilled // size
         first, last = sequence.num_sent, min(available, sequence.num_sent + most)
         if first >= last:
             return None
@@ -253,7 +254,7 @@ class Scheduler:
         """A page for the sequence's next token, if it needs one; False if the pool has none."""
         held = sequence.decode_pages
         assert held is not None
-        if sequence.num_tokens <= len(held.pages) * held.pool.page_size:
+        if held.fits(sequence.num_tokens):
             return True
         new = held.cache.allocator.allocate(1)
         if new is None:

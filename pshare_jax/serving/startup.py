@@ -19,7 +19,7 @@ from pshare_jax.serving.config import Placement, ServeConfig, num_cpu_devices, r
 from pshare_jax.serving.engine import Engine
 from pshare_jax.serving.protocol import Limits
 from pshare_jax.serving.request import Event, Request
-from pshare_jax.serving.warmup import BackgroundCompiler, Variant, variants
+from pshare_jax.serving.warmup import BackgroundCompiler, Variant, compile_all, variants
 
 Say = Callable[[str], None]
 WARM_UP_LEN = 40
@@ -49,15 +49,15 @@ def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:
     first = placement.prefill[0]
     model = load(config.base, dtype=dtype, mesh=make_mesh(first.devices, len(first.devices)))
     plan = Plan(
-        config.tasks,
-        placement,
-        config.sharing,
-        config.kv,
-        config.batch,
-        config.routing,
-        config.debug,
-        config.server.max_requests,
-        config.server.stall_seconds,
+        tasks=config.tasks,
+        placement=placement,
+        sharing=config.sharing,
+        kv=config.kv,
+        batch=config.batch,
+        policy=config.routing,
+        debug=config.debug,
+        max_requests=config.server.max_requests,
+        stall_seconds=config.server.stall_seconds,
     )
     sides = assemble(model, plan, say)
     pools = {id(side.pool): side.pool for side in (*sides.prefill, *sides.decode)}.values()
@@ -82,8 +82,7 @@ def warm_up(served: Served, programs: list[Variant], full: bool, say: Say) -> Ba
     ready = [worker.ready for worker in (*served.engine.prefill_workers, *served.engine.decode_workers)]
     for shapes in ready:
         shapes.limit(one.shape for one in now if one.shape is not None)
-    for program in now:
-        program.lower().compile()
+    compile_all(now)
     # Its half is built on first use, which must not stall the streams of others.
     served.tokenizer.encode("", allow_special=False)
     first_answers(served)

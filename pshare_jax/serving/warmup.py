@@ -8,7 +8,7 @@ import itertools
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,9 @@ import numpy as np
 
 from pshare_jax.model.paged_attention import Rows
 from pshare_jax.model.paged_steps import page_moves
-from pshare_jax.serving.buckets import ReadyShapes, prefill_shapes, row_buckets
+from pshare_jax.serving.buckets import ReadyShapes, pages_for, prefill_shapes, row_buckets
 from pshare_jax.serving.engine import DecodeSide, EngineSettings, PrefillSide
 from pshare_jax.serving.page_store import DevicePages
-from pshare_jax.serving.pool import Pool
 
 logger = logging.getLogger(__name__)
 SMALL_TOKENS, SMALL_ROWS = 64, 1
@@ -42,26 +41,25 @@ class Variant:
 
 def variants(prefill: Sequence[PrefillSide], decode: Sequence[DecodeSide], settings: EngineSettings) -> list[Variant]:
     """All programs of the engine's workers, each once, the small ones first."""
+    sources = {id(side.pool): DevicePages.of(side.pool) for side in prefill}
+    targets = {id(side.pool): DevicePages.of(side.pool) for side in decode}
+    programs = [
+        *(_prefill(side, settings) for side in prefill),
+        *(_decode(side, settings) for side in decode),
+        *(_takes(store) for store in (sources | targets).values()),
+        *(_puts(store) for store in targets.values()),
+        *(_places(source, target) for source, target in itertools.product(sources.values(), targets.values())),
+    ]
     found: dict[tuple, Variant] = {}
-    for side in prefill:
-        for key, variant in _prefill(side, settings):
-            found.setdefault(key, variant)
-    for side in decode:
-        for key, variant in _decode(side, settings):
-            found.setdefault(key, variant)
-    for pool in {id(side.pool): side.pool for side in prefill}.values():
-        found.update(_takes(_device_pages(pool)))
-    for pool in {id(side.pool): side.pool for side in decode}.values():
-        found.update(_takes(_device_pages(pool)) | _puts(_device_pages(pool)))
-    for source, target in itertools.product(prefill, decode):
-        found.update(_places(_device_pages(source.pool), _device_pages(target.pool)))
+    for key, variant in itertools.chain.from_iterable(programs):
+        found.setdefault(key, variant)
     return sorted(
         found.values(), key=lambda one: (not one.small, one.shape is not None and len(one.shape) == 2, one.shape or ())
     )
 
 
 def _prefill(side: PrefillSide, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
-    step, store = side.weights.paged.prefill, _device_pages(side.pool)
+    step, store = side.weights.paged.prefill, DevicePages.of(side.pool)
     for rows, tokens in prefill_shapes(settings.chunk_tokens):
         small = rows == 1 and tokens == min(SMALL_TOKENS, settings.chunk_tokens)
         shape = (rows, tokens)
@@ -77,7 +75,7 @@ def _prefill(side: PrefillSide, settings: EngineSettings) -> Iterator[tuple[tupl
 
 
 def _decode(side: DecodeSide, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
-    store = _device_pages(side.pool)
+    store = DevicePages.of(side.pool)
     for rows in row_buckets(settings.max_rows):
         small = rows == SMALL_ROWS
         for weights in side.tasks.values():
@@ -94,43 +92,27 @@ def _decode(side: DecodeSide, settings: EngineSettings) -> Iterator[tuple[tuple,
         )
 
 
-def _device_pages(pool: Pool) -> DevicePages:
-    assert isinstance(pool.store, DevicePages)
-    return pool.store
-
-
-def _takes(store: DevicePages) -> dict[tuple, Variant]:
+def _takes(store: DevicePages) -> Iterator[tuple[tuple, Variant]]:
     moves: Any = page_moves(store.config, store.mesh)
-    return {
-        ("take", num, store.mesh, store.num_pages): Variant(
-            f"take {num} pages", True, functools.partial(moves.take.lower, store.spec, _ids(num))
-        )
-        for num in store.move_buckets
-    }
+    for num in store.move_buckets:
+        lower = functools.partial(moves.take.lower, store.spec, np.zeros(num, np.int32))
+        yield ("take", num, store.mesh, store.num_pages), Variant(f"take {num} pages", True, lower)
 
 
-def _puts(store: DevicePages) -> dict[tuple, Variant]:
+def _puts(store: DevicePages) -> Iterator[tuple[tuple, Variant]]:
     moves: Any = page_moves(store.config, store.mesh)
-    return {
-        ("put", num, store.mesh, store.num_pages): Variant(
-            f"put {num} pages",
-            True,
-            functools.partial(moves.put.lower, store.spec, _ids(num), store.content_spec(num)),
-        )
-        for num in store.move_buckets
-    }
+    for num in store.move_buckets:
+        lower = functools.partial(moves.put.lower, store.spec, np.zeros(num, np.int32), store.content_spec(num))
+        yield ("put", num, store.mesh, store.num_pages), Variant(f"put {num} pages", True, lower)
 
 
-def _places(source: DevicePages, target: DevicePages) -> dict[tuple, Variant]:
+def _places(source: DevicePages, target: DevicePages) -> Iterator[tuple[tuple, Variant]]:
     """Content that goes to more devices than it comes from is cut up by a program that JAX makes for each shape."""
     if source.mesh.size == target.mesh.size:
-        return {}
-    return {
-        ("place", num, source.mesh, target.mesh): Variant(
-            f"place {num} pages", True, functools.partial(_Placing, source, target, num)
-        )
-        for num in source.move_buckets
-    }
+        return
+    for num in source.move_buckets:
+        lower = functools.partial(_Placing, source, target, num)
+        yield ("place", num, source.mesh, target.mesh), Variant(f"place {num} pages", True, lower)
 
 
 class _Placing:
@@ -144,17 +126,17 @@ class _Placing:
         self._target.place(content).block_until_ready()
 
 
-def _ids(num: int) -> np.ndarray:
-    return np.zeros(num, np.int32)
-
-
 def _step_lowering(
     step: Any, params: Any, store: DevicePages, shape: tuple[int, int], settings: EngineSettings
 ) -> Callable[[], Any]:
-    table = (shape[0], -(-settings.max_len // store.page_size))
-    rows = Rows(*(np.zeros(size, np.int32) for size in (table, shape[0], shape[0])))
-    tokens = np.zeros(shape, np.int32)
-    return functools.partial(step.lower, params, tokens, rows, store.spec)
+    rows = Rows.empty(shape[0], pages_for(settings.max_len, store.page_size))
+    return functools.partial(step.lower, params, np.zeros(shape, np.int32), rows, store.spec)
+
+
+def compile_all(programs: Iterable[Variant]) -> None:
+    """Compiles programs one after another."""
+    for program in programs:
+        program.lower().compile()
 
 
 class BackgroundCompiler:
