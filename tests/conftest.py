@@ -1,6 +1,5 @@
 """Test set-up: eight virtual CPU devices before JAX starts, shape types checked at run time, tiny models made once."""
 
-import gc
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +17,7 @@ with warnings.catch_warnings():
     import torch
     import transformers
 
+from memory_maps import drop_programs  # noqa: E402
 from tiny import FAMILIES, tiny_folder  # noqa: E402
 
 import pshare_jax  # noqa: E402
@@ -31,17 +31,11 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-MAPS = Path("/proc/self/maps")
-MANY_MAPS = 20_000
-
-
 @pytest.fixture(scope="module", autouse=True)
-def few_memory_maps():
-    """Every program that XLA compiles takes several memory maps, of which Linux grants a process 65,530: beyond, it dies."""
+def few_programs():
+    """Compiled programs do not pile up over the modules of a run."""
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
-        jax.clear_caches()
-        gc.collect()
+    drop_programs(20_000)
 
 
 @pytest.fixture(scope="session")

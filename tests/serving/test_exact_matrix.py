@@ -6,10 +6,8 @@ LoRA task at once.
 """
 
 import dataclasses
-import gc
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,12 +28,12 @@ from exact_world import (
     edges,
     full_len,
 )
+from memory_maps import drop_programs
 from tiny import FAMILIES, VOCAB
 from tiny_engine import Engines, placed, prefill_tokens
 
 from pshare_jax.serving.config import Placement
 from pshare_jax.serving.page_store import DevicePages
-from pshare_jax.serving.pool import Pool
 from pshare_jax.serving.request import Request
 from pshare_jax.share import SharedModel
 
@@ -188,18 +186,15 @@ def test_answers_are_the_plain_loops(case, worlds):
 
 
 @pytest.fixture
-def few_programs() -> Iterator[None]:
-    """The larger product compiles more programs than a process may hold at once (conftest.py says why)."""
+def few_programs_here() -> Iterator[None]:
+    """The larger product compiles more programs than a process may hold at once, within this one module."""
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
-        jax.clear_caches()
-        gc.collect()
+    drop_programs(30_000)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", larger_product(), ids=lambda case: "-".join(map(str, case)))
-def test_more_answers_are_the_plain_loops(case, worlds, few_programs):
+def test_more_answers_are_the_plain_loops(case, worlds, few_programs_here):
     check(case, worlds[case.family])
 
 
@@ -242,17 +237,11 @@ def long_tokens(case: Case) -> int:
 def check_devices(case: Case, engines: WorldEngines) -> None:
     """Weights and pages of each side lie on its devices, all of them and no others."""
     engine, devices = engines.engine, jax.devices()
-    prefill = [(side.weights.params, arrays(side.pool)) for side in engine._prefill_sides]
+    prefill = [(side.weights.params, DevicePages.of(side.pool).pages) for side in engine._prefill_sides]
     decode = [
-        ([weights.params for weights in worker._tasks.values()], arrays(worker.pool))
+        ([weights.params for weights in worker._tasks.values()], DevicePages.of(worker.pool).pages)
         for worker in engine.decode_workers
     ]
     wanted = [{devices[i] for i in side[0].devices} for side in (case.placement.prefill, case.placement.decode)]
     assert [devices_of(prefill), devices_of(decode)] == wanted
     assert wanted[0].isdisjoint(wanted[1]) or case.place == "colocated"
-
-
-def arrays(pool: Pool) -> Any:
-    """The pool's device arrays."""
-    assert isinstance(pool.store, DevicePages)
-    return pool.store.pages
