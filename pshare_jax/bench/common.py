@@ -43,7 +43,13 @@ def placed(prefill_device: int, decode_device: int) -> Placement:
 
 
 def ready_engine(model: Model, plan: Plan) -> tuple[Engine, Sides]:
-    """An engine whose programs are all compiled, not started, and what it is made of."""
+    """An engine whose programs are all compiled and had their first run, not started, and what it is made of."""
     sides = assemble(model, plan, print)
-    compile_all(variants(sides.prefill, sides.decode, sides.settings))
-    return Engine(sides.prefill, sides.decode, model.tokenizer.detokenizer, sides.settings), sides
+    programs = variants(sides.prefill, sides.decode, sides.settings)
+    compile_all(programs)
+    engine = Engine(sides.prefill, sides.decode, model.tokenizer.detokenizer, sides.settings)
+    for worker in (*engine.prefill_workers, *engine.decode_workers):
+        worker.ready.limit(one.shape for one in programs if one.shape is not None)
+        while worker.prime():
+            pass
+    return engine, sides

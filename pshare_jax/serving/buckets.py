@@ -57,6 +57,10 @@ class ReadyShapes:
         if self._only is not None:
             self._only.add(shape)
 
+    def knows(self, shape: tuple[int, ...]) -> bool:
+        """Whether it is known to be compiled."""
+        return self._only is not None and shape in self._only
+
     def __contains__(self, shape: tuple[int, ...]) -> bool:
         return self._only is None or shape in self._only
 

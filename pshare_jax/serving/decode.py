@@ -43,6 +43,7 @@ class DecodeWorker:
         self._control, self._max_rows, self._table_len = control, max_rows, table_len
         self._turns = itertools.count(1)
         self.ready = ReadyShapes()
+        self._ran: set[tuple[Any, int]] = set()
         self.num_preempted = 0
         self.num_steps = 0
         self.num_tokens = 0
@@ -70,9 +71,35 @@ class DecodeWorker:
                 self._run(batch)
             return bool(batch) or bool(started) or done
         except Exception:
-            logger.exception("a decode step of %s failed", self.pool.name)
-            self._control.pool_failed(self.pool)
+            self._failed()
             return True
+
+    @property
+    def never_run(self) -> tuple[Weights, int] | None:
+        """Weights and rows of a step that is compiled and never ran."""
+        compiled = [rows for rows in row_buckets(self._max_rows) if self.ready.knows((rows,))]
+        steps = itertools.product(self._tasks.values(), compiled)
+        return next((one for one in steps if (one[0].paged.decode, one[1]) not in self._ran), None)
+
+    def prime(self) -> bool:
+        """Runs a step that never ran, on no sequence, since a first run is slow; False if there is none."""
+        if (step := self.never_run) is None:
+            return False
+        weights, num_rows = step
+        try:
+            logits = self._call(weights, np.zeros((num_rows, 1), np.int32), Rows.empty(num_rows, self._table_len))
+            self._sampler.sample(logits, [])
+        except Exception:
+            self._failed()
+        return True
+
+    def _call(self, weights: Weights, tokens: np.ndarray, rows: Rows) -> Any:
+        self._ran.add((weights.paged.decode, len(tokens)))
+        return self.pool.run(weights.paged.decode, weights.params, tokens, rows)
+
+    def _failed(self) -> None:
+        logger.exception("a decode step of %s failed", self.pool.name)
+        self._control.pool_failed(self.pool)
 
     def _next_batch(self) -> list[Sequence]:
         """Sequences of one group, those whose turn was longest ago first, with room for their next token each."""
@@ -130,8 +157,7 @@ class DecodeWorker:
             tokens[row, 0] = sequence.next_input
             rows.fill(row, held.pages, sequence.num_tokens - 1, 1)
             sequence.last_turn = turn
-        weights = self._tasks[batch[0].request.task]
-        logits = self.pool.run(weights.paged.decode, weights.params, tokens, rows)
+        logits = self._call(self._tasks[batch[0].request.task], tokens, rows)
         sampled = self._sampler.sample(logits, batch)
         self.num_steps += 1
         self.num_tokens += len(batch)

@@ -236,6 +236,11 @@ class Engine:
             owner.wake.set()
 
     @property
+    def primed(self) -> bool:
+        """Whether every step that is compiled has had its first run."""
+        return all(worker.never_run is None for worker in (*self.prefill_workers, *self.decode_workers))
+
+    @property
     def healthy(self) -> bool:
         """Whether requests are taken, every worker's thread lives and none has been in one step for too long."""
         return self._accepting and all(owner.alive and not owner.stalled for owner in self._owners)

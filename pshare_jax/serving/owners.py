@@ -1,7 +1,8 @@
 """Which workers are stepped by which thread: one thread for all workers that share devices, one owner for each pool.
 
 A turn gives every decode worker of the group a step and lets at most one prefill worker run a chunk, so that a running
-answer never waits for more than one chunk.
+answer never waits for more than one chunk. Programs that were compiled meanwhile have their slow first run when no
+worker has anything to do.
 """
 
 import threading
@@ -39,6 +40,10 @@ class Group:
                 self._next = (self._next + offset + 1) % len(self.prefill)
                 break
         return any(done)
+
+    def prime(self) -> bool:
+        """The first run of one program that is compiled; False if all have run."""
+        return any(worker.prime() for worker in (*self.decode, *self.prefill))
 
 
 class Owner:
@@ -80,7 +85,7 @@ class Owner:
             while not self._stopping:
                 self.wake.clear()
                 self._turn_began = time.monotonic()
-                done = self._group.step()
+                done = self._group.step() or self._group.prime()
                 self._turn_began = None
                 if not done:
                     self.wake.wait(POLL_SECONDS if self._group.must_poll else None)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pshare_jax.model.paged_attention import Rows
-from pshare_jax.serving.buckets import ReadyShapes, choose_rows
+from pshare_jax.serving.buckets import ReadyShapes, choose_rows, prefill_shapes
 from pshare_jax.serving.control import Control, Weights
 from pshare_jax.serving.request import Sequence
 from pshare_jax.serving.scheduler import Scheduler
@@ -52,6 +52,7 @@ class PrefillWorker:
         self._generation = self.pool.generation
         self.stats = PrefillStats()
         self.ready = ReadyShapes()
+        self._ran: set[tuple[int, int]] = set()
 
     @property
     def must_poll(self) -> bool:
@@ -77,9 +78,33 @@ class PrefillWorker:
             with self._control.lock:
                 return self._hand_on() or bool(batch) or done
         except Exception:
-            logger.exception("a prefill step of %s failed", self.pool.name)
-            self._control.pool_failed(self.pool)
+            self._failed()
             return True
+
+    @property
+    def never_run(self) -> tuple[int, int] | None:
+        """The shape of a step that is compiled and never ran."""
+        compiled = [shape for shape in prefill_shapes(self._chunk_tokens) if self.ready.knows(shape)]
+        return next((shape for shape in compiled if shape not in self._ran), None)
+
+    def prime(self) -> bool:
+        """Runs a step that never ran, on no sequence, since a first run is slow; False if there is none."""
+        if (shape := self.never_run) is None:
+            return False
+        try:
+            self._call(np.zeros(shape, np.int32), Rows.empty(shape[0], self._table_len)).block_until_ready()
+        except Exception:
+            self._failed()
+        return True
+
+    def _call(self, tokens: np.ndarray, rows: Rows) -> Any:
+        num_rows, bucket = tokens.shape
+        self._ran.add((num_rows, bucket))
+        return self.pool.run(self._weights.paged.prefill, self._weights.params, tokens, rows)
+
+    def _failed(self) -> None:
+        logger.exception("a prefill step of %s failed", self.pool.name)
+        self._control.pool_failed(self.pool)
 
     def _choose(self) -> tuple[list[Sequence], int]:
         ready = self._scheduler.ready_to_prefill(self.index)
@@ -112,7 +137,7 @@ class PrefillWorker:
             tokens[row, : len(chunk)] = chunk
             rows.fill(row, held.pages, start, len(chunk))
             counts.append(len(chunk))
-        self._running.append(self.pool.run(self._weights.paged.prefill, self._weights.params, tokens, rows))
+        self._running.append(self._call(tokens, rows))
         self.stats.calls += 1
         self.stats.tokens += sum(counts)
         self.stats.slots += tokens.size

@@ -4,6 +4,7 @@ Called by the command line only. Everything here happens before the server answe
 """
 
 import queue
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pshare_jax.serving.assemble import Plan, assemble
 from pshare_jax.serving.compiles import compile_counter
 from pshare_jax.serving.config import Placement, ServeConfig, num_cpu_devices, resolve_placement
 from pshare_jax.serving.engine import Engine
+from pshare_jax.serving.owners import POLL_SECONDS
 from pshare_jax.serving.protocol import Limits
 from pshare_jax.serving.request import Event, Request
 from pshare_jax.serving.warmup import BackgroundCompiler, Variant, compile_all, variants
@@ -79,14 +81,18 @@ def warm_up(served: Served, programs: list[Variant], full: bool, say: Say) -> Ba
     """
     now = [one for one in programs if full or one.small]
     say(f"compiling {len(now)} of {len(programs)} programs")
-    ready = [worker.ready for worker in (*served.engine.prefill_workers, *served.engine.decode_workers)]
+    compile_all(now)
+    # Known to be compiled only now: workers that have nothing to do run such steps, so that no first run meets a user.
+    engine = served.engine
+    ready = [worker.ready for worker in (*engine.prefill_workers, *engine.decode_workers)]
     for shapes in ready:
         shapes.limit(one.shape for one in now if one.shape is not None)
-    compile_all(now)
     # Its half is built on first use, which must not stall the streams of others.
     served.tokenizer.encode("", allow_special=False)
     first_answers(served)
-    return BackgroundCompiler([one for one in programs if one not in now], ready, say)
+    while full and not engine.primed and engine.healthy:
+        time.sleep(POLL_SECONDS)
+    return BackgroundCompiler([one for one in programs if one not in now], ready, say, engine.wake)
 
 
 def first_answers(served: Served) -> None:

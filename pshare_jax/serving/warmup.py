@@ -140,10 +140,18 @@ def compile_all(programs: Iterable[Variant]) -> None:
 
 
 class BackgroundCompiler:
-    """Compiles what is not small in a thread; each shape may be used once all its programs are there. `stop` ends it."""
+    """Compiles what is not small in a thread; each shape may be used once all its programs are there, and `wake` makes
+    the workers look at it. `stop` ends the thread.
+    """
 
-    def __init__(self, rest: Sequence[Variant], ready: Sequence[ReadyShapes], say: Callable[[str], None]):
-        self._rest, self._ready, self._say = rest, ready, say
+    def __init__(
+        self,
+        rest: Sequence[Variant],
+        ready: Sequence[ReadyShapes],
+        say: Callable[[str], None],
+        wake: Callable[[], None],
+    ):
+        self._rest, self._ready, self._say, self._wake = rest, ready, say, wake
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pshare-compile", daemon=True)
         self._thread.start()
@@ -168,4 +176,5 @@ class BackgroundCompiler:
             if variant.shape is not None and not left[variant.shape]:
                 for ready in self._ready:
                     ready.add(variant.shape)
+                self._wake()
         self._say("all programs are compiled")

@@ -140,21 +140,47 @@ def test_an_engine_serves_with_the_small_programs_while_the_rest_is_compiled(sou
     workers = [*engine.prefill_workers, *engine.decode_workers]
     for worker in workers:
         worker.ready.limit(one.shape for one in programs if one.small and one.shape is not None)
-    shapes: set[tuple[int, int]] = set()
+    shapes: list[tuple[int, ...]] = []
     for pool in pools_of(engine):
-        pool.run = watched(pool.run, shapes)
+        pool.run = noted(pool.run, shapes)
     draw = np.random.default_rng(10)
     requests = [world.clear(draw, "chat", length) for length in (3, 40, 130)]
     world.check(*requests, engine=engine)
-    assert shapes == {(1, 64), (1, 1)}
+    assert set(shapes) == {(1, 64), (1, 1)}
     # No compiling here: each is told to be there, as the compiling thread would.
     told: list[str] = []
     rest = [dataclasses.replace(one, lower=Nothing) for one in programs if not one.small]
-    compiler = BackgroundCompiler(rest, [worker.ready for worker in workers], told.append)
+    compiler = BackgroundCompiler(rest, [worker.ready for worker in workers], told.append, engine.wake)
     compiler._thread.join()
     assert len(told) == 1
     for shape in [*prefill_shapes(128), *[(rows,) for rows in row_buckets(4)]]:
         assert all(shape in worker.ready for worker in workers)
+
+
+def test_what_is_compiled_has_its_first_run_once_and_hurts_nobody(sources):
+    world = world_on(sources, SPLIT, chunk=128)
+    engine, sides = parts(world)
+    workers = [*engine.prefill_workers, *engine.decode_workers]
+    assert engine.primed
+    assert not any(worker.prime() for worker in workers)
+    draw = np.random.default_rng(11)
+    requests = [world.clear(draw, "chat", length) for length in (3, 40, 130)]
+    world.check(*requests, engine=engine)
+    shapes = [one.shape for one in all_variants(sides) if one.shape is not None]
+    for worker in workers:
+        worker.ready.limit(shapes)
+    ran: list[tuple[int, ...]] = []
+    for worker in workers:
+        worker._ran.clear()
+        worker.pool.run = noted(worker.pool.run, ran)
+    assert not engine.primed
+    while any(worker.prime() for worker in workers):
+        pass
+    assert engine.primed
+    assert set(ran) == {*prefill_shapes(128), *((rows, 1) for rows in row_buckets(4))}
+    assert len(ran) == sum(one.name.startswith(("prefill", "decode")) for one in all_variants(sides))
+    # The same prompts hit what is cached, which the first runs have left alone.
+    world.check(*requests, engine=engine)
 
 
 class Nothing:
@@ -164,9 +190,9 @@ class Nothing:
         pass
 
 
-def watched(run: Any, shapes: set[tuple[int, int]]) -> Any:
+def noted(run: Any, ran: list[tuple[int, ...]]) -> Any:
     def running(step: Any, params: Any, tokens: np.ndarray, rows: Any) -> Any:
-        shapes.add(tokens.shape)
+        ran.append(tokens.shape)
         return run(step, params, tokens, rows)
 
     return running

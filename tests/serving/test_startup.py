@@ -155,6 +155,7 @@ def test_warm_up_reaches_every_task_and_compiles_the_rest(world, full):
     assert told[0] == f"compiling {len(programs) if full else len(small)} of {len(programs)} programs"
     compiler._thread.join()
     compiler.stop()
+    assert served.engine.primed or not full
     assert sorted(program.name for program in compiled) == sorted(program.name for program in programs)
     assert told[1:] == ["all programs are compiled"]
     served.engine.stop()
