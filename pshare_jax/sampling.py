@@ -16,12 +16,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from pshare_jax.sampling_params import ALMOST_GREEDY, SamplingParams, SamplingRows, sampling_rows
+from pshare_jax.sampling_params import ALMOST_GREEDY, NUM_TOP, SamplingParams, SamplingRows, sampling_rows
 
 __all__ = ["Adjustments", "Sampled", "SamplingParams", "SamplingRows", "kept", "sample", "sample_rows", "sampling_rows"]
-
-NUM_TOP = 20
-"""How many best tokens come with the logprobs."""
 
 FEW = 1024
 """Top-k, top-p and min-p look at so many best tokens first; sorting a whole vocabulary takes 20 times as long on a CPU."""

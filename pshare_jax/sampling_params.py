@@ -17,6 +17,10 @@ ALMOST_GREEDY = 1e-5
 """Temperatures below this are greedy: scores divided by less overflow float32, and the draw would be the best token anyway."""
 
 
+NUM_TOP = 20
+"""How many best tokens come with the logprobs."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose the next token from the model's float32 logits, in this order:

@@ -77,6 +77,11 @@ class Tokenizer:
         """The template used without tools, None if the model has none."""
         return self._sources.get("default")
 
+    @property
+    def special_tokens(self) -> dict[str, str | None]:
+        """The texts of the named control tokens, None for those that the model does not have."""
+        return {name: self._config.get(name) for name in SPECIAL_NAMES}
+
     def encode(self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True) -> list[int]:
         """Ids of a text prompt.
 

@@ -1,84 +1,125 @@
 """OpenAI's answer objects: whole answers and stream chunks of both endpoints. Host-side, imports no jax.
 
-The api makes one `Answer` per request and feeds it the engine's events; it knows the object names and where text and
-usage go.
+The api makes one `Answer` per call and feeds it the engine's events of all its choices; it knows the object names and
+where text, log-probabilities and usage go.
 """
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pshare_jax.serving.logprobs import TextLogprobs, TokenBytes, chat_entry
 from pshare_jax.serving.protocol import ApiError, Body, ChatBody, error_body
-from pshare_jax.serving.request import Event, Request
+from pshare_jax.serving.request import Event, Request, TokenLogprobs
 
 DONE = "data: [DONE]\n\n"
 
 
-class Answer:
-    """One request's answer in the form its endpoint and stream options ask for."""
+class _Choice:
+    """One choice so far."""
 
-    def __init__(self, body: Body, request: Request):
+    def __init__(self, request: Request, token_bytes: TokenBytes):
+        self.request = request
+        self.text = ""
+        self.tokens: list[TokenLogprobs] = []
+        self.text_logprobs = TextLogprobs(token_bytes)
+        self.last = Event()
+        self.seen = False
+
+    def add(self, event: Event) -> list[TokenLogprobs]:
+        """Takes an event; what is told about its token."""
+        self.last, self.seen = event, True
+        self.text += event.text
+        one = event.logprobs
+        told = [] if one is None or one.token_id in self.request.stop_ids else [one]
+        self.tokens += told
+        return told
+
+
+class Answer:
+    """One call's answer in the form its endpoint and stream options ask for; choices in the order of `requests`."""
+
+    def __init__(self, body: Body, request_id: str, requests: Sequence[Request], token_bytes: TokenBytes):
         self._body = body
         self._chat = isinstance(body, ChatBody)
-        self._prompt_tokens = len(request.prompt)
-        self._text = ""
+        self._token_bytes = token_bytes
+        self._choices = [_Choice(request, token_bytes) for request in requests]
         self._head = {
-            "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{request.id}",
+            "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{request_id}",
             "object": "chat.completion" if self._chat else "text_completion",
             "created": int(time.time()),
             "model": body.model,
         }
 
-    def add(self, event: Event) -> None:
-        """Collects an event's text for a whole answer."""
-        self._text += event.text
+    def add(self, index: int, event: Event) -> None:
+        """Collects a choice's event for a whole answer."""
+        self._choices[index].add(event)
 
-    def whole(self, last: Event) -> dict[str, Any]:
+    def whole(self) -> dict[str, Any]:
         """The whole answer, after all events were added."""
-        choice: dict[str, Any] = {"index": 0, "logprobs": None, "finish_reason": last.finish_reason}
-        if self._chat:
-            choice["message"] = {"role": "assistant", "content": self._text}
-        else:
-            choice["text"] = self._text
-        return {**self._head, "choices": [choice], "usage": self._usage(last)}
+        choices = []
+        for index, one in enumerate(self._choices):
+            message = {"message": {"role": "assistant", "content": one.text}} if self._chat else {"text": one.text}
+            logprobs = self._logprobs(one, one.tokens)
+            choices.append({"index": index, "logprobs": logprobs, "finish_reason": one.last.finish_reason, **message})
+        return {**self._head, "choices": choices, "usage": self._usage()}
 
     def start(self) -> Iterator[str]:
-        """What a stream begins with: a chat's role."""
+        """What a stream begins with: each choice's role in a chat."""
         if self._chat:
-            yield self._chunk({"role": "assistant", "content": ""}, None, Event())
+            for index in range(len(self._choices)):
+                yield self._chunk(index, {"role": "assistant", "content": ""})
 
-    def chunks(self, event: Event) -> Iterator[str]:
-        """The event as stream lines: its text if there is any, and at the end the finish reason, usage and [DONE]."""
-        if event.text:
-            yield self._chunk({"content": event.text} if self._chat else event.text, None, event)
+    def chunks(self, index: int, event: Event) -> Iterator[str]:
+        """A choice's event as stream lines: its text and token, and at its end the finish reason."""
+        choice = self._choices[index]
+        told = choice.add(event)
+        if event.text or told:
+            content = {"content": event.text} if self._chat else event.text
+            yield self._chunk(index, content, logprobs=self._logprobs(choice, told) if told else None)
         if event.failure is not None:
             yield _line(error_body(ApiError(500, event.failure, kind="server_error").error))
         elif event.finish_reason is not None:
-            yield self._chunk({} if self._chat else "", event.finish_reason, event)
-            if self._body.include_usage:
-                yield _line({**self._stream_head(), "choices": [], "usage": self._usage(event)})
-        if event.last:
-            yield DONE
+            yield self._chunk(index, {} if self._chat else "", finish_reason=event.finish_reason)
 
-    def _chunk(self, content: Any, finish_reason: str | None, event: Event) -> str:
+    def end(self) -> Iterator[str]:
+        """What follows the last choice's end: usage, if it was asked for, and [DONE]."""
+        if self._body.include_usage and all(one.last.failure is None for one in self._choices):
+            yield _line({**self._stream_head(), "choices": [], "usage": self._usage()})
+        yield DONE
+
+    def _logprobs(self, choice: _Choice, tokens: list[TokenLogprobs]) -> dict[str, Any] | None:
+        if choice.request.logprobs is None:
+            return None
+        if self._chat:
+            return {"content": [chat_entry(one, self._token_bytes) for one in tokens], "refusal": None}
+        return choice.text_logprobs.of(tokens)
+
+    def _chunk(
+        self, index: int, content: Any, *, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+    ) -> str:
         part = {"delta": content} if self._chat else {"text": content}
-        choice = {"index": 0, **part, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": index, **part, "logprobs": logprobs, "finish_reason": finish_reason}
         chunk: dict[str, Any] = {**self._stream_head(), "choices": [choice]}
         if self._body.include_usage:
-            chunk["usage"] = self._usage(event) if self._body.continuous_usage else None
+            chunk["usage"] = self._usage() if self._body.continuous_usage else None
         return _line(chunk)
 
     def _stream_head(self) -> dict[str, Any]:
         return {**self._head, "object": "chat.completion.chunk"} if self._chat else self._head
 
-    def _usage(self, event: Event) -> dict[str, Any]:
-        completion_tokens = event.completion_tokens
+    def _usage(self) -> dict[str, Any]:
+        """Each prompt counts once, however many choices it has; so does what was cached before the first of them."""
+        prompts = [self._choices[first : first + self._body.n] for first in range(0, len(self._choices), self._body.n)]
+        prompt_tokens = sum(len(choices[0].request.prompt) for choices in prompts)
+        completion_tokens = sum(one.last.completion_tokens for one in self._choices)
+        cached = sum(min((one.last.cached_tokens for one in choices if one.seen), default=0) for choices in prompts)
         return {
-            "prompt_tokens": self._prompt_tokens,
+            "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
-            "total_tokens": self._prompt_tokens + completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": event.cached_tokens},
+            "total_tokens": prompt_tokens + completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": cached},
         }
 
 

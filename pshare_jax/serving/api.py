@@ -5,20 +5,24 @@ to the engine and turns its events into one answer or a stream. If the client ha
 """
 
 import asyncio
+import functools
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pshare_jax.errors import PshareError
 from pshare_jax.serving.answers import Answer
+from pshare_jax.serving.bodies import maybe_threaded, read_body
+from pshare_jax.serving.encoder import Encoder
 from pshare_jax.serving.engine import Engine, EngineDown, EngineFull
 from pshare_jax.serving.protocol import (
     ApiError,
@@ -26,37 +30,19 @@ from pshare_jax.serving.protocol import (
     ChatBody,
     CompletionBody,
     Limits,
+    body_schema,
     check_model,
     error_body,
-    make_request,
+    make_requests,
     parse_body,
 )
 from pshare_jax.serving.request import FAILED, Event
+from pshare_jax.serving.request import Request as Choice
+from pshare_jax.serving.token_api import add_token_routes
 
-T = TypeVar("T")
-LONG_BODY = 16 * 1024
 RETRY_SECONDS = "1"
 SESSION_HEADERS = ("x-session-id", "x-openwebui-chat-id")
 """Headers in which clients name a growing context; the fields prompt_cache_key and user come after them."""
-
-
-@runtime_checkable
-class Encoder(Protocol):
-    """Prompts to token ids (pshare_jax.tokenizer's); a prompt it cannot encode is a PshareError."""
-
-    def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
-        """The ids of a text prompt; control tokens written in it are control tokens only if allowed."""
-        ...
-
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """The ids of a chat up to where the answer begins."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -90,14 +76,19 @@ def make_app(served: Served) -> FastAPI:
         check_model(name, served.tasks)
         return cards[name]
 
-    @app.post("/v1/chat/completions", openapi_extra=_schema(ChatBody))
+    @app.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody))
     async def chat(request: Request) -> Response:
         return await _answer(served, request, ChatBody)
 
-    @app.post("/v1/completions", openapi_extra=_schema(CompletionBody))
+    @app.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
     async def completions(request: Request) -> Response:
         return await _answer(served, request, CompletionBody)
 
+    @app.post("/flush_cache")
+    async def flush_cache() -> dict[str, Any]:
+        return {"flushed_pages": served.engine.flush_cache()}
+
+    add_token_routes(app, served.tokenizer, served.limits, served.max_body_bytes)
     app.add_middleware(RequestIds)
     _add_error_objects(app)
     return app
@@ -107,82 +98,102 @@ def make_app(served: Served) -> FastAPI:
 
 
 async def _answer(served: Served, http: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
-    raw = await _read(http, served.max_body_bytes)
-    body = await _maybe_threaded(len(raw), lambda: parse_body(kind, raw))
+    raw = await read_body(http, served.max_body_bytes)
+    body = await maybe_threaded(len(raw), lambda: parse_body(kind, raw))
     check_model(body.model, served.tasks)
-    prompt = await _maybe_threaded(len(raw), lambda: _encode(served.tokenizer, body))
+    prompts = await maybe_threaded(len(raw), lambda: _encode(served.tokenizer, body))
     session = next((value for name in SESSION_HEADERS if (value := http.headers.get(name))), None)
-    request = make_request(body, uuid.uuid4().hex, prompt, served.limits, session)
-    events = _Events(served.engine, request.id)
-    answer = Answer(body, request)
+    request_id = uuid.uuid4().hex
+    requests = make_requests(body, request_id, prompts, served.limits, session)
+    events = _Events(served.engine, [request.id for request in requests])
+    _submit(served.engine, requests, events)
+    answer = Answer(body, request_id, requests, served.tokenizer.token_bytes)
+    watcher = asyncio.create_task(_abort_on_disconnect(http, events))
+    streams = False
     try:
-        served.engine.submit(request, events.put)
+        index, event = await events.get()
+        _raise_if_failed(event)
+        if body.stream:
+            streams = True
+            lines = _stream(answer, index, event, events, watcher)
+            return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        answer.add(index, event)
+        while not events.ended:
+            index, event = await events.get()
+            _raise_if_failed(event)
+            answer.add(index, event)
+        return JSONResponse(answer.whole())
+    finally:
+        if not streams:
+            watcher.cancel()
+            events.abort()
+
+
+def _submit(engine: Engine, requests: Sequence[Choice], events: "_Events") -> None:
+    """All requests of a call, or none."""
+    try:
+        for index, request in enumerate(requests):
+            engine.submit(request, functools.partial(events.put, index))
     except EngineFull:
+        events.abort()
         message = "The server has as many requests as it may hold; try again soon."
         raise ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded") from None
     except EngineDown:
+        events.abort()
         raise ApiError(503, "The server is stopping or a worker has died.", kind="server_error") from None
-    watcher = asyncio.create_task(_abort_on_disconnect(http, events))
-    try:
-        first = await events.get()
-        _raise_if_failed(first)
-        if body.stream:
-            lines = _stream(answer, first, events, watcher)
-            return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        event = first
-        answer.add(event)
-        while not event.last:
-            event = await events.get()
-            answer.add(event)
-        _raise_if_failed(event)
-        return JSONResponse(answer.whole(event))
-    finally:
-        if not body.stream or events.ended:
-            watcher.cancel()
 
 
-async def _stream(answer: Answer, event: Event, events: "_Events", watcher: asyncio.Task[None]) -> AsyncIterator[str]:
+async def _stream(
+    answer: Answer, index: int, event: Event, events: "_Events", watcher: asyncio.Task[None]
+) -> AsyncIterator[str]:
     try:
         for line in answer.start():
             yield line
         while True:
-            for line in answer.chunks(event):
+            for line in answer.chunks(index, event):
                 yield line
-            if event.last:
-                return
-            event = await events.get()
+            if events.ended or event.failure is not None:
+                break
+            index, event = await events.get()
+        for line in answer.end():
+            yield line
     finally:
         watcher.cancel()
         events.abort()
 
 
 class _Events:
-    """One request's events, carried from a worker's thread to the event loop."""
+    """The events of a call's requests, carried from workers' threads to the event loop."""
 
-    def __init__(self, engine: Engine, request_id: str):
+    def __init__(self, engine: Engine, ids: Sequence[str]):
         self._engine = engine
-        self._id = request_id
+        self._live = dict(enumerate(ids))
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Event] = asyncio.Queue()
-        self.ended = False
+        self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
-    def put(self, event: Event) -> None:
+    def put(self, index: int, event: Event) -> None:
         """Called from a worker's thread; after the loop has closed there is nobody to tell."""
         try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
         except RuntimeError:
             return
 
-    async def get(self) -> Event:
-        """The next event."""
-        event = await self._queue.get()
-        self.ended = event.last
-        return event
+    async def get(self) -> tuple[int, Event]:
+        """The next event, and which request's it is."""
+        index, event = await self._queue.get()
+        if event.last:
+            del self._live[index]
+        return index, event
+
+    @property
+    def ended(self) -> bool:
+        """Whether the last event of every request was got."""
+        return not self._live
 
     def abort(self) -> None:
-        """Ends the request in the engine if it still lives."""
-        if not self.ended:
-            self._engine.abort(self._id)
+        """Ends the requests that still live in the engine."""
+        for request_id in self._live.values():
+            self._engine.abort(request_id)
 
 
 async def _abort_on_disconnect(http: Request, events: _Events) -> None:
@@ -196,40 +207,18 @@ def _raise_if_failed(event: Event) -> None:
         raise ApiError(503 if event.finish_reason else 500, event.failure, kind="server_error")
 
 
-def _encode(tokenizer: Encoder, body: Body) -> list[int]:
+def _encode(tokenizer: Encoder, body: Body) -> list[list[int]]:
     try:
         if isinstance(body, CompletionBody):
-            return tokenizer.encode(body.prompt) if isinstance(body.prompt, str) else body.prompt
+            return [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
         tools = body.tools if body.tools and body.tool_choice != "none" else None
-        return tokenizer.encode_chat(body.messages, tools=tools, template_kwargs=body.chat_template_kwargs)
+        return [tokenizer.encode_chat(body.messages, tools=tools, template_kwargs=body.chat_template_kwargs)]
     except PshareError as error:
         param = "prompt" if isinstance(body, CompletionBody) else "messages"
         raise ApiError(400, str(error), param=param) from None
 
 
-async def _read(http: Request, max_bytes: int) -> bytes:
-    kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"Send the body as Content-Type: application/json, not {kind or 'nothing'}.")
-    too_long = ApiError(413, f"The request body is larger than {max_bytes} bytes, which is the limit of this server.")
-    if int(http.headers.get("content-length", "0")) > max_bytes:
-        raise too_long
-    raw = bytearray()
-    async for part in http.stream():
-        raw += part
-        if len(raw) > max_bytes:
-            raise too_long
-    return bytes(raw)
-
-
-async def _maybe_threaded(size: int, work: Callable[[], T]) -> T:
-    """Runs short work at once and long work in a thread, so that it does not hold up other clients."""
-    return await asyncio.to_thread(work) if size > LONG_BODY else work()
-
-
 # --- around every request --------------------------------------------------------------------------------------------
-
-ROUTES = "GET /health, GET /v1/models, POST /v1/chat/completions and POST /v1/completions"
 
 
 class RequestIds:
@@ -261,9 +250,10 @@ def _add_error_objects(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
+        offered = ", ".join(_routes(app))
         known = {
-            404: f"There is no {request.url.path} on this server; it has {ROUTES}.",
-            405: f"{request.url.path} does not take {request.method}; this server has {ROUTES}.",
+            404: f"There is no {request.url.path} on this server; it has {offered}.",
+            405: f"{request.url.path} does not take {request.method}; this server has {offered}.",
         }
         shown = ApiError(error.status_code, known.get(error.status_code, str(error.detail)))
         return JSONResponse(error_body(shown.error), error.status_code, error.headers)
@@ -273,10 +263,14 @@ def _add_error_objects(app: FastAPI) -> None:
         return JSONResponse(error_body(ApiError(500, FAILED, kind="server_error").error), 500)
 
 
+def _routes(app: FastAPI) -> list[str]:
+    return [
+        f"{method} {route.path}"
+        for route in app.routes
+        if isinstance(route, APIRoute)
+        for method in route.methods or ()
+    ]
+
+
 def _card(name: str, created: int, max_len: int) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": created, "owned_by": "pshare_jax", "max_model_len": max_len}
-
-
-def _schema(kind: type[ChatBody] | type[CompletionBody]) -> dict[str, Any]:
-    """The body's schema for /openapi.json (handlers read the body themselves, so FastAPI does not know it)."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}

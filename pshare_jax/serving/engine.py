@@ -174,6 +174,12 @@ class Engine:
             for sequence in list(self._live.values()):
                 self.end(sequence, State.ABORTED, Event(finish_reason="abort"))
 
+    def flush_cache(self) -> int:
+        """Forgets all prompt KV that no live request holds; how many pages came free."""
+        with self.lock:
+            pools = {id(pool): pool for pool in (*self.scheduler.prefill_pools, *self.scheduler.decode_pools)}
+            return sum(pool.cache.flush() for pool in pools.values())
+
     def end(self, sequence: Sequence, state: State, event: Event) -> None:
         """Ends a sequence, once, from any thread; the worker that has it gives its pages back."""
         with self.lock:

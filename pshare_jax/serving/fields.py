@@ -5,25 +5,18 @@ field's name and is shown to the client.
 """
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 MAX_STOPS = 4
 
 # Fields that would change the answer, each with the values that leave it as it is. (0 == False, but types must match.)
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "prompt_logprobs": (),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
     "length_penalty": (1, 1.0),
-    "logit_bias": ({},),
-    "min_tokens": (0,),
     "bad_words": ([],),
     "allowed_token_ids": ([],),
     "response_format": ({"type": "text"},),
@@ -47,10 +40,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check_neutral(data: dict[str, Any]) -> None:
-    """Refuses a field of `NEUTRAL` with any other value."""
+def check_neutral(data: dict[str, Any], offered: Collection[str]) -> None:
+    """Refuses a field of `NEUTRAL`, if the endpoint does not offer it, with any other value."""
     for name, value in data.items():
-        if name not in NEUTRAL or value is None:
+        if name not in NEUTRAL or name in offered or value is None:
             continue
         if not any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL[name]):
             only = "".join(f" or set it to {json.dumps(neutral)}" for neutral in NEUTRAL[name][:1])
@@ -89,17 +82,35 @@ def check_choice(value: Any) -> str:
     return value
 
 
-def check_prompt(value: Any) -> str | list[int]:
-    """Text or token ids, also inside a list of one."""
-    if isinstance(value, list) and value and isinstance(value[0], str | list):
-        if len(value) > 1:
-            raise ValueError("prompt may hold one prompt, not several; send one request for each.")
-        value = value[0]
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list) or not all(type(item) is int for item in value):
-        raise ValueError("prompt must be a string or a list of token ids.")
+def check_prompt(value: Any) -> Any:
+    """Text, token ids, or a list of either."""
+    message = "prompt must be a string, a list of token ids, or a list of one of the two."
+    several = isinstance(value, list) and value and isinstance(value[0], str | list)
+    kinds = set()
+    for prompt in value if several else [value]:
+        if isinstance(prompt, list):
+            if not all(type(item) is int for item in prompt):
+                raise ValueError(message)
+        elif not isinstance(prompt, str):
+            raise ValueError(message)
+        kinds.add(type(prompt))
+    if len(kinds) > 1:
+        raise ValueError(message)
     return value
+
+
+def check_logit_bias(value: Any) -> dict[int, float]:
+    """Token ids, which JSON writes as strings, to numbers from -100 to 100."""
+    if not isinstance(value, dict):
+        raise ValueError("logit_bias must be an object of token ids and numbers.")
+    biases = {}
+    for name, bias in value.items():
+        if not name.isascii() or not name.isdigit() or len(name) > 10:
+            raise ValueError(f"logit_bias has the key {name[:40]!r}, which is not a token id.")
+        if type(bias) not in (int, float) or not -100 <= bias <= 100:
+            raise ValueError(f"logit_bias of token {name} must be a number from -100 to 100.")
+        biases[int(name)] = float(bias)
+    return biases
 
 
 def check_messages(value: Any) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """What clients may send: request bodies, their checks, and the error object for everything else. Imports no jax.
 
-The api hands raw bytes to `parse_body`, gets a checked body, tokenises the prompt and calls `make_request`. A wrong
+The api hands raw bytes to `parse_body`, gets a checked body, tokenises the prompts and calls `make_requests`. A wrong
 type is refused by field name, null means absent, unknown fields are accepted, and a known field that would change the
 output and is not offered yet is refused by name.
 """
@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pshare_jax.sampling_params import SamplingParams
+from pshare_jax.errors import PshareError
+from pshare_jax.sampling_params import NUM_TOP, SamplingParams
 from pshare_jax.serving.fields import (
     check_choice,
+    check_logit_bias,
     check_messages,
     check_neutral,
     check_prompt,
@@ -44,10 +46,29 @@ class ApiError(Exception):
         self.error = {"message": message, "type": kind, "param": param, "code": code}
 
 
-class _Body(BaseModel):
-    """Fields that both endpoints take."""
+class Fields(BaseModel):
+    """A body whose nulls are absent fields and whose special fields are checked first."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _normalised(cls, data: dict[str, Any]) -> dict[str, Any]:
+        check_neutral(data, cls.model_fields)
+        data = {name: value for name, value in data.items() if value is not None}
+        for name, check in cls.checks().items():
+            if name in data:
+                data[name] = check(data[name])
+        return data
+
+    @classmethod
+    def checks(cls) -> dict[str, Any]:
+        """Fields with a form of their own: name -> function that returns the plain form or raises ValueError."""
+        return {}
+
+
+class _Body(Fields):
+    """Fields that both endpoints take."""
 
     model: str
     stream: bool = False
@@ -65,21 +86,22 @@ class _Body(BaseModel):
     user: str | None = None
     cache_salt: str | None = None
     prompt_cache_key: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _normalised(cls, data: dict[str, Any]) -> dict[str, Any]:
-        check_neutral(data)
-        data = {name: value for name, value in data.items() if value is not None}
-        for name, check in cls.checks().items():
-            if name in data:
-                data[name] = check(data[name])
-        return data
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    logit_bias: dict[int, float] = {}
 
     @classmethod
     def checks(cls) -> dict[str, Any]:
-        """Fields with a form of their own: name -> function that returns the plain form or raises ValueError."""
-        return {"stop": check_stop, "stream_options": check_stream_options}
+        """The checks that both endpoints have."""
+        return {"stop": check_stop, "stream_options": check_stream_options, "logit_bias": check_logit_bias}
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report with each token's log-probability, None for no log-probabilities."""
+        raise NotImplementedError
 
     @property
     def include_usage(self) -> bool:
@@ -99,6 +121,19 @@ class ChatBody(_Body):
     tools: list[dict[str, Any]] = []
     tool_choice: Literal["none", "auto"] = "auto"
     chat_template_kwargs: dict[str, Any] = {}
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=NUM_TOP)] | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "ChatBody":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true.")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """As `top_logprobs` says, if `logprobs` is on."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @classmethod
     def checks(cls) -> dict[str, Any]:
@@ -107,9 +142,22 @@ class ChatBody(_Body):
 
 
 class CompletionBody(_Body):
-    """POST /v1/completions: `prompt` is text or token ids, also as a list with just one of them."""
+    """POST /v1/completions: `prompt` is text or token ids, or a list of one of the two."""
 
-    prompt: str | list[int]
+    prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: Annotated[int, Field(ge=0, le=NUM_TOP)] | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """All prompts."""
+        value = self.prompt
+        several = isinstance(value, list) and value and not isinstance(value[0], int)
+        return list(value) if several else [value]  # pyright: ignore[reportReturnType]
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """As `logprobs` says."""
+        return self.logprobs
 
     @classmethod
     def checks(cls) -> dict[str, Any]:
@@ -118,16 +166,17 @@ class CompletionBody(_Body):
 
 
 Body = ChatBody | CompletionBody
-B = TypeVar("B", bound=Body)
+B = TypeVar("B", bound=Fields)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the model allows: context length, vocabulary size and the ids that end an answer."""
+    """What model and server allow: context length, vocabulary size, the ids that end an answer, answers a call."""
 
     max_len: int
     vocab_size: int
     stop_ids: frozenset[int]
+    max_answers: int = 256
 
 
 def parse_body(kind: type[B], raw: bytes) -> B:
@@ -150,34 +199,74 @@ def parse_body(kind: type[B], raw: bytes) -> B:
         raise _invalid(error) from None
 
 
-def make_request(body: Body, request_id: str, prompt: list[int], limits: Limits, session: str | None = None) -> Request:
-    """The engine's request for a body whose prompt has been tokenised.
+def make_requests(
+    body: Body, request_id: str, prompts: list[list[int]], limits: Limits, session: str | None = None
+) -> list[Request]:
+    """The engine's requests for a body whose prompts have been tokenised: `n` for each prompt, in the answer's order.
 
     Raises:
-        ApiError: 400, the prompt is empty, has ids outside the vocabulary, or does not fit the context.
+        ApiError: 400, a prompt is empty, has ids outside the vocabulary or does not fit the context; or a field does not
+            fit the vocabulary, the other fields or the server.
     """
+    if len(prompts) * body.n > limits.max_answers:
+        message = f"n asks for {len(prompts) * body.n} answers; this server takes at most {limits.max_answers} a call."
+        raise ApiError(400, message, param="n")
+    seed = secrets.randbits(63) if body.seed is None else body.seed
+    sampling = [_sampling(body, seed, choice, limits.vocab_size) for choice in range(body.n)]
+    requests = []
+    for prompt in prompts:
+        max_tokens = _check_length(body, prompt, limits)
+        for one in sampling:
+            requests.append(
+                Request(
+                    id=f"{request_id}-{len(requests)}",
+                    task=body.model,
+                    prompt=tuple(prompt),
+                    max_tokens=max_tokens,
+                    sampling=one,
+                    stop=tuple(body.stop),
+                    stop_ids=frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else limits.stop_ids),
+                    min_tokens=body.min_tokens,
+                    logprobs=body.num_logprobs,
+                    cache_salt=body.cache_salt or "",
+                    session=session or body.prompt_cache_key or body.user,
+                )
+            )
+    return requests
+
+
+def _sampling(body: Body, seed: int, choice: int, vocab_size: int) -> SamplingParams:
+    sampling = SamplingParams(
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=max(body.top_k, 0),
+        min_p=body.min_p,
+        seed=seed,
+        choice=choice,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        repetition_penalty=body.repetition_penalty,
+        logit_bias=tuple(body.logit_bias.items()),
+    )
+    try:
+        sampling.check_vocabulary(vocab_size)
+    except PshareError as error:
+        raise ApiError(400, str(error), param="logit_bias") from None
+    return sampling
+
+
+def _check_length(body: Body, prompt: list[int], limits: Limits) -> int:
+    """The prompt's `max_tokens`."""
     param = "messages" if isinstance(body, ChatBody) else "prompt"
     if not prompt:
         raise ApiError(400, f"{param} holds no tokens; a prompt needs at least one.", param=param)
     if max(prompt) >= limits.vocab_size or min(prompt) < 0:
         raise ApiError(400, f"{param} holds a token id outside 0 to {limits.vocab_size - 1}.", param=param)
-    return Request(
-        id=request_id,
-        task=body.model,
-        prompt=tuple(prompt),
-        max_tokens=_max_tokens(body, len(prompt), limits.max_len, param),
-        sampling=SamplingParams(
-            temperature=body.temperature,
-            top_p=body.top_p,
-            top_k=max(body.top_k, 0),
-            min_p=body.min_p,
-            seed=secrets.randbits(63) if body.seed is None else body.seed,
-        ),
-        stop=tuple(body.stop),
-        stop_ids=frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else limits.stop_ids),
-        cache_salt=body.cache_salt or "",
-        session=session or body.prompt_cache_key or body.user,
-    )
+    max_tokens = _max_tokens(body, len(prompt), limits.max_len, param)
+    if body.min_tokens > max_tokens:
+        message = f"min_tokens is {body.min_tokens}, but an answer may have {max_tokens} tokens at most here."
+        raise ApiError(400, message, param="min_tokens")
+    return max_tokens
 
 
 def check_model(name: str, tasks: list[str]) -> None:
@@ -257,3 +346,8 @@ def _invalid(error: ValidationError) -> ApiError:
 def error_body(error: Mapping[str, Any]) -> dict[str, Any]:
     """OpenAI's error answer."""
     return {"error": dict(error)}
+
+
+def body_schema(kind: type[Fields]) -> dict[str, Any]:
+    """A body's schema for /openapi.json (handlers read bodies themselves, so FastAPI does not know them)."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}

@@ -67,7 +67,7 @@ def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:
         f"KV: {sum(pool.num_pages for pool in pools)} pages of {sides.settings.page_bytes:,} bytes in {len(pools)} pools"
     )
     engine = Engine(sides.prefill, sides.decode, model.tokenizer.detokenizer, sides.settings)
-    limits = Limits(sides.settings.max_len, model.config.vocab_size, model.stop_ids)
+    limits = Limits(sides.settings.max_len, model.config.vocab_size, model.stop_ids, config.server.max_requests)
     served = Served(engine, list(config.tasks), model.tokenizer, limits, config.server.max_body_bytes)
     return served, variants(sides.prefill, sides.decode, sides.settings)
 

@@ -82,7 +82,7 @@ def serving(max_len=MAX_LEN, chunk=512, max_body_bytes=100_000, **settings):
         SCRIPTS, page_size=PAGE, pages=max_len // PAGE + 1, chunk=chunk, moves=(2, 32), debug=False, **settings
     )
     engine = fakes.engine
-    limits = Limits(max_len, VOCAB, frozenset({EOS, EOT}))
+    limits = Limits(max_len, VOCAB, frozenset({EOS, EOT}), engine.settings.max_requests)
     app = make_app(Served(engine, list(SCRIPTS), ByteTokenizer(), limits, max_body_bytes))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)

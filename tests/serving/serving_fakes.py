@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from pshare_jax.errors import PshareError
+from pshare_jax.serving.request import TokenLogprobs
 from pshare_jax.serving.sampler import Sampler
 
 VOCAB = 260
@@ -270,14 +271,26 @@ class FakeDecode(_Fake):
 
 
 class FakeSampler(Sampler):
-    """Takes the best token, on the host."""
+    """Takes the best token, on the host; choice c > 0 of a request ends after c tokens."""
 
     def __init__(self) -> None:
         pass
 
     def sample(self, logits: Any, batch: Any) -> Any:
         ids = logits.argmax(-1).tolist()
-        return lambda row, sequence: (ids[row], None)
+
+        def choose(row: int, sequence: Any) -> tuple[int, TokenLogprobs | None]:
+            ends = 0 < sequence.request.sampling.choice <= len(sequence.completion_ids)
+            token_id = EOS if ends else ids[row]
+            return token_id, self._logprobs(logits[row], token_id, sequence.request.logprobs)
+
+        return choose
+
+    def _logprobs(self, scores: np.ndarray, token_id: int, wanted: int | None) -> TokenLogprobs | None:
+        if wanted is None:
+            return None
+        best = np.argsort(-scores, kind="stable")[:wanted].tolist()
+        return TokenLogprobs(token_id, float(scores[token_id]), tuple((one, float(scores[one])) for one in best))
 
 
 class _Done:
@@ -306,6 +319,17 @@ class ByteTokenizer:
     """Ids 0..255 are bytes, the rest control tokens; templates join contents with newlines."""
 
     vocab_size = VOCAB
+    chat_template = "a template"
+
+    @property
+    def special_tokens(self):
+        return {"bos_token": None, "eos_token": "<eos>"}
+
+    def decode(self, ids, *, skip_special_tokens=True):
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def token_bytes(self, token_id):
+        return bytes([token_id]) if token_id < 256 else f"<{token_id}>".encode()
 
     def encode(self, text, *, add_special_tokens=True, allow_special=True):
         return list(text.encode())

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pshare_jax.sampling_params import SamplingParams
 from pshare_jax.serving.fields import NEUTRAL
-from pshare_jax.serving.protocol import ApiError, ChatBody, CompletionBody, Limits, make_request, parse_body
+from pshare_jax.serving.protocol import ApiError, ChatBody, CompletionBody, Limits, make_requests, parse_body
 
 LIMITS = Limits(max_len=64, vocab_size=100, stop_ids=frozenset({7}))
 HI = [{"role": "user", "content": "hi"}]
@@ -23,7 +23,8 @@ def completion(**fields):
 
 
 def request(body, prompt=(1, 2, 3)):
-    return make_request(body, "r", list(prompt), LIMITS)
+    (only,) = make_requests(body, "r", [list(prompt)], LIMITS)
+    return only
 
 
 def refused(call):
@@ -102,10 +103,19 @@ def test_neutral_values_and_unknown_fields_are_accepted():
 
 @pytest.mark.parametrize(
     ("prompt", "plain"),
-    [("hi", "hi"), ([1, 2], [1, 2]), (["hi"], "hi"), ([[1, 2]], [1, 2]), ("", ""), ([], [])],
+    [
+        ("hi", ["hi"]),
+        ([1, 2], [[1, 2]]),
+        (["hi"], ["hi"]),
+        (["a", ""], ["a", ""]),
+        ([[1, 2]], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+        ("", [""]),
+        ([], [[]]),
+    ],
 )
 def test_prompt_forms(prompt, plain):
-    assert completion(prompt=prompt).prompt == plain
+    assert completion(prompt=prompt).prompts == plain
 
 
 def test_a_call_turn_may_have_null_content():
@@ -147,19 +157,26 @@ SHARED_FAULTS = [
     ("prompt_cache_key", []),
     ("model", 5),
     ("model", None),
-    ("n", 2),
     ("n", "5"),
     ("n", True),
+    ("n", 0),
+    ("n", 129),
+    ("presence_penalty", 2.1),
+    ("presence_penalty", "0"),
+    ("frequency_penalty", -2.1),
+    ("repetition_penalty", 0),
+    ("repetition_penalty", 101),
+    ("logit_bias", [1]),
+    ("logit_bias", {"a": 1}),
+    ("logit_bias", {"-1": 1}),
+    ("logit_bias", {"5": "1"}),
+    ("logit_bias", {"5": True}),
+    ("logit_bias", {"5": 101}),
+    ("logit_bias", {"٣": 1}),
+    ("min_tokens", -1),
+    ("min_tokens", True),
     ("best_of", 3),
-    ("logprobs", True),
-    ("logprobs", 1),
-    ("top_logprobs", 5),
-    ("presence_penalty", 0.5),
-    ("frequency_penalty", -1),
-    ("repetition_penalty", 1.1),
-    ("logit_bias", {"5": 1}),
     ("response_format", {"type": "json_object"}),
-    ("min_tokens", 3),
     ("structured_outputs", {}),
 ]
 CHAT_FAULTS = [
@@ -175,17 +192,24 @@ CHAT_FAULTS = [
     ("tool_choice", {"type": "function", "function": {"name": "f"}}),
     ("chat_template_kwargs", "x"),
     ("functions", [{"name": "f"}]),
+    ("logprobs", 1),
+    ("top_logprobs", 21),
+    ("top_logprobs", 5),
 ]
 COMPLETION_FAULTS = [
     ("prompt", None),
     ("prompt", 5),
     ("prompt", {"a": 1}),
-    ("prompt", ["a", "b"]),
-    ("prompt", [[1], [2]]),
     ("prompt", [1, "a"]),
     ("prompt", [1, True]),
     ("prompt", [1.0]),
     ("prompt", [[1, None]]),
+    ("prompt", ["a", [1]]),
+    ("prompt", ["a", 5]),
+    ("prompt", [[1], ["a"]]),
+    ("logprobs", True),
+    ("logprobs", 21),
+    ("logprobs", -1),
     ("echo", True),
     ("suffix", "x"),
 ]
@@ -253,6 +277,54 @@ def test_too_long_tells_the_true_numbers():
 def test_prompts_the_model_cannot_take():
     for prompt in ([], [100], [-1]):
         assert refused(lambda prompt=prompt: request(completion(), prompt))["param"] == "prompt"
+
+
+def test_sampling_fields_reach_the_request():
+    made = request(
+        completion(
+            presence_penalty=1,
+            frequency_penalty=-0.5,
+            repetition_penalty=1.5,
+            logit_bias={"5": -100, "07": 2.5},
+            min_tokens=4,
+            logprobs=3,
+            seed=1,
+        )
+    )
+    assert made.sampling == SamplingParams(
+        temperature=1.0,
+        seed=1,
+        presence_penalty=1.0,
+        frequency_penalty=-0.5,
+        repetition_penalty=1.5,
+        logit_bias=((5, -100.0), (7, 2.5)),
+    )
+    assert (made.min_tokens, made.logprobs) == (4, 3)
+    assert [
+        request(chat(**one)).logprobs for one in ({}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 2})
+    ] == [
+        None,
+        0,
+        2,
+    ]
+
+
+def test_n_answers_for_each_prompt():
+    made = make_requests(completion(n=2, seed=9), "r", [[1, 2], [3]], LIMITS)
+    assert [(one.id, one.prompt, one.sampling.choice, one.sampling.seed) for one in made] == [
+        ("r-0", (1, 2), 0, 9),
+        ("r-1", (1, 2), 1, 9),
+        ("r-2", (3,), 0, 9),
+        ("r-3", (3,), 1, 9),
+    ]
+
+
+def test_what_does_not_fit_the_server_is_refused_by_field():
+    few = Limits(max_len=64, vocab_size=100, stop_ids=frozenset(), max_answers=3)
+    assert refused(lambda: make_requests(completion(n=2), "r", [[1], [2]], few))["param"] == "n"
+    assert refused(lambda: request(completion(logit_bias={"100": 1})))["param"] == "logit_bias"
+    assert refused(lambda: request(completion(min_tokens=5, max_tokens=4)))["param"] == "min_tokens"
+    assert refused(lambda: request(completion(min_tokens=62)))["param"] == "min_tokens"
 
 
 def test_two_limits_must_agree():

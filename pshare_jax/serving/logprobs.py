@@ -1,0 +1,71 @@
+"""OpenAI's two shapes of log-probabilities, from what the sampler reports. Host-side, imports no jax.
+
+A token is told by its own bytes (never as it would look after its neighbours), so that the bytes of all entries are the
+answer's text in UTF-8. Ids that end an answer write nothing and have no entry.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from pshare_jax.serving.request import TokenLogprobs
+
+LEAST = -9999.0
+"""Stands for minus infinity, which JSON does not have."""
+
+TokenBytes = Callable[[int], bytes]
+
+
+def token_text(data: bytes) -> str:
+    """A token as a string; if it holds parts of characters, its bytes written out after `bytes:`, as OpenAI does."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def chat_entry(one: TokenLogprobs, token_bytes: TokenBytes) -> dict[str, Any]:
+    """An entry of `logprobs.content` of a chat."""
+    top = [_chat_token(token_id, logprob, token_bytes) for token_id, logprob in one.top]
+    return {**_chat_token(one.token_id, one.logprob, token_bytes), "top_logprobs": top}
+
+
+def _chat_token(token_id: int, logprob: float, token_bytes: TokenBytes) -> dict[str, Any]:
+    data = token_bytes(token_id)
+    return {"token": token_text(data), "logprob": max(logprob, LEAST), "bytes": list(data)}
+
+
+class TextLogprobs:
+    """The `logprobs` objects of one completion: four lists, one entry a token; `text_offset` counts characters."""
+
+    def __init__(self, token_bytes: TokenBytes):
+        self._token_bytes = token_bytes
+        self._characters = 0
+
+    def of(self, tokens: list[TokenLogprobs]) -> dict[str, Any]:
+        """The object for the next tokens."""
+        offsets = [self._offset(one.token_id) for one in tokens]
+        return {
+            "tokens": [self._text(one.token_id) for one in tokens],
+            "token_logprobs": [max(one.logprob, LEAST) for one in tokens],
+            "top_logprobs": [self._top(one) for one in tokens],
+            "text_offset": offsets,
+        }
+
+    def _top(self, one: TokenLogprobs) -> dict[str, float]:
+        """The best tokens and the one that was taken."""
+        pairs = [*one.top, (one.token_id, one.logprob)]
+        return {self._text(token_id): max(logprob, LEAST) for token_id, logprob in reversed(pairs)}
+
+    def _text(self, token_id: int) -> str:
+        return token_text(self._token_bytes(token_id))
+
+    def _offset(self, token_id: int) -> int:
+        """Where the token's first character begins, perhaps with bytes of tokens before it."""
+        data = self._token_bytes(token_id)
+        begins = self._characters - (1 if data and _continues(data[0]) and self._characters else 0)
+        self._characters += sum(not _continues(byte) for byte in data)
+        return begins
+
+
+def _continues(byte: int) -> bool:
+    return byte & 0xC0 == 0x80

@@ -1,0 +1,83 @@
+"""Endpoints about tokens, in the form that vLLM gave them: /tokenize, /detokenize and /tokenizer_info."""
+
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import Field, model_validator
+
+from pshare_jax.errors import PshareError
+from pshare_jax.serving.bodies import maybe_threaded, read_body
+from pshare_jax.serving.encoder import Encoder
+from pshare_jax.serving.fields import check_messages
+from pshare_jax.serving.logprobs import token_text
+from pshare_jax.serving.protocol import ApiError, Fields, Limits, body_schema, parse_body
+
+
+class TokenizeBody(Fields):
+    """POST /tokenize: a text or a chat. `model` is not looked at, since all tasks have the base's tokenizer."""
+
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool = False
+
+    @classmethod
+    def checks(cls) -> dict[str, Any]:
+        """The messages' check."""
+        return {"messages": check_messages}
+
+    @model_validator(mode="after")
+    def _has_one(self) -> "TokenizeBody":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt or messages must be there, and not both.")
+        return self
+
+
+class DetokenizeBody(Fields):
+    """POST /detokenize."""
+
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+def add_token_routes(app: FastAPI, tokenizer: Encoder, limits: Limits, max_body_bytes: int) -> None:
+    """Adds the endpoints to the application."""
+
+    @app.post("/tokenize", openapi_extra=body_schema(TokenizeBody))
+    async def tokenize(http: Request) -> Response:
+        raw = await read_body(http, max_body_bytes)
+        body = await maybe_threaded(len(raw), lambda: parse_body(TokenizeBody, raw))
+        tokens = await maybe_threaded(len(raw), lambda: _encode(tokenizer, body))
+        texts = [token_text(tokenizer.token_bytes(token)) for token in tokens] if body.return_token_strs else None
+        answer = {"count": len(tokens), "max_model_len": limits.max_len, "tokens": tokens, "token_strs": texts}
+        return JSONResponse(answer)
+
+    @app.post("/detokenize", openapi_extra=body_schema(DetokenizeBody))
+    async def detokenize(http: Request) -> Response:
+        raw = await read_body(http, max_body_bytes)
+        body = await maybe_threaded(len(raw), lambda: parse_body(DetokenizeBody, raw))
+        if max(body.tokens, default=0) >= limits.vocab_size:
+            raise ApiError(400, f"tokens holds an id outside 0 to {limits.vocab_size - 1}.", param="tokens")
+        text = await maybe_threaded(len(raw), lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))
+        return JSONResponse({"prompt": text})
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        return {**tokenizer.special_tokens, "chat_template": tokenizer.chat_template, "vocab_size": limits.vocab_size}
+
+
+def _encode(tokenizer: Encoder, body: TokenizeBody) -> list[int]:
+    try:
+        if body.messages is None:
+            return tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+        return tokenizer.encode_chat(
+            body.messages,
+            tools=body.tools or None,
+            add_generation_prompt=body.add_generation_prompt,
+            template_kwargs=body.chat_template_kwargs,
+        )
+    except PshareError as error:
+        raise ApiError(400, str(error), param="prompt" if body.messages is None else "messages") from None
