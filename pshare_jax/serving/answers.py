@@ -89,6 +89,19 @@ class Answer:
             yield _line({**self._stream_head(), "choices": [], "usage": self._usage()})
         yield DONE
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the log says of the call."""
+        usage = self._usage()
+        return {
+            "task": self._body.model,
+            "stream": self._body.stream,
+            "prompt_tokens": usage["prompt_tokens"],
+            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+            "completion_tokens": usage["completion_tokens"],
+            "finish_reasons": [one.last.finish_reason for one in self._choices],
+        }
+
     def _logprobs(self, choice: _Choice, tokens: list[TokenLogprobs]) -> dict[str, Any] | None:
         if choice.request.logprobs is None:
             return None

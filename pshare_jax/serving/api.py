@@ -6,7 +6,6 @@ to the engine and turns its events into one answer or a stream. If the client ha
 
 import asyncio
 import functools
-import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -16,14 +15,16 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pshare_jax.errors import PshareError
 from pshare_jax.serving.answers import Answer
+from pshare_jax.serving.around import Around
 from pshare_jax.serving.bodies import maybe_threaded, read_body
 from pshare_jax.serving.encoder import Encoder
 from pshare_jax.serving.engine import Engine, EngineDown, EngineFull
+from pshare_jax.serving.metrics import Metrics
 from pshare_jax.serving.protocol import (
     ApiError,
     Body,
@@ -36,7 +37,7 @@ from pshare_jax.serving.protocol import (
     make_requests,
     parse_body,
 )
-from pshare_jax.serving.request import FAILED, Event
+from pshare_jax.serving.request import Event
 from pshare_jax.serving.request import Request as Choice
 from pshare_jax.serving.token_api import add_token_routes
 
@@ -54,6 +55,7 @@ class Served:
     tokenizer: Encoder
     limits: Limits
     max_body_bytes: int = 8 * 1024 * 1024
+    api_key: str | None = None
 
 
 def make_app(served: Served) -> FastAPI:
@@ -84,12 +86,18 @@ def make_app(served: Served) -> FastAPI:
     async def completions(request: Request) -> Response:
         return await _answer(served, request, CompletionBody)
 
+    metrics = Metrics(served.engine)
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
     @app.post("/flush_cache")
     async def flush_cache() -> dict[str, Any]:
         return {"flushed_pages": served.engine.flush_cache()}
 
     add_token_routes(app, served.tokenizer, served.limits, served.max_body_bytes)
-    app.add_middleware(RequestIds)
+    app.add_middleware(Around, api_key=served.api_key)
     _add_error_objects(app)
     return app
 
@@ -115,7 +123,7 @@ async def _answer(served: Served, http: Request, kind: type[ChatBody] | type[Com
         _raise_if_failed(event)
         if body.stream:
             streams = True
-            lines = _stream(answer, index, event, events, watcher)
+            lines = _stream(answer, index, event, events, watcher, http.state.told)
             return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         answer.add(index, event)
         while not events.ended:
@@ -125,8 +133,7 @@ async def _answer(served: Served, http: Request, kind: type[ChatBody] | type[Com
         return JSONResponse(answer.whole())
     finally:
         if not streams:
-            watcher.cancel()
-            events.abort()
+            _end(answer, events, watcher, http.state.told)
 
 
 def _submit(engine: Engine, requests: Sequence[Choice], events: "_Events") -> None:
@@ -144,7 +151,12 @@ def _submit(engine: Engine, requests: Sequence[Choice], events: "_Events") -> No
 
 
 async def _stream(
-    answer: Answer, index: int, event: Event, events: "_Events", watcher: asyncio.Task[None]
+    answer: Answer,
+    index: int,
+    event: Event,
+    events: "_Events",
+    watcher: asyncio.Task[None],
+    told: dict[str, Any],
 ) -> AsyncIterator[str]:
     try:
         for line in answer.start():
@@ -158,8 +170,14 @@ async def _stream(
         for line in answer.end():
             yield line
     finally:
-        watcher.cancel()
-        events.abort()
+        _end(answer, events, watcher, told)
+
+
+def _end(answer: Answer, events: "_Events", watcher: asyncio.Task[None], told: dict[str, Any]) -> None:
+    """However a call ends: nothing of it goes on, and the log tells what came of it."""
+    watcher.cancel()
+    events.abort()
+    told.update(answer.told)
 
 
 class _Events:
@@ -221,27 +239,6 @@ def _encode(tokenizer: Encoder, body: Body) -> list[list[int]]:
 # --- around every request --------------------------------------------------------------------------------------------
 
 
-class RequestIds:
-    """ASGI middleware: every answer carries x-request-id, the client's own if it sent a plain one."""
-
-    def __init__(self, app: ASGIApp):
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the call on, with the header added to the answer's start."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        sent = dict(scope["headers"]).get(b"x-request-id", b"")
-        request_id = sent if re.fullmatch(rb"[!-~]{1,128}", sent) else uuid.uuid4().hex.encode()
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
-            await send(message)
-
-        return await self._app(scope, receive, send_with_id)
-
-
 def _add_error_objects(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
@@ -257,10 +254,6 @@ def _add_error_objects(app: FastAPI) -> None:
         }
         shown = ApiError(error.status_code, known.get(error.status_code, str(error.detail)))
         return JSONResponse(error_body(shown.error), error.status_code, error.headers)
-
-    @app.exception_handler(Exception)
-    async def bug(request: Request, error: Exception) -> Response:
-        return JSONResponse(error_body(ApiError(500, FAILED, kind="server_error").error), 500)
 
 
 def _routes(app: FastAPI) -> list[str]:

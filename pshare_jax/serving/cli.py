@@ -6,12 +6,15 @@ SIGTERM, and ends a user's mistake with one sentence and exit status 2.
 
 import argparse
 import asyncio
+import logging
+import math
 import os
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
@@ -32,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_settings(ServeConfig, options.config, options.overrides)
         check_config(config)
-        print(to_yaml(config), end="", flush=True)
+        print(to_yaml(_without_key(config)), end="", flush=True)
         if not options.print_config:
             _serve(config, options.warmup == "full")
     except PshareError as error:
@@ -41,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", flush=True)
     return 0
+
+
+def _without_key(config: ServeConfig) -> ServeConfig:
+    """What may be printed."""
+    if config.server.api_key is None:
+        return config
+    return replace(config, server=replace(config.server, api_key="(hidden)"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,6 +78,8 @@ def _serve(config: ServeConfig, full_warmup: bool) -> None:
     # systemd and docker stop with SIGTERM; it means what Ctrl-C means, also while weights are loading.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with listener:
+        if config.server.log_requests:
+            _log_requests()
         startup.prepare_jax(config, _cache_folder())
         served, programs = startup.build(config, say)
         served.engine.start()
@@ -86,22 +98,22 @@ def _serve(config: ServeConfig, full_warmup: bool) -> None:
                 log_level="warning",
                 access_log=False,
                 ws="none",
-                timeout_graceful_shutdown=GRACE_SECONDS,
+                timeout_graceful_shutdown=math.ceil(config.server.drain_seconds) + GRACE_SECONDS,
             )
-            asyncio.run(_Server(settings, served.engine, tell_ready).serve([listener]))
+            server = Server(settings, served.engine, tell_ready, config.server.drain_seconds)
+            asyncio.run(server.serve([listener]))
         finally:
             served.engine.stop()
             if compiler is not None:
                 compiler.stop()
 
 
-class _Server(uvicorn.Server):
-    """Tells when it answers, and ends running requests as soon as it is asked to stop."""
+class Server(uvicorn.Server):
+    """Tells when it answers; asked to stop, it takes nothing new and lets running answers end for `drain_seconds`."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, on_ready: Callable[[], None]):
+    def __init__(self, config: uvicorn.Config, engine: Engine, on_ready: Callable[[], None], drain_seconds: float):
         super().__init__(config)
-        self._engine = engine
-        self._on_ready = on_ready
+        self._engine, self._on_ready, self._drain_seconds = engine, on_ready, drain_seconds
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Called by uvicorn once."""
@@ -109,9 +121,24 @@ class _Server(uvicorn.Server):
         self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called by uvicorn on a signal; it then waits for open answers, which this ends."""
+        """Called by uvicorn on a signal; it then waits for open answers (a second Ctrl-C ends them at once)."""
+        self._engine.stop_accepting()
+        ending = asyncio.create_task(self._end_answers())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _end_answers(self) -> None:
+        await asyncio.sleep(self._drain_seconds)
         self._engine.abort_all()
-        await super().shutdown(sockets)
+
+
+def _log_requests() -> None:
+    log = logging.getLogger("pshare_jax.requests")
+    log.setLevel(logging.INFO)
+    log.addHandler(logging.StreamHandler())
+    log.propagate = False
 
 
 def bind(server: ServerConfig) -> socket.socket:

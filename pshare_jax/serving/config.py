@@ -57,7 +57,9 @@ class BatchConfig:
 @dataclass(frozen=True)
 class ServerConfig:
     """The HTTP side: address (port 0 = any free one), largest request body, most requests waiting or running, and how
-    long a request may make no progress before it is given up.
+    long a request may make no progress before it is given up. With `api_key` (absent: the environment variable
+    PSHARE_API_KEY) clients must send it as a bearer token. A stop lets running answers end for `drain_seconds`.
+    `log_requests` writes a JSON line for each call to the standard error.
     """
 
     host: str = "127.0.0.1"
@@ -65,6 +67,9 @@ class ServerConfig:
     max_body_bytes: int = 8 * 1024 * 1024
     max_requests: int = 256
     stall_seconds: float = 300.0
+    api_key: str | None = None
+    drain_seconds: float = 30.0
+    log_requests: bool = True
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,10 @@ def check_config(config: ServeConfig) -> None:
             raise PshareError(f"{key} must be at least {least}, not {value}.")
     if not config.server.stall_seconds > 0:
         raise PshareError(f"server.stall_seconds must be more than 0, not {config.server.stall_seconds}.")
+    if not config.server.drain_seconds >= 0:
+        raise PshareError(f"server.drain_seconds must be at least 0, not {config.server.drain_seconds}.")
+    if config.server.api_key == "":
+        raise PshareError("server.api_key is empty; give it a value or leave it out.")
     if config.placement is not None:
         _check_workers(config.placement)
         _check_tasks(config.placement.decode, config.tasks)

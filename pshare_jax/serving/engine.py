@@ -6,6 +6,7 @@ back. All books are kept under one lock; device work happens outside it, in the 
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pshare_jax.serving.owners import Group, Owner, group_by_devices
 from pshare_jax.serving.page_keys import page_keys
 from pshare_jax.serving.pool import Pool
 from pshare_jax.serving.prefill import PrefillWorker
-from pshare_jax.serving.request import FAILED, TIMED_OUT, Event, Request, Sequence, State
+from pshare_jax.serving.request import FAILED, LEGAL, TIMED_OUT, Event, Request, Sequence, State
 from pshare_jax.serving.routing import Policy, Route, Router, Ticket
 from pshare_jax.serving.sampler import Sampler
 from pshare_jax.serving.scheduler import Scheduler
@@ -88,6 +89,8 @@ class Engine:
         self._live: dict[str, Sequence] = {}
         self._accepting = True
         self.num_ended: dict[State, int] = {}
+        self.on_end: Callable[[Sequence], None] = lambda sequence: None
+        """Told of every sequence that has ended, under the lock."""
         control = Control(self.lock, self.end, self._prefilled, self._pool_failed, self.wake)
         self.scheduler = Scheduler([side.pool for side in prefill], [side.pool for side in decode])
         self.page_size = decode[0].pool.page_size
@@ -167,18 +170,22 @@ class Engine:
             if sequence is not None:
                 self.end(sequence, State.ABORTED, Event(finish_reason="abort"))
 
+    def stop_accepting(self) -> None:
+        """Takes no more requests; those that live go on."""
+        with self.lock:
+            self._accepting = False
+
     def abort_all(self) -> None:
         """Takes no more requests and ends every live one."""
         with self.lock:
-            self._accepting = False
+            self.stop_accepting()
             for sequence in list(self._live.values()):
                 self.end(sequence, State.ABORTED, Event(finish_reason="abort"))
 
     def flush_cache(self) -> int:
         """Forgets all prompt KV that no live request holds; how many pages came free."""
         with self.lock:
-            pools = {id(pool): pool for pool in (*self.scheduler.prefill_pools, *self.scheduler.decode_pools)}
-            return sum(pool.cache.flush() for pool in pools.values())
+            return sum(pool.cache.flush() for pool in self.pools)
 
     def end(self, sequence: Sequence, state: State, event: Event) -> None:
         """Ends a sequence, once, from any thread; the worker that has it gives its pages back."""
@@ -191,6 +198,7 @@ class Engine:
             del self._live[sequence.request.id]
             self._router.release(sequence.ticket)
             sequence.on_event(event)
+            self.on_end(sequence)
         self.wake()
 
     def all_routes(self) -> list[tuple[Route, str]]:
@@ -202,6 +210,18 @@ class Engine:
             able = [i for i, side in enumerate(self._prefill_sides) if side.tasks is None or task in side.tasks]
             routes.append((Route(able[turn % len(able)], decode), task))
         return routes
+
+    @property
+    def pools(self) -> list[Pool]:
+        """Every pool once."""
+        return list({id(pool): pool for pool in (*self.scheduler.prefill_pools, *self.scheduler.decode_pools)}.values())
+
+    @property
+    def num_in_state(self) -> dict[State, int]:
+        """Requests waiting or running, by state."""
+        with self.lock:
+            counts = Counter(sequence.state for sequence in self._live.values())
+        return {state: counts[state] for state in LEGAL if LEGAL[state]}
 
     @property
     def num_live(self) -> int:

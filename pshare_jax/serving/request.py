@@ -163,6 +163,9 @@ class Sequence:
     """Pages that it waited for will not come: it must give back everything and be admitted anew."""
     saved: Saved | None = None
     progressed: float = field(default_factory=time.monotonic)
+    came: float = field(default_factory=time.monotonic)
+    admitted: float | None = None
+    first_token: float | None = None
 
     def move(self, state: State) -> None:
         """Goes to `state`.
@@ -174,6 +177,8 @@ class Sequence:
             raise IllegalTransition(f"request {self.request.id} cannot go from {self.state.value} to {state.value}")
         self.state = state
         self.progressed = time.monotonic()
+        if state is State.PREFILLING and self.admitted is None:
+            self.admitted = self.progressed
 
     @property
     def final(self) -> bool:
@@ -195,6 +200,8 @@ class Sequence:
         self.completion_ids.append(token_id)
         self.history.push(token_id)
         self.progressed = time.monotonic()
+        if self.first_token is None:
+            self.first_token = self.progressed
         text, reason = self._text(token_id)
         return Event(text, len(self.completion_ids), reason, None, self.cached_tokens, logprobs)
 

@@ -3,6 +3,7 @@
 Called by the command line only. Everything here happens before the server answers, so it tells its progress.
 """
 
+import os
 import queue
 import time
 from collections.abc import Callable
@@ -68,7 +69,9 @@ def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:
     )
     engine = Engine(sides.prefill, sides.decode, model.tokenizer.detokenizer, sides.settings)
     limits = Limits(sides.settings.max_len, model.config.vocab_size, model.stop_ids, config.server.max_requests)
-    served = Served(engine, list(config.tasks), model.tokenizer, limits, config.server.max_body_bytes)
+    server = config.server
+    api_key = server.api_key or os.environ.get("PSHARE_API_KEY") or None
+    served = Served(engine, list(config.tasks), model.tokenizer, limits, server.max_body_bytes, api_key)
     return served, variants(sides.prefill, sides.decode, sides.settings)
 
 

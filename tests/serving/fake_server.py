@@ -11,6 +11,7 @@ from fake_engine import make_engine
 from serving_fakes import EOS, EOT, VOCAB, ByteTokenizer
 
 from pshare_jax.serving.api import Served, make_app
+from pshare_jax.serving.cli import Server
 from pshare_jax.serving.protocol import Limits
 
 FAMILY = "👨‍👩‍👧 한국어 नमस्ते é"
@@ -29,8 +30,12 @@ MAX_LEN = 100_000
 class Running:
     """A server in a thread, the fakes behind it, and an HTTP client."""
 
-    def __init__(self, fakes, client):
-        self.fakes, self.engine, self.client = fakes, fakes.engine, client
+    def __init__(self, fakes, client, server):
+        self.fakes, self.engine, self.client, self._server = fakes, fakes.engine, client, server
+
+    def stop(self):
+        """What SIGTERM does."""
+        self._server.should_exit = True
 
     def post(self, path="/v1/completions", headers=None, **body):
         return self.client.post(path, json={"model": "abc", "prompt": "p", **body}, headers=headers)
@@ -77,14 +82,15 @@ def reason(chunks):
 
 
 @contextmanager
-def serving(max_len=MAX_LEN, chunk=512, max_body_bytes=100_000, **settings):
+def serving(max_len=MAX_LEN, chunk=512, max_body_bytes=100_000, api_key=None, drain_seconds=0.0, **settings):
     fakes = make_engine(
         SCRIPTS, page_size=PAGE, pages=max_len // PAGE + 1, chunk=chunk, moves=(2, 32), debug=False, **settings
     )
     engine = fakes.engine
     limits = Limits(max_len, VOCAB, frozenset({EOS, EOT}), engine.settings.max_requests)
-    app = make_app(Served(engine, list(SCRIPTS), ByteTokenizer(), limits, max_body_bytes))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none", timeout_graceful_shutdown=1))
+    app = make_app(Served(engine, list(SCRIPTS), ByteTokenizer(), limits, max_body_bytes, api_key))
+    config = uvicorn.Config(app, port=0, log_level="error", ws="none", timeout_graceful_shutdown=int(drain_seconds) + 1)
+    server = Server(config, engine, lambda: None, drain_seconds)
     thread = threading.Thread(target=server.run)
     engine.start()
     thread.start()
@@ -93,7 +99,7 @@ def serving(max_len=MAX_LEN, chunk=512, max_body_bytes=100_000, **settings):
             time.sleep(0.005)
         port = server.servers[0].sockets[0].getsockname()[1]
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            yield Running(fakes, client)
+            yield Running(fakes, client, server)
     finally:
         server.should_exit = True
         engine.stop()

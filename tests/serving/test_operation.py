@@ -1,0 +1,166 @@
+"""What an operator relies on: metrics, the API key, the request log and a stop that drains; over real sockets."""
+
+import json
+import logging
+import re
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from fake_server import PATHS, error_of, pieces, serving
+from prometheus_client.parser import text_string_to_metric_families
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def scrape(server):
+    """Samples by (name, labels)."""
+    response = server.client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    families = text_string_to_metric_families(response.text)
+    return {(one.name, tuple(sorted(one.labels.items()))): one.value for family in families for one in family.samples}
+
+
+def of_task(samples, name, task="abc", **labels):
+    return samples.get((name, tuple(sorted({"task": task, **labels}.items()))), 0.0)
+
+
+def test_tokens_and_times_are_told_by_task():
+    with serving() as server:
+        server.post(prompt="p" * 40)
+        server.post(prompt="p" * 40, n=2)
+        server.post(model="org/math-v1.5", prompt="q")
+        server.rest()
+        samples = scrape(server)
+        assert of_task(samples, "pshare_requests_total", outcome="finished") == 3
+        assert of_task(samples, "pshare_prompt_tokens_total") == 120
+        assert of_task(samples, "pshare_cached_prompt_tokens_total") == 2 * 32
+        assert of_task(samples, "pshare_generated_tokens_total") == 9 + 9 + 2
+        assert of_task(samples, "pshare_generated_tokens_total", "org/math-v1.5") == 5
+        for name in ("queue", "time_to_first_token", "request", "time_per_output_token"):
+            assert of_task(samples, f"pshare_{name}_seconds_count") == 3
+            assert of_task(samples, f"pshare_{name}_seconds_sum") > 0
+        # Both pools' pages add up, and nothing is used any more.
+        for pool in server.engine.pools:
+            pages = {
+                state: samples["pshare_pages", (("pool", pool.name), ("state", state))]
+                for state in ("used", "cached", "free")
+            }
+            assert sum(pages.values()) == pool.num_usable
+            assert (pages["used"], pages["cached"] > 0) == (0, True)
+        assert samples["pshare_transferred_pages_total", (("decode_worker", "0"),)] > 0
+        assert samples["pshare_prefilled_tokens_total", (("worker", "0"),)] == 39 + 2 * 7
+
+
+def test_live_and_aborted_requests_are_told():
+    with serving() as server:
+        url = f"{server.client.base_url}{PATHS[0]}"
+        body = {"model": "endless", "prompt": "p", "stream": True}
+        with httpx.stream("POST", url, json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            assert scrape(server)["pshare_live_requests", (("state", "decoding"),)] == 1
+        server.rest()
+        samples = scrape(server)
+        assert of_task(samples, "pshare_requests_total", "endless", outcome="aborted") == 1
+        assert samples["pshare_live_requests", (("state", "decoding"),)] == 0
+
+
+def test_the_dashboard_reads_what_there_is():
+    dashboard = json.loads((DOCS / "grafana.json").read_text())
+    asked = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"pshare_[a-z_]+", target["expr"])
+    }
+    with serving() as server:
+        server.post()
+        server.rest()
+        told = {name for name, _ in scrape(server)}
+    assert asked
+    assert asked <= told
+
+
+# --- the key ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_the_key_nothing_but_health_answers():
+    with serving(api_key="sécret") as server:
+        right = {"Authorization": "Bearer sécret".encode()}
+        assert server.client.get("/health").status_code == 200
+        for headers in ({}, {"Authorization": b"Bearer wrong"}, {"Authorization": "Basic sécret".encode()}):
+            for path in ("/v1/models", "/metrics", "/tokenizer_info", "/nothing"):
+                refusal = server.client.get(path, headers=headers)
+                assert error_of(refusal, 401)["code"] == "invalid_api_key"
+                assert refusal.headers["www-authenticate"] == "Bearer"
+                assert "x-request-id" in refusal.headers
+            assert error_of(server.post(headers=headers), 401)
+        assert server.client.get("/v1/models", headers=right).status_code == 200
+        assert server.post(headers=right).json()["choices"][0]["text"] == "ABCDEFGH"
+
+
+# --- the log ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_each_call_is_a_line(caplog, stream):
+    with caplog.at_level(logging.INFO, "pshare_jax.requests"), serving() as server:
+        server.post(headers={"x-request-id": "mine"}, stream=stream, n=2)
+        server.client.get("/v1/models")
+        server.post(model="unknown")
+        server.rest()
+    first, second = (json.loads(record.message) for record in caplog.records if "requests" in record.name)
+    assert {**first, "time": 0, "seconds": 0} == {
+        "time": 0,
+        "request_id": "mine",
+        "method": "POST",
+        "path": PATHS[0],
+        "status": 200,
+        "seconds": 0,
+        "task": "abc",
+        "stream": stream,
+        "prompt_tokens": 1,
+        "cached_tokens": 0,
+        "completion_tokens": 9 + 2,
+        "finish_reasons": ["stop", "stop"],
+    }
+    assert (second["status"], "task" in second) == (404, False)
+
+
+def test_a_bug_is_an_error_object_with_its_id(monkeypatch, caplog):
+    with serving() as server:
+        monkeypatch.setattr(server.engine, "submit", lambda *_: 1 / 0)
+        refusal = server.post(headers={"x-request-id": "mine"})
+        assert error_of(refusal, 500)["type"] == "server_error"
+        assert refusal.headers["x-request-id"] == "mine"
+        monkeypatch.undo()
+        assert server.post().status_code == 200
+    assert "ZeroDivisionError" in caplog.text
+
+
+# --- a stop ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model", "drain", "ends"), [("abc", 5.0, "stop"), ("endless", 0.3, None)])
+def test_a_stop_lets_answers_end_for_a_while(model, drain, ends):
+    with serving(drain_seconds=drain) as server:
+        gate = threading.Event()
+        server.fakes.decode[model].before = lambda: gate.wait(0.02)
+        url = f"{server.client.base_url}{PATHS[0]}"
+        with httpx.stream("POST", url, json={"model": model, "prompt": "p", "stream": True}, timeout=10) as response:
+            lines = response.iter_lines()
+            first = next(lines)
+            server.stop()
+            rest = [line.removeprefix("data: ") for line in (first, *lines) if line]
+        assert rest.pop() == "[DONE]"
+        chunks = [json.loads(line) for line in rest]
+        if ends:
+            assert "".join(pieces(chunks)) == "ABCDEFGH"
+            assert chunks[-1]["choices"][0]["finish_reason"] == ends
+        else:
+            assert "aborted" in chunks[-1]["error"]["message"]
