@@ -91,9 +91,10 @@ def test_the_dashboard_reads_what_there_is():
 
 def test_without_the_key_nothing_but_health_answers():
     with serving(api_key="sécret") as server:
-        right = {"Authorization": "Bearer sécret".encode()}
+        right = {b"authorization": "Bearer sécret".encode()}
         assert server.client.get("/health").status_code == 200
-        for headers in ({}, {"Authorization": b"Bearer wrong"}, {"Authorization": "Basic sécret".encode()}):
+        wrong = [b"", b"Bearer wrong", b"Bearer", "Basic sécret".encode(), "sécret".encode()]
+        for headers in [{b"authorization": value} for value in wrong]:
             for path in ("/v1/models", "/metrics", "/tokenizer_info", "/nothing"):
                 refusal = server.client.get(path, headers=headers)
                 assert error_of(refusal, 401)["code"] == "invalid_api_key"
