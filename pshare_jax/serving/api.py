@@ -78,11 +78,11 @@ def make_app(served: Served) -> FastAPI:
         check_model(name, served.tasks)
         return cards[name]
 
-    @app.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody))
+    @app.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody, served.tasks))
     async def chat(request: Request) -> Response:
         return await _answer(served, request, ChatBody)
 
-    @app.post("/v1/completions", openapi_extra=body_schema(CompletionBody))
+    @app.post("/v1/completions", openapi_extra=body_schema(CompletionBody, served.tasks))
     async def completions(request: Request) -> Response:
         return await _answer(served, request, CompletionBody)
 

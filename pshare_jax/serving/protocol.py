@@ -7,11 +7,11 @@ output and is not offered yet is refused by name.
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
 from pshare_jax.errors import PshareError
 from pshare_jax.sampling_params import NUM_TOP, SamplingParams
@@ -44,6 +44,26 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.error = {"message": message, "type": kind, "param": param, "code": code}
+
+
+_PART_SCHEMA = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+}
+MESSAGES_SCHEMA = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "properties": {
+            "role": {"enum": ["system", "user", "assistant", "tool"]},
+            "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA}]},
+        },
+        "required": ["role", "content"],
+    },
+}
+"""What /openapi.json says of messages (templates take more: an assistant's tool_calls, and what they know beside)."""
 
 
 class Fields(BaseModel):
@@ -117,7 +137,7 @@ class _Body(Fields):
 class ChatBody(_Body):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[dict[str, Any]], WithJsonSchema(MESSAGES_SCHEMA)]
     tools: list[dict[str, Any]] = []
     tool_choice: Literal["none", "auto"] = "auto"
     chat_template_kwargs: dict[str, Any] = {}
@@ -348,6 +368,12 @@ def error_body(error: Mapping[str, Any]) -> dict[str, Any]:
     return {"error": dict(error)}
 
 
-def body_schema(kind: type[Fields]) -> dict[str, Any]:
-    """A body's schema for /openapi.json (handlers read bodies themselves, so FastAPI does not know them)."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
+def body_schema(kind: type[Fields], tasks: Sequence[str] = ()) -> dict[str, Any]:
+    """A body's schema for /openapi.json (handlers read bodies themselves, so FastAPI does not know them).
+
+    `tasks` are the values that its field `model` takes, if there are any.
+    """
+    schema = kind.model_json_schema()
+    if tasks:
+        schema["properties"]["model"]["enum"] = list(tasks)
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

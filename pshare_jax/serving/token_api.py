@@ -4,21 +4,21 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, model_validator
 
 from pshare_jax.errors import PshareError
 from pshare_jax.serving.bodies import maybe_threaded, read_body
 from pshare_jax.serving.encoder import Encoder
 from pshare_jax.serving.fields import check_messages
 from pshare_jax.serving.logprobs import token_text
-from pshare_jax.serving.protocol import ApiError, Fields, Limits, body_schema, parse_body
+from pshare_jax.serving.protocol import MESSAGES_SCHEMA, ApiError, Fields, Limits, body_schema, parse_body
 
 
 class TokenizeBody(Fields):
     """POST /tokenize: a text or a chat. `model` is not looked at, since all tasks have the base's tokenizer."""
 
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Annotated[list[dict[str, Any]], WithJsonSchema(MESSAGES_SCHEMA)] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     tools: list[dict[str, Any]] | None = None
