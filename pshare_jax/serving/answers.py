@@ -17,7 +17,7 @@ DONE = "data: [DONE]\n\n"
 
 
 class _Choice:
-    """One choice so far."""
+    """One choice so far; text and tokens are kept for whole answers only."""
 
     def __init__(self, request: Request, token_bytes: TokenBytes):
         self.request = request
@@ -27,14 +27,11 @@ class _Choice:
         self.last = Event()
         self.seen = False
 
-    def add(self, event: Event) -> list[TokenLogprobs]:
+    def take(self, event: Event) -> list[TokenLogprobs]:
         """Takes an event; what is told about its token."""
         self.last, self.seen = event, True
-        self.text += event.text
         one = event.logprobs
-        told = [] if one is None or one.token_id in self.request.stop_ids else [one]
-        self.tokens += told
-        return told
+        return [] if one is None or one.token_id in self.request.stop_ids else [one]
 
 
 class Answer:
@@ -54,7 +51,9 @@ class Answer:
 
     def add(self, index: int, event: Event) -> None:
         """Collects a choice's event for a whole answer."""
-        self._choices[index].add(event)
+        choice = self._choices[index]
+        choice.tokens += choice.take(event)
+        choice.text += event.text
 
     def whole(self) -> dict[str, Any]:
         """The whole answer, after all events were added."""
@@ -74,7 +73,7 @@ class Answer:
     def chunks(self, index: int, event: Event) -> Iterator[str]:
         """A choice's event as stream lines: its text and token, and at its end the finish reason."""
         choice = self._choices[index]
-        told = choice.add(event)
+        told = choice.take(event)
         if event.text or told:
             content = {"content": event.text} if self._chat else event.text
             yield self._chunk(index, content, logprobs=self._logprobs(choice, told) if told else None)

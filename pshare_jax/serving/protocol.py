@@ -229,8 +229,11 @@ def make_requests(
             fit the vocabulary, the other fields or the server.
     """
     if len(prompts) * body.n > limits.max_answers:
-        message = f"n asks for {len(prompts) * body.n} answers; this server takes at most {limits.max_answers} a call."
-        raise ApiError(400, message, param="n")
+        param = "prompt" if body.n == 1 else "n"
+        message = (
+            f"{param} asks for {len(prompts) * body.n} answers; this server takes at most {limits.max_answers} a call."
+        )
+        raise ApiError(400, message, param=param)
     seed = secrets.randbits(63) if body.seed is None else body.seed
     sampling = [_sampling(body, seed, choice, limits.vocab_size) for choice in range(body.n)]
     requests = []

@@ -4,6 +4,8 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import jax
+import numpy as np
 import openai
 import pytest
 from server_process import CHAT, TEXT, serving
@@ -118,6 +120,30 @@ def test_without_a_seed_the_server_draws_one(served):
     assert len(answers) > 1
 
 
+def test_every_choice_is_the_oracles_with_its_log_probabilities(served):
+    tokenizer = served.shared.model.tokenizer
+    prompts = ["hello there, 0123456789", "x" * 40]
+    for n, temperature in ((1, 0.0), (3, 1.0)):
+        body = {"prompt": prompts, "n": n, "temperature": temperature, "seed": 4, "max_tokens": 6, "logprobs": 2}
+        answer = served.client.post(TEXT, json={"model": LORA, **body}).json()
+        for index, choice in enumerate(answer["choices"]):
+            ids = tokenizer.encode(prompts[index // n])
+            sampling = ps.SamplingParams(temperature=temperature, seed=4, choice=index % n)
+            text, reason, count = served.expected(LORA, ids, 6, sampling)
+            assert (choice["index"], choice["text"], choice["finish_reason"]) == (index, text, reason)
+            made = ps.generate(served.shared, LORA, ids, max_new_tokens=6, sampling=sampling)
+            lists = choice["logprobs"]
+            assert len(lists["tokens"]) == count - (reason == "stop")
+            for place, logprob in enumerate(lists["token_logprobs"]):
+                context = [*ids, *made[:place]]
+                # The module consumes what follows the base's context, all at once, and its last logits are these.
+                kv = served.shared.prefill(np.array([context[: len(ids) - 1]]))
+                logits, _ = served.shared.decode(LORA, np.array([context[len(ids) - 1 :]]), kv)
+                exact = jax.nn.log_softmax(logits[0, -1])
+                assert abs(float(exact[made[place]]) - logprob) < 1e-4
+                assert max(lists["top_logprobs"][place].values()) == pytest.approx(float(exact.max()), abs=1e-4)
+
+
 def test_a_concurrent_mix_equals_the_oracle(served):
     def one(number):
         task, ids = TASKS[number % 3], [number + 1] * (40 + number % 5) + [7, 8]
@@ -133,8 +159,10 @@ BAD = [
     (TEXT, {"max_tokens": "5"}, 400, "max_tokens"),
     (TEXT, {"prompt": [5, 320]}, 400, "prompt"),
     (TEXT, {"prompt": []}, 400, "prompt"),
-    (TEXT, {"prompt": ["a", "b"]}, 400, "prompt"),
-    (TEXT, {"n": 2}, 400, "n"),
+    (TEXT, {"prompt": ["a", [1]]}, 400, "prompt"),
+    (TEXT, {"n": 0}, 400, "n"),
+    (TEXT, {"n": 100, "prompt": ["a"] * 3}, 400, "n"),
+    (TEXT, {"logit_bias": {"320": 1}}, 400, "logit_bias"),
     (TEXT, {"model": "typo"}, 404, "model"),
     (TEXT, {"model": "org"}, 404, "model"),
     (TEXT, {"prompt": [1] * 500, "max_tokens": 13, "stream": True}, 400, "prompt"),

@@ -322,6 +322,8 @@ def test_n_answers_for_each_prompt():
 def test_what_does_not_fit_the_server_is_refused_by_field():
     few = Limits(max_len=64, vocab_size=100, stop_ids=frozenset(), max_answers=3)
     assert refused(lambda: make_requests(completion(n=2), "r", [[1], [2]], few))["param"] == "n"
+    assert refused(lambda: make_requests(completion(), "r", [[1]] * 4, few))["param"] == "prompt"
+    assert len(make_requests(completion(n=3), "r", [[1]], few)) == 3
     assert refused(lambda: request(completion(logit_bias={"100": 1})))["param"] == "logit_bias"
     assert refused(lambda: request(completion(min_tokens=5, max_tokens=4)))["param"] == "min_tokens"
     assert refused(lambda: request(completion(min_tokens=62)))["param"] == "min_tokens"
