@@ -33,6 +33,7 @@ from pshare_jax.serving.protocol import (
     Limits,
     body_schema,
     check_model,
+    check_num_answers,
     error_body,
     make_requests,
     parse_body,
@@ -109,6 +110,7 @@ async def _answer(served: Served, http: Request, kind: type[ChatBody] | type[Com
     raw = await read_body(http, served.max_body_bytes)
     body = await maybe_threaded(len(raw), lambda: parse_body(kind, raw))
     check_model(body.model, served.tasks)
+    check_num_answers(body, served.limits)
     prompts = await maybe_threaded(len(raw), lambda: _encode(served.tokenizer, body))
     session = next((value for name in SESSION_HEADERS if (value := http.headers.get(name))), None)
     request_id = uuid.uuid4().hex
@@ -139,14 +141,11 @@ async def _answer(served: Served, http: Request, kind: type[ChatBody] | type[Com
 def _submit(engine: Engine, requests: Sequence[Choice], events: "_Events") -> None:
     """All requests of a call, or none."""
     try:
-        for index, request in enumerate(requests):
-            engine.submit(request, functools.partial(events.put, index))
+        engine.submit_all(requests, [functools.partial(events.put, index) for index in range(len(requests))])
     except EngineFull:
-        events.abort()
         message = "The server has as many requests as it may hold; try again soon."
         raise ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded") from None
     except EngineDown:
-        events.abort()
         raise ApiError(503, "The server is stopping or a worker has died.", kind="server_error") from None
 
 

@@ -4,6 +4,7 @@ The command line loads a `ServeConfig`, asks how many virtual devices a CPU must
 resolves the placement: given workers are checked, absent ones are chosen from the platform. Imports no jax.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -108,10 +109,11 @@ def check_config(config: ServeConfig) -> None:
             raise PshareError(f"{key} must be at least {least}, not {value}.")
     if not config.server.stall_seconds > 0:
         raise PshareError(f"server.stall_seconds must be more than 0, not {config.server.stall_seconds}.")
-    if not config.server.drain_seconds >= 0:
-        raise PshareError(f"server.drain_seconds must be at least 0, not {config.server.drain_seconds}.")
-    if config.server.api_key == "":
-        raise PshareError("server.api_key is empty; give it a value or leave it out.")
+    if not 0 <= config.server.drain_seconds < math.inf:
+        raise PshareError(f"server.drain_seconds must be at least 0 and finite, not {config.server.drain_seconds}.")
+    key = config.server.api_key
+    if key is not None and (not key or key != key.strip()):
+        raise PshareError("server.api_key is empty or has blanks around it; give it a value or leave it out.")
     if config.placement is not None:
         _check_workers(config.placement)
         _check_tasks(config.placement.decode, config.tasks)

@@ -114,7 +114,7 @@ class Engine:
             None if prefill[0].tasks is None else [side.tasks or () for side in prefill],
         )
         self._groups = self._grouped([set(side.devices) for side in prefill], [set(side.devices) for side in decode])
-        self._owners = [Owner(group, self.fail_group) for group in self._groups]
+        self._owners = [Owner(group, self.fail_group, lambda: not self._live) for group in self._groups]
         self._watch = threading.Thread(target=self._run_watch, name="pshare-watch", daemon=True)
         self._stopped = threading.Event()
 
@@ -133,24 +133,35 @@ class Engine:
             EngineFull: too many requests are waiting or running.
             EngineDown: a worker thread has died or the engine is stopping.
         """
+        self._submit([self._sequence(request, on_event)], route)
+
+    def submit_all(self, requests: Items[Request], on_events: Items[Callable[[Event], None]]) -> None:
+        """Takes all requests, or none of them; else like `submit`."""
+        self._submit([self._sequence(*one) for one in zip(requests, on_events, strict=True)], None)
+
+    def _sequence(self, request: Request, on_event: Callable[[Event], None]) -> Sequence:
         history = TokenHistory(
             request.prompt, request.sampling, self.settings.vocab_size, request.stop_ids, request.min_tokens
         )
         keys = page_keys(self.settings.key_of(request.task), request.cache_salt, request.prompt, self.page_size)
-        output = TextOutput(self._detokenizer(), request.stop)
-        sequence = Sequence(request, output, history, keys, on_event)
+        return Sequence(request, TextOutput(self._detokenizer(), request.stop), history, keys, on_event)
+
+    def _submit(self, sequences: list[Sequence], route: Route | None) -> None:
         with self.lock:
             if not self._accepting:
                 raise EngineDown
-            if request.id in self._live:
-                raise ValueError(f"a request named {request.id} is still running")
-            if len(self._live) >= self.settings.max_requests:
+            for sequence in sequences:
+                if sequence.request.id in self._live:
+                    raise ValueError(f"a request named {sequence.request.id} is still running")
+            if len(self._live) + len(sequences) > self.settings.max_requests:
                 raise EngineFull
-            ticket = self._assigned(sequence) if route is None else self._router.take(route, len(request.prompt))
-            sequence.ticket = ticket
-            sequence.prefill_worker, sequence.decode_worker = ticket.route.prefill, ticket.route.decode
-            self._live[request.id] = sequence
-            self.scheduler.add(sequence)
+            for sequence in sequences:
+                request = sequence.request
+                ticket = self._assigned(sequence) if route is None else self._router.take(route, len(request.prompt))
+                sequence.ticket = ticket
+                sequence.prefill_worker, sequence.decode_worker = ticket.route.prefill, ticket.route.decode
+                self._live[request.id] = sequence
+                self.scheduler.add(sequence)
         self.wake()
 
     def _assigned(self, sequence: Sequence) -> Ticket:

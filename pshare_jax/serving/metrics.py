@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from pshare_jax.serving.compiles import compile_counter
 from pshare_jax.serving.engine import Engine
-from pshare_jax.serving.request import Sequence
+from pshare_jax.serving.request import Sequence, State
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
@@ -56,7 +56,7 @@ class Metrics:
         self._generated.labels(task).inc(len(sequence.completion_ids))
         if sequence.first_token is not None:
             self._first.labels(task).observe(sequence.first_token - sequence.came)
-            if len(sequence.completion_ids) > 1:
+            if sequence.state is State.FINISHED and len(sequence.completion_ids) > 1:
                 self._token.labels(task).observe(
                     (sequence.progressed - sequence.first_token) / (len(sequence.completion_ids) - 1)
                 )

@@ -2,7 +2,7 @@
 
 A turn gives every decode worker of the group a step and lets at most one prefill worker run a chunk, so that a running
 answer never waits for more than one chunk. Programs that were compiled meanwhile have their slow first run when no
-worker has anything to do.
+request is in the engine.
 """
 
 import threading
@@ -47,10 +47,10 @@ class Group:
 
 
 class Owner:
-    """The one thread that steps a group of workers; `on_death` is told if it dies."""
+    """The one thread that steps a group of workers; `on_death` is told if it dies. It primes if `may_prime` says so."""
 
-    def __init__(self, group: Group, on_death: Callable[[Group], None]):
-        self._group, self._on_death = group, on_death
+    def __init__(self, group: Group, on_death: Callable[[Group], None], may_prime: Callable[[], bool]):
+        self._group, self._on_death, self._may_prime = group, on_death, may_prime
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="pshare-worker", daemon=True)
         self._started = False
@@ -85,7 +85,7 @@ class Owner:
             while not self._stopping:
                 self.wake.clear()
                 self._turn_began = time.monotonic()
-                done = self._group.step() or self._group.prime()
+                done = self._group.step() or (self._may_prime() and self._group.prime())
                 self._turn_began = None
                 if not done:
                     self.wake.wait(POLL_SECONDS if self._group.must_poll else None)

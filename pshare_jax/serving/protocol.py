@@ -110,7 +110,7 @@ class _Body(Fields):
     min_tokens: Annotated[int, Field(ge=0)] = 0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     logit_bias: dict[int, float] = {}
 
     @classmethod
@@ -228,12 +228,6 @@ def make_requests(
         ApiError: 400, a prompt is empty, has ids outside the vocabulary or does not fit the context; or a field does not
             fit the vocabulary, the other fields or the server.
     """
-    if len(prompts) * body.n > limits.max_answers:
-        param = "prompt" if body.n == 1 else "n"
-        message = (
-            f"{param} asks for {len(prompts) * body.n} answers; this server takes at most {limits.max_answers} a call."
-        )
-        raise ApiError(400, message, param=param)
     seed = secrets.randbits(63) if body.seed is None else body.seed
     sampling = [_sampling(body, seed, choice, limits.vocab_size) for choice in range(body.n)]
     requests = []
@@ -256,6 +250,15 @@ def make_requests(
                 )
             )
     return requests
+
+
+def check_num_answers(body: Body, limits: Limits) -> None:
+    """Refuses (ApiError 400) more answers than a call may have, before anything is done for them."""
+    num_prompts = len(body.prompts) if isinstance(body, CompletionBody) else 1
+    if (asked := num_prompts * body.n) > limits.max_answers:
+        param = "prompt" if body.n == 1 else "n"
+        message = f"{param} asks for {asked} answers; this server takes at most {limits.max_answers} a call."
+        raise ApiError(400, message, param=param)
 
 
 def _sampling(body: Body, seed: int, choice: int, vocab_size: int) -> SamplingParams:

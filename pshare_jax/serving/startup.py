@@ -70,9 +70,17 @@ def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:
     engine = Engine(sides.prefill, sides.decode, model.tokenizer.detokenizer, sides.settings)
     limits = Limits(sides.settings.max_len, model.config.vocab_size, model.stop_ids, config.server.max_requests)
     server = config.server
-    api_key = server.api_key or os.environ.get("PSHARE_API_KEY") or None
+    api_key = server.api_key or _key_from_environment()
+    say("clients need the API key" if api_key else "clients need no API key")
     served = Served(engine, list(config.tasks), model.tokenizer, limits, server.max_body_bytes, api_key)
     return served, variants(sides.prefill, sides.decode, sides.settings)
+
+
+def _key_from_environment() -> str | None:
+    key = os.environ.get("PSHARE_API_KEY")
+    if key is not None and not key.strip():
+        raise PshareError("The environment variable PSHARE_API_KEY is empty; give it a key or unset it.")
+    return key and key.strip()
 
 
 def warm_up(served: Served, programs: list[Variant], full: bool, say: Say) -> BackgroundCompiler:
@@ -85,7 +93,7 @@ def warm_up(served: Served, programs: list[Variant], full: bool, say: Say) -> Ba
     now = [one for one in programs if full or one.small]
     say(f"compiling {len(now)} of {len(programs)} programs")
     compile_all(now)
-    # Known to be compiled only now: workers that have nothing to do run such steps, so that no first run meets a user.
+    # Known to be compiled only now: while no request is there, workers run such steps once.
     engine = served.engine
     ready = [worker.ready for worker in (*engine.prefill_workers, *engine.decode_workers)]
     for shapes in ready:

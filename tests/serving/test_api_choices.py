@@ -4,6 +4,8 @@ import pytest
 from fake_server import FAMILY, PATHS, error_of, serving
 from serving_fakes import EOS
 
+from pshare_jax.serving.request import State
+
 CHOICES = ["ABCDEFGH", "A", "AB", "ABC"]
 EMOJI = "qwen3:mit Leer ü"
 
@@ -65,7 +67,9 @@ def test_a_call_is_taken_whole_or_not_at_all(server):
     with server.client.stream("POST", PATHS[0], json=body_for(PATHS[0], model="endless", stream=True)) as running:
         lines = running.iter_lines()
         next(lines)
+        aborted = server.engine.num_ended.get(State.ABORTED, 0)
         assert error_of(server.post(n=6), 429)["code"] == "rate_limit_exceeded"
+        assert server.engine.num_ended.get(State.ABORTED, 0) == aborted
         server.rest(live=1)
     server.rest()
     assert len(server.post(n=6).json()["choices"]) == 6

@@ -135,7 +135,7 @@ def test_each_call_is_a_line(caplog, stream):
 
 def test_a_bug_is_an_error_object_with_its_id(monkeypatch, caplog):
     with serving() as server:
-        monkeypatch.setattr(server.engine, "submit", lambda *_: 1 / 0)
+        monkeypatch.setattr(server.engine, "submit_all", lambda *_: 1 / 0)
         refusal = server.post(headers={"x-request-id": "mine"})
         assert error_of(refusal, 500)["type"] == "server_error"
         assert refusal.headers["x-request-id"] == "mine"

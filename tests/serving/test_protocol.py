@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from pshare_jax.sampling_params import SamplingParams
 from pshare_jax.serving.fields import NEUTRAL
-from pshare_jax.serving.protocol import ApiError, ChatBody, CompletionBody, Limits, make_requests, parse_body
+from pshare_jax.serving.protocol import (
+    ApiError,
+    ChatBody,
+    CompletionBody,
+    Limits,
+    check_num_answers,
+    make_requests,
+    parse_body,
+)
 
 LIMITS = Limits(max_len=64, vocab_size=100, stop_ids=frozenset({7}))
 HI = [{"role": "user", "content": "hi"}]
@@ -165,6 +173,7 @@ SHARED_FAULTS = [
     ("presence_penalty", "0"),
     ("frequency_penalty", -2.1),
     ("repetition_penalty", 0),
+    ("repetition_penalty", 1e-60),
     ("repetition_penalty", 101),
     ("logit_bias", [1]),
     ("logit_bias", {"a": 1}),
@@ -321,9 +330,10 @@ def test_n_answers_for_each_prompt():
 
 def test_what_does_not_fit_the_server_is_refused_by_field():
     few = Limits(max_len=64, vocab_size=100, stop_ids=frozenset(), max_answers=3)
-    assert refused(lambda: make_requests(completion(n=2), "r", [[1], [2]], few))["param"] == "n"
-    assert refused(lambda: make_requests(completion(), "r", [[1]] * 4, few))["param"] == "prompt"
-    assert len(make_requests(completion(n=3), "r", [[1]], few)) == 3
+    assert refused(lambda: check_num_answers(completion(prompt=["a", "b"], n=2), few))["param"] == "n"
+    assert refused(lambda: check_num_answers(completion(prompt=[[1]] * 4), few))["param"] == "prompt"
+    assert refused(lambda: check_num_answers(chat(n=4), few))["param"] == "n"
+    check_num_answers(completion(n=3), few)
     assert refused(lambda: request(completion(logit_bias={"100": 1})))["param"] == "logit_bias"
     assert refused(lambda: request(completion(min_tokens=5, max_tokens=4)))["param"] == "min_tokens"
     assert refused(lambda: request(completion(min_tokens=62)))["param"] == "min_tokens"

@@ -279,3 +279,20 @@ def test_a_port_in_use_is_told_before_anything_is_loaded(config_file, capsys):
         port = taken.getsockname()[1]
         assert cli.main(["--config", config_file, f"server.port={port}"]) == 2
     assert f"Cannot listen on 127.0.0.1:{port}: address already in use; choose" in capsys.readouterr().err
+
+
+def test_the_api_key_comes_from_config_or_environment(world, monkeypatch):
+    config, _ = world
+    keyed = replace(config, server=replace(config.server, api_key="of the config"))
+    monkeypatch.delenv("PSHARE_API_KEY", raising=False)
+    assert [build(one)[0].api_key for one in (config, keyed)] == [None, "of the config"]
+    monkeypatch.setenv("PSHARE_API_KEY", "abc\n")
+    assert build(config)[0].api_key == "abc"
+    monkeypatch.setenv("PSHARE_API_KEY", " ")
+    with pytest.raises(ps.PshareError, match="PSHARE_API_KEY is empty"):
+        build(config)
+
+
+def test_the_key_is_not_printed(config_file, capsys):
+    assert cli.main(["--config", config_file, "--print-config", "server.api_key=secret"]) == 0
+    assert "secret" not in capsys.readouterr().out
