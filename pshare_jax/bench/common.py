@@ -48,7 +48,7 @@ def ready_engine(model: Model, plan: Plan) -> tuple[Engine, Sides]:
     programs = variants(sides.prefill, sides.decode, sides.settings)
     compile_all(programs)
     engine = Engine(sides.prefill, sides.decode, model.tokenizer.detokenizer, sides.settings)
-    for worker in (*engine.prefill_workers, *engine.decode_workers):
+    for worker in engine.workers:
         worker.ready.limit(one.shape for one in programs if one.shape is not None)
         while worker.prime():
             pass

@@ -36,7 +36,6 @@ from pshare_jax.serving.protocol import (
     check_num_answers,
     error_body,
     make_requests,
-    parse_body,
 )
 from pshare_jax.serving.request import Event
 from pshare_jax.serving.request import Request as Choice
@@ -107,11 +106,10 @@ def make_app(served: Served) -> FastAPI:
 
 
 async def _answer(served: Served, http: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
-    raw = await read_body(http, served.max_body_bytes)
-    body = await maybe_threaded(len(raw), lambda: parse_body(kind, raw))
+    body, size = await read_body(http, kind, served.max_body_bytes)
     check_model(body.model, served.tasks)
     check_num_answers(body, served.limits)
-    prompts = await maybe_threaded(len(raw), lambda: _encode(served.tokenizer, body))
+    prompts = await maybe_threaded(size, lambda: _encode(served.tokenizer, body))
     session = next((value for name in SESSION_HEADERS if (value := http.headers.get(name))), None)
     request_id = uuid.uuid4().hex
     requests = make_requests(body, request_id, prompts, served.limits, session)

@@ -223,6 +223,11 @@ class Engine:
         return routes
 
     @property
+    def workers(self) -> list[PrefillWorker | DecodeWorker]:
+        """All workers."""
+        return [*self.prefill_workers, *self.decode_workers]
+
+    @property
     def pools(self) -> list[Pool]:
         """Every pool once."""
         return list({id(pool): pool for pool in (*self.scheduler.prefill_pools, *self.scheduler.decode_pools)}.values())
@@ -275,7 +280,7 @@ class Engine:
     @property
     def primed(self) -> bool:
         """Whether every step that is compiled has had its first run."""
-        return all(worker.never_run is None for worker in (*self.prefill_workers, *self.decode_workers))
+        return all(worker.never_run is None for worker in self.workers)
 
     @property
     def healthy(self) -> bool:

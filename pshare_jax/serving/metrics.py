@@ -99,13 +99,13 @@ class _EngineCollector:
             "KV pages: used by live requests, cached for prompts to come, or free.",
             labels=["pool", "state"],
         )
-        hits = CounterMetricFamily("pshare_pages_published", "Pages that became findable.", labels=["pool"])
+        published = CounterMetricFamily("pshare_pages_published", "Pages that became findable.", labels=["pool"])
         for pool in self._engine.pools:
             books = pool.allocator
             for state, count in (("used", books.num_used), ("cached", books.num_cached), ("free", books.num_free)):
                 pages.add_metric([pool.name, state], count)
-            hits.add_metric([pool.name], pool.cache_stats.num_published)
-        yield from (pages, hits)
+            published.add_metric([pool.name], pool.cache_stats.num_published)
+        yield from (pages, published)
 
     def _prefill(self) -> Iterator[Metric]:
         tokens = CounterMetricFamily("pshare_prefilled_tokens", "Tokens given to prefill steps.", labels=["worker"])

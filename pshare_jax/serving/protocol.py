@@ -119,11 +119,6 @@ class _Body(Fields):
         return {"stop": check_stop, "stream_options": check_stream_options, "logit_bias": check_logit_bias}
 
     @property
-    def num_logprobs(self) -> int | None:
-        """Alternatives to report with each token's log-probability, None for no log-probabilities."""
-        raise NotImplementedError
-
-    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a usage chunk."""
         return bool(self.stream_options.get("include_usage"))
@@ -152,7 +147,7 @@ class ChatBody(_Body):
 
     @property
     def num_logprobs(self) -> int | None:
-        """As `top_logprobs` says, if `logprobs` is on."""
+        """Alternatives to report with each token's log-probability, None for no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @classmethod
@@ -176,7 +171,7 @@ class CompletionBody(_Body):
 
     @property
     def num_logprobs(self) -> int | None:
-        """As `logprobs` says."""
+        """Alternatives to report with each token's log-probability, None for no log-probabilities."""
         return self.logprobs
 
     @classmethod

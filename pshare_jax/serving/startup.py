@@ -95,7 +95,7 @@ def warm_up(served: Served, programs: list[Variant], full: bool, say: Say) -> Ba
     compile_all(now)
     # Known to be compiled only now: while no request is there, workers run such steps once.
     engine = served.engine
-    ready = [worker.ready for worker in (*engine.prefill_workers, *engine.decode_workers)]
+    ready = [worker.ready for worker in engine.workers]
     for shapes in ready:
         shapes.limit(one.shape for one in now if one.shape is not None)
     # Its half is built on first use, which must not stall the streams of others.

@@ -11,7 +11,7 @@ from pshare_jax.serving.bodies import maybe_threaded, read_body
 from pshare_jax.serving.encoder import Encoder
 from pshare_jax.serving.fields import check_messages
 from pshare_jax.serving.logprobs import token_text
-from pshare_jax.serving.protocol import MESSAGES_SCHEMA, ApiError, Fields, Limits, body_schema, parse_body
+from pshare_jax.serving.protocol import MESSAGES_SCHEMA, ApiError, Fields, Limits, body_schema
 
 
 class TokenizeBody(Fields):
@@ -48,20 +48,18 @@ def add_token_routes(app: FastAPI, tokenizer: Encoder, limits: Limits, max_body_
 
     @app.post("/tokenize", openapi_extra=body_schema(TokenizeBody))
     async def tokenize(http: Request) -> Response:
-        raw = await read_body(http, max_body_bytes)
-        body = await maybe_threaded(len(raw), lambda: parse_body(TokenizeBody, raw))
-        tokens = await maybe_threaded(len(raw), lambda: _encode(tokenizer, body))
+        body, size = await read_body(http, TokenizeBody, max_body_bytes)
+        tokens = await maybe_threaded(size, lambda: _encode(tokenizer, body))
         texts = [token_text(tokenizer.token_bytes(token)) for token in tokens] if body.return_token_strs else None
         answer = {"count": len(tokens), "max_model_len": limits.max_len, "tokens": tokens, "token_strs": texts}
         return JSONResponse(answer)
 
     @app.post("/detokenize", openapi_extra=body_schema(DetokenizeBody))
     async def detokenize(http: Request) -> Response:
-        raw = await read_body(http, max_body_bytes)
-        body = await maybe_threaded(len(raw), lambda: parse_body(DetokenizeBody, raw))
+        body, size = await read_body(http, DetokenizeBody, max_body_bytes)
         if max(body.tokens, default=0) >= limits.vocab_size:
             raise ApiError(400, f"tokens holds an id outside 0 to {limits.vocab_size - 1}.", param="tokens")
-        text = await maybe_threaded(len(raw), lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))
+        text = await maybe_threaded(size, lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))
         return JSONResponse({"prompt": text})
 
     @app.get("/tokenizer_info")

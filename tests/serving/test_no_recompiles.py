@@ -137,7 +137,7 @@ def test_an_engine_serves_with_the_small_programs_while_the_rest_is_compiled(sou
     world = world_on(sources, SPLIT, chunk=128)
     engine, sides = parts(world)
     programs = all_variants(sides)
-    workers = [*engine.prefill_workers, *engine.decode_workers]
+    workers = engine.workers
     for worker in workers:
         worker.ready.limit(one.shape for one in programs if one.small and one.shape is not None)
     shapes: list[tuple[int, ...]] = []
@@ -160,7 +160,7 @@ def test_an_engine_serves_with_the_small_programs_while_the_rest_is_compiled(sou
 def test_what_is_compiled_has_its_first_run_once_and_hurts_nobody(sources):
     world = world_on(sources, SPLIT, chunk=128)
     engine, sides = parts(world)
-    workers = [*engine.prefill_workers, *engine.decode_workers]
+    workers = engine.workers
     assert engine.primed
     assert not any(worker.prime() for worker in workers)
     draw = np.random.default_rng(11)
