@@ -16,7 +16,7 @@ from pshare_jax.serving.control import Control, Weights
 from pshare_jax.serving.decode import DecodeWorker
 from pshare_jax.serving.output import Pieces, TextOutput
 from pshare_jax.serving.owners import Group, Owner, group_by_devices
-from pshare_jax.serving.page_keys import page_keys
+from pshare_jax.serving.page_keys import PageKey, page_keys
 from pshare_jax.serving.pool import Pool
 from pshare_jax.serving.prefill import PrefillWorker
 from pshare_jax.serving.request import FAILED, LEGAL, TIMED_OUT, Event, Request, Sequence, State
@@ -133,17 +133,27 @@ class Engine:
             EngineFull: too many requests are waiting or running.
             EngineDown: a worker thread has died or the engine is stopping.
         """
-        self._submit([self._sequence(request, on_event)], route)
+        self._submit([self._sequence(request, on_event, self._keys(request))], route)
 
     def submit_all(self, requests: Items[Request], on_events: Items[Callable[[Event], None]]) -> None:
         """Takes all requests, or none of them; else like `submit`."""
-        self._submit([self._sequence(*one) for one in zip(requests, on_events, strict=True)], None)
+        keys: dict[tuple[str, str, tuple[int, ...]], list[PageKey]] = {}
+        sequences = []
+        for request, on_event in zip(requests, on_events, strict=True):
+            # The choices of one prompt share its keys, so that it is hashed once.
+            named = request.task, request.cache_salt, request.prompt
+            if named not in keys:
+                keys[named] = self._keys(request)
+            sequences.append(self._sequence(request, on_event, keys[named]))
+        self._submit(sequences, None)
 
-    def _sequence(self, request: Request, on_event: Callable[[Event], None]) -> Sequence:
+    def _keys(self, request: Request) -> list[PageKey]:
+        return page_keys(self.settings.key_of(request.task), request.cache_salt, request.prompt, self.page_size)
+
+    def _sequence(self, request: Request, on_event: Callable[[Event], None], keys: list[PageKey]) -> Sequence:
         history = TokenHistory(
             request.prompt, request.sampling, self.settings.vocab_size, request.stop_ids, request.min_tokens
         )
-        keys = page_keys(self.settings.key_of(request.task), request.cache_salt, request.prompt, self.page_size)
         return Sequence(request, TextOutput(self._detokenizer(), request.stop), history, keys, on_event)
 
     def _submit(self, sequences: list[Sequence], route: Route | None) -> None:

@@ -225,19 +225,21 @@ def make_requests(
     """
     seed = secrets.randbits(63) if body.seed is None else body.seed
     sampling = [_sampling(body, seed, choice, limits.vocab_size) for choice in range(body.n)]
+    stop_ids = frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else limits.stop_ids)
     requests = []
     for prompt in prompts:
+        ids = tuple(prompt)
         max_tokens = _check_length(body, prompt, limits)
         for one in sampling:
             requests.append(
                 Request(
                     id=f"{request_id}-{len(requests)}",
                     task=body.model,
-                    prompt=tuple(prompt),
+                    prompt=ids,
                     max_tokens=max_tokens,
                     sampling=one,
                     stop=tuple(body.stop),
-                    stop_ids=frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else limits.stop_ids),
+                    stop_ids=stop_ids,
                     min_tokens=body.min_tokens,
                     logprobs=body.num_logprobs,
                     cache_salt=body.cache_salt or "",
