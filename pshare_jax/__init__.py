@@ -1,7 +1,7 @@
 """pshare_jax: many fine-tuned LLMs over one shared prefill (PrefillShare, arXiv 2602.12029), in JAX."""
 
 from pshare_jax.errors import PshareError
-from pshare_jax.generate import continue_from, generate, rollout
+from pshare_jax.generate import continue_from, generate, rollout, score
 from pshare_jax.load import Model, load
 from pshare_jax.mesh import make_mesh, virtual_cpu_devices
 from pshare_jax.modules import DecodeModule, load_module, save_module
@@ -26,5 +26,6 @@ __all__ = [
     "rollout",
     "save_folder",
     "save_module",
+    "score",
     "virtual_cpu_devices",
 ]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pshare_jax.boundary import base_len
 from pshare_jax.errors import PshareError
 from pshare_jax.model.kv import DenseKV
 from pshare_jax.sampling import Adjustments, sample
@@ -38,10 +39,12 @@ def generate(
     sampling: SamplingParams = GREEDY,
     stop_ids: Collection[int] | None = None,
     min_tokens: int = 0,
+    response_start: int | None = None,
 ) -> list[int]:
     """New token ids only, the end token included if one came; `stop_ids` None means the model's end set, () none.
 
-    No stop id is chosen among the first `min_tokens` new ids.
+    No stop id is chosen among the first `min_tokens` new ids. With `response_start` k the prompt ends with a begun answer:
+    the base encodes prompt_ids[:k-1], and the decode module goes on from its own KV of the rest.
     """
     return rollout(
         shared,
@@ -51,6 +54,7 @@ def generate(
         sampling=sampling,
         stop_ids=stop_ids,
         min_tokens=min_tokens,
+        response_start=response_start,
     ).ids
 
 
@@ -63,6 +67,7 @@ def rollout(
     sampling: SamplingParams = GREEDY,
     stop_ids: Collection[int] | None = None,
     min_tokens: int = 0,
+    response_start: int | None = None,
 ) -> Rollout:
     """`generate` with gap and logprobs. Raises `PshareError` if prompt and answer exceed the model's context."""
     if len(prompt_ids) == 0:
@@ -75,7 +80,10 @@ def rollout(
             f"and {max_new_tokens} more were asked for."
         )
     context = list(prompt_ids[:-1])
-    kv = shared.transfer(shared.prefill([context]))
+    num_base = base_len(len(prompt_ids), response_start)
+    kv = shared.transfer(shared.prefill([context[:num_base]]))
+    if num_base < len(context):
+        kv = shared.decode(task, [context[num_base:]], kv)[1]
     return continue_from(
         shared,
         task,
@@ -87,6 +95,29 @@ def rollout(
         min_tokens=min_tokens,
         context_ids=context,
     )
+
+
+def score(
+    shared: SharedModel, task: str, ids: Sequence[int], *, response_start: int | None = None
+) -> list[float | None]:
+    """The log-probability of every id but the first (None), the task's module given all before it (design.md, invariant 4).
+
+    Each id is scored as if it were the first of an answer: the base encodes all but the last of what is before it, and the
+    module consumes that one. With `response_start` k, ids[k:] are scored as one answer, which is what training computes:
+    the base encodes ids[:k-1], and the module consumes the rest one after another on its own KV; before k all is None.
+    """
+    scores: list[float | None] = [None] * len(ids)
+    kv = shared.prefill([list(ids[: 0 if response_start is None else base_len(len(ids), response_start)])])
+    own = None if response_start is None else shared.transfer(kv)
+    for index in range(response_start or 1, len(ids)):
+        before = [[ids[index - 1]]]
+        if own is None:
+            logits, _ = shared.decode(task, before, shared.transfer(kv))
+            kv = shared.prefill(before, kv)
+        else:
+            logits, own = shared.decode(task, before, own)
+        scores[index] = float(log_softmax(np.asarray(logits[0, -1], np.float64))[ids[index]])
+    return scores
 
 
 def continue_from(

@@ -18,7 +18,17 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from pshare_jax.sampling_params import ALMOST_GREEDY, NUM_TOP, SamplingParams, SamplingRows, sampling_rows
 
-__all__ = ["Adjustments", "Sampled", "SamplingParams", "SamplingRows", "kept", "sample", "sample_rows", "sampling_rows"]
+__all__ = [
+    "Adjustments",
+    "Sampled",
+    "SamplingParams",
+    "SamplingRows",
+    "best_logprobs",
+    "kept",
+    "sample",
+    "sample_rows",
+    "sampling_rows",
+]
 
 FEW = 1024
 """Top-k, top-p and min-p look at so many best tokens first; sorting a whole vocabulary takes 20 times as long on a CPU."""
@@ -63,7 +73,7 @@ def sample_rows(
     scores = jnp.where(scores == 0, 0.0, scores)
     scores = lax.cond(drawn, _noisy, lambda scores, _: scores, scores, rows)
     ids, gaps = _best(scores)
-    return Sampled(ids, gaps, *lax.cond(wants_logprobs, _logprobs, _no_logprobs, logits, ids))
+    return Sampled(ids, gaps, *lax.cond(wants_logprobs, best_logprobs, _no_logprobs, logits, ids))
 
 
 def sample(
@@ -76,6 +86,17 @@ def sample(
     rows = sampling_rows([params], [position], 1)
     sampled = _sample_row(logits[None], rows, adjustments, np.array(not params.is_greedy))
     return sampled.ids[0], sampled.gaps[0]
+
+
+def best_logprobs(
+    logits: Float[Array, "B V"], ids: Int[Array, "B"]
+) -> tuple[Float[Array, "B"], Int[Array, "B top"], Float[Array, "B top"]]:
+    """Log-probabilities of `ids`, and ids and log-probabilities of the min(20, V) best tokens, best first."""
+    values, top_ids = _top(logits, min(NUM_TOP, logits.shape[-1]))
+    best = values[:, :1]
+    log_total = jnp.log(_sum(jnp.exp(logits - best)))[:, None]
+    chosen = jnp.take_along_axis(logits, ids[:, None], axis=-1)
+    return (chosen - best - log_total)[:, 0], top_ids, values - best - log_total
 
 
 def kept(
@@ -162,14 +183,6 @@ def _best(scores: Array) -> tuple[Array, Array]:
         return jnp.zeros(scores.shape[:-1], jnp.int32), jnp.full(scores.shape[:-1], jnp.inf)
     values, ids = _top(scores, 2)
     return ids[..., 0], values[..., 0] - values[..., 1]
-
-
-def _logprobs(logits: Array, ids: Array) -> tuple[Array, Array, Array]:
-    values, top_ids = _top(logits, min(NUM_TOP, logits.shape[-1]))
-    best = values[:, :1]
-    log_total = jnp.log(_sum(jnp.exp(logits - best)))[:, None]
-    chosen = jnp.take_along_axis(logits, ids[:, None], axis=-1)
-    return (chosen - best - log_total)[:, 0], top_ids, values - best - log_total
 
 
 def _no_logprobs(logits: Array, ids: Array) -> tuple[Array, Array, Array]:

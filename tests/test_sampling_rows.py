@@ -272,7 +272,7 @@ def test_one_compile_for_each_batch_size():
 def test_the_best_tokens_are_found_without_a_sort():
     """On a CPU a sort of a real vocabulary takes 10 ms a row; the compiler falls back to it unless it is kept from it."""
     logits = jnp.zeros((2, 5000))
-    for function in (sampling._best, lambda x: sampling._logprobs(x, jnp.zeros(2, jnp.int32))):
+    for function in (sampling._best, lambda x: sampling.best_logprobs(x, jnp.zeros(2, jnp.int32))):
         program = jax.jit(function).lower(logits).compile().as_text()
         assert program is not None
         assert "TopK" in program

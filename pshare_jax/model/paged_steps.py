@@ -1,4 +1,4 @@
-"""The jitted steps over a pool of KV pages: prefill, decode, and pages in and out. Called by the serving workers.
+"""The jitted steps over a pool of KV pages: prefill, decode, score, and pages in and out. Called by the serving workers.
 
 Pages are donated and keep their sharding, so a pool is written in place and steps of equal shapes share one compilation,
 whatever the rows' lengths. Metadata (`Rows`, page ids) is built in NumPy.
@@ -7,12 +7,13 @@ whatever the rows' lengths. Metadata (`Rows`, page ids) is built in NumPy.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from pshare_jax.mesh import content_sharding, replicated
 from pshare_jax.model.config import ModelConfig
@@ -20,6 +21,27 @@ from pshare_jax.model.paged_attention import PagedAttention, Rows, blocked, page
 from pshare_jax.model.pages import KVPages, PageContent, fill_pages, gather_pages, pages_out, scatter_pages
 from pshare_jax.model.params import Architecture, Params
 from pshare_jax.model.steps import decode_architecture
+from pshare_jax.sampling import best_logprobs
+
+
+class ScoreRows(NamedTuple):
+    """A scoring step's metadata: the rows, the token after each new one, and whether the new tokens are each `alone`.
+
+    Alone, a token is scored as the first of an answer (design.md, invariant 4): the module consumes the token before it
+    on the base's KV, and nothing is written. Else the module consumes the tokens one after another, on its own KV.
+    """
+
+    rows: Rows
+    targets: Int[Array, "B T"] | Int[np.ndarray, "B T"]
+    alone: Bool[ArrayLike, ""]
+
+
+class Scores(NamedTuple):
+    """Log-probabilities of the targets, and the best tokens' ids and log-probabilities, best first."""
+
+    logprobs: Float[Array, "B T"]
+    top_ids: Int[Array, "B T top"]
+    top_logprobs: Float[Array, "B T top"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +52,8 @@ class PagedSteps:
     """(params, tokens [B, T], rows, pages) -> (a number that is there when the step is done, pages)."""
     decode: Callable[[Params, Any, Rows, KVPages], tuple[Float[Array, "B V"], KVPages]]
     """(params, tokens [B, 1], rows, pages) -> (logits of the next token in float32, pages)."""
+    score: Callable[[Params, Any, ScoreRows, KVPages], tuple[Scores, KVPages]]
+    """(params, tokens [B, T], score rows, pages) -> (scores of the targets, pages)."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +81,22 @@ def paged_steps(architecture: Architecture, mesh: Mesh, look_up: PagedAttention 
         hidden, pages = decoder(tokens, rows.positions(1), paged_attend(config, rows, look_up), pages)
         return decoder.logits(hidden)[:, 0], pages
 
+    def score(
+        params: Params, tokens: Int[Array, "B T"], score_rows: ScoreRows, pages: KVPages
+    ) -> tuple[Scores, KVPages]:
+        rows, alone = score_rows.rows, jnp.asarray(score_rows.alone)
+        decoder = architecture.bind(params)
+        attend = paged_attend(config, rows, look_up, alone)
+        hidden, pages = decoder(tokens, rows.positions(tokens.shape[1]), attend, pages)
+        # Whole on every device, as the sampler gets them.
+        logits = jax.lax.with_sharding_constraint(decoder.logits(hidden).reshape(tokens.size, -1), whole)
+        told = best_logprobs(logits, jnp.asarray(score_rows.targets).reshape(-1))
+        return Scores(*(one.reshape(*tokens.shape, *one.shape[1:]) for one in told)), pages
+
     return PagedSteps(
         prefill=jax.jit(prefill, out_shardings=(whole, out), donate_argnums=3),
         decode=jax.jit(decode, out_shardings=(whole, out), donate_argnums=3),
+        score=jax.jit(score, out_shardings=(whole, out), donate_argnums=3),
     )
 
 

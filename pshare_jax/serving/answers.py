@@ -9,27 +9,30 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pshare_jax.serving.logprobs import TextLogprobs, TokenBytes, chat_entry
-from pshare_jax.serving.protocol import ApiError, Body, ChatBody, error_body
+from pshare_jax.serving.encoder import Encoder
+from pshare_jax.serving.logprobs import TextLogprobs, chat_entry, joined
+from pshare_jax.serving.protocol import ApiError, Body, ChatBody, CompletionBody, error_body
 from pshare_jax.serving.request import Event, Request, TokenLogprobs
 
 DONE = "data: [DONE]\n\n"
 
 
 class _Choice:
-    """One choice so far; text and tokens are kept for whole answers only."""
+    """One choice so far; text and tokens are kept for whole answers only. `echo` is the prompt's text, if it is shown."""
 
-    def __init__(self, request: Request, token_bytes: TokenBytes):
-        self.request = request
+    def __init__(self, request: Request, tokenizer: Encoder, echo: str | None):
+        self.request, self.echo = request, echo
         self.text = ""
         self.tokens: list[TokenLogprobs] = []
-        self.text_logprobs = TextLogprobs(token_bytes)
+        self.prompt: tuple[TokenLogprobs | None, ...] = ()
+        self.text_logprobs = TextLogprobs(tokenizer)
         self.last = Event()
         self.seen = False
 
     def take(self, event: Event) -> list[TokenLogprobs]:
         """Takes an event; what is told about its token."""
         self.last, self.seen = event, True
+        self.prompt = event.prompt_logprobs or self.prompt
         one = event.logprobs
         return [] if one is None or one.token_id in self.request.stop_ids else [one]
 
@@ -37,11 +40,12 @@ class _Choice:
 class Answer:
     """One call's answer in the form its endpoint and stream options ask for; choices in the order of `requests`."""
 
-    def __init__(self, body: Body, request_id: str, requests: Sequence[Request], token_bytes: TokenBytes):
+    def __init__(self, body: Body, request_id: str, requests: Sequence[Request], tokenizer: Encoder):
         self._body = body
         self._chat = isinstance(body, ChatBody)
-        self._token_bytes = token_bytes
-        self._choices = [_Choice(request, token_bytes) for request in requests]
+        self._token_bytes = tokenizer.token_bytes
+        echoes = _echoes(body, requests, tokenizer)
+        self._choices = [_Choice(request, tokenizer, echo) for request, echo in zip(requests, echoes, strict=True)]
         self._head = {
             "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{request_id}",
             "object": "chat.completion" if self._chat else "text_completion",
@@ -59,8 +63,11 @@ class Answer:
         """The whole answer, after all events were added."""
         choices = []
         for index, one in enumerate(self._choices):
-            message = {"message": {"role": "assistant", "content": one.text}} if self._chat else {"text": one.text}
+            text = (one.echo or "") + one.text
+            message = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+            echoed = self._echoed(one)
             logprobs = self._logprobs(one, one.tokens)
+            logprobs = joined(echoed, logprobs) if echoed and logprobs else logprobs
             choices.append({"index": index, "logprobs": logprobs, "finish_reason": one.last.finish_reason, **message})
         return {**self._head, "choices": choices, "usage": self._usage()}
 
@@ -73,7 +80,10 @@ class Answer:
     def chunks(self, index: int, event: Event) -> Iterator[str]:
         """A choice's event as stream lines: its text and token, and at its end the finish reason."""
         choice = self._choices[index]
+        first = not choice.seen
         told = choice.take(event)
+        if first and choice.echo is not None and event.failure is None:
+            yield self._chunk(index, choice.echo, logprobs=self._echoed(choice))
         if event.text or told:
             content = {"content": event.text} if self._chat else event.text
             yield self._chunk(index, content, logprobs=self._logprobs(choice, told) if told else None)
@@ -106,7 +116,14 @@ class Answer:
             return None
         if self._chat:
             return {"content": [chat_entry(one, self._token_bytes) for one in tokens], "refusal": None}
-        return choice.text_logprobs.of(tokens)
+        return choice.text_logprobs.of([one.token_id for one in tokens], tokens)
+
+    def _echoed(self, choice: _Choice) -> dict[str, Any] | None:
+        """The prompt's log-probabilities; a text prompt does not show the control tokens that it was given."""
+        if not choice.prompt:
+            return None
+        prompt = choice.request.prompt
+        return choice.text_logprobs.of(prompt, choice.prompt, shows_control=not _is_text(self._body))
 
     def _chunk(
         self, index: int, content: Any, *, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
@@ -133,6 +150,18 @@ class Answer:
             "total_tokens": prompt_tokens + completion_tokens,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+
+
+def _echoes(body: Body, requests: Sequence[Request], tokenizer: Encoder) -> list[str | None]:
+    """The prompt's text for each request whose answer begins with it: as it was sent, or all that its ids write."""
+    if not (isinstance(body, CompletionBody) and body.echo):
+        return [None] * len(requests)
+    texts = [one if isinstance(one, str) else tokenizer.decode(one, skip_special_tokens=False) for one in body.prompts]
+    return [text for text in texts for _ in range(body.n)]
+
+
+def _is_text(body: Body) -> bool:
+    return isinstance(body, CompletionBody) and isinstance(body.prompts[0], str)
 
 
 def _line(data: dict[str, Any]) -> str:

@@ -115,7 +115,7 @@ async def _answer(served: Served, http: Request, kind: type[ChatBody] | type[Com
     requests = make_requests(body, request_id, prompts, served.limits, session)
     events = _Events(served.engine, [request.id for request in requests])
     _submit(served.engine, requests, events)
-    answer = Answer(body, request_id, requests, served.tokenizer.token_bytes)
+    answer = Answer(body, request_id, requests, served.tokenizer)
     watcher = asyncio.create_task(_abort_on_disconnect(http, events))
     streams = False
     try:

@@ -39,29 +39,33 @@ def page_buckets(most: int) -> list[int]:
     return [*sizes, most]
 
 
+Shape = tuple[int | str, ...]
+"""Names the shape of a step: (rows, tokens) of a prefill, (rows,) of a decode step, ("score",) of a scoring step."""
+
+
 class ReadyShapes:
     """Which shapes of steps may be used: all, or while the server still compiles only those that are ready.
 
-    Prefill shapes are (rows, tokens), decode shapes (rows,). Read by workers, extended by the compiling thread.
+    Read by workers, extended by the compiling thread.
     """
 
     def __init__(self) -> None:
-        self._only: set[tuple[int, ...]] | None = None
+        self._only: set[Shape] | None = None
 
-    def limit(self, shapes: Iterable[tuple[int, ...]]) -> None:
+    def limit(self, shapes: Iterable[Shape]) -> None:
         """Only these from now on."""
         self._only = set(shapes)
 
-    def add(self, shape: tuple[int, ...]) -> None:
+    def add(self, shape: Shape) -> None:
         """This one too."""
         if self._only is not None:
             self._only.add(shape)
 
-    def knows(self, shape: tuple[int, ...]) -> bool:
+    def knows(self, shape: Shape) -> bool:
         """Whether it is known to be compiled."""
         return self._only is not None and shape in self._only
 
-    def __contains__(self, shape: tuple[int, ...]) -> bool:
+    def __contains__(self, shape: Shape) -> bool:
         return self._only is None or shape in self._only
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from pshare_jax.model.paged_attention import Rows
-from pshare_jax.serving.buckets import ReadyShapes, bucket_of, row_buckets
+from pshare_jax.serving import scoring
+from pshare_jax.serving.buckets import ReadyShapes, Shape, bucket_of, row_buckets
 from pshare_jax.serving.control import Control, Weights
 from pshare_jax.serving.preemption import restore, save
-from pshare_jax.serving.request import Sequence, State
+from pshare_jax.serving.request import Event, Sequence, State
 from pshare_jax.serving.sampler import Sampler
 from pshare_jax.serving.scheduler import Scheduler
 from pshare_jax.serving.transfer import KVTransfer
@@ -43,10 +44,11 @@ class DecodeWorker:
         self._control, self._max_rows, self._table_len = control, max_rows, table_len
         self._turns = itertools.count(1)
         self.ready = ReadyShapes()
-        self._ran: set[tuple[Any, int]] = set()
+        self._ran: set[tuple[Any, Shape]] = set()
         self.num_preempted = 0
         self.num_steps = 0
         self.num_tokens = 0
+        self.num_scored = 0
 
     @property
     def must_poll(self) -> bool:
@@ -66,18 +68,33 @@ class DecodeWorker:
             for sequence in started:
                 if sequence.saved is not None:
                     restore(sequence)
-            batch = self._next_batch()
-            if batch:
-                self._run(batch)
-            return bool(batch) or bool(started) or done
+            return self._turn() or bool(started) or done
         except Exception:
             self._failed()
             return True
 
+    def _turn(self) -> bool:
+        """One step: of a sequence that has prompt tokens to score, or of a group that generates."""
+        with self._control.lock:
+            waiting = [one for one in self._scheduler.decoding[self.index] if not one.final]
+        if scoring.SHAPE not in self.ready:
+            waiting = [one for one in waiting if one.opened]
+        if not waiting:
+            return False
+        waiting.sort(key=lambda one: (one.last_turn, one.number))
+        if not waiting[0].opened:
+            self._score(waiting[0])
+            return True
+        batch = self._next_batch([one for one in waiting if one.opened])
+        if batch:
+            self._run(batch)
+        return bool(batch)
+
     @property
-    def never_run(self) -> tuple[Weights, int] | None:
-        """Weights and rows of a step that is compiled and never ran."""
-        compiled = [rows for rows in row_buckets(self._max_rows) if self.ready.knows((rows,))]
+    def never_run(self) -> tuple[Weights, Shape] | None:
+        """Weights and shape of a step that is compiled and never ran."""
+        shapes: list[Shape] = [*((rows,) for rows in row_buckets(self._max_rows)), scoring.SHAPE]
+        compiled = [shape for shape in shapes if self.ready.knows(shape)]
         steps = itertools.product(self._tasks.values(), compiled)
         return next((one for one in steps if (one[0].paged.decode, one[1]) not in self._ran), None)
 
@@ -85,29 +102,48 @@ class DecodeWorker:
         """Runs a step that never ran, on no sequence, since a first run is slow; False if there is none."""
         if (step := self.never_run) is None:
             return False
-        weights, num_rows = step
+        weights, shape = step
         try:
-            logits = self._call(weights, np.zeros((num_rows, 1), np.int32), Rows.empty(num_rows, self._table_len))
-            self._sampler.sample(logits, [])
+            if shape == scoring.SHAPE:
+                self._call_score(weights, *scoring.no_rows(self._table_len))
+            else:
+                tokens = np.zeros((int(shape[0]), 1), np.int32)
+                logits = self._call(weights, tokens, Rows.empty(len(tokens), self._table_len))
+                self._sampler.sample(logits, [])
         except Exception:
             self._failed()
         return True
 
     def _call(self, weights: Weights, tokens: np.ndarray, rows: Rows) -> Any:
-        self._ran.add((weights.paged.decode, len(tokens)))
+        self._ran.add((weights.paged.decode, (len(tokens),)))
         return self.pool.run(weights.paged.decode, weights.params, tokens, rows)
+
+    def _call_score(self, weights: Weights, tokens: np.ndarray, rows: Any) -> Any:
+        self._ran.add((weights.paged.decode, scoring.SHAPE))
+        return self.pool.run(weights.paged.score, weights.params, tokens, rows)
+
+    def _score(self, sequence: Sequence) -> None:
+        """Its next prompt tokens through its module, at most a step's."""
+        num_tokens, scores = 0, []
+        sequence.last_turn = next(self._turns)
+        if sequence.to_score[0] < sequence.to_score[1]:
+            tokens, rows, num_tokens = scoring.next_rows(sequence, self._table_len)
+            result = self._call_score(self._tasks[sequence.request.task], tokens, rows)
+            if sequence.request.scores_prompt:
+                scores = scoring.reported(sequence, result, num_tokens)
+        self.num_scored += num_tokens
+        with self._control.lock:
+            if not sequence.final and (event := sequence.scored(num_tokens, scores)) is not None:
+                self._give(sequence, event)
+            if self._scheduler.reap_decode(self.index):
+                self._control.wake()
 
     def _failed(self) -> None:
         logger.exception("a decode step of %s failed", self.pool.name)
         self._control.pool_failed(self.pool)
 
-    def _next_batch(self) -> list[Sequence]:
-        """Sequences of one group, those whose turn was longest ago first, with room for their next token each."""
-        with self._control.lock:
-            waiting = [one for one in self._scheduler.decoding[self.index] if not one.final]
-        if not waiting:
-            return []
-        waiting.sort(key=lambda one: (one.last_turn, one.number))
+    def _next_batch(self, waiting: list[Sequence]) -> list[Sequence]:
+        """Sequences of the first one's group, in this order, with room for their next token each."""
         weights = self._weights(waiting[0])
         group = [one for one in waiting if self._weights(one) is weights][: self._row_buckets()[-1]]
         for sequence in sorted(group, key=lambda one: one.number):
@@ -164,12 +200,11 @@ class DecodeWorker:
         with self._control.lock:
             for row, sequence in enumerate(batch):
                 if not sequence.final:
-                    self._tell(sequence, *sampled(row, sequence))
+                    self._give(sequence, sequence.accept(*sampled(row, sequence)))
             if self._scheduler.reap_decode(self.index):
                 self._control.wake()
 
-    def _tell(self, sequence: Sequence, token_id: int, logprobs: Any) -> None:
-        event = sequence.accept(token_id, logprobs)
+    def _give(self, sequence: Sequence, event: Event) -> None:
         if event.last:
             self._control.end(sequence, State.FINISHED, event)
         else:

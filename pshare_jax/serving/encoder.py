@@ -1,6 +1,6 @@
 """What the api needs of a tokenizer. Imports no jax."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -11,6 +11,11 @@ class Encoder(Protocol):
     @property
     def special_tokens(self) -> dict[str, str | None]:
         """The texts of the named control tokens, such as `eos_token`."""
+        ...
+
+    @property
+    def special_ids(self) -> Collection[int]:
+        """The control tokens' ids."""
         ...
 
     @property

@@ -137,18 +137,19 @@ class Engine:
 
     def submit_all(self, requests: Items[Request], on_events: Items[Callable[[Event], None]]) -> None:
         """Takes all requests, or none of them; else like `submit`."""
-        keys: dict[tuple[str, str, tuple[int, ...]], list[PageKey]] = {}
+        keys: dict[tuple[str, str, int, tuple[int, ...]], list[PageKey]] = {}
         sequences = []
         for request, on_event in zip(requests, on_events, strict=True):
             # The choices of one prompt share its keys, so that it is hashed once.
-            named = request.task, request.cache_salt, request.prompt
+            named = request.task, request.cache_salt, request.base_len, request.prompt
             if named not in keys:
                 keys[named] = self._keys(request)
             sequences.append(self._sequence(request, on_event, keys[named]))
         self._submit(sequences, None)
 
     def _keys(self, request: Request) -> list[PageKey]:
-        return page_keys(self.settings.key_of(request.task), request.cache_salt, request.prompt, self.page_size)
+        context = request.prompt[: request.base_len + 1]
+        return page_keys(self.settings.key_of(request.task), request.cache_salt, context, self.page_size)
 
     def _sequence(self, request: Request, on_event: Callable[[Event], None], keys: list[PageKey]) -> Sequence:
         history = TokenHistory(

@@ -5,9 +5,10 @@ answer's text in UTF-8. Ids that end an answer have no entry; other control toke
 by their own text, which the answer does not show.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from pshare_jax.serving.encoder import Encoder
 from pshare_jax.serving.request import TokenLogprobs
 
 LEAST = -9999.0
@@ -38,18 +39,19 @@ def _chat_token(token_id: int, logprob: float, token_bytes: TokenBytes) -> dict[
 class TextLogprobs:
     """The `logprobs` objects of one completion: four lists, one entry a token; `text_offset` counts characters."""
 
-    def __init__(self, token_bytes: TokenBytes):
-        self._token_bytes = token_bytes
+    def __init__(self, tokenizer: Encoder):
+        self._tokenizer = tokenizer
         self._characters = 0
 
-    def of(self, tokens: list[TokenLogprobs]) -> dict[str, Any]:
-        """The object for the next tokens."""
-        offsets = [self._offset(one.token_id) for one in tokens]
+    def of(
+        self, token_ids: Sequence[int], told: Sequence[TokenLogprobs | None], *, shows_control: bool = False
+    ) -> dict[str, Any]:
+        """The object for the next tokens (None: without a log-probability); the text may show control tokens or not."""
         return {
-            "tokens": [self._text(one.token_id) for one in tokens],
-            "token_logprobs": [max(one.logprob, LEAST) for one in tokens],
-            "top_logprobs": [self._top(one) for one in tokens],
-            "text_offset": offsets,
+            "tokens": [self._text(token_id) for token_id in token_ids],
+            "token_logprobs": [None if one is None else max(one.logprob, LEAST) for one in told],
+            "top_logprobs": [None if one is None else self._top(one) for one in told],
+            "text_offset": [self._offset(token_id, shows_control) for token_id in token_ids],
         }
 
     def _top(self, one: TokenLogprobs) -> dict[str, float]:
@@ -58,14 +60,28 @@ class TextLogprobs:
         return {self._text(token_id): max(logprob, LEAST) for token_id, logprob in reversed(pairs)}
 
     def _text(self, token_id: int) -> str:
-        return token_text(self._token_bytes(token_id))
+        return token_text(self._tokenizer.token_bytes(token_id))
 
-    def _offset(self, token_id: int) -> int:
+    def _offset(self, token_id: int, shows_control: bool) -> int:
         """Where the token's first character begins, perhaps with bytes of tokens before it."""
-        data = self._token_bytes(token_id)
+        data = self._shown(token_id, shows_control)
         begins = self._characters - (1 if data and _continues(data[0]) and self._characters else 0)
         self._characters += sum(not _continues(byte) for byte in data)
         return begins
+
+    def _shown(self, token_id: int, shows_control: bool) -> bytes:
+        """What the token writes into the text."""
+        if token_id in self._tokenizer.special_ids and not shows_control:
+            return b""
+        data = self._tokenizer.token_bytes(token_id)
+        # SentencePiece tokenizers drop a text's first blank.
+        dropped = not self._characters and data[:1] == b" " and not self._tokenizer.decode([token_id]).startswith(" ")
+        return data[1:] if dropped else data
+
+
+def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Two objects after each other."""
+    return {name: [*first[name], *second[name]] for name in first}
 
 
 def _continues(byte: int) -> bool:

@@ -118,12 +118,14 @@ class _EngineCollector:
     def _decode(self) -> Iterator[Metric]:
         steps = CounterMetricFamily("pshare_decode_steps", "Decode steps.", labels=["worker"])
         tokens = CounterMetricFamily("pshare_decoded_tokens", "Tokens that decode steps made.", labels=["worker"])
+        scored = CounterMetricFamily("pshare_scored_tokens", "Prompt tokens of scoring steps.", labels=["worker"])
         preempted = CounterMetricFamily("pshare_preemptions", "Answers put aside for want of pages.", labels=["worker"])
         for worker in self._engine.decode_workers:
             steps.add_metric([str(worker.index)], worker.num_steps)
             tokens.add_metric([str(worker.index)], worker.num_tokens)
+            scored.add_metric([str(worker.index)], worker.num_scored)
             preempted.add_metric([str(worker.index)], worker.num_preempted)
-        yield from (steps, tokens, preempted)
+        yield from (steps, tokens, scored, preempted)
 
     def _transfers(self) -> Iterator[Metric]:
         told = {

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
+from pshare_jax.boundary import base_len
 from pshare_jax.errors import PshareError
 from pshare_jax.sampling_params import NUM_TOP, SamplingParams
 from pshare_jax.serving.fields import (
@@ -93,8 +94,8 @@ class _Body(Fields):
     model: str
     stream: bool = False
     stream_options: dict[str, Any] = {}
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] = 0
@@ -117,6 +118,13 @@ class _Body(Fields):
     def checks(cls) -> dict[str, Any]:
         """The checks that both endpoints have."""
         return {"stop": check_stop, "stream_options": check_stream_options, "logit_bias": check_logit_bias}
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> "_Body":
+        for name in ("max_tokens", "max_completion_tokens"):
+            if getattr(self, name) == 0 and not getattr(self, "echo", False):
+                raise ValueError(f"{name} must be at least 1; 0 is for completions with echo.")
+        return self
 
     @property
     def include_usage(self) -> bool:
@@ -157,10 +165,16 @@ class ChatBody(_Body):
 
 
 class CompletionBody(_Body):
-    """POST /v1/completions: `prompt` is text or token ids, or a list of one of the two."""
+    """POST /v1/completions: `prompt` is text or token ids, or a list of one of the two.
+
+    `echo` with `logprobs` scores the prompt; `response_start` says from which token on a prompt is a begun answer, one
+    number or one for each prompt (design.md, invariant 4).
+    """
 
     prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: Annotated[int, Field(ge=0, le=NUM_TOP)] | None = None
+    echo: bool = False
+    response_start: int | list[int] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -173,6 +187,18 @@ class CompletionBody(_Body):
     def num_logprobs(self) -> int | None:
         """Alternatives to report with each token's log-probability, None for no log-probabilities."""
         return self.logprobs
+
+    def response_starts(self, num_prompts: int) -> list[int | None]:
+        """One for each prompt."""
+        starts = self.response_start
+        return [*starts] if isinstance(starts, list) else [starts] * num_prompts
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "CompletionBody":
+        starts, prompts = self.response_start, self.prompts
+        if isinstance(starts, list) and len(starts) != len(prompts):
+            raise ValueError(f"response_start has {len(starts)} numbers for {len(prompts)} prompts.")
+        return self
 
     @classmethod
     def checks(cls) -> dict[str, Any]:
@@ -227,9 +253,12 @@ def make_requests(
     sampling = [_sampling(body, seed, choice, limits.vocab_size) for choice in range(body.n)]
     stop_ids = frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else limits.stop_ids)
     requests = []
-    for prompt in prompts:
+    text = body if isinstance(body, CompletionBody) else None
+    starts = [None] * len(prompts) if text is None else text.response_starts(len(prompts))
+    for prompt, start in zip(prompts, starts, strict=True):
         ids = tuple(prompt)
         max_tokens = _check_length(body, prompt, limits)
+        _check_start(start, len(prompt))
         for one in sampling:
             requests.append(
                 Request(
@@ -242,6 +271,8 @@ def make_requests(
                     stop_ids=stop_ids,
                     min_tokens=body.min_tokens,
                     logprobs=body.num_logprobs,
+                    scores_prompt=text is not None and text.echo and text.logprobs is not None,
+                    response_start=start,
                     cache_salt=body.cache_salt or "",
                     session=session or body.prompt_cache_key or body.user,
                 )
@@ -290,6 +321,13 @@ def _check_length(body: Body, prompt: list[int], limits: Limits) -> int:
         message = f"min_tokens is {body.min_tokens}, but an answer may have {max_tokens} tokens at most here."
         raise ApiError(400, message, param="min_tokens")
     return max_tokens
+
+
+def _check_start(start: int | None, prompt_len: int) -> None:
+    try:
+        base_len(prompt_len, start)
+    except PshareError as error:
+        raise ApiError(400, str(error), param="response_start") from None
 
 
 def check_model(name: str, tasks: list[str]) -> None:

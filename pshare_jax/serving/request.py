@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from pshare_jax.boundary import base_len
 from pshare_jax.sampling_params import SamplingParams
 from pshare_jax.serving.output import TextOutput
 from pshare_jax.serving.page_keys import PageKey
@@ -27,7 +28,9 @@ class Request:
     """One prompt and how to continue it; `max_tokens` and the prompt together fit the model's context.
 
     `cache_salt` parts the prefix cache between tenants, `session` names a growing context for the router. `logprobs` is
-    how many alternatives to report with each token's log-probability (0: its own alone), None reports nothing.
+    how many alternatives to report with each token's log-probability (0: its own alone), None reports nothing;
+    `scores_prompt` reports the prompt's tokens too. From `response_start` on, the prompt is a begun answer: the base encodes
+    what is before it but for one token, and the decode module goes on from its own KV of the rest (design.md, invariant 4).
     """
 
     id: str
@@ -39,17 +42,37 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     min_tokens: int = 0
     logprobs: int | None = None
+    scores_prompt: bool = False
+    response_start: int | None = None
     cache_salt: str = ""
     session: str | None = None
+
+    @property
+    def base_len(self) -> int:
+        """Leading prompt tokens that the base encodes; the decode module consumes the others itself."""
+        return base_len(len(self.prompt), self.response_start)
+
+    @property
+    def score_start(self) -> int:
+        """The first prompt token that a scoring step consumes; from the last one on, decode steps do."""
+        if self.response_start is not None:
+            return self.base_len
+        return 0 if self.scores_prompt else len(self.prompt) - 1
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """A sampled token's log-probability and the best alternatives, best first, as (id, log-probability)."""
+    """A token's log-probability and the best alternatives, best first, as (id, log-probability)."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def of(cls, token_id: int, logprob: Any, top_ids: Any, top_logprobs: Any, wanted: int) -> "TokenLogprobs":
+        """From numbers in NumPy: the log-probability, and the best tokens' `[num]`, of which `wanted` are told."""
+        top = zip(top_ids[:wanted].tolist(), top_logprobs[:wanted].tolist(), strict=True)
+        return cls(token_id, float(logprob), tuple(top))
 
 
 @dataclass(frozen=True)
@@ -58,7 +81,8 @@ class Event:
 
     `text` is what may be shown now (often one token's text, possibly empty). The last event of a sequence has a
     `finish_reason` ("stop", "length", "abort") or an `error` sentence. `cached_tokens` counts the prompt's tokens that
-    were not prefilled for this request.
+    were not prefilled for this request. `prompt_logprobs`, one entry for each prompt token (None where there is no score),
+    come once, before the first token, if they were asked for.
     """
 
     text: str = ""
@@ -67,6 +91,7 @@ class Event:
     error: str | None = None
     cached_tokens: int = 0
     logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
     @property
     def failure(self) -> str | None:
@@ -157,6 +182,11 @@ class Sequence:
     cached_tokens: int = 0
     counted: bool = False
     """Whether its prefix hits are in the cache's statistics."""
+    opened: bool = False
+    """Whether scoring steps have done what they have to before it generates."""
+    num_scored: int = 0
+    """How many of its prompt's tokens they have consumed."""
+    scores: list[TokenLogprobs] = field(default_factory=list)
     last_turn: int = 0
     """The decode step that it took part in last."""
     lost: bool = False
@@ -194,6 +224,30 @@ class Sequence:
     def next_input(self) -> int:
         """The token that the decode module consumes next: the last prompt token, then its own."""
         return self.completion_ids[-1] if self.completion_ids else self.request.prompt[-1]
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.opened = request.max_tokens > 0 and request.response_start is None and not request.scores_prompt
+
+    @property
+    def to_score(self) -> tuple[int, int]:
+        """The prompt tokens that scoring steps have yet to consume, from the first to before the last: (start, end)."""
+        return self.request.score_start + self.num_scored, len(self.request.prompt) - 1
+
+    def scored(self, num_tokens: int, scores: list[TokenLogprobs]) -> Event | None:
+        """So many more tokens were consumed, with these scores of the tokens behind each; what is to be told, if anything."""
+        self.num_scored += num_tokens
+        self.scores += scores
+        self.progressed = time.monotonic()
+        start, end = self.to_score
+        if start < end:
+            return None
+        self.opened = True
+        told: tuple[TokenLogprobs | None, ...] = ()
+        if self.request.scores_prompt:
+            told = (*[None] * (len(self.request.prompt) - len(self.scores)), *self.scores)
+        ends = None if self.request.max_tokens else "length"
+        return Event("", 0, ends, None, self.cached_tokens, None, told) if told or ends else None
 
     def accept(self, token_id: int, logprobs: TokenLogprobs | None = None) -> Event:
         """Takes a sampled token: what may be shown, and why it ends if it does."""

@@ -81,5 +81,4 @@ def _with_logprobs(
     wanted = sequence.request.logprobs
     if wanted is None:
         return ids[row], None
-    top = tuple(zip(top_ids[row, :wanted].tolist(), top_logprobs[row, :wanted].tolist(), strict=True))
-    return ids[row], TokenLogprobs(ids[row], float(logprobs[row]), top)
+    return ids[row], TokenLogprobs.of(ids[row], logprobs[row], top_ids[row], top_logprobs[row], wanted)

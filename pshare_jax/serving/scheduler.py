@@ -86,7 +86,7 @@ class Scheduler:
             return False
         # A preempted sequence has its tail page's content in host memory: the base makes full pages alone for it.
         full_len = len(sequence.keys) * pool.page_size
-        sequence.context_len = len(sequence.request.prompt) - 1 if sequence.saved is None else full_len
+        sequence.context_len = sequence.request.base_len if sequence.saved is None else full_len
         sequence.num_sent = held.num_shared
         sequence.lost, sequence.copies_in_flight = False, 0
         return True

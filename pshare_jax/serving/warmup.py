@@ -17,7 +17,8 @@ import numpy as np
 
 from pshare_jax.model.paged_attention import Rows
 from pshare_jax.model.paged_steps import page_moves
-from pshare_jax.serving.buckets import ReadyShapes, pages_for, prefill_shapes, row_buckets
+from pshare_jax.serving import scoring
+from pshare_jax.serving.buckets import ReadyShapes, Shape, pages_for, prefill_shapes, row_buckets
 from pshare_jax.serving.engine import DecodeSide, EngineSettings, PrefillSide
 from pshare_jax.serving.page_store import DevicePages
 
@@ -36,7 +37,7 @@ class Variant:
     name: str
     small: bool
     lower: Callable[[], Any]
-    shape: tuple[int, ...] | None = None
+    shape: Shape | None = None
 
 
 def variants(prefill: Sequence[PrefillSide], decode: Sequence[DecodeSide], settings: EngineSettings) -> list[Variant]:
@@ -46,6 +47,7 @@ def variants(prefill: Sequence[PrefillSide], decode: Sequence[DecodeSide], setti
     programs = [
         *(_prefill(side, settings) for side in prefill),
         *(_decode(side, settings) for side in decode),
+        *(_score(side, settings) for side in decode),
         *(_takes(store) for store in (sources | targets).values()),
         *(_puts(store) for store in targets.values()),
         *(_places(source, target) for source, target in itertools.product(sources.values(), targets.values())),
@@ -53,9 +55,14 @@ def variants(prefill: Sequence[PrefillSide], decode: Sequence[DecodeSide], setti
     found: dict[tuple, Variant] = {}
     for key, variant in itertools.chain.from_iterable(programs):
         found.setdefault(key, variant)
-    return sorted(
-        found.values(), key=lambda one: (not one.small, one.shape is not None and len(one.shape) == 2, one.shape or ())
-    )
+    return sorted(found.values(), key=_turn)
+
+
+def _turn(variant: Variant) -> tuple[bool, int, Shape]:
+    """What is compiled first: what the start needs, moves and decode steps, prefill steps, scoring steps."""
+    shape = variant.shape or ()
+    kind = 2 if shape == scoring.SHAPE else int(len(shape) == 2)
+    return not variant.small, kind, shape
 
 
 def _prefill(side: PrefillSide, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
@@ -90,6 +97,15 @@ def _decode(side: DecodeSide, settings: EngineSettings) -> Iterator[tuple[tuple,
             ("sample", rows, store.mesh),
             Variant(f"sample {rows}", small, functools.partial(side.sampler.lower, rows), (rows,)),
         )
+
+
+def _score(side: DecodeSide, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
+    store = DevicePages.of(side.pool)
+    tokens, rows = scoring.no_rows(pages_for(settings.max_len, store.page_size))
+    for weights in side.tasks.values():
+        step = weights.paged.score
+        lower = functools.partial(step.lower, weights.params, tokens, rows, store.spec)
+        yield ("score", step, store.mesh, store.num_pages), Variant("score", False, lower, scoring.SHAPE)
 
 
 def _takes(store: DevicePages) -> Iterator[tuple[tuple, Variant]]:

@@ -144,6 +144,25 @@ def test_every_choice_is_the_oracles_with_its_log_probabilities(served):
                 assert max(lists["top_logprobs"][place].values()) == pytest.approx(float(exact.max()), abs=1e-4)
 
 
+@pytest.mark.parametrize("start", [None, [9, 4]])
+def test_scores_of_prompts_are_the_oracles(served, start):
+    """Invariant 4, both readings: every token as the first of an answer, and a begun answer as training computes it."""
+    prompts = [list(range(3, 43)), [7, 1, 7, 2, 7, 3]]
+    body = {"model": LORA, "prompt": prompts, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+    if start:
+        body["response_start"] = start
+    answer = served.client.post(TEXT, json=body).json()
+    for index, (choice, ids) in enumerate(zip(answer["choices"], prompts, strict=True)):
+        first = start[index] if start else None
+        expected = ps.score(served.shared, LORA, ids, response_start=first)
+        told = choice["logprobs"]["token_logprobs"][: len(ids)]
+        assert [one is None for one in told] == [one is None for one in expected]
+        assert told == pytest.approx(expected, abs=1e-4)
+        made = ps.generate(served.shared, LORA, ids, max_new_tokens=1, response_start=first)
+        shown = [] if made[0] in served.shared.model.stop_ids else made
+        assert choice["text"] == served.shared.model.tokenizer.decode([*ids, *shown], skip_special_tokens=False)
+
+
 def test_a_concurrent_mix_equals_the_oracle(served):
     def one(number):
         task, ids = TASKS[number % 3], [number + 1] * (40 + number % 5) + [7, 8]

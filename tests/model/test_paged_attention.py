@@ -76,6 +76,37 @@ def test_blocked_equals_gathered(model):
             np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
 
 
+def test_alone_a_token_sees_the_stored_keys_before_it_and_its_own(model):
+    """Scored as the first of an answer: as a chunk of one token would be, and nothing is written."""
+    draw = np.random.default_rng(5)
+    results = []
+    for look_up in (gathered, blocked):
+        paged = Paged(model, 4, look_up)
+        for counts in ([16, 16, 16], [16, 4, 1]):
+            paged.feed(counts, 16)
+        stored, tokens = paged.pool, draw.integers(0, model.config.vocab_size, (3, 8)).astype(np.int32)
+        draw = np.random.default_rng(5)
+        starts, counts = np.array([20, 12, 9], np.int32), np.array([8, 8, 8], np.int32)
+
+        @jax.jit
+        def step(tokens, rows, pool, alone, look_up=look_up):
+            decoder = model.architecture.bind(model.params)
+            attend = paged_attend(model.config, rows, look_up, alone)
+            hidden, pool = decoder(tokens, rows.positions(tokens.shape[1]), attend, pool)
+            return decoder.logits(hidden), pool
+
+        rows = Rows(paged.table, starts, counts)
+        logits, after = step(tokens, rows, stored, np.array(True))
+        for before, now in zip(jax.tree.leaves(stored), jax.tree.leaves(after), strict=True):
+            np.testing.assert_array_equal(before[:, 1:], now[:, 1:])
+        for index in range(8):
+            one = Rows(paged.table, starts + index, np.ones(3, np.int32))
+            expected, _ = step(tokens[:, index : index + 1], one, stored, np.array(False))
+            np.testing.assert_allclose(logits[:, index], expected[:, 0], atol=1e-4, rtol=0)
+        results.append(np.asarray(logits))
+    assert np.isfinite(results).all()
+
+
 def test_pages_move_between_pools_of_other_tp_degrees(tiny_folders):
     model = ps.load(tiny_folders["llama"])
     meshes = make_mesh([0, 1], 2), make_mesh([4], 1)

@@ -113,7 +113,10 @@ class WorldEngines(Engines):
 
     def expected(self, request: Request) -> Rollout:
         """What the plain loop gives, asked once."""
-        key = self.sharing, dataclasses.replace(request, id="", logprobs=None, cache_salt="", session=None)
+        key = (
+            self.sharing,
+            dataclasses.replace(request, id="", logprobs=None, scores_prompt=False, cache_salt="", session=None),
+        )
         if key not in self._world.rollouts:
             self._world.rollouts[key] = rollout(self._world.loops[self.sharing].oracle(request.task), request)
         return self._world.rollouts[key]
@@ -167,17 +170,19 @@ class WorldEngines(Engines):
 
 def logprobs(answer: Answer) -> list[float]:
     """Of the answer's tokens, which must come with them."""
-    reported = [event.logprobs for event in answer.events]
+    reported = [event.logprobs for event in answer.events if not event.prompt_logprobs]
     assert [one and one.token_id for one in reported] == answer.ids
     return [one.logprob for one in reported if one is not None]
 
 
 def rollout(shared: SharedModel, request: Request) -> Rollout:
     """`ps.rollout` with all shorter contexts filled up to one length, behind their end, so that few shapes are compiled."""
-    context = [*request.prompt[:-1]]
-    padding = [0] * (CAPACITY - 1 - len(context))
-    kv = shared.prefill([context + padding])
-    kv = shared.transfer(dataclasses.replace(kv, length=len(context)))
+    context, num_base = [*request.prompt[:-1]], request.base_len
+    padding = [0] * (CAPACITY - 1 - num_base)
+    kv = shared.prefill([context[:num_base] + padding])
+    kv = shared.transfer(dataclasses.replace(kv, length=num_base))
+    if num_base < len(context):
+        kv = shared.decode(request.task, [context[num_base:]], kv)[1]
     return continue_from(
         shared,
         request.task,

@@ -237,8 +237,10 @@ class FakeDecode(_Fake):
     def __init__(self, answer: Echo | Script, faults: list[str]):
         super().__init__(faults)
         self.answer = answer
-        self.paged = SimpleNamespace(decode=self._decode)
+        self.paged = SimpleNamespace(decode=self._decode, score=self._score)
         self.inputs: list[int] = []
+        self.scored: list[int] = []
+        """All tokens that it was given to score."""
         self.rows: list[int] = []
         self.fail_at: int | None = None
         """How many ids of an answer are out when a step fails."""
@@ -253,6 +255,28 @@ class FakeDecode(_Fake):
         for row in real:
             logits[row, self._next(int(tokens[row, 0]), rows.page_table[row], int(rows.lengths[row]), pages)] = 99.0
         return logits, pages
+
+    def _score(self, params: Any, tokens: np.ndarray, rows: Any, pages: np.ndarray) -> tuple[Any, np.ndarray]:
+        """A target's log-probability is 0 if it is the answer's next token, else -1."""
+        self.before()
+        if params is not self.params:
+            self.faults.append("a task was scored with the parameters of another")
+        (count,), (length,), (table,) = rows.rows.counts, rows.rows.lengths, rows.rows.page_table
+        logprobs, best = np.full(tokens.shape, -1.0), np.zeros((*tokens.shape, 1), np.int64)
+        for index, token in enumerate(tokens[0, :count].tolist()):
+            best[0, index, 0] = self._scored(token, table, int(length) + index, pages, bool(rows.alone))
+            logprobs[0, index] = 0.0 if best[0, index, 0] == rows.targets[0, index] else -1.0
+        self.scored += tokens[0, :count].tolist()
+        return (logprobs, best, np.zeros(best.shape)), pages
+
+    def _scored(self, token: int, table: np.ndarray, position: int, pages: np.ndarray, alone: bool) -> int:
+        old = self._read(pages, table, position)
+        made = int((old[:, WRITER] == DECODE).sum())
+        if old[:, WRITER].tolist() != [PREFILL] * (position - made) + [DECODE] * made or (alone and made):
+            self._fault("a token must be scored on prefill's KV, and then its own module's", old)
+        if not alone:
+            self._write(pages, table, old, [token], DECODE)
+        return self.answer.next_id([*old[:, TOKEN].tolist(), token], made)
 
     def _next(self, token: int, table: np.ndarray, length: int, pages: np.ndarray) -> int:
         num_faults = len(self.faults)
@@ -320,6 +344,7 @@ class ByteTokenizer:
 
     vocab_size = VOCAB
     chat_template = "a template"
+    special_ids = frozenset(range(256, VOCAB))
 
     @property
     def special_tokens(self):

@@ -195,6 +195,7 @@ VALUES = [
 FIELDS = [
     "max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stream", "stream_options", "n", "prompt",
     "messages", "tools", "tool_choice", "model", "stop_token_ids", "user", "response_format", "logit_bias", "echo",
+    "logprobs", "response_start",
 ]
 # fmt: on
 

@@ -156,6 +156,64 @@ def test_a_stop_string_leaves_the_entries_of_its_tokens(server):
     assert (choice["text"], "".join(choice["logprobs"]["tokens"])) == ("ABC", "ABCDE")
 
 
+# --- prompts in the answer ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("logprobs", [None, 0, 2])
+@pytest.mark.parametrize("prompt", ["wörld", [*b"w", 257, *b"rld"]])
+def test_echo_begins_with_the_prompt(server, prompt, logprobs):
+    body = {"model": "abc", "prompt": [prompt, prompt], "echo": True, "max_tokens": 3, "logprobs": logprobs, "n": 2}
+    answer = server.client.post(PATHS[0], json=body).json()
+    shown = prompt if isinstance(prompt, str) else "w<257>rld"
+    assert [choice["text"] for choice in answer["choices"]] == [shown + text for text in ("ABC", "A") * 2]
+    ids = [*prompt.encode()] if isinstance(prompt, str) else prompt
+    assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (2 * len(ids), 2 * (3 + 2))
+    chunks = server.stream(PATHS[0], **body)
+    for index, choice in enumerate(answer["choices"]):
+        mine = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert mine[0]["text"] == shown
+        assert "".join(map(content, mine)) == choice["text"]
+        lists = choice["logprobs"]
+        if logprobs is None:
+            assert lists is None
+            continue
+        assert {len(one) for one in lists.values()} == {len(ids) + (3, 1)[index % 2]}
+        assert lists["token_logprobs"][0] is lists["top_logprobs"][0] is None
+        assert None not in lists["token_logprobs"][1:]
+        for place, offset in enumerate(lists["text_offset"]):
+            token = lists["tokens"][place]
+            assert token.startswith("bytes:") or choice["text"][offset:].startswith(token)
+        parts = [one["logprobs"] for one in mine if one["logprobs"]]
+        assert {name: [value for part in parts for value in part[name]] for name in lists} == lists
+
+
+def test_the_prompt_alone(server):
+    choice = server.post(prompt="hello", echo=True, max_tokens=0, logprobs=1).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"], len(choice["logprobs"]["tokens"])) == ("hello", "length", 5)
+    choice = server.post(prompt="hello", echo=True, max_tokens=0).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["logprobs"]) == ("hello", "length", None)
+    for path in PATHS:
+        assert error_of(server.client.post(path, json=body_for(path, max_tokens=0)), 400)["param"] == "max_tokens"
+
+
+def test_a_begun_answer_has_scores_from_its_start_on(server):
+    body = {"prompt": ["pABC", "ppppA"], "response_start": [1, 4], "echo": True, "logprobs": 0, "max_tokens": 1}
+    first, second = server.post(**body).json()["choices"]
+    # The script's next tokens have the log-probability 0, others -1.
+    assert first["logprobs"]["token_logprobs"][:4] == [None, 0.0, 0.0, 0.0]
+    assert second["logprobs"]["token_logprobs"][:5] == [None, None, None, None, 0.0]
+    assert (first["text"], second["text"]) == ("pABCD", "ppppAB")
+    # Without echo the answer goes on after what the prompt has begun.
+    assert server.post(prompt="pABC", response_start=1, max_tokens=3).json()["choices"][0]["text"] == "DEF"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "start"), [("abc", 0), ("abc", 3), ("abc", -1), ("a", 1), (["abc", "de"], [1]), (["abc", "de"], [1, 2])]
+)
+def test_a_start_that_no_prompt_has_is_refused(server, prompt, start):
+    assert error_of(server.post(prompt=prompt, response_start=start), 400)["param"] == "response_start"
+
+
 # --- tokens and cache ------------------------------------------------------------------------------------------------
 
 

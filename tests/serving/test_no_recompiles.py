@@ -21,6 +21,7 @@ from pshare_jax.serving.compiles import compile_counter
 from pshare_jax.serving.config import BatchConfig, KVConfig
 from pshare_jax.serving.engine import Engine
 from pshare_jax.serving.request import Request, State
+from pshare_jax.serving.scoring import SCORE_TOKENS
 from pshare_jax.serving.warmup import BackgroundCompiler, Variant, variants
 
 # Devices that no other test uses: what is compiled for them was compiled here.
@@ -52,12 +53,15 @@ def random_request(world: Engines, draw: np.random.Generator, most: int) -> Requ
         fields |= {"temperature": 0.8, "top_p": float(draw.choice([1, 0.9])), "top_k": int(draw.choice([0, 5]))}
     if draw.random() < 0.3:
         fields |= {"presence_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": ((3, -1.0),)}
+    scores = length > 1 and draw.random() < 0.3
     return world.request(
         str(draw.choice(TASKS)),
         draw.integers(0, VOCAB, length),
         answer_len,
         sampling=SamplingParams(**fields),
-        logprobs=int(draw.integers(0, 21)) if draw.random() < 0.3 else None,
+        logprobs=int(draw.integers(0, 21)) if scores or draw.random() < 0.3 else None,
+        scores_prompt=scores,
+        response_start=int(draw.integers(1, length)) if scores and draw.random() < 0.5 else None,
         stop_ids=frozenset(range(10)) if draw.random() < 0.3 else frozenset(),
         min_tokens=int(draw.integers(0, 2)),
         session=str(draw.integers(4)),
@@ -123,7 +127,7 @@ def lora_of(base: ps.Model, rank: int) -> ps.DecodeModule:
     return ps.DecodeModule(architecture, {**base.params, **jax.device_put(new)}, base.mesh)
 
 
-@pytest.mark.parametrize(("ranks", "expected"), [((), 34), ((2,), 39), ((2, 5), 44)])
+@pytest.mark.parametrize(("ranks", "expected"), [((), 35), ((2,), 41), ((2, 5), 47)])
 def test_the_default_config_has_few_programs(sources, ranks, expected):
     base = ps.load(sources[0])
     tasks = {"chat": "base", **{f"lora{rank}": lora_of(base, rank) for rank in ranks}}
@@ -177,8 +181,8 @@ def test_what_is_compiled_has_its_first_run_once_and_hurts_nobody(sources):
     while any(worker.prime() for worker in workers):
         pass
     assert engine.primed
-    assert set(ran) == {*prefill_shapes(128), *((rows, 1) for rows in row_buckets(4))}
-    assert len(ran) == sum(one.name.startswith(("prefill", "decode")) for one in all_variants(sides))
+    assert set(ran) == {*prefill_shapes(128), *((rows, 1) for rows in row_buckets(4)), (1, SCORE_TOKENS)}
+    assert len(ran) == sum(one.name.startswith(("prefill", "decode", "score")) for one in all_variants(sides))
     # The same prompts hit what is cached, which the first runs have left alone.
     world.check(*requests, engine=engine)
 

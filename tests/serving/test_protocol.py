@@ -219,7 +219,6 @@ COMPLETION_FAULTS = [
     ("logprobs", True),
     ("logprobs", 21),
     ("logprobs", -1),
-    ("echo", True),
     ("suffix", "x"),
 ]
 

@@ -80,6 +80,7 @@ class Engines:
             max_new_tokens=request.max_tokens,
             sampling=request.sampling,
             stop_ids=request.stop_ids,
+            response_start=request.response_start,
         )
 
     def request(self, task: str, prompt: Any, max_tokens: int = 6, **fields: Any) -> Request:
