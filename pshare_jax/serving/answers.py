@@ -33,8 +33,7 @@ class _Choice:
         """Takes an event; what is told about its token."""
         self.last, self.seen = event, True
         self.prompt = event.prompt_logprobs or self.prompt
-        one = event.logprobs
-        return [] if one is None or one.token_id in self.request.stop_ids else [one]
+        return [] if event.logprobs is None else [event.logprobs]
 
 
 class Answer:
@@ -115,7 +114,8 @@ class Answer:
         if choice.request.logprobs is None:
             return None
         if self._chat:
-            return {"content": [chat_entry(one, self._token_bytes) for one in tokens], "refusal": None}
+            shown = [one for one in tokens if one.token_id not in choice.request.stop_ids]
+            return {"content": [chat_entry(one, self._token_bytes) for one in shown], "refusal": None}
         return choice.text_logprobs.of([one.token_id for one in tokens], tokens)
 
     def _echoed(self, choice: _Choice) -> dict[str, Any] | None:

@@ -1,8 +1,8 @@
 """OpenAI's two shapes of log-probabilities, from what the sampler reports. Host-side, imports no jax.
 
 A token is told by its own bytes (never as it would look after its neighbours), so that the bytes of all entries are the
-answer's text in UTF-8. Ids that end an answer have no entry; other control tokens (which `ignore_eos` lets through) are told
-by their own text, which the answer does not show.
+answer's text in UTF-8. The id that ends an answer has an entry in a completion (clients count on one for every token) and
+none in a chat; control tokens are told by their own text, which the answer does not show.
 """
 
 from collections.abc import Callable, Sequence

@@ -13,6 +13,8 @@ import pytest
 from server_process import serving
 from tiny import tiny_folder, tiny_module
 
+import pshare_jax as ps
+
 HERE = Path(__file__).parent
 TASK = "org/math-v1.5"
 MESSAGES = [{"role": "user", "content": "hello, who are you today?"}]
@@ -84,6 +86,43 @@ def test_langchain(environment, served, expected):
     saw = used(environment, "use_langchain.py", served)
     assert saw["whole"] == saw["streamed"] == saw["batch"][0] == text
     assert saw["usage"] == saw["stream_usage"] == length
+
+
+def test_lm_eval(environment, served):
+    """Cases of clients.md: generations and one-token continuations by lm-eval's own class are the oracle's; so are longer
+    continuations by docs/pshare_lm_eval.py, and plain echo scores each token as the first of an answer.
+    """
+    shared, tokenizer = served.shared, served.shared.model.tokenizer
+    plain, ours = used(environment, "use_lm_eval.py", served)
+    for samples in (plain, ours):
+        for (question, _), text in samples["texts"]:
+            expected = served.expected(TASK, tokenizer.encode(question, add_special_tokens=False), 8)[0]
+            assert text == expected.split("zz")[0]
+    lengths = []
+    for (question, choice), (score, greedy) in plain["choices"]:
+        ids, start = [tokenizer.encode(text, add_special_tokens=False) for text in (question + choice, question)]
+        start = len(start)
+        lengths.append(len(ids) - start)
+        firsts = [(first(shared, ids[: end + 1]), best(shared, ids[:end])) for end in range(start, len(ids))]
+        assert score == pytest.approx(sum(logprob for logprob, _ in firsts), abs=1e-4 * len(firsts))
+        assert greedy == all(best == token for (_, best), token in zip(firsts, ids[start:], strict=True))
+        begun = next(answer for args, answer in ours["choices"] if args == [question, choice])
+        expected = sum(one or 0.0 for one in ps.score(shared, TASK, ids, response_start=start)[start:])
+        assert begun[0] == pytest.approx(expected, abs=1e-4 * len(firsts))
+        if len(firsts) == 1:
+            assert begun == pytest.approx([score, greedy], abs=1e-4)
+    assert min(lengths) == 1
+    assert max(lengths) > 2
+
+
+def first(shared, ids):
+    """The last id's log-probability as the first of an answer."""
+    (logprob,) = ps.score(shared, TASK, ids, response_start=len(ids) - 1)[-1:]
+    return logprob or 0.0
+
+
+def best(shared, ids):
+    return ps.generate(shared, TASK, ids, max_new_tokens=1)[0]
 
 
 def test_schemathesis(environment, tmp_path):

@@ -131,14 +131,15 @@ def test_text_logprobs_are_one_entry_a_token(server, top):
     lists = whole["logprobs"]
     assert whole["text"] == FAMILY
     assert {name: len(one) for name, one in lists.items()} == dict.fromkeys(
-        ["tokens", "token_logprobs", "top_logprobs", "text_offset"], len(FAMILY.encode())
+        ["tokens", "token_logprobs", "top_logprobs", "text_offset"], len(FAMILY.encode()) + 1
     )
+    assert lists["tokens"][-1] == f"<{EOS}>"
     for token, logprob, tops in zip(lists["tokens"], lists["token_logprobs"], lists["top_logprobs"], strict=True):
         assert tops[token] == logprob == max(tops.values())
         assert len(tops) == max(top, 1)
     # Each byte of a character points to that character.
     offsets = [index for index, character in enumerate(FAMILY) for _ in character.encode()]
-    assert lists["text_offset"] == offsets
+    assert lists["text_offset"] == [*offsets, len(FAMILY)]
     parts = [chunk["choices"][0]["logprobs"] for chunk in server.stream(PATHS[0], **body)]
     joined = {name: [value for part in parts if part for value in part[name]] for name in lists}
     assert joined == lists
@@ -177,12 +178,12 @@ def test_echo_begins_with_the_prompt(server, prompt, logprobs):
         if logprobs is None:
             assert lists is None
             continue
-        assert {len(one) for one in lists.values()} == {len(ids) + (3, 1)[index % 2]}
+        assert {len(one) for one in lists.values()} == {len(ids) + (3, 2)[index % 2]}
         assert lists["token_logprobs"][0] is lists["top_logprobs"][0] is None
         assert None not in lists["token_logprobs"][1:]
         for place, offset in enumerate(lists["text_offset"]):
             token = lists["tokens"][place]
-            assert token.startswith("bytes:") or choice["text"][offset:].startswith(token)
+            assert token.startswith(("bytes:", f"<{EOS}>")) or choice["text"][offset:].startswith(token)
         parts = [one["logprobs"] for one in mine if one["logprobs"]]
         assert {name: [value for part in parts for value in part[name]] for name in lists} == lists
 
