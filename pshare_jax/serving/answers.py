@@ -15,6 +15,8 @@ from pshare_jax.serving.protocol import ApiError, Body, ChatBody, CompletionBody
 from pshare_jax.serving.request import Event, Request, TokenLogprobs
 
 DONE = "data: [DONE]\n\n"
+TOKEN_BYTES = 40
+"""About what a token with its log-probability takes."""
 
 
 class _Choice:
@@ -69,6 +71,13 @@ class Answer:
             logprobs = joined(echoed, logprobs) if echoed and logprobs else logprobs
             choices.append({"index": index, "logprobs": logprobs, "finish_reason": one.last.finish_reason, **message})
         return {**self._head, "choices": choices, "usage": self._usage()}
+
+    @property
+    def size(self) -> int:
+        """About how many bytes the whole answer has."""
+        tokens = sum(len(one.tokens) + len(one.prompt) for one in self._choices)
+        tops = 1 + (self._body.num_logprobs or 0)
+        return sum(len(one.text) for one in self._choices) + TOKEN_BYTES * tokens * tops
 
     def start(self) -> Iterator[str]:
         """What a stream begins with: each choice's role in a chat."""

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from pshare_jax.errors import PshareError
 from pshare_jax.serving.answers import Answer
-from pshare_jax.serving.around import Around
+from pshare_jax.serving.around import HUNG_UP, Around
 from pshare_jax.serving.bodies import maybe_threaded, read_body
 from pshare_jax.serving.encoder import Encoder
 from pshare_jax.serving.engine import Engine, EngineDown, EngineFull
@@ -120,7 +120,7 @@ async def _answer(served: Served, http: Request, kind: type[ChatBody] | type[Com
     streams = False
     try:
         index, event = await events.get()
-        _raise_if_failed(event)
+        _raise_if_failed(event, events)
         if body.stream:
             streams = True
             lines = _stream(answer, index, event, events, watcher, http.state.told)
@@ -128,9 +128,9 @@ async def _answer(served: Served, http: Request, kind: type[ChatBody] | type[Com
         answer.add(index, event)
         while not events.ended:
             index, event = await events.get()
-            _raise_if_failed(event)
+            _raise_if_failed(event, events)
             answer.add(index, event)
-        return JSONResponse(answer.whole())
+        return await maybe_threaded(answer.size, lambda: JSONResponse(answer.whole()))
     finally:
         if not streams:
             _end(answer, events, watcher, http.state.told)
@@ -166,6 +166,10 @@ async def _stream(
             index, event = await events.get()
         for line in answer.end():
             yield line
+    except (asyncio.CancelledError, GeneratorExit):
+        # Nobody reads on.
+        events.hung_up = True
+        raise
     finally:
         _end(answer, events, watcher, told)
 
@@ -175,6 +179,8 @@ def _end(answer: Answer, events: "_Events", watcher: asyncio.Task[None], told: d
     watcher.cancel()
     events.abort()
     told.update(answer.told)
+    if events.hung_up:
+        told["status"] = HUNG_UP
 
 
 class _Events:
@@ -185,6 +191,7 @@ class _Events:
         self._live = dict(enumerate(ids))
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.hung_up = False
 
     def put(self, index: int, event: Event) -> None:
         """Called from a worker's thread; after the loop has closed there is nobody to tell."""
@@ -214,12 +221,16 @@ class _Events:
 async def _abort_on_disconnect(http: Request, events: _Events) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
+    events.hung_up = True
     events.abort()
 
 
-def _raise_if_failed(event: Event) -> None:
-    if event.failure is not None:
-        raise ApiError(503 if event.finish_reason else 500, event.failure, kind="server_error")
+def _raise_if_failed(event: Event, events: _Events) -> None:
+    if event.failure is None:
+        return
+    if events.hung_up:
+        raise ApiError(HUNG_UP, "The client hung up.")
+    raise ApiError(503 if event.finish_reason else 500, event.failure, kind="server_error")
 
 
 def _encode(tokenizer: Encoder, body: Body) -> list[list[int]]:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pshare_jax.serving.protocol import ApiError, error_body
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 request_log = logging.getLogger("pshare_jax.requests")
 OPEN_PATHS = ("/health",)
 """Whoever watches over the process has no key."""
+HUNG_UP = 499
+"""What the log says of a client that did not wait for its answer (nginx's number)."""
 
 
 class Around:
@@ -50,6 +53,8 @@ class Around:
                 await self._app(scope, receive, send_with_id)
             else:
                 await _no_key()(scope, receive, send_with_id)
+        except ClientDisconnect:
+            status = HUNG_UP
         except Exception:
             logger.exception("request %s failed", request_id.decode())
             if not status:

@@ -61,6 +61,11 @@ class ReadyShapes:
         if self._only is not None:
             self._only.add(shape)
 
+    def give_up(self, shape: Shape) -> None:
+        """This one no more, unless it is the last of its kind: a smaller step may work where it failed."""
+        if self._only is not None and any(len(one) == len(shape) and one != shape for one in self._only):
+            self._only.discard(shape)
+
     def knows(self, shape: Shape) -> bool:
         """Whether it is known to be compiled."""
         return self._only is not None and shape in self._only

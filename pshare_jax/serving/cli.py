@@ -27,6 +27,8 @@ from pshare_jax.serving.engine import Engine
 from pshare_jax.settings import load_settings, to_yaml
 
 GRACE_SECONDS = 5
+KEEP_ALIVE_SECONDS = 75
+"""Longer than clients keep idle connections (httpx: 5 s), or one would send into what the server is just closing."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,6 +100,7 @@ def _serve(config: ServeConfig, full_warmup: bool) -> None:
                 log_level="warning",
                 access_log=False,
                 ws="none",
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=math.ceil(config.server.drain_seconds) + GRACE_SECONDS,
             )
             server = Server(settings, served.engine, tell_ready, config.server.drain_seconds)

@@ -111,6 +111,7 @@ class DecodeWorker:
                 logits = self._call(weights, tokens, Rows.empty(len(tokens), self._table_len))
                 self._sampler.sample(logits, [])
         except Exception:
+            self.ready.give_up(shape)
             self._failed()
         return True
 

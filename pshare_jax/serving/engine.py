@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pshare_jax.serving.buckets import pages_for
 from pshare_jax.serving.control import Control, Weights
@@ -214,6 +214,9 @@ class Engine:
         with self.lock:
             if sequence.final:
                 return
+            if state is not State.FINISHED:
+                made = len(sequence.completion_ids)
+                event = replace(event, completion_tokens=made, cached_tokens=sequence.cached_tokens)
             sequence.move(state)
             self.num_ended[state] = self.num_ended.get(state, 0) + 1
             self.scheduler.take_out(sequence)

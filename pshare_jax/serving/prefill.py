@@ -94,6 +94,7 @@ class PrefillWorker:
         try:
             self._call(np.zeros(shape, np.int32), Rows.empty(shape[0], self._table_len)).block_until_ready()
         except Exception:
+            self.ready.give_up(shape)
             self._failed()
         return True
 

@@ -70,7 +70,15 @@ class Scheduler:
             self.waiting[worker].remove(sequence)
             sequence.move(State.PREFILLING)
             self.prefilling[worker].append(sequence)
-        return len(self.waiting[worker]) < before
+        moved = len(self.waiting[worker]) < before
+        if moved:
+            self._came_nearer(worker)
+        return moved
+
+    def _came_nearer(self, worker: int) -> None:
+        """Who still waits has come nearer to its turn, which is progress."""
+        for sequence in self.waiting[worker]:
+            sequence.progressed = time.monotonic()
 
     def _not_next(self, sequence: Sequence) -> None:
         if self._next.get(sequence.decode_worker) is sequence:
@@ -283,6 +291,7 @@ class Scheduler:
             queue.remove(sequence)
             self._not_next(sequence)
             self._may_admit[sequence.prefill_worker] = True
+            self._came_nearer(sequence.prefill_worker)
 
     def reap_prefill(self, worker: int) -> bool:
         """Ended sequences of the prefill worker give everything back, those that lost pages wait again; whether any did."""

@@ -49,18 +49,23 @@ def add_token_routes(app: FastAPI, tokenizer: Encoder, limits: Limits, max_body_
     @app.post("/tokenize", openapi_extra=body_schema(TokenizeBody))
     async def tokenize(http: Request) -> Response:
         body, size = await read_body(http, TokenizeBody, max_body_bytes)
-        tokens = await maybe_threaded(size, lambda: _encode(tokenizer, body))
-        texts = [token_text(tokenizer.token_bytes(token)) for token in tokens] if body.return_token_strs else None
-        answer = {"count": len(tokens), "max_model_len": limits.max_len, "tokens": tokens, "token_strs": texts}
-        return JSONResponse(answer)
+
+        def answer() -> Response:
+            tokens = _encode(tokenizer, body)
+            texts = [token_text(tokenizer.token_bytes(token)) for token in tokens] if body.return_token_strs else None
+            told = {"count": len(tokens), "max_model_len": limits.max_len, "tokens": tokens, "token_strs": texts}
+            return JSONResponse(told)
+
+        return await maybe_threaded(size, answer)
 
     @app.post("/detokenize", openapi_extra=body_schema(DetokenizeBody))
     async def detokenize(http: Request) -> Response:
         body, size = await read_body(http, DetokenizeBody, max_body_bytes)
         if max(body.tokens, default=0) >= limits.vocab_size:
             raise ApiError(400, f"tokens holds an id outside 0 to {limits.vocab_size - 1}.", param="tokens")
-        text = await maybe_threaded(size, lambda: tokenizer.decode(body.tokens, skip_special_tokens=False))
-        return JSONResponse({"prompt": text})
+        return await maybe_threaded(
+            size, lambda: JSONResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        )
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:

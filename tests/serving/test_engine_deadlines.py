@@ -151,3 +151,28 @@ def test_progress_of_any_kind_moves_the_deadline(clock, colocated):
         steps += 1
     assert steps > 40
     assert client.ids("long") == ECHO.answer([1] * 60, 30)
+
+
+def test_who_comes_nearer_to_its_turn_is_not_given_up(clock):
+    """The choices of one large call wait for each other for longer than the deadline."""
+    fakes = make_engine({"t": ECHO}, pages=24, stall_seconds=STALL)
+    client = Client(fakes)
+    names = [client.ask(prompt=[number] * 30, max_tokens=30) for number in range(12)]
+    for _ in range(20_000):
+        if fakes.engine.idle:
+            break
+        fakes.engine.step()
+        clock(STALL / 40)
+    assert [client.end(name) for name in names] == ["length"] * len(names)
+    fakes.check()
+
+
+def test_an_end_before_its_time_tells_what_was_made():
+    fakes = make_engine({"t": ECHO})
+    client = Client(fakes)
+    name = client.ask(prompt=[1] * 9, max_tokens=30)
+    fakes.step_until(lambda: len(client.ids(name)) == 3)
+    fakes.engine.abort(name)
+    last = client.events[name][-1]
+    assert (last.finish_reason, last.completion_tokens) == ("abort", 3)
+    fakes.run()

@@ -221,4 +221,24 @@ def test_what_was_said_before_the_failure_stays_said(caplog):
     fakes.run()
     assert [client.end(name) for name in "ab"] == [FAILED, FAILED]
     assert [client.text(name) for name in "ab"] == ["x", "x"]
-    assert [event.completion_tokens for event in client.events["a"]] == [1, 0]
+    assert [event.completion_tokens for event in client.events["a"]] == [1, 1]
+
+
+def test_a_step_whose_first_run_fails_is_not_used():
+    """Such as for want of memory: smaller steps go on, and the last of a kind is kept."""
+    fakes = make_engine({"t": [*b"xy", EOS]}, chunk=64)
+    client = Client(fakes)
+    (worker,), (decoder,) = fakes.engine.prefill_workers, fakes.engine.decode_workers
+    worker.ready.limit([(1, 16), (1, 64)])
+    decoder.ready.limit([(1,)])
+
+    def no_memory():
+        raise MemoryError
+
+    fakes.prefill[0].before = fakes.decode["t"].before = no_memory
+    assert (worker.prime(), decoder.prime()) == (True, True)
+    assert ((1, 16) in worker.ready, (1, 64) in worker.ready, (1,) in decoder.ready) == (False, True, True)
+    fakes.prefill[0].before = fakes.decode["t"].before = lambda: None
+    name = client.ask(prompt=[1] * 9)
+    fakes.run()
+    assert client.text(name) == "xy"

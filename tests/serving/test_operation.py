@@ -3,7 +3,9 @@
 import json
 import logging
 import re
+import socket
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -131,6 +133,43 @@ def test_each_call_is_a_line(caplog, stream):
         "finish_reasons": ["stop", "stop"],
     }
     assert (second["status"], "task" in second) == (404, False)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_is_told_apart(caplog, stream):
+    with caplog.at_level(logging.INFO, "pshare_jax.requests"), serving() as server:
+        body = {"model": "endless", "prompt": "p", "stream": stream}
+        if stream:
+            with httpx.stream("POST", f"{server.client.base_url}{PATHS[0]}", json=body) as response:
+                lines = response.iter_lines()
+                next(lines)
+        else:
+            with pytest.raises(httpx.TimeoutException):
+                server.client.post(PATHS[0], json=body, timeout=0.3)
+        server.rest()
+        limit = time.monotonic() + 5
+        while not (found := [one for one in caplog.records if "requests" in one.name]):
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+    line = json.loads(found[0].message)
+    assert (line["status"], line["task"]) == (499, "endless")
+    assert line["completion_tokens"] >= 1
+    assert "Traceback" not in caplog.text
+
+
+def test_a_client_that_hangs_up_in_its_body_leaves_no_traceback(caplog):
+    with caplog.at_level(logging.INFO), serving() as server:
+        url = server.client.base_url
+        with socket.create_connection((url.host, url.port)) as end:
+            end.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            time.sleep(0.1)
+        limit = time.monotonic() + 5
+        while not (found := [one for one in caplog.records if one.name == "pshare_jax.requests"]):
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        assert server.post().status_code == 200
+    assert json.loads(found[0].message)["status"] == 499
+    assert "Traceback" not in caplog.text
 
 
 def test_a_bug_is_an_error_object_with_its_id(monkeypatch, caplog):
