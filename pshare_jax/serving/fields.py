@@ -128,5 +128,7 @@ def _check_message(name: str, message: Any) -> None:
     calls = message.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise ValueError(f"{name}.tool_calls must be a list of objects.")
+    if not isinstance(message.get("content"), str | list | None):
+        raise ValueError(f"{name}.content must be a string or a list of parts.")
     if message.get("content") is None and message.get("role") != "assistant":
         raise ValueError(f"{name}.content is missing.")

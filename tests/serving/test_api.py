@@ -149,24 +149,6 @@ def test_request_ids(server):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_unknown_routes_and_methods(server):
-    for path in ("/v1/responses", "/v1/messages", "/", "/v1"):
-        assert "/v1/chat/completions" in error_of(server.client.post(path, json={}), 404)["message"]
-    error_of(server.client.get("/v1/completions"), 405)
-    error_of(server.client.delete("/v1/models"), 405)
-
-
-def test_bodies_that_are_no_request(server):
-    json_type = {"content-type": "application/json"}
-    for raw in (b"", b"{", b"[]", b'{"a": NaN}', b'{"model": "\\ud800"}', b"[" * 90_000, b'{"a": "\xff"}'):
-        error_of(server.client.post(PATHS[0], content=raw, headers=json_type), 400)
-    error_of(server.client.post(PATHS[0], content=b"a=b", headers={"content-type": "text/plain"}), 415)
-    error_of(server.client.post(PATHS[0], content=b"x" * 100_001, headers=json_type), 413)
-    parts = (b"x" * 1000 for _ in range(101))
-    error_of(server.client.post(PATHS[0], content=parts, headers=json_type), 413)
-    assert server.post(stop="B").json()["choices"][0]["text"] == "A"
-
-
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("stream", [False, True])
 def test_prompts_are_refused_before_any_byte_of_a_stream(server, path, stream):
