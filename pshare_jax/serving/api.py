@@ -24,6 +24,8 @@ from pshare_jax.serving.around import HUNG_UP, Around
 from pshare_jax.serving.bodies import maybe_threaded, read_body
 from pshare_jax.serving.encoder import Encoder
 from pshare_jax.serving.engine import Engine, EngineDown, EngineFull
+from pshare_jax.serving.live import Live
+from pshare_jax.serving.live_page import add_live_page
 from pshare_jax.serving.metrics import Metrics
 from pshare_jax.serving.protocol import (
     ApiError,
@@ -48,7 +50,7 @@ SESSION_HEADERS = ("x-session-id", "x-openwebui-chat-id")
 
 @dataclass(frozen=True)
 class Served:
-    """What the api answers for: the engine, the task names in order, and the model's tokenizer and limits."""
+    """What the api answers for: the engine, the task names in order, the model's tokenizer and limits, the base's name."""
 
     engine: Engine
     tasks: list[str]
@@ -56,6 +58,7 @@ class Served:
     limits: Limits
     max_body_bytes: int = 8 * 1024 * 1024
     api_key: str | None = None
+    base: str = ""
 
 
 def make_app(served: Served) -> FastAPI:
@@ -97,6 +100,7 @@ def make_app(served: Served) -> FastAPI:
         return {"flushed_pages": served.engine.flush_cache()}
 
     add_token_routes(app, served.tokenizer, served.limits, served.max_body_bytes)
+    add_live_page(app, Live(served.engine, served.tasks, served.base))
     app.add_middleware(Around, api_key=served.api_key)
     _add_error_objects(app)
     return app

@@ -18,8 +18,8 @@ from pshare_jax.serving.request import FAILED
 
 logger = logging.getLogger(__name__)
 request_log = logging.getLogger("pshare_jax.requests")
-OPEN_PATHS = ("/health",)
-"""Whoever watches over the process has no key."""
+OPEN_PATHS = ("/health", "/")
+"""Whoever watches over the process has no key; the live page holds no data and asks for it."""
 HUNG_UP = 499
 """What the log says of a client that did not wait for its answer (nginx's number)."""
 

@@ -89,8 +89,8 @@ class Engine:
         self._live: dict[str, Sequence] = {}
         self._accepting = True
         self.num_ended: dict[State, int] = {}
-        self.on_end: Callable[[Sequence], None] = lambda sequence: None
-        """Told of every sequence that has ended, under the lock."""
+        self.on_end: list[Callable[[Sequence], None]] = []
+        """All are told of every sequence that has ended, under the lock."""
         control = Control(self.lock, self.end, self._prefilled, self._pool_failed, self.wake)
         self.scheduler = Scheduler([side.pool for side in prefill], [side.pool for side in decode])
         self.page_size = decode[0].pool.page_size
@@ -223,7 +223,8 @@ class Engine:
             del self._live[sequence.request.id]
             self._router.release(sequence.ticket)
             sequence.on_event(event)
-            self.on_end(sequence)
+            for told in self.on_end:
+                told(sequence)
         self.wake()
 
     def all_routes(self) -> list[tuple[Route, str]]:
@@ -249,9 +250,14 @@ class Engine:
     @property
     def num_in_state(self) -> dict[State, int]:
         """Requests waiting or running, by state."""
-        with self.lock:
-            counts = Counter(sequence.state for sequence in self._live.values())
+        counts = Counter(sequence.state for sequence in self.live)
         return {state: counts[state] for state in LEGAL if LEGAL[state]}
+
+    @property
+    def live(self) -> list[Sequence]:
+        """The sequences that wait or run, the first that came first."""
+        with self.lock:
+            return list(self._live.values())
 
     @property
     def num_live(self) -> int:

@@ -41,7 +41,7 @@ class Metrics:
             "pshare_requests", "Requests that ended, by how.", ("task", "outcome"), registry=self._registry
         )
         self._registry.register(_EngineCollector(engine))
-        engine.on_end = self.ended
+        engine.on_end.append(self.ended)
 
     def ended(self, sequence: Sequence) -> None:
         """Notes a request that has just ended."""
@@ -101,8 +101,7 @@ class _EngineCollector:
         )
         published = CounterMetricFamily("pshare_pages_published", "Pages that became findable.", labels=["pool"])
         for pool in self._engine.pools:
-            books = pool.allocator
-            for state, count in (("used", books.num_used), ("cached", books.num_cached), ("free", books.num_free)):
+            for state, count in pool.num_in_state.items():
                 pages.add_metric([pool.name, state], count)
             published.add_metric([pool.name], pool.cache_stats.num_published)
         yield from (pages, published)
@@ -110,10 +109,14 @@ class _EngineCollector:
     def _prefill(self) -> Iterator[Metric]:
         tokens = CounterMetricFamily("pshare_prefilled_tokens", "Tokens given to prefill steps.", labels=["worker"])
         slots = CounterMetricFamily("pshare_prefill_slots", "Tokens and padding of prefill steps.", labels=["worker"])
+        seconds = CounterMetricFamily(
+            "pshare_prefill_seconds", "Seconds in which prefill steps ran.", labels=["worker"]
+        )
         for worker in self._engine.prefill_workers:
             tokens.add_metric([str(worker.index)], worker.stats.tokens)
             slots.add_metric([str(worker.index)], worker.stats.slots)
-        yield from (tokens, slots)
+            seconds.add_metric([str(worker.index)], worker.stats.seconds)
+        yield from (tokens, slots, seconds)
 
     def _decode(self) -> Iterator[Metric]:
         steps = CounterMetricFamily("pshare_decode_steps", "Decode steps.", labels=["worker"])

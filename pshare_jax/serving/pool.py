@@ -71,6 +71,12 @@ class Pool:
         """Pages that can be lent."""
         return self.num_pages - 1
 
+    @property
+    def num_in_state(self) -> dict[str, int]:
+        """The usable pages: used by live requests, cached for prompts to come, or free."""
+        books = self.allocator
+        return {"used": books.num_used, "cached": books.num_cached, "free": books.num_free}
+
     def rebuild(self) -> None:
         """Forgets everything: the old pages are lost. Called by the owner, under the engine's lock."""
         self.generation += 1

@@ -5,6 +5,7 @@ complete is published at once and sent to the decode worker, so that the copy ov
 """
 
 import logging
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +26,12 @@ MAX_RUNNING = 2
 
 @dataclass
 class PrefillStats:
-    """Prefill steps so far: calls, tokens fed, and slots that the calls had (the rest is padding)."""
+    """Prefill steps so far: calls, tokens fed, slots that the calls had (the rest is padding), seconds in which any ran."""
 
     calls: int = 0
     tokens: int = 0
     slots: int = 0
+    seconds: float = 0.0
 
 
 class PrefillWorker:
@@ -49,6 +51,7 @@ class PrefillWorker:
         self._weights, self._scheduler, self._transfers, self._control = weights, scheduler, transfers, control
         self._chunk_tokens, self._table_len = chunk_tokens, table_len
         self._running: deque[Any] = deque()
+        self._busy_since: float | None = None
         self._generation = self.pool.generation
         self.stats = PrefillStats()
         self.ready = ReadyShapes()
@@ -123,6 +126,10 @@ class PrefillWorker:
             self._generation = self.pool.generation
         while self._running and self._running[0].is_ready():
             self._running.popleft().block_until_ready()
+        if self._busy_since is not None:
+            now = time.monotonic()
+            self.stats.seconds += now - self._busy_since
+            self._busy_since = now if self._running else None
 
     def _run(self, batch: list[Sequence], bucket: int) -> None:
         if len(self._running) == MAX_RUNNING:
@@ -138,6 +145,8 @@ class PrefillWorker:
             tokens[row, : len(chunk)] = chunk
             rows.fill(row, held.pages, start, len(chunk))
             counts.append(len(chunk))
+        if self._busy_since is None:
+            self._busy_since = time.monotonic()
         self._running.append(self._call(tokens, rows))
         self.stats.calls += 1
         self.stats.tokens += sum(counts)

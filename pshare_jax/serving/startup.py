@@ -72,7 +72,9 @@ def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:
     server = config.server
     api_key = server.api_key or _key_from_environment()
     say("clients need the API key" if api_key else "clients need no API key")
-    served = Served(engine, list(config.tasks), model.tokenizer, limits, server.max_body_bytes, api_key)
+    # A folder's place is nobody's business.
+    base = Path(config.base).name
+    served = Served(engine, list(config.tasks), model.tokenizer, limits, server.max_body_bytes, api_key, base)
     return served, variants(sides.prefill, sides.decode, sides.settings)
 
 
