@@ -76,7 +76,7 @@ class Live:
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._without_session = 0
         with engine.lock:
-            self._before = self._prefill_counts()
+            self._prefilled_before, self._reused_before = self._prompt_tokens()
         engine.on_end.append(self.ended)
 
     def ended(self, sequence: Sequence) -> None:
@@ -105,7 +105,8 @@ class Live:
             sessions = {label: replace(one) for label, one in self._sessions.items()}
             without = self._without_session
             pools = [{"name": pool.name, **pool.num_in_state} for pool in self._engine.pools]
-            prefill = self._prefill_counts()
+            prefilled, reused = self._prompt_tokens()
+            rates = [rate for worker in self._engine.prefill_workers if (rate := worker.speed.best)]
         now = time.monotonic()
         recent = [one for one in records if one.ended > now - WINDOW_SECONDS]
         by_task = defaultdict(list)
@@ -135,7 +136,9 @@ class Live:
             ],
             "sessions": self._told_sessions(sessions, live, now),
             "ended_without_session": without,
-            "prefill": _saved(prefill, self._before),
+            "prefill": _saved(
+                prefilled - self._prefilled_before, reused - self._reused_before, max(rates, default=None)
+            ),
             "pools": pools,
             "latency": {**_latency(recent), "bucket_seconds": BUCKET_SECONDS, "buckets": _buckets(recent, now)},
         }
@@ -180,27 +183,14 @@ class Live:
             for label, one in ordered[:MAX_SESSIONS]
         ]
 
-    def _prefill_counts(self) -> "_Prefill":
-        stats = [worker.stats for worker in self._engine.prefill_workers]
-        return _Prefill(
-            sum(one.tokens for one in stats),
-            sum(pool.cache_stats.cached_tokens for pool in self._engine.pools),
-            sum(one.seconds for one in stats),
-        )
+    def _prompt_tokens(self) -> tuple[int, int]:
+        """Tokens fed to prefill steps, and prompt tokens that needed none."""
+        prefilled = sum(worker.stats.tokens for worker in self._engine.prefill_workers)
+        return prefilled, sum(pool.cache_stats.cached_tokens for pool in self._engine.pools)
 
 
-class _Prefill(NamedTuple):
-    """Tokens fed to prefill steps, prompt tokens that needed none, and seconds in which steps ran (of all workers)."""
-
-    prefilled: int
-    reused: int
-    seconds: float
-
-
-def _saved(now: _Prefill, before: _Prefill) -> dict[str, Any]:
-    """Tokens are counted; seconds are what the reused tokens would have taken at the measured mean rate of a worker."""
-    prefilled, reused, seconds = (a - b for a, b in zip(now, before, strict=True))
-    rate = prefilled / seconds if prefilled and seconds > 0 else None
+def _saved(prefilled: int, reused: int, rate: float | None) -> dict[str, Any]:
+    """Tokens are counted; seconds are what the reused ones would have taken at the best measured rate of a worker."""
     return {
         "prefilled_tokens": prefilled,
         "reused_tokens": reused,

@@ -115,7 +115,7 @@ class _EngineCollector:
         for worker in self._engine.prefill_workers:
             tokens.add_metric([str(worker.index)], worker.stats.tokens)
             slots.add_metric([str(worker.index)], worker.stats.slots)
-            seconds.add_metric([str(worker.index)], worker.stats.seconds)
+            seconds.add_metric([str(worker.index)], worker.speed.seconds)
         yield from (tokens, slots, seconds)
 
     def _decode(self) -> Iterator[Metric]:

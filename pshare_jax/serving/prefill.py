@@ -4,6 +4,7 @@ Whoever owns the worker calls `step`: at most one chunk, of one sequence or of a
 complete is published at once and sent to the decode worker, so that the copy overlaps the next chunk.
 """
 
+import itertools
 import logging
 import time
 from collections import deque
@@ -15,6 +16,7 @@ import numpy as np
 from pshare_jax.model.paged_attention import Rows
 from pshare_jax.serving.buckets import ReadyShapes, choose_rows, prefill_shapes
 from pshare_jax.serving.control import Control, Weights
+from pshare_jax.serving.prefill_speed import PrefillSpeed
 from pshare_jax.serving.request import Sequence
 from pshare_jax.serving.scheduler import Scheduler
 from pshare_jax.serving.transfer import KVTransfer
@@ -26,12 +28,11 @@ MAX_RUNNING = 2
 
 @dataclass
 class PrefillStats:
-    """Prefill steps so far: calls, tokens fed, slots that the calls had (the rest is padding), seconds in which any ran."""
+    """Prefill steps so far: calls, tokens fed, and slots that the calls had (the rest is padding)."""
 
     calls: int = 0
     tokens: int = 0
     slots: int = 0
-    seconds: float = 0.0
 
 
 class PrefillWorker:
@@ -50,10 +51,11 @@ class PrefillWorker:
         self.index, self.pool = index, scheduler.prefill_pools[index]
         self._weights, self._scheduler, self._transfers, self._control = weights, scheduler, transfers, control
         self._chunk_tokens, self._table_len = chunk_tokens, table_len
-        self._running: deque[Any] = deque()
-        self._busy_since: float | None = None
+        self._running: deque[tuple[Any, int]] = deque()
+        self._busy_since = 0.0
         self._generation = self.pool.generation
         self.stats = PrefillStats()
+        self.speed = PrefillSpeed()
         self.ready = ReadyShapes()
         self._ran: set[tuple[int, int]] = set()
 
@@ -124,17 +126,25 @@ class PrefillWorker:
             # What ran when the pool failed has been told, perhaps by the decode worker that shares the pool.
             self._running.clear()
             self._generation = self.pool.generation
-        while self._running and self._running[0].is_ready():
-            self._running.popleft().block_until_ready()
-        if self._busy_since is not None:
-            now = time.monotonic()
-            self.stats.seconds += now - self._busy_since
-            self._busy_since = now if self._running else None
+        num_done = sum(1 for _ in itertools.takewhile(lambda one: one[0].is_ready(), self._running))
+        self._wait_for(num_done)
+
+    def _wait_for(self, num_steps: int) -> None:
+        """For the steps that were dispatched first; raises if one of them has failed."""
+        if not num_steps:
+            return
+        steps = [self._running.popleft() for _ in range(num_steps)]
+        for done, _ in steps:
+            done.block_until_ready()
+        now = time.monotonic()
+        with self._control.lock:
+            self.speed.add([num_tokens for _, num_tokens in steps], now - self._busy_since)
+        self._busy_since = now
 
     def _run(self, batch: list[Sequence], bucket: int) -> None:
         if len(self._running) == MAX_RUNNING:
             # An abort then frees the device within two chunks, and a failed step is seen.
-            self._running.popleft().block_until_ready()
+            self._wait_for(1)
         tokens = np.zeros((len(batch), bucket), np.int32)
         rows = Rows.empty(len(batch), self._table_len)
         counts = []
@@ -145,9 +155,9 @@ class PrefillWorker:
             tokens[row, : len(chunk)] = chunk
             rows.fill(row, held.pages, start, len(chunk))
             counts.append(len(chunk))
-        if self._busy_since is None:
+        if not self._running:
             self._busy_since = time.monotonic()
-        self._running.append(self._call(tokens, rows))
+        self._running.append((self._call(tokens, rows), sum(counts)))
         self.stats.calls += 1
         self.stats.tokens += sum(counts)
         self.stats.slots += tokens.size

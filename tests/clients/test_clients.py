@@ -4,9 +4,7 @@ PSHARE_CLIENTS_ENV names a virtual environment to use and keep; without it one i
 """
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,17 +17,6 @@ HERE = Path(__file__).parent
 TASK = "org/math-v1.5"
 MESSAGES = [{"role": "user", "content": "hello, who are you today?"}]
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(1200)]
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    folder = Path(os.environ.get("PSHARE_CLIENTS_ENV") or tmp_path_factory.mktemp("clients") / "env")
-    if not (folder / "installed").exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        requirements = HERE / "requirements.txt"
-        subprocess.run([folder / "bin" / "pip", "install", "-q", "-r", requirements], check=True)
-        (folder / "installed").touch()
-    return folder / "bin"
 
 
 @pytest.fixture(scope="module")

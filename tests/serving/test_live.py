@@ -14,6 +14,7 @@ from serving_fakes import EOS
 
 from pshare_jax.serving import live as live_module
 from pshare_jax.serving.live import Live
+from pshare_jax.serving.prefill_speed import PrefillSpeed
 
 TASK, OTHER = "abc", "org/math-v1.5"
 SESSION_FIELDS = {"label", "live", "calls", "prompt_tokens", "cached_tokens", "last_task", "seconds_ago"}
@@ -280,3 +281,19 @@ def test_with_a_key_the_page_is_open_and_its_data_is_not():
         for headers in ({}, {b"authorization": b"Bearer wrong"}):
             assert error_of(server.client.get("/live", headers=headers), 401)["code"] == "invalid_api_key"
         assert look(server, headers={b"authorization": "Bearer sécret".encode()})["tasks"]
+
+
+# --- the estimate ----------------------------------------------------------------------------------------------------
+
+
+def test_the_speed_is_that_of_the_fastest_size():
+    speed = PrefillSpeed()
+    assert (speed.best, speed.seconds) == (None, 0)
+    speed.add([7], 0.7)
+    assert speed.best == pytest.approx(10)
+    speed.add([512], 1.0)
+    speed.add([400, 100], 2.0)  # 400 tokens took 1.6 s of these, 100 tokens 0.4 s
+    assert speed.best == pytest.approx(512.0)
+    speed.add([512], 3.0)
+    assert speed.best == pytest.approx(max(1024 / 4, 400 / 1.6, 100 / 0.4))
+    assert speed.seconds == pytest.approx(6.7)

@@ -24,10 +24,10 @@ function showTiles(data) {
   write("reused-note", `${count(reused)} reused, ${count(prefilled)} prefilled (counted)`);
   const rate = data.prefill.tokens_per_second;
   write("saved", rate === null ? "–" : `≈ ${duration(data.prefill.seconds_saved_estimate)}`);
-  write("saved-note", rate === null ? "nothing was prefilled yet" : `reused tokens at the measured ${count(Math.round(rate))} tokens/s`);
+  write("saved-note", rate === null ? "nothing was prefilled yet" : `reused tokens at ${count(Math.round(rate))} tokens/s, the best measured`);
   const first = data.latency.ttft_seconds;
   write("ttft", duration(first && first.p50));
-  write("ttft-note", first ? `95th percentile ${duration(first.p95)}, last 10 minutes` : "no request in the last 10 minutes");
+  write("ttft-note", first ? `95th percentile ${duration(first.p95)}, last 10 min` : "no request in the last 10 minutes");
 }
 
 function showLatency() {

@@ -7,6 +7,7 @@ const GAP_SECONDS = 15; // points further apart are not joined
 /** `points`: [{ago, p50, p95, ended}], oldest first, in seconds; `span`: seconds that the chart shows. */
 function drawLines(svg, points, span, bucket) {
   const width = svg.clientWidth, height = svg.clientHeight;
+  if (!width || !height) return; // hidden
   const top = Math.max(...points.map((point) => point.p95), 0.001);
   const step = niceStep(top / 3), most = step * Math.ceil(top / step);
   const x = (ago) => EDGE.left + (1 - ago / span) * (width - EDGE.left - EDGE.right);
@@ -20,7 +21,7 @@ function drawLines(svg, points, span, bucket) {
   }
   for (let ago = span; ago >= 0; ago -= span / 5) {
     const anchor = ago === 0 ? "end" : ago === span ? "start" : "middle";
-    const text = ago ? `${Math.round(ago / 60)} min ago` : "now";
+    const text = ago ? `${Math.round(ago / 60)} min` : "now";
     parts.push(draw("text", { x: x(ago), y: height - 5, "text-anchor": anchor }, text));
   }
   for (const name of ["p95", "p50"]) {
