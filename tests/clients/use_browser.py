@@ -23,7 +23,9 @@ def browser_page(program, **options):
         page = browser.new_page(**options)
         seen = {"requests": [], "console": [], "exceptions": []}
         page.on("request", lambda request: seen["requests"].append(request.url))
-        page.on("console", lambda told: seen["console"].append(told.text) if told.type in ("error", "warning") else None)
+        page.on(
+            "console", lambda told: seen["console"].append(told.text) if told.type in ("error", "warning") else None
+        )
         page.on("pageerror", lambda error: seen["exceptions"].append(str(error)))
         yield page, seen
         browser.close()

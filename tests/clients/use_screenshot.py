@@ -1,7 +1,7 @@
 """Makes a picture of the live page after some agents' sessions: `python use_screenshot.py URL FILE.png [dark]`.
 
-The server must have the tasks of docs/testing.md's command. Each session is a context that four agents in turn read and
-add to; then one prompt goes to several tasks at once.
+docs/testing.md has the server's command. Each session is a context that all tasks read in turn, and that grows; then one
+prompt goes to several tasks at once.
 """
 
 import shutil
@@ -9,6 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
+from PIL import Image
 from use_browser import ask_all, browser_page
 
 NOTES = (
@@ -50,6 +51,8 @@ def main(url, file, scheme="light"):
         ask_all(page, PROMPT, tasks[1:4], 48)
         page.wait_for_timeout(2500)
         page.screenshot(path=file, full_page=True)
+    # A palette is enough, and a third of the bytes.
+    Image.open(file).quantize(256, method=Image.Quantize.FASTOCTREE).save(file, optimize=True)
 
 
 if __name__ == "__main__":

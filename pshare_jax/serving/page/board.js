@@ -35,14 +35,16 @@ function showLatency() {
   const { latency, window: span } = shown;
   const kind = document.querySelector("input[name=latency]:checked");
   const points = latency.buckets
-    .filter((one) => one[kind.value])
-    .map((one) => ({ ago: Math.min(Math.max(one.seconds_ago - latency.bucket_seconds / 2, 0), span.seconds), ended: one.ended, ...one[kind.value] }));
+    .filter((one) => one[kind.value] && one.seconds_ago < span.seconds)
+    .map((one) => ({ ago: Math.max(one.seconds_ago - latency.bucket_seconds / 2, 0), ended: one.ended, ...one[kind.value] }));
   const svg = byId("latency-chart");
   const name = kind.value === "ttft_seconds" ? "Time to the first token" : "Time of whole requests";
   const all = latency[kind.value];
   const told = all ? `median ${duration(all.p50)}, 95th percentile ${duration(all.p95)}` : "no request ended";
   svg.setAttribute("aria-label", `${name} over the last 10 minutes: ${told}.`);
-  drawLines(svg, points, span.seconds, latency.bucket_seconds);
+  // A server that has just started has nothing further back.
+  const back = [60, 120, 300].find((seconds) => shown.uptime_seconds < seconds) || span.seconds;
+  drawLines(svg, points, back, latency.bucket_seconds);
   const cut = span.full ? " (of more than are kept)" : "";
   const ended = `${plural(span.requests, "request", "requests")} ended in the last 10 minutes${cut}; `;
   write("latency-note", span.requests ? `${ended}a point stands for ${latency.bucket_seconds} seconds.` : "No request has ended in the last 10 minutes.");

@@ -19,9 +19,11 @@ function drawLines(svg, points, span, bucket) {
     const text = line ? duration(line * step) : "0";
     parts.push(draw("text", { x: EDGE.left - 8, y: at + 4, "text-anchor": "end" }, text));
   }
-  for (let ago = span; ago >= 0; ago -= span / 5) {
+  const marks = width < 440 ? 2 : span % 300 ? 4 : 5;
+  for (let mark = marks; mark >= 0; mark--) {
+    const ago = (span * mark) / marks;
     const anchor = ago === 0 ? "end" : ago === span ? "start" : "middle";
-    const text = ago ? `${Math.round(ago / 60)} min` : "now";
+    const text = ago ? (ago % 60 ? `${ago} s` : `${ago / 60} min`) : "now";
     parts.push(draw("text", { x: x(ago), y: height - 5, "text-anchor": anchor }, text));
   }
   for (const name of ["p95", "p50"]) {
