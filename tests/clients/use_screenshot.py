@@ -52,7 +52,7 @@ def main(url, file, scheme="light"):
         page.wait_for_timeout(2500)
         page.screenshot(path=file, full_page=True)
     # A palette is enough, and a third of the bytes.
-    Image.open(file).quantize(256, method=Image.Quantize.FASTOCTREE).save(file, optimize=True)
+    Image.open(file).quantize(256, Image.Quantize.MAXCOVERAGE).save(file, optimize=True)
 
 
 if __name__ == "__main__":
