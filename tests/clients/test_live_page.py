@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -81,14 +82,8 @@ def test_one_prompt_to_several_tasks(browse, base, tmp_path):
     assert [row[3] for row in saw["tasks"]] == ["1", "1", "1"]
     (session,) = saw["sessions"]
     assert session[2:5] == ["3", str(3 * len(ids)), f"{2 * full} ({100 * 2 * full / (3 * len(ids)):.1f} %)"]
-    # Refusals say what the API says, and a stop keeps what came.
-    refusal = server_message(saw["refused"])
-    assert "context" in refusal
-    for state, text, figures in saw["stopped"].values():
-        assert state == "stopped"
-        assert figures["cached / prompt tokens"] == f"{full} / {len(ids)}"
-        assert len(text) > 0
-    assert sum(task["ended"]["aborted"] for task in live["tasks"]) == 3
+    # Refusals say what the API says.
+    assert "context" in server_message(saw["refused"])
     # Nothing was asked of anybody else, and nothing went wrong that was not meant to.
     clean = saw["clean"]
     assert {url.split("/", 3)[2] for url in clean["requests"] if not url.startswith("data:")} == {server.url[7:]}
@@ -97,6 +92,23 @@ def test_one_prompt_to_several_tasks(browse, base, tmp_path):
     assert saw["overflow"] <= 0
     assert saw["elsewhere"] == "TypeError"
     assert saw["violations"]
+
+
+def test_answers_are_stopped(browse, base, tmp_path):
+    modules = {"one": "base", "two": "base"}
+    with serving(base[0], modules, tmp_path) as server:
+        saw = browse("stop", server.url, PROMPT, 7000)
+        limit = time.monotonic() + 10
+        tasks = server.client.get("/live").json()["tasks"]
+        while any(task["running"] for task in tasks):
+            assert time.monotonic() < limit, "an answer goes on though nobody listens"
+            tasks = server.client.get("/live").json()["tasks"]
+        ended = {task["name"]: task["ended"]["aborted"] for task in tasks}
+    assert saw["exceptions"] == []
+    assert set(saw["cards"]) == set(modules)
+    assert {state for state, *_ in saw["cards"].values()} == {"stopped"}
+    assert all(text and float(figures["answer tokens"]) > 0 for _, text, figures in saw["cards"].values())
+    assert ended == dict.fromkeys(modules, 1)
 
 
 def server_message(cards):
