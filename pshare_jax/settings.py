@@ -2,7 +2,8 @@
 
 Serving and training call `load_settings` with their own config class. It owns the rules: every key must be a field,
 every value must have the field's type (nothing is coerced, except that a whole number is a fine float), each mistake
-is one sentence with the full dotted key. YAML is read with the JSON-like rules of YAML 1.2: `on` and `12:30` are text.
+is one sentence with the full dotted key, and without the value where the field's metadata say `secret`.
+YAML is read with the JSON-like rules of YAML 1.2: `on` and `12:30` are text.
 """
 
 import dataclasses
@@ -34,7 +35,9 @@ def load_settings(cls: type[T], path: str | Path, overrides: Sequence[str] = ())
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise PshareError(f"The override {override!r} is not of the form key=value, such as server.port=8001.")
+            # What stands behind the name may be a secret that was given in another form.
+            name = re.split(r"[:\s]", override, maxsplit=1)[0]
+            raise PshareError(f"The override {name!r} is not of the form key=value, such as server.port=8001.")
         value = _parse(text, f"the value of the override {key}")
         data = _put(cls, data, key.split("."), value, "")
     return _build(cls, data, "")
@@ -85,7 +88,9 @@ def _parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
-        raise PshareError(f"Cannot read {where} as YAML: {line}{error.problem or error.context}.") from None
+        # An alias or a tag may be the beginning of an unquoted secret.
+        problem = re.sub(r" (alias|tag) '.*'", r" \1", str(error.problem or error.context))
+        raise PshareError(f"Cannot read {where} as YAML: {line}{problem}.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise PshareError(f"Cannot read {where} as YAML: {str(error).splitlines()[0]}.") from None
 
@@ -179,7 +184,20 @@ def _build_dataclass(kind: Any, value: Any, key: str) -> Any:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in value:
             raise PshareError(f"The key {_join(key, field.name)} is missing; it is {_described(types_of[field.name])}.")
-    return kind(**{name: _build(types_of[name], item, _join(key, name)) for name, item in value.items()})
+    secrets = {field.name for field in dataclasses.fields(kind) if field.metadata.get("secret")}
+    return kind(
+        **{name: _build_field(types_of[name], item, _join(key, name), name in secrets) for name, item in value.items()}
+    )
+
+
+def _build_field(kind: Any, value: Any, key: str, secret: bool) -> Any:
+    try:
+        return _build(kind, value, key)
+    except PshareError:
+        if not secret:
+            raise
+        # Whatever was given may be the secret itself, and sentences end up in logs.
+        raise PshareError(f"{key} must be {_described(kind)}; put a number or a word like true in quotes.") from None
 
 
 def _build_union(kind: Any, value: Any, key: str) -> Any:

@@ -23,7 +23,7 @@ from pshare_jax.serving.answers import Answer
 from pshare_jax.serving.around import HUNG_UP, Around
 from pshare_jax.serving.bodies import maybe_threaded, read_body
 from pshare_jax.serving.encoder import Encoder
-from pshare_jax.serving.engine import Engine, EngineDown, EngineFull
+from pshare_jax.serving.engine import Engine, EngineDown, EngineFull, UnknownTask
 from pshare_jax.serving.live import Live
 from pshare_jax.serving.live_page import add_live_page
 from pshare_jax.serving.metrics import Metrics
@@ -38,9 +38,12 @@ from pshare_jax.serving.protocol import (
     check_num_answers,
     error_body,
     make_requests,
+    unknown_model,
 )
 from pshare_jax.serving.request import Event
 from pshare_jax.serving.request import Request as Choice
+from pshare_jax.serving.task_api import add_task_routes
+from pshare_jax.serving.task_table import TaskTable
 from pshare_jax.serving.token_api import add_token_routes
 
 RETRY_SECONDS = "1"
@@ -50,7 +53,10 @@ SESSION_HEADERS = ("x-session-id", "x-openwebui-chat-id")
 
 @dataclass(frozen=True)
 class Served:
-    """What the api answers for: the engine, the task names in order, the model's tokenizer and limits, the base's name."""
+    """What the api answers for: the engine, the task names in order, the model's tokenizer and limits, and the base's name.
+
+    With a `task_table` clients may change the tasks; `tasks` is then the list that it keeps.
+    """
 
     engine: Engine
     tasks: list[str]
@@ -59,13 +65,18 @@ class Served:
     max_body_bytes: int = 8 * 1024 * 1024
     api_key: str | None = None
     base: str = ""
+    task_table: TaskTable | None = None
 
 
 def make_app(served: Served) -> FastAPI:
     """The ASGI application."""
     app = FastAPI(title="pshare_jax", docs_url=None, redoc_url=None)
     created = int(time.time())
-    cards = {name: _card(name, created, served.limits.max_len) for name in served.tasks}
+    # A schema that is read once must not name what changes.
+    named = served.tasks if served.task_table is None else []
+
+    def card(name: str) -> dict[str, Any]:
+        return _card(name, created, served.limits.max_len)
 
     @app.get("/health")
     async def health() -> Response:
@@ -74,18 +85,18 @@ def make_app(served: Served) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": list(cards.values())}
+        return {"object": "list", "data": [card(name) for name in served.tasks]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         check_model(name, served.tasks)
-        return cards[name]
+        return card(name)
 
-    @app.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody, served.tasks))
+    @app.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody, named))
     async def chat(request: Request) -> Response:
         return await _answer(served, request, ChatBody)
 
-    @app.post("/v1/completions", openapi_extra=body_schema(CompletionBody, served.tasks))
+    @app.post("/v1/completions", openapi_extra=body_schema(CompletionBody, named))
     async def completions(request: Request) -> Response:
         return await _answer(served, request, CompletionBody)
 
@@ -101,6 +112,8 @@ def make_app(served: Served) -> FastAPI:
 
     add_token_routes(app, served.tokenizer, served.limits, served.max_body_bytes)
     add_live_page(app, Live(served.engine, served.tasks, served.base))
+    if served.task_table is not None:
+        add_task_routes(app, served.task_table, served.max_body_bytes)
     app.add_middleware(Around, api_key=served.api_key)
     _add_error_objects(app)
     return app
@@ -118,7 +131,7 @@ async def _answer(served: Served, http: Request, kind: type[ChatBody] | type[Com
     request_id = uuid.uuid4().hex
     requests = make_requests(body, request_id, prompts, served.limits, session)
     events = _Events(served.engine, [request.id for request in requests])
-    _submit(served.engine, requests, events)
+    _submit(served, requests, events)
     answer = Answer(body, request_id, requests, served.tokenizer)
     watcher = asyncio.create_task(_abort_on_disconnect(http, events))
     streams = False
@@ -140,13 +153,16 @@ async def _answer(served: Served, http: Request, kind: type[ChatBody] | type[Com
             _end(answer, events, watcher, http.state.told)
 
 
-def _submit(engine: Engine, requests: Sequence[Choice], events: "_Events") -> None:
+def _submit(served: Served, requests: Sequence[Choice], events: "_Events") -> None:
     """All requests of a call, or none."""
     try:
-        engine.submit_all(requests, [functools.partial(events.put, index) for index in range(len(requests))])
+        served.engine.submit_all(requests, [functools.partial(events.put, index) for index in range(len(requests))])
     except EngineFull:
         message = "The server has as many requests as it may hold; try again soon."
         raise ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded") from None
+    except UnknownTask:
+        # It was there when the body was read.
+        raise unknown_model(requests[0].task, served.tasks) from None
     except EngineDown:
         raise ApiError(503, "The server is stopping or a worker has died.", kind="server_error") from None
 

@@ -48,6 +48,8 @@ class Sides:
     prefill: list[PrefillSide]
     decode: list[DecodeSide]
     settings: EngineSettings
+    bases: list[Model]
+    """The base as it lies with each decode worker."""
 
 
 def assemble(model: Model, plan: Plan, say: Callable[[str], None]) -> Sides:
@@ -62,7 +64,7 @@ def assemble(model: Model, plan: Plan, say: Callable[[str], None]) -> Sides:
     most = min(side.pool.num_usable for side in (*prefill, *decode)) * plan.kv.page_size
     max_len = min(model.config.max_len, most)
     settings = EngineSettings(
-        key_of=make.key_of,
+        key_of=make.key_of(),
         vocab_size=model.config.vocab_size,
         max_len=max_len,
         page_bytes=page_bytes(model.config, plan.kv.page_size, model.architecture.dtype),
@@ -72,7 +74,7 @@ def assemble(model: Model, plan: Plan, say: Callable[[str], None]) -> Sides:
         stall_seconds=plan.stall_seconds,
         policy=plan.policy,
     )
-    return Sides(prefill, decode, settings)
+    return Sides(prefill, decode, settings, make.bases)
 
 
 class _Maker:
@@ -82,6 +84,7 @@ class _Maker:
         self.model, self.plan, self.say = model, plan, say
         self._models: dict[tuple[int, ...], Model] = {}
         self._loaded: dict[int, DecodeModules] = {}
+        self.bases: list[Model] = []
 
     def pool(self, name: str, mesh: Mesh, num_pages: int) -> Pool:
         kv = self.plan.kv
@@ -93,6 +96,7 @@ class _Maker:
 
     def decode_side(self, worker: DecodePlacement, modules: DecodeModules, tasks: list[str], pool: Pool) -> DecodeSide:
         mesh = modules.model.mesh
+        self.bases.append(modules.model)
         weights: dict[str, Weights] = {name: modules.module(name) for name in tasks}
         return DecodeSide(weights, pool, Sampler(mesh, self.model.config.vocab_size), worker.devices)
 
@@ -120,8 +124,10 @@ class _Maker:
 class _Shared(_Maker):
     """One prefill worker for each placement, with the base; a decode worker on the same devices shares its pool."""
 
-    def key_of(self, task: str) -> str:
-        return self.model.fingerprint
+    def key_of(self) -> Callable[[str], str]:
+        # It outlives this object, and must keep neither it nor the tasks' weights.
+        fingerprint = self.model.fingerprint
+        return lambda task: fingerprint
 
     def sides(self) -> tuple[list[PrefillSide], list[DecodeSide]]:
         placement, pages = self.plan.placement, self.plan.kv.pages
@@ -144,8 +150,9 @@ class _Isolated(_Maker):
     engine's pages.
     """
 
-    def key_of(self, task: str) -> str:
-        return f"{self.model.fingerprint} {task}"
+    def key_of(self) -> Callable[[str], str]:
+        fingerprint = self.model.fingerprint
+        return lambda task: f"{fingerprint} {task}"
 
     def sides(self) -> tuple[list[PrefillSide], list[DecodeSide]]:
         placement, names = self.plan.placement, list(self.plan.tasks)

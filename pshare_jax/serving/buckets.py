@@ -51,10 +51,12 @@ class ReadyShapes:
 
     def __init__(self) -> None:
         self._only: set[Shape] | None = None
+        self._growing = False
 
     def limit(self, shapes: Iterable[Shape]) -> None:
-        """Only these from now on."""
+        """Only these from now on, and those that are added until `settle`."""
         self._only = set(shapes)
+        self._growing = True
 
     def add(self, shape: Shape) -> None:
         """This one too."""
@@ -65,6 +67,14 @@ class ReadyShapes:
         """This one no more, unless it is the last of its kind: a smaller step may work where it failed."""
         if self._only is not None and any(len(one) == len(shape) and one != shape for one in self._only):
             self._only.discard(shape)
+
+    def settle(self) -> None:
+        """No more will be added."""
+        self._growing = False
+
+    def may_be_used(self, shape: Shape) -> bool:
+        """Whether a step may have it, now or later."""
+        return self._growing or shape in self
 
     def knows(self, shape: Shape) -> bool:
         """Whether it is known to be compiled."""

@@ -109,6 +109,8 @@ def _serve(config: ServeConfig, full_warmup: bool) -> None:
             served.engine.stop()
             if compiler is not None:
                 compiler.stop()
+            if served.task_table is not None:
+                served.task_table.stop()
 
 
 class Server(uvicorn.Server):

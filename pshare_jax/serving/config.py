@@ -60,7 +60,8 @@ class ServerConfig:
     """The HTTP side: address (port 0 = any free one), largest request body, most requests waiting or running, and how
     long a request may make no progress before it is given up. With `api_key` (absent: the environment variable
     PSHARE_API_KEY) clients must send it as a bearer token. A stop lets running answers end for `drain_seconds`.
-    `log_requests` writes a JSON line for each call to the standard error.
+    `log_requests` writes a JSON line for each call to the standard error. With `modules_dir` clients may load, replace
+    and unload tasks whose folders lie below it (task_api.py); that needs an API key.
     """
 
     host: str = "127.0.0.1"
@@ -68,9 +69,10 @@ class ServerConfig:
     max_body_bytes: int = 8 * 1024 * 1024
     max_requests: int = 256
     stall_seconds: float = 300.0
-    api_key: str | None = None
+    api_key: str | None = field(default=None, metadata={"secret": True})
     drain_seconds: float = 30.0
     log_requests: bool = True
+    modules_dir: str | None = None
 
 
 @dataclass(frozen=True)

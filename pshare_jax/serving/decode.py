@@ -1,7 +1,7 @@
 """The decode worker: generates for all its tasks from base KV in its pool, many sequences a step.
 
 Whoever owns the worker calls `step`: it takes what has arrived and runs one decode step of one group of sequences, those
-whose tasks have the same weights; groups take turns. The first input is the last prompt token, so the first answer
+that have the same weights; groups take turns. The first input is the last prompt token, so the first answer
 token already comes from the task's own weights.
 """
 
@@ -49,6 +49,20 @@ class DecodeWorker:
         self.num_steps = 0
         self.num_tokens = 0
         self.num_scored = 0
+
+    @property
+    def tasks(self) -> Mapping[str, Weights]:
+        """What requests to come decode with. Never changed in place, so it may be read without the lock."""
+        return self._tasks
+
+    def put_task(self, name: str, weights: Weights | None) -> None:
+        """Requests to come for the task decode with these weights; None takes none any more."""
+        tasks = dict(self._tasks)
+        if weights is None:
+            tasks.pop(name, None)
+        else:
+            tasks[name] = weights
+        self._tasks = tasks
 
     @property
     def must_poll(self) -> bool:
@@ -129,7 +143,7 @@ class DecodeWorker:
         sequence.last_turn = next(self._turns)
         if sequence.to_score[0] < sequence.to_score[1]:
             tokens, rows, num_tokens = scoring.next_rows(sequence, self._table_len)
-            result = self._call_score(self._tasks[sequence.request.task], tokens, rows)
+            result = self._call_score(sequence.weights, tokens, rows)
             if sequence.request.scores_prompt:
                 scores = scoring.reported(sequence, result, num_tokens)
         self.num_scored += num_tokens
@@ -145,17 +159,14 @@ class DecodeWorker:
 
     def _next_batch(self, waiting: list[Sequence]) -> list[Sequence]:
         """Sequences of the first one's group, in this order, with room for their next token each."""
-        weights = self._weights(waiting[0])
-        group = [one for one in waiting if self._weights(one) is weights][: self._row_buckets()[-1]]
+        params = waiting[0].weights.params
+        group = [one for one in waiting if one.weights.params is params][: self._row_buckets()[-1]]
         for sequence in sorted(group, key=lambda one: one.number):
             self._make_room(sequence)
         return [one for one in group if one.state is State.DECODING and self._has_room(one)]
 
     def _row_buckets(self) -> list[int]:
         return [rows for rows in row_buckets(self._max_rows) if (rows,) in self.ready]
-
-    def _weights(self, sequence: Sequence) -> Any:
-        return self._tasks[sequence.request.task].params
 
     def _has_room(self, sequence: Sequence) -> bool:
         held = sequence.decode_pages
@@ -194,7 +205,7 @@ class DecodeWorker:
             tokens[row, 0] = sequence.next_input
             rows.fill(row, held.pages, sequence.num_tokens - 1, 1)
             sequence.last_turn = turn
-        logits = self._call(self._tasks[batch[0].request.task], tokens, rows)
+        logits = self._call(batch[0].weights, tokens, rows)
         sampled = self._sampler.sample(logits, batch)
         self.num_steps += 1
         self.num_tokens += len(batch)

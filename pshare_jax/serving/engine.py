@@ -7,10 +7,11 @@ back. All books are kept under one lock; device work happens outside it, in the 
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
+from pshare_jax.errors import PshareError
 from pshare_jax.serving.buckets import pages_for
 from pshare_jax.serving.control import Control, Weights
 from pshare_jax.serving.decode import DecodeWorker
@@ -33,6 +34,10 @@ class EngineFull(Exception):
 
 class EngineDown(Exception):
     """A worker thread has died, or the engine is stopping."""
+
+
+class UnknownTask(PshareError):
+    """A request's task is not served, or not any more."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,7 @@ class Engine:
         Raises:
             EngineFull: too many requests are waiting or running.
             EngineDown: a worker thread has died or the engine is stopping.
+            UnknownTask: no decode worker has the request's task.
         """
         self._submit([self._sequence(request, on_event, self._keys(request))], route)
 
@@ -164,6 +170,8 @@ class Engine:
             for sequence in sequences:
                 if sequence.request.id in self._live:
                     raise ValueError(f"a request named {sequence.request.id} is still running")
+                if not any(sequence.request.task in worker.tasks for worker in self.decode_workers):
+                    raise UnknownTask(f"There is no task {sequence.request.task!r}.")
             if len(self._live) + len(sequences) > self.settings.max_requests:
                 raise EngineFull
             for sequence in sequences:
@@ -171,6 +179,7 @@ class Engine:
                 ticket = self._assigned(sequence) if route is None else self._router.take(route, len(request.prompt))
                 sequence.ticket = ticket
                 sequence.prefill_worker, sequence.decode_worker = ticket.route.prefill, ticket.route.decode
+                sequence.weights = self.decode_workers[sequence.decode_worker].tasks[request.task]
                 self._live[request.id] = sequence
                 self.scheduler.add(sequence)
         self.wake()
@@ -184,6 +193,16 @@ class Engine:
             sequence.keys,
             lambda worker: pools[worker].cache.num_cached(sequence.keys),
         )
+
+    def put_task(self, name: str, weights: Mapping[int, Weights]) -> None:
+        """Serves a task, by decode worker, to requests to come: a new one, or in the place of an old one; with no worker
+        it is served no more. Requests that live end on the weights that they came for.
+        """
+        with self.lock:
+            for worker in self.decode_workers:
+                worker.put_task(name, weights.get(worker.index))
+            self._router.decode_tasks = [list(worker.tasks) for worker in self.decode_workers]
+        self.wake()
 
     def abort(self, request_id: str) -> None:
         """Ends a request at once; its pages come back within a step. Unknown and ended ids are ignored."""
@@ -301,6 +320,11 @@ class Engine:
     def primed(self) -> bool:
         """Whether every step that is compiled has had its first run."""
         return all(worker.never_run is None for worker in self.workers)
+
+    @property
+    def accepting(self) -> bool:
+        """Whether requests are taken."""
+        return self._accepting
 
     @property
     def healthy(self) -> bool:

@@ -5,10 +5,12 @@ field's name and is shown to the client.
 """
 
 import json
+import unicodedata
 from collections.abc import Collection
 from typing import Any
 
 MAX_STOPS = 4
+MAX_NAME = 128
 
 # Fields that would change the answer, each with the values that leave it as it is. (0 == False, but types must match.)
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -72,6 +74,17 @@ def check_stream_options(value: Any) -> dict[str, Any]:
     for name in ("include_usage", "continuous_usage_stats"):
         if not isinstance(value.get(name, False), bool | None):
             raise ValueError(f"stream_options.{name} must be true or false.")
+    return value
+
+
+def check_task_name(value: Any) -> str:
+    """The name of a task that a client adds: text of one line, which may hold anything that is seen."""
+    if not isinstance(value, str):
+        raise ValueError("lora_name must be a string.")
+    if not value.strip() or len(value) > MAX_NAME:
+        raise ValueError(f"lora_name must have 1 to {MAX_NAME} characters, not all of them blank.")
+    if any(unicodedata.category(one) in ("Cc", "Zl", "Zp") for one in value):
+        raise ValueError("lora_name must have no control characters or line breaks.")
     return value
 
 

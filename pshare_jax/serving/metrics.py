@@ -128,7 +128,13 @@ class _EngineCollector:
             tokens.add_metric([str(worker.index)], worker.num_tokens)
             scored.add_metric([str(worker.index)], worker.num_scored)
             preempted.add_metric([str(worker.index)], worker.num_preempted)
-        yield from (steps, tokens, scored, preempted)
+        served = GaugeMetricFamily(
+            "pshare_served_tasks", "1 for each task that a new request may name.", labels=["task", "worker"]
+        )
+        for worker in self._engine.decode_workers:
+            for task in worker.tasks:
+                served.add_metric([task, str(worker.index)], 1)
+        yield from (steps, tokens, scored, preempted, served)
 
     def _transfers(self) -> Iterator[Metric]:
         told = {

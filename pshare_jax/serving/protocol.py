@@ -333,9 +333,14 @@ def _check_start(start: int | None, prompt_len: int) -> None:
 def check_model(name: str, tasks: list[str]) -> None:
     """Raises ApiError 404 unless `name` is exactly a served task."""
     if name not in tasks:
-        known = ", ".join(repr(task) for task in tasks)
-        message = f"The model {name!r} does not exist; this server has {known}."
-        raise ApiError(404, message, param="model", code="model_not_found")
+        raise unknown_model(name, tasks)
+
+
+def unknown_model(name: str, tasks: list[str]) -> ApiError:
+    """The answer for a model that is not served."""
+    known = ", ".join(repr(task) for task in tasks) or "no task at the moment"
+    message = f"The model {name!r} does not exist; this server has {known}."
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def _max_tokens(body: Body, prompt_len: int, max_len: int, param: str) -> int:

@@ -164,6 +164,8 @@ class Sequence:
     on_event: Callable[[Event], None]
     ticket: Any = None
     """The router's note of it."""
+    weights: Any = None
+    """What it decodes with, from its submission to its end, whatever becomes of its task meanwhile."""
     prefill_worker: int = 0
     decode_worker: int = 0
     state: State = State.WAITING

@@ -15,13 +15,15 @@ from pshare_jax.errors import PshareError
 from pshare_jax.load import load
 from pshare_jax.mesh import make_mesh, virtual_cpu_devices
 from pshare_jax.serving.api import Served
-from pshare_jax.serving.assemble import Plan, assemble
+from pshare_jax.serving.assemble import Plan, Sides, assemble
 from pshare_jax.serving.compiles import compile_counter
 from pshare_jax.serving.config import Placement, ServeConfig, num_cpu_devices, resolve_placement
 from pshare_jax.serving.engine import Engine
 from pshare_jax.serving.owners import POLL_SECONDS
 from pshare_jax.serving.protocol import Limits
 from pshare_jax.serving.request import Event, Request
+from pshare_jax.serving.task_loader import TaskLoader
+from pshare_jax.serving.task_table import TaskTable
 from pshare_jax.serving.warmup import BackgroundCompiler, Variant, compile_all, variants
 
 Say = Callable[[str], None]
@@ -44,6 +46,8 @@ def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:
     Raises:
         PshareError: the placement, the base or a task cannot be served.
     """
+    api_key = config.server.api_key or _key_from_environment()
+    modules_dir = _checked_modules_dir(config, api_key)
     devices = jax.devices()
     placement = resolve_placement(config, devices[0].platform, len(devices))
     say(f"{len(devices)} {devices[0].platform} devices; {_told(placement)}")
@@ -69,13 +73,40 @@ def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:
     )
     engine = Engine(sides.prefill, sides.decode, model.tokenizer.detokenizer, sides.settings)
     limits = Limits(sides.settings.max_len, model.config.vocab_size, model.stop_ids, config.server.max_requests)
-    server = config.server
-    api_key = server.api_key or _key_from_environment()
     say("clients need the API key" if api_key else "clients need no API key")
     # A folder's place is nobody's business.
-    base = Path(config.base).name
-    served = Served(engine, list(config.tasks), model.tokenizer, limits, server.max_body_bytes, api_key, base)
+    base, tasks = Path(config.base).name, list(config.tasks)
+    table = modules_dir and _task_table(config, placement, engine, tasks, modules_dir, sides)
+    served = Served(engine, tasks, model.tokenizer, limits, config.server.max_body_bytes, api_key, base, table)
     return served, variants(sides.prefill, sides.decode, sides.settings)
+
+
+def _checked_modules_dir(config: ServeConfig, api_key: str | None) -> Path | None:
+    if config.server.modules_dir is None:
+        return None
+    folder = Path(config.server.modules_dir)
+    if not config.server.modules_dir or not folder.is_dir():
+        raise PshareError(f"server.modules_dir {config.server.modules_dir!r} is not a folder.")
+    if api_key is None:
+        raise PshareError(
+            "server.modules_dir lets clients change the tasks, so it needs an API key: set server.api_key or PSHARE_API_KEY."
+        )
+    return folder
+
+
+def _task_table(
+    config: ServeConfig, placement: Placement, engine: Engine, tasks: list[str], modules_dir: Path, sides: Sides
+) -> TaskTable:
+    open_workers = [index for index, worker in enumerate(placement.decode) if worker.tasks == "all"]
+    refusal = None
+    if config.sharing == "isolated":
+        refusal = (
+            "With sharing: isolated every task has a prefill worker of its own, so tasks cannot change at run time."
+        )
+    elif not open_workers:
+        refusal = "No decode worker in placement has tasks: all, so tasks cannot change at run time."
+    loader = TaskLoader(engine, sides)
+    return TaskTable(engine, tasks, modules_dir, open_workers, loader.load, refusal)
 
 
 def _key_from_environment() -> str | None:

@@ -65,6 +65,11 @@ def _turn(variant: Variant) -> tuple[bool, int, Shape]:
     return not variant.small, kind, shape
 
 
+def decode_variants(side: DecodeSide, settings: EngineSettings) -> list[Variant]:
+    """The programs of a decode worker's steps, for all its tasks and shapes."""
+    return list(dict([*_decode(side, settings), *_score(side, settings)]).values())
+
+
 def _prefill(side: PrefillSide, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
     step, store = side.weights.paged.prefill, DevicePages.of(side.pool)
     for rows, tokens in prefill_shapes(settings.chunk_tokens):
@@ -104,7 +109,7 @@ def _score(side: DecodeSide, settings: EngineSettings) -> Iterator[tuple[tuple, 
     tokens, rows = scoring.no_rows(pages_for(settings.max_len, store.page_size))
     for weights in side.tasks.values():
         step = weights.paged.score
-        lower = functools.partial(step.lower, weights.params, tokens, rows, store.spec)
+        lower = functools.partial(step.lower, _specs(weights.params), tokens, rows, store.spec)
         yield ("score", step, store.mesh, store.num_pages), Variant("score", False, lower, scoring.SHAPE)
 
 
@@ -146,7 +151,12 @@ def _step_lowering(
     step: Any, params: Any, store: DevicePages, shape: tuple[int, int], settings: EngineSettings
 ) -> Callable[[], Any]:
     rows = Rows.empty(shape[0], pages_for(settings.max_len, store.page_size))
-    return functools.partial(step.lower, params, np.zeros(shape, np.int32), rows, store.spec)
+    return functools.partial(step.lower, _specs(params), np.zeros(shape, np.int32), rows, store.spec)
+
+
+def _specs(params: Any) -> Any:
+    """Shapes alone: who waits to be compiled must not keep the weights of a task that goes meanwhile."""
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), params)
 
 
 def compile_all(programs: Iterable[Variant]) -> None:
@@ -193,4 +203,6 @@ class BackgroundCompiler:
                 for ready in self._ready:
                     ready.add(variant.shape)
                 self._wake()
+        for ready in self._ready:
+            ready.settle()
         self._say("all programs are compiled")

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import uvicorn
@@ -13,6 +14,7 @@ from serving_fakes import EOS, EOT, VOCAB, ByteTokenizer
 from pshare_jax.serving.api import Served, make_app
 from pshare_jax.serving.cli import Server
 from pshare_jax.serving.protocol import Limits
+from pshare_jax.serving.task_table import TaskTable
 
 FAMILY = "👨‍👩‍👧 한국어 नमस्ते é"
 SCRIPTS = {
@@ -30,8 +32,8 @@ MAX_LEN = 100_000
 class Running:
     """A server in a thread, the fakes behind it, and an HTTP client."""
 
-    def __init__(self, fakes, client, server):
-        self.fakes, self.engine, self.client, self._server = fakes, fakes.engine, client, server
+    def __init__(self, fakes, served, client, server):
+        self.fakes, self.engine, self.served, self.client, self._server = fakes, fakes.engine, served, client, server
 
     def stop(self):
         """What SIGTERM does."""
@@ -82,29 +84,63 @@ def reason(chunks):
 
 
 @contextmanager
-def serving(max_len=MAX_LEN, chunk=512, max_body_bytes=100_000, api_key=None, drain_seconds=0.0, **settings):
+def serving(
+    max_len=MAX_LEN,
+    chunk=512,
+    max_body_bytes=100_000,
+    api_key=None,
+    drain_seconds=0.0,
+    modules_dir=None,
+    load=None,
+    refusal=None,
+    **settings,
+):
+    """With `modules_dir`, `load(fakes, folder)` gives the weights of a task that is added."""
     fakes = make_engine(
         SCRIPTS, page_size=PAGE, pages=max_len // PAGE + 1, chunk=chunk, moves=(2, 32), debug=False, **settings
     )
     engine = fakes.engine
     limits = Limits(max_len, VOCAB, frozenset({EOS, EOT}), engine.settings.max_requests)
-    app = make_app(Served(engine, list(SCRIPTS), ByteTokenizer(), limits, max_body_bytes, api_key))
-    config = uvicorn.Config(app, port=0, log_level="error", ws="none", timeout_graceful_shutdown=int(drain_seconds) + 1)
-    server = Server(config, engine, lambda: None, drain_seconds)
-    thread = threading.Thread(target=server.run)
+    names, table = list(SCRIPTS), None
+    if modules_dir is not None and load is not None:
+
+        def loaded(folder, workers, check) -> Any:
+            weights = load(fakes, folder)
+            check()
+            return dict.fromkeys(workers, weights)
+
+        table = TaskTable(engine, names, modules_dir, range(len(engine.decode_workers)), loaded, refusal)
+    served = Served(engine, names, ByteTokenizer(), limits, max_body_bytes, api_key, task_table=table)
     engine.start()
+    try:
+        with answering(served, drain_seconds) as (client, server):
+            yield Running(fakes, served, client, server)
+    finally:
+        engine.stop()
+        if table is not None:
+            table.stop()
+    assert fakes.faults == []
+
+
+@contextmanager
+def answering(served, drain_seconds=0.0):
+    """An HTTP client of an engine that runs, and the server between."""
+    config = uvicorn.Config(
+        make_app(served), port=0, log_level="error", ws="none", timeout_graceful_shutdown=int(drain_seconds) + 1
+    )
+    server = Server(config, served.engine, lambda: None, drain_seconds)
+    thread = threading.Thread(target=server.run)
     thread.start()
     try:
         while not server.started:
             time.sleep(0.005)
         port = server.servers[0].sockets[0].getsockname()[1]
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            yield Running(fakes, client, server)
+            yield client, server
     finally:
         server.should_exit = True
-        engine.stop()
+        served.engine.stop()
         thread.join()
-    assert fakes.faults == []
 
 
 def error_of(response, status):

@@ -24,6 +24,7 @@ from pshare_jax.serving.config import (
 from pshare_jax.serving.engine import EngineSettings
 from pshare_jax.serving.request import Request
 from pshare_jax.serving.warmup import Variant
+from pshare_jax.settings import load_settings
 
 PROMPTS = [(5,), (5, 6, 7), tuple(range(40, 50))]
 KV, BATCH = KVConfig(page_size=4, pages=32), BatchConfig(prefill_tokens=16, decode_rows=2)
@@ -296,3 +297,52 @@ def test_the_api_key_comes_from_config_or_environment(world, monkeypatch):
 def test_the_key_is_not_printed(config_file, capsys):
     assert cli.main(["--config", config_file, "--print-config", "server.api_key=secret"]) == 0
     assert "secret" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "server.api_key=12345",
+        "server.api_key=12345.5",
+        "server.api_key=[12345]",
+        "server.api_key={a: 12345}",
+        "server.api_key=*12345",
+        "server.api_key=!12345 x",
+        "server.api_key='12345",
+        "server.api_key=' 12345'",
+        "server.api_key:12345",
+        "server.api_key= 12345",
+    ],
+)
+def test_a_mistaken_key_is_not_echoed(config_file, capsys, override):
+    assert cli.main(["--config", config_file, override]) == 2
+    captured = capsys.readouterr()
+    assert "server.api_key" in captured.err
+    assert "12345" not in captured.err + captured.out
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "overrides", "sentence"),
+    [
+        (None, ["server.modules_dir=."], "server.modules_dir lets clients change the tasks, so it needs an API key"),
+        (" ", [], "The environment variable PSHARE_API_KEY is empty"),
+        (" ", ["server.modules_dir=."], "The environment variable PSHARE_API_KEY is empty"),
+        ("key", ["server.modules_dir=nowhere"], "server.modules_dir 'nowhere' is not a folder"),
+        ("key", ["server.modules_dir=''"], "server.modules_dir '' is not a folder"),
+        ("key", ["server.modules_dir=serve.yaml"], "server.modules_dir 'serve.yaml' is not a folder"),
+    ],
+)
+def test_what_the_tasks_at_run_time_need_is_asked_before_loading(
+    config_file, tmp_path, monkeypatch, key, overrides, sentence
+):
+    """The config's base does not exist, which would be told next."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PSHARE_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("PSHARE_API_KEY", key)
+    told = []
+    with pytest.raises(ps.PshareError) as caught:
+        startup.build(load_settings(ServeConfig, config_file, overrides), told.append)
+    assert sentence in str(caught.value)
+    assert told == []

@@ -1,0 +1,437 @@
+"""Tasks that come, change and go over HTTP, with fake weights: what is refused, what live answers keep, who sees the change."""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from fake_engine import Client, make_engine
+from fake_server import SCRIPTS, error_of, pieces, reason, serving
+from prometheus_client.parser import text_string_to_metric_families
+from serving_fakes import EOS, Echo, FakeDecode, Script
+
+from pshare_jax.errors import PshareError
+from pshare_jax.serving.engine import UnknownTask
+from pshare_jax.serving.request import Request, State
+
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+OUTSIDE = "lora_path must lead to a folder below the server's modules_dir."
+
+
+def loaded(fakes, folder):
+    """A module whose file says what the task says."""
+    if not (folder / "says").is_file():
+        raise PshareError(f"{folder} has no file `says`.")
+    return FakeDecode(Script([*(folder / "says").read_bytes(), EOS]), fakes.faults)
+
+
+def module(root, name, says):
+    (root / name).mkdir(parents=True, exist_ok=True)
+    (root / name / "says").write_text(says)
+    return name
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "modules"
+    module(folder, "one", "first")
+    module(folder, "deep/two", "second")
+    return folder
+
+
+@pytest.fixture
+def server(root):
+    with serving(modules_dir=root, load=loaded) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    """A server for what changes nothing."""
+    folder = tmp_path_factory.mktemp("modules")
+    module(folder, "one", "first")
+    with serving(modules_dir=folder, load=loaded) as running:
+        yield running
+
+
+def load(server, name, path, **fields):
+    return server.client.post(LOAD, json={"lora_name": name, "lora_path": str(path), **fields})
+
+
+def unload(server, name):
+    return server.client.post(UNLOAD, json={"lora_name": name})
+
+
+def says(server, task):
+    response = server.post(model=task)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["text"]
+
+
+def names(server):
+    return [card["id"] for card in server.client.get("/v1/models").json()["data"]]
+
+
+def served_tasks(server):
+    families = text_string_to_metric_families(server.client.get("/metrics").text)
+    return [one.labels["task"] for family in families for one in family.samples if one.name == "pshare_served_tasks"]
+
+
+# --- coming and going ------------------------------------------------------------------------------------------------
+
+
+def test_a_task_comes_changes_and_goes(server, root):
+    for name in ("x", "org/my task-v1.5 ü"):
+        assert error_of(server.post(model=name), 404)["code"] == "model_not_found"
+        answer = load(server, name, "one")
+        assert (answer.status_code, answer.text) == (200, f"Success: LoRA adapter '{name}' added successfully.")
+        assert says(server, name) == "first"
+        assert server.client.get(f"/v1/models/{name}").json()["id"] == name
+        assert names(server) == served_tasks(server) == [*SCRIPTS, name]
+        # The very folder may have other weights by now, and an absolute path below the root is one as well.
+        assert load(server, name, root / "deep" / "two", load_inplace=True).status_code == 200
+        assert says(server, name) == "second"
+        assert names(server) == served_tasks(server) == [*SCRIPTS, name]
+        answer = unload(server, name)
+        assert (answer.status_code, answer.text) == (200, f"Success: LoRA adapter '{name}' removed successfully.")
+        assert names(server) == served_tasks(server) == list(SCRIPTS)
+        assert repr(name) not in error_of(server.post(model=name), 404)["message"].partition("has")[2]
+        assert error_of(server.client.get(f"/v1/models/{name}"), 404)
+        assert error_of(unload(server, name), 404)["code"] == "model_not_found"
+
+
+def test_tasks_of_the_config_change_and_go_too(server):
+    assert load(server, "abc", "one", load_inplace=True).status_code == 200
+    assert says(server, "abc") == "first"
+    assert names(server) == list(SCRIPTS)
+    for name in SCRIPTS:
+        assert unload(server, name).status_code == 200
+    assert names(server) == served_tasks(server) == []
+    assert "has no task at the moment" in error_of(server.post(model="abc"), 404)["message"]
+    assert server.client.get("/health").status_code == 200
+    assert load(server, "abc", "one").status_code == 200
+    assert says(server, "abc") == "first"
+
+
+def test_openapi_names_the_endpoints_and_no_task_that_may_go(server):
+    paths = server.client.get("/openapi.json").json()["paths"]
+    assert {LOAD, UNLOAD} <= set(paths)
+    schema = paths["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "enum" not in schema["properties"]["model"]
+
+
+def test_off_by_default():
+    with serving() as server:
+        for response in (load(server, "x", "one"), unload(server, "abc")):
+            assert "lora_adapter on this server" in error_of(response, 404)["message"]
+        schema = server.client.get("/openapi.json").json()["paths"]["/v1/completions"]["post"]["requestBody"]
+        assert schema["content"]["application/json"]["schema"]["properties"]["model"]["enum"] == list(SCRIPTS)
+
+
+def test_only_with_the_key(root):
+    with serving(modules_dir=root, load=loaded, api_key="secret") as server:
+        assert error_of(load(server, "x", "one"), 401)
+        assert error_of(unload(server, "abc"), 401)
+        server.client.headers["authorization"] = "Bearer secret"
+        assert load(server, "x", "one").status_code == 200
+        assert names(server) == [*SCRIPTS, "x"]
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_paths_outside_are_refused_in_the_same_words(server, root, tmp_path):
+    module(tmp_path, "outside", "secret")
+    (root / "link").symlink_to(tmp_path / "outside")
+    (root / "file").mkdir()
+    (root / "file" / "says").symlink_to(tmp_path / "outside" / "says")
+    (root / "circle").symlink_to("circle")
+    (root / "back").symlink_to(root / "one")
+    outside = [tmp_path / "outside", tmp_path / "nothing", "/", "/etc/passwd", root]
+    relative = [
+        "..",
+        "../outside",
+        "../nothing",
+        "one/../../outside",
+        "link",
+        "link/.",
+        "file",
+        "circle",
+        ".",
+        "",
+        "a\0b",
+    ]
+    for path in [*outside, *relative, "x" * 5000]:
+        error = error_of(load(server, "x", path), 400)
+        assert (error["message"], error["param"]) == (OUTSIDE, "lora_path"), path
+    for path in ("back", "deep/../one", root / "link" / ".." / "modules" / "one"):
+        assert load(server, "x", path, load_inplace=True).status_code == 200, path
+    # What is not there is told by the name that the client gave.
+    error = error_of(load(server, "y", "nothing"), 400)
+    assert (error["message"], error["param"]) == ("nothing has no file `says`.", "lora_path")
+    assert names(server) == [*SCRIPTS, "x"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"lora_path": "one"}, "lora_name"),
+        ({"lora_name": "x"}, "lora_path"),
+        ({"lora_name": 5, "lora_path": "one"}, "lora_name"),
+        ({"lora_name": "", "lora_path": "one"}, "lora_name"),
+        ({"lora_name": "  ", "lora_path": "one"}, "lora_name"),
+        ({"lora_name": "a\nb", "lora_path": "one"}, "lora_name"),
+        ({"lora_name": "a\0b", "lora_path": "one"}, "lora_name"),
+        ({"lora_name": "a\u2028b", "lora_path": "one"}, "lora_name"),
+        ({"lora_name": "x" * 129, "lora_path": "one"}, "lora_name"),
+        ({"lora_name": "x", "lora_path": 5}, "lora_path"),
+        ({"lora_name": "x", "lora_path": "one", "load_inplace": "yes"}, "load_inplace"),
+        ({"lora_name": "abc", "lora_path": "one"}, "lora_name"),
+        ({"lora_name": "abc", "lora_path": "one", "load_inplace": False}, "lora_name"),
+    ],
+)
+def test_bad_bodies_name_the_field(unchanged, fields, param):
+    assert error_of(unchanged.client.post(LOAD, json=fields), 400)["param"] == param
+    assert names(unchanged) == list(SCRIPTS)
+    assert says(unchanged, "abc") == "ABCDEFGH"
+
+
+def test_the_longest_name(server):
+    assert load(server, "ü" * 128, "one").status_code == 200
+    assert says(server, "ü" * 128) == "first"
+
+
+@pytest.mark.parametrize("name", ["abc", "new"])
+@pytest.mark.parametrize(
+    ("fault", "status", "sentence"),
+    [
+        (PshareError("It was made for another base."), 400, "It was made for another base."),
+        (RuntimeError("a bug"), 500, "could not be loaded: the server's log says why."),
+        (MemoryError(), 500, "could not be loaded: there is not enough memory for it."),
+        (RuntimeError("RESOURCE_EXHAUSTED: 5 bytes"), 500, "there is not enough memory for it."),
+    ],
+)
+def test_a_failed_load_leaves_all_as_it_was(root, caplog, name, fault, status, sentence):
+    def failing(fakes, folder):
+        raise fault
+
+    with serving(modules_dir=root, load=failing) as server:
+        error = error_of(load(server, name, "one", load_inplace=True), status)
+        assert sentence in error["message"]
+        assert error["type"] == ("server_error" if status == 500 else "invalid_request_error")
+        assert names(server) == served_tasks(server) == list(SCRIPTS)
+        assert says(server, "abc") == "ABCDEFGH"
+    assert ("could not be loaded" in caplog.text) is (status == 500)
+
+
+def test_a_server_whose_tasks_cannot_change_says_why(root):
+    with serving(modules_dir=root, load=loaded, refusal="It cannot be.") as server:
+        for response in (load(server, "x", "one"), unload(server, "abc")):
+            assert error_of(response, 400)["message"] == "It cannot be."
+        assert says(server, "abc") == "ABCDEFGH"
+
+
+# --- what lives meanwhile --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def stream_of(server, task):
+    """The lines of a stream whose first one has come; each step takes a while."""
+    body = {"model": task, "prompt": "p", "max_tokens": 60, "stream": True}
+    server.fakes.decode[task].before = lambda: time.sleep(0.01)
+    with httpx.stream("POST", f"{server.client.base_url}/v1/completions", json=body, timeout=10) as response:
+        lines = response.iter_lines()
+        yield [next(lines)], lines
+
+
+def rest_of(first, lines):
+    data = [line.removeprefix("data: ") for line in (*first, *lines) if line]
+    assert data.pop() == "[DONE]"
+    return [json.loads(line) for line in data]
+
+
+@pytest.mark.parametrize("change", ["replace", "unload"])
+def test_a_running_stream_ends_on_the_old_weights(server, change):
+    with stream_of(server, "endless") as (first, lines):
+        if change == "replace":
+            assert load(server, "endless", "one", load_inplace=True).status_code == 200
+            assert says(server, "endless") == "first"
+        else:
+            assert unload(server, "endless").status_code == 200
+            assert error_of(server.post(model="endless"), 404)
+        assert server.engine.num_live == 1
+        chunks = rest_of(first, lines)
+    assert ("".join(pieces(chunks)), reason(chunks)) == ("x" * 60, "length")
+
+
+def test_streams_and_calls_go_on_while_a_task_is_loaded_and_the_next_one_waits(root):
+    begun, go, order = threading.Event(), threading.Event(), []
+
+    def slow(fakes, folder):
+        order.append(folder.name)
+        begun.set()
+        assert go.wait(10)
+        return loaded(fakes, folder)
+
+    with serving(modules_dir=root, load=slow) as server, ThreadPoolExecutor(3) as pool:
+        first = pool.submit(load, server, "x", "one")
+        assert begun.wait(5)
+        second = pool.submit(load, server, "x", "deep/two", load_inplace=True)
+        with stream_of(server, "endless") as (head, lines):
+            assert "".join(pieces(rest_of(head, lines))) == "x" * 60
+        assert says(server, "abc") == "ABCDEFGH"
+        assert error_of(server.post(model="x"), 404)
+        assert order == ["one"]
+        go.set()
+        assert (first.result().status_code, second.result().status_code) == (200, 200)
+        assert order == ["one", "two"]
+        assert says(server, "x") == "second"
+        assert names(server) == [*SCRIPTS, "x"]
+
+
+def test_a_stop_waits_for_a_pause_at_most(root):
+    begun = threading.Event()
+
+    def slow(fakes, folder):
+        begun.set()
+        limit = time.monotonic() + 10
+        while fakes.engine.accepting:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        return loaded(fakes, folder)
+
+    with ThreadPoolExecutor(1) as pool, serving(modules_dir=root, load=slow, drain_seconds=2.0) as server:
+        answer = pool.submit(load, server, "x", "one")
+        assert begun.wait(5)
+        server.stop()
+        assert error_of(answer.result(), 503)["type"] == "server_error"
+        assert server.served.tasks == list(SCRIPTS)
+
+
+def test_a_task_that_goes_between_check_and_submission_is_a_404(server):
+    server.engine.put_task("abc", {})
+    error = error_of(server.post(model="abc"), 404)
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+
+
+def test_the_log_names_the_task(server, caplog):
+    with caplog.at_level("INFO", "pshare_jax.requests"):
+        load(server, "x", "one")
+        unload(server, "x")
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "pshare_jax.requests"]
+    assert [(line["path"], line["status"], line["task"]) for line in lines] == [(LOAD, 200, "x"), (UNLOAD, 200, "x")]
+
+
+# --- in the engine ---------------------------------------------------------------------------------------------------
+
+OLD, NEW = Echo("old"), Echo("new")
+
+
+def swap(fakes, task="t", answer=NEW):
+    weights = FakeDecode(answer, fakes.faults)
+    fakes.engine.put_task(task, {worker.index: weights for worker in fakes.engine.decode_workers})
+    return weights
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5, 9])
+@pytest.mark.parametrize("place", [{}, {"colocated": True}, {"num_decode": 2}])
+def test_old_and_new_ones_are_never_mixed(steps, place):
+    """Wherever a request is when its task changes: it waits, is prefilled, copied, decoded."""
+    fakes = make_engine({"t": OLD}, **place)
+    client = Client(fakes)
+    prompts = [[number] * (number * 3) for number in range(1, 7)]
+    old = [client.ask(prompt=prompt, max_tokens=12) for prompt in prompts]
+    fakes.step(steps)
+    swap(fakes)
+    new = [client.ask(prompt=prompt, max_tokens=12) for prompt in prompts]
+    fakes.step(2)
+    fakes.engine.put_task("t", {})
+    with pytest.raises(UnknownTask, match="no task 't'"):
+        client.ask()
+    fakes.run()
+    for requests, answer in ((old, OLD), (new, NEW)):
+        assert [client.ids(name) for name in requests] == [answer.answer(prompt, 12) for prompt in prompts]
+
+
+@pytest.mark.parametrize("change", ["replace", "remove"])
+def test_a_preempted_request_comes_back_to_its_old_weights(change):
+    fakes = make_engine({"t": OLD}, pages=15, decode_pages=15)
+    client = Client(fakes)
+    for token in (1, 2):
+        client.ask(f"r{token}", [token] * 21, max_tokens=20)
+    fakes.step_until(lambda: client.state("r2") is State.PREEMPTED)
+    if change == "replace":
+        swap(fakes)
+        client.ask("new", [2] * 21, max_tokens=20)
+    else:
+        fakes.engine.put_task("t", {})
+    fakes.run()
+    assert fakes.engine.decode_workers[0].num_preempted >= 1
+    for token in (1, 2):
+        assert client.ids(f"r{token}") == OLD.answer([token] * 21, 20)
+    if change == "replace":
+        assert client.ids("new") == NEW.answer([2] * 21, 20)
+
+
+def test_all_choices_of_a_call_have_the_same_weights():
+    """A swap that comes in the middle of a call's submission waits for its end."""
+    fakes = make_engine({"t": OLD}, num_decode=2)
+    client, engine = Client(fakes), fakes.engine
+    router: Any = engine._router
+    began, swapped = threading.Event(), threading.Event()
+
+    def change():
+        began.set()
+        swap(fakes)
+        swapped.set()
+
+    thread = threading.Thread(target=change)
+    assign = router.assign
+
+    def slow(*args):
+        if not began.is_set():
+            thread.start()
+            assert began.wait(5)
+        # The swap has the time to come, and must not.
+        assert not swapped.wait(0.05)
+        return assign(*args)
+
+    router.assign = slow
+    requests = [Request(f"r{number}", "t", (1, 2, 3), 4) for number in range(4)]
+    engine.submit_all(requests, [lambda event: None] * 4)
+    thread.join()
+    sequences = [engine._live[request.id] for request in requests]
+    assert {one.decode_worker for one in sequences} == {0, 1}
+    assert len({id(one.weights) for one in sequences}) == 1
+    fakes.run()
+    assert [one.completion_ids for one in sequences] == [OLD.answer((1, 2, 3), 4)] * 4
+    router.assign = assign
+    name = client.ask(prompt=(1, 2, 3), max_tokens=4)
+    fakes.run()
+    assert client.ids(name) == NEW.answer((1, 2, 3), 4)
+
+
+def test_a_call_with_an_unknown_task_takes_nothing():
+    fakes = make_engine({"t": OLD})
+    requests = [Request("a", "t", (1, 2), 4), Request("b", "u", (1, 2), 4)]
+    with pytest.raises(UnknownTask):
+        fakes.engine.submit_all(requests, [lambda event: None] * 2)
+    assert (fakes.engine.num_live, fakes.engine._router.decode_load) == (0, [0])
+
+
+def test_a_task_goes_only_to_the_workers_it_is_given_to():
+    fakes = make_engine({"t": OLD}, num_decode=3)
+    weights = FakeDecode(NEW, fakes.faults)
+    fakes.engine.put_task("u", {1: weights})
+    assert [list(worker.tasks) for worker in fakes.engine.decode_workers] == [["t"], ["t", "u"], ["t"]]
+    client = Client(fakes)
+    asked = [client.ask(prompt=[n], task="u", max_tokens=3) for n in range(1, 5)]
+    fakes.run()
+    assert {client.sequences[name].decode_worker for name in asked} == {1}
+    assert [client.ids(name) for name in asked] == [NEW.answer([n], 3) for n in range(1, 5)]
+    fakes.engine.put_task("u", {0: weights})
+    assert [list(worker.tasks) for worker in fakes.engine.decode_workers] == [["t", "u"], ["t"], ["t"]]
