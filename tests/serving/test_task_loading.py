@@ -407,7 +407,7 @@ def test_no_shape_is_used_before_it_is_compiled_for_the_new_task(world, monkeypa
     if settled:
         BackgroundCompiler([], [worker.ready], lambda line: None, lambda: None)._thread.join()
     stepped.load("x", "lora")
-    one, two = ["decode 1", "sample 1"], ["decode 2", "sample 2"]
+    one, two = ["decode 1", "sample 1"], ["decode 2", "sample 2", "score"]
     assert sorted(compiled) == (one if settled else sorted(one + two))
     assert (2,) not in worker.ready
     stepped.table.stop()
