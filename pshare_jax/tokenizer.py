@@ -49,8 +49,8 @@ class Tokenizer:
         self.vocab_size: int = backend.get_vocab_size()
         self.special_ids: frozenset[int] = frozenset(self._special)
         self.bos_id: int | None = self._id_of("bos_token")
-        eos = self._id_of("eos_token")
-        self.eos_ids: frozenset[int] = turn_ends | ({eos} if eos is not None else set())
+        self.eos_id: int | None = self._id_of("eos_token")
+        self.eos_ids: frozenset[int] = turn_ends | ({self.eos_id} if self.eos_id is not None else set())
         self._prefix, self._suffix = self._framing()
 
     @classmethod
@@ -94,6 +94,19 @@ class Tokenizer:
         prefix = [] if self._prefix and ids[: len(self._prefix)] == self._prefix else self._prefix
         return [*prefix, *ids, *self._suffix]
 
+    def encode_completion(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        """Ids of a text prompt, as `encode` gives them, and of the text that follows it, without an end token.
+
+        Control text in the completion is ordinary text; a token that would span the border is split there.
+        """
+        ids = self.encode(prompt)
+        if not self._control.inside(completion):
+            joint = self.encode(prompt + completion)
+            joint = joint[: len(joint) - len(self._suffix)]
+            if joint[: len(ids)] == ids:
+                return ids, joint[len(ids) :]
+        return ids, self._plain.encode(_valid(completion))
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; ids without a token write nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -132,23 +145,60 @@ class Tokenizer:
         except RecursionError as error:
             raise PshareError("The chat is nested too deeply.") from error
 
+    def encode_turn(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        answer: Mapping[str, Any],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> tuple[list[int], list[int]]:
+        """The prompt for `messages` as `encode_chat` gives it, and what the template writes after it for `answer`.
+
+        The second part goes on to the end of the rendering: the answer, its end-of-turn token, often a line break. A
+        token that would span the border is split there, since generation starts at the border. PshareError: as
+        `encode_chat`, and where the template does not write this answer right after that prompt.
+        """
+        prompt = self.encode_chat(messages, tools=tools, template_kwargs=template_kwargs)
+        whole = [*messages, answer]
+        ids = self.encode_chat(whole, tools=tools, add_generation_prompt=False, template_kwargs=template_kwargs)
+        if ids[: len(prompt)] == prompt:
+            return prompt, ids[len(prompt) :]
+        variables = plain_data(template_kwargs or {})
+        chat = [checked_messages(whole), plain_data(tools), list(variables.values())]
+        return prompt, self._encode_last(chat, list(variables))
+
+    def _encode_last(self, chat: list[Any], names: list[str]) -> list[int]:
+        """What the template writes for the last message, by itself; `chat` and `names` as below."""
+        template = self._template(chat[1])
+        twins = self._control.twins(chat, template.source)
+        messages, *others = twins.broken(chat)
+        before = self._rendered(template, [messages[:-1], *others], names, True)
+        text = self._rendered(template, [messages, *others], names, False)
+        if not text.startswith(before):
+            raise PshareError("The chat template does not write this answer right after its prompt.")
+        text = text[len(before) :]
+        return self._encode_broken(text, twins) if self._control.inside(chat) else self._encode(text)
+
     def _encode_checked(self, chat: list[Any], names: list[str], add_generation_prompt: bool) -> list[int]:
         """`chat`: messages, tools, and the values of the template variables called `names`."""
         template = self._template(chat[1])
         twins = self._control.twins(chat, template.source)
-
-        def rendered(messages: list, tools: list | None, values: list) -> str:
-            variables = {**self._variables, **dict(zip(names, values, strict=True))}
-            return template.render(messages, tools, add_generation_prompt, variables)
-
-        own = self._control_ids(self._encode(rendered(*twins.disguised(chat, template.words))))
+        disguised = twins.disguised(chat, template.words)
+        own = self._control_ids(self._encode(self._rendered(template, disguised, names, add_generation_prompt)))
         if self._control.inside(chat):
-            ids = self._encode_broken(rendered(*twins.broken(chat)), twins)
+            text = self._rendered(template, twins.broken(chat), names, add_generation_prompt)
+            ids = self._encode_broken(text, twins)
         else:
-            ids = self._encode(rendered(*chat))
+            ids = self._encode(self._rendered(template, chat, names, add_generation_prompt))
         if self._control_ids(ids) != own:
             raise PshareError("Text of the messages would become control tokens in the chat template; rephrase it.")
         return ids
+
+    def _rendered(self, template: ChatTemplate, chat: list[Any], names: list[str], add_generation_prompt: bool) -> str:
+        messages, tools, values = chat
+        variables = {**self._variables, **dict(zip(names, values, strict=True))}
+        return template.render(messages, tools, add_generation_prompt, variables)
 
     def _encode_broken(self, text: str, twins: Twins) -> list[int]:
         encoding = self._backend.encode(_valid(text), add_special_tokens=False)
