@@ -76,8 +76,13 @@ def check_data(config: DataConfig, key: str = "data") -> None:
         raise PshareError(f"{key}.eval_fraction and {key}.eval_sources are two ways to the same; give one of them.")
 
 
+def paths_of(source: SourceConfig) -> list[str]:
+    """The source's paths as a list."""
+    return [source.path] if isinstance(source.path, str) else source.path
+
+
 def _check_source(key: str, source: SourceConfig) -> None:
-    if not source.path or "" in source.path:
+    if not all(paths_of(source)) or not paths_of(source):
         raise PshareError(f"{key}.path is empty; name a file, a glob or reasoning_gym:<task>.")
     if not 0 < source.weight < math.inf:
         raise PshareError(f"{key}.weight must be more than 0 and finite, not {source.weight}.")

@@ -18,7 +18,7 @@ from pshare_jax.training.samples import Sample
 
 
 class SampleStore(Sequence[Sample]):
-    """An immutable sequence of samples; `context_lens`, `answer_lens` and `records` are arrays over it."""
+    """An immutable sequence of samples; `lens`, `context_lens`, `answer_lens` and `records` are arrays over it."""
 
     def __init__(self, samples: Iterable[tuple[int, Sample]], folder: Path | None = None) -> None:
         """Writes all `samples` (each with the number of its record) below `folder` (None: the system's for such)."""
@@ -47,6 +47,7 @@ class SampleStore(Sequence[Sample]):
         self.digest = digest.hexdigest()
         lengths = np.concatenate([[0], np.cumsum(self._turns[:, 1] - self._turns[:, 0])])
         self.answer_lens = np.diff(lengths[self._turn_ends])
+        self.lens = np.diff(self._ends)
         self.context_lens = self._turns[self._turn_ends[1:] - 1, 0].astype(np.int64) - 1
         self._ids = self._mapped()
 
