@@ -4,7 +4,7 @@ A row holds samples one after another; the packed ones are told apart by segment
 padding. Positions are those inside the sample. Padding is zero everywhere.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -52,20 +52,21 @@ def two_stream(rows: Sequence[Sequence[Sample]], context_len: int, decode_len: i
     Raises:
         ValueError: a row holds more than that.
     """
-    batch = TwoStreamBatch(*_zeros(3, len(rows), context_len), *_zeros(6, len(rows), decode_len), _weights(rows, decode_len))
+    shape_c, shape_d = (len(rows), context_len), (len(rows), decode_len)
+    context = [np.zeros(shape_c, np.int32) for _ in range(3)]
+    decode = [np.zeros(shape_d, np.int32) for _ in range(6)]
+    batch = TwoStreamBatch._make([*context, *decode, np.zeros(shape_d, np.float32)])
     for b, row in enumerate(rows):
-        context = _Cursor(context_len)
-        decode = _Cursor(decode_len)
-        turn = 0
+        context_at, decode_at, turn = _Cursor(context_len), _Cursor(decode_len), 0
         for segment, sample in enumerate(row, start=1):
             ids = np.asarray(sample.ids, np.int32)
-            at = context.take(sample.context_len)
+            at = context_at.take(sample.context_len)
             batch.context_tokens[b, at] = ids[: sample.context_len]
             batch.context_positions[b, at] = np.arange(sample.context_len)
             batch.context_segments[b, at] = segment
             for start, end in sample.turns:
                 turn += 1
-                at = decode.take(end - start)
+                at = decode_at.take(end - start)
                 batch.decode_tokens[b, at] = ids[start - 1 : end - 1]
                 batch.decode_positions[b, at] = np.arange(start - 1, end - 1)
                 batch.decode_segments[b, at] = segment
@@ -82,18 +83,20 @@ def one_stream(rows: Sequence[Sequence[Sample]], length: int, answers_len: int) 
     Raises:
         ValueError: a row holds more than that.
     """
-    batch = OneStreamBatch(*_zeros(3, len(rows), length), *_zeros(2, len(rows), answers_len), _weights(rows, answers_len))
+    stream = [np.zeros((len(rows), length), np.int32) for _ in range(3)]
+    answers = [np.zeros((len(rows), answers_len), np.int32) for _ in range(2)]
+    batch = OneStreamBatch._make([*stream, *answers, np.zeros((len(rows), answers_len), np.float32)])
     for b, row in enumerate(rows):
-        stream, answers = _Cursor(length), _Cursor(answers_len)
+        stream_at, answers_at = _Cursor(length), _Cursor(answers_len)
         for segment, sample in enumerate(row, start=1):
             num_tokens = sample.turns[-1][1] - 1
             ids = np.asarray(sample.ids, np.int32)
-            at = stream.take(num_tokens)
+            at = stream_at.take(num_tokens)
             batch.tokens[b, at] = ids[:num_tokens]
             batch.positions[b, at] = np.arange(num_tokens)
             batch.segments[b, at] = segment
             for start, end in sample.turns:
-                picked = answers.take(end - start)
+                picked = answers_at.take(end - start)
                 batch.picks[b, picked] = at.start + np.arange(start - 1, end - 1)
                 batch.targets[b, picked] = ids[start:end]
                 batch.weights[b, picked] = 1
@@ -112,11 +115,3 @@ class _Cursor:
             raise ValueError(f"the samples of a row need {place.stop} places of {self._size}")
         self._at = place.stop
         return place
-
-
-def _zeros(count: int, rows: int, size: int) -> Iterator[np.ndarray]:
-    return (np.zeros((rows, size), np.int32) for _ in range(count))
-
-
-def _weights(rows: Sequence[Sequence[Sample]], size: int) -> np.ndarray:
-    return np.zeros((len(rows), size), np.float32)

@@ -17,17 +17,17 @@ _KEPT_PLANS = 2
 
 
 class Batch(NamedTuple):
-    """Arrays of one shape, and by row the (source, line) of the samples in them; batch `index` of `epoch`, from 0."""
+    """Arrays of one shape, and by row the (source, line) of the samples in them; batch `number` of `epoch`, from 0."""
 
     arrays: TwoStreamBatch | OneStreamBatch
     samples: tuple[tuple[tuple[str, int], ...], ...]
     epoch: int
-    index: int
+    number: int
     is_last: bool
 
 
 class Epochs:
-    """All batches of `samples`, as `batch(epoch, index)`; `capacity` is a row's context and answer length.
+    """All batches of `samples`, as `batch(epoch, number)`; `capacity` is a row's context and answer length.
 
     An epoch is `weight` passes over each source, in one order. Passes go on from epoch to epoch: with a weight of 0.5
     two epochs use every sample once. No row mixes epochs; the rows that an epoch's last batch lacks are empty.
@@ -71,14 +71,14 @@ class Epochs:
         used = [index for batch in plan for row in batch for index in row]
         return fill(self._lengths[used], len(plan) * self._num_rows, self._capacity)
 
-    def batch(self, epoch: int, index: int) -> Batch:
-        """Batch `index` of `epoch`."""
+    def batch(self, epoch: int, number: int) -> Batch:
+        """Batch `number` of `epoch`."""
         plan = self._plan(epoch)
-        rows = [[self._samples.store[at] for at in row] for row in plan[index]]
+        rows = [[self._samples.store[at] for at in row] for row in plan[number]]
         rows += [[] for _ in range(self._num_rows - len(rows))]
         arrays = two_stream if self._layout == "two_stream" else one_stream
         names = tuple(tuple((sample.source, sample.line) for sample in row) for row in rows)
-        return Batch(arrays(rows, *self._capacity), names, epoch, index, index == len(plan) - 1)
+        return Batch(arrays(rows, *self._capacity), names, epoch, number, number == len(plan) - 1)
 
     def _plan(self, epoch: int) -> list[list[list[int]]]:
         """The epoch's batches as rows of indices into the store."""

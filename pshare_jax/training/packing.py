@@ -11,6 +11,9 @@ from jaxtyping import Int64
 WINDOW = 1024
 _MULTIPLE = 32
 _WANTED_FILL = 0.92
+_TRIED_TIMES = (1, 1.5, 2, 3, 4, 6, 8)
+# In a row whose other length is given; more than this only where contexts are next to empty.
+_MOST_SAMPLES = 4096
 
 
 def pack(
@@ -62,24 +65,27 @@ def fill(lengths: Int64[np.ndarray, "N 2"], num_rows: int, capacity: tuple[int, 
 def choose_capacity(
     lengths: Int64[np.ndarray, "N 2"], context_len: int | None, answer_len: int | None
 ) -> tuple[int, int]:
-    """The given lengths of a row, or the shortest (multiples of 32) that hold every sample and leave little padding."""
-    largest = lengths.max(axis=0)
-    mean = np.maximum(lengths.mean(axis=0), 1e-9)
+    """The given lengths of a row, or ones that suit the data (multiples of 32): in the proportion of all context to all
+    answer tokens, long enough for every sample, and the shortest such that leave little padding.
+    """
+    if context_len and answer_len:
+        return context_len, answer_len
+    largest, mean = lengths.max(axis=0), np.maximum(lengths.mean(axis=0), 1e-9)
+    if context_len or answer_len:
+        # As many average samples in a row as the given length holds.
+        samples = context_len / mean[0] if context_len else (answer_len or 0) / mean[1]
+        found = _rounded(largest, mean * min(samples, _MOST_SAMPLES))
+        return context_len or found[0], answer_len or found[1]
     probe = lengths[:WINDOW]
-    best, best_fill = (0, 0), -1.0
-    for times in (1, 1.5, 2, 3, 4, 6, 8):
-        context = context_len or _rounded(largest[0] * times)
-        answers = answer_len or _rounded(max(largest[1], mean[1] * context / mean[0] if mean[0] >= 1 else 0))
-        if context_len is None:
-            # Long answers may want more of a row than the mean does; then the context gets more room, too.
-            context = max(context, _rounded(min(mean[0] * answers / mean[1], largest[0] * 8)))
-        reached = fill(probe, len(pack(probe, (context, answers))), (context, answers))
-        if reached > best_fill + 0.01:
-            best, best_fill = (context, answers), reached
-        if best_fill >= _WANTED_FILL or context_len:
-            break
-    return best
+    least = (largest / mean).max()
+    tried = [_rounded(largest, mean * least * times) for times in _TRIED_TIMES]
+    fills = [fill(probe, len(pack(probe, capacity)), capacity) for capacity in tried]
+    good = [capacity for capacity, reached in zip(tried, fills, strict=True) if reached >= _WANTED_FILL]
+    return good[0] if good else tried[int(np.argmax(fills))]
 
 
-def _rounded(length: float) -> int:
-    return max(1, -int(-length // _MULTIPLE)) * _MULTIPLE
+def _rounded(largest: np.ndarray, wanted: np.ndarray) -> tuple[int, int]:
+    context, answers = (
+        (np.ceil(np.maximum(np.maximum(largest, wanted), 1) / _MULTIPLE) * _MULTIPLE).astype(int).tolist()
+    )
+    return context, answers

@@ -58,7 +58,7 @@ class Batches(Iterator[Batch]):
         except RuntimeError as error:
             self.close()
             raise PshareError(f"A worker process of the data loader failed: {error}") from error
-        self._place = (batch.epoch + 1, 0) if batch.is_last else (batch.epoch, batch.index + 1)
+        self._place = (batch.epoch + 1, 0) if batch.is_last else (batch.epoch, batch.number + 1)
         return batch
 
     def num_batches(self) -> int | None:
@@ -133,9 +133,9 @@ class _FromPlace:
         counts = [self._epochs.num_batches(epoch) for epoch in range(self._epoch, self._num_epochs)]
         return max(0, sum(counts) - self._batch)
 
-    def __getitem__(self, number: int) -> "_Parcel":
-        epoch, index = self._epoch, self._batch + number
-        while index >= self._epochs.num_batches(epoch):
-            index -= self._epochs.num_batches(epoch)
+    def __getitem__(self, index: int) -> "_Parcel":
+        epoch, number = self._epoch, self._batch + index
+        while number >= self._epochs.num_batches(epoch):
+            number -= self._epochs.num_batches(epoch)
             epoch += 1
-        return _Parcel(self._epochs.batch(epoch, index))
+        return _Parcel(self._epochs.batch(epoch, number))

@@ -32,7 +32,6 @@ class SampleSet:
         return sum(map(len, self.members))
 
 
-
 @dataclass(frozen=True)
 class PreparedData:
     """The samples to train on, those to evaluate on (perhaps none), and what became of every record."""
@@ -54,7 +53,9 @@ def prepare(
     """
     check_data(config)
     if config.format == "chat" and tokenizer.chat_template is None:
-        raise PshareError("The model has no chat template; set data.format to text to train on prompts and completions.")
+        raise PshareError(
+            "The model has no chat template; set data.format to text to train on prompts and completions."
+        )
     chat = tokenizer.chat_template is not None if config.format is None else config.format == "chat"
     reading = _Reading(RecordReader(tokenizer, stop_ids, chat, _limits(config, layout)))
     store = SampleStore(reading.samples([*config.sources, *config.eval_sources]))

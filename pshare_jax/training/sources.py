@@ -45,7 +45,9 @@ def read_source(path: str) -> Iterator[Record]:
     for file in _files(path):
         reader = _READERS.get(file.suffix)
         if reader is None:
-            raise PshareError(f"{file} is not a kind of data file we read; give it the ending .jsonl, .json or .parquet.")
+            raise PshareError(
+                f"{file} is not a kind of data file we read; give it the ending .jsonl, .json or .parquet."
+            )
         try:
             for line, content in reader(file):
                 yield Record(str(file), line, content)
@@ -181,7 +183,9 @@ def open_reasoning_gym(path: str) -> Any:
     try:
         gym = importlib.import_module("reasoning_gym")
     except ImportError:
-        raise PshareError(f"The source {path} needs reasoning-gym; install it with: pip install reasoning-gym.") from None
+        raise PshareError(
+            f"The source {path} needs reasoning-gym; install it with: pip install reasoning-gym."
+        ) from None
     settings = {"seed": 1, "size": 1000, **_gym_settings(path, query)}
     known = importlib.import_module("reasoning_gym.factory").DATASETS
     if task not in known:
