@@ -4,6 +4,7 @@ The trainer makes one `Batches` to train from and one to evaluate on, and keeps 
 every batch is a function of its place (`epochs.py`), a run may go on with another number of workers.
 """
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +54,8 @@ class Batches(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._loader()
+            # Also where nobody closes: workers end before the interpreter takes itself apart.
+            self._end = weakref.finalize(self, self._iterator.close)
         try:
             batch: Batch = next(self._iterator).batch
         except RuntimeError as error:
@@ -91,7 +94,7 @@ class Batches(Iterator[Batch]):
     def close(self) -> None:
         """Ends the worker processes; a next batch would start them again at the same place."""
         if self._iterator is not None:
-            self._iterator.close()
+            self._end()
             self._iterator = None
 
     def __enter__(self) -> "Batches":
@@ -107,7 +110,8 @@ class Batches(Iterator[Batch]):
         source = _FromPlace(self.epochs, *self._place, self._num_epochs)
         # No reading threads: a batch is a few copies, and workers overlap it with the training step.
         data = grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(num_threads=0))
-        workers = grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=_BUFFERED_BATCHES)
+        num_workers = min(self._num_workers, len(source))
+        workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_BUFFERED_BATCHES)
         return iter(data.mp_prefetch(workers))
 
 

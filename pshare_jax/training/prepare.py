@@ -57,7 +57,7 @@ def prepare(
             "The model has no chat template; set data.format to text to train on prompts and completions."
         )
     chat = tokenizer.chat_template is not None if config.format is None else config.format == "chat"
-    reading = _Reading(RecordReader(tokenizer, stop_ids, chat, _limits(config, layout)))
+    reading = _Reading(RecordReader(tokenizer, stop_ids, chat, _limits(config, layout)), stop_ids)
     store = SampleStore(reading.samples([*config.sources, *config.eval_sources]))
     split_at = len(config.sources)
     groups = [np.flatnonzero(np.array(reading.groups) == index) for index in range(split_at + len(config.eval_sources))]
@@ -84,6 +84,7 @@ class _Reading:
     """Reads sources one by one; `groups` says for each sample which source of the config it came from."""
 
     reader: RecordReader
+    stop_ids: frozenset[int]
     reports: list[SourceReport] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
     num_records: int = 0
@@ -111,7 +112,7 @@ class _Reading:
             except Dropped as dropped:
                 report.drop(line, dropped.reason, dropped.detail)
                 continue
-            report.keep(line, samples, left_out)
+            report.keep(line, samples, left_out, self.stop_ids)
             yield from samples
         if len(self.reports) == first:
             raise PshareError(f"{path} holds no records.")

@@ -1,5 +1,6 @@
 """What became of the records of the data sources: counts and first lines for each reason, in a few printed lines."""
 
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pshare_jax.training.samples import Sample
@@ -31,7 +32,8 @@ class Reason:
 @dataclass
 class SourceReport:
     """One source. `read` = `kept` + the dropped records; kept ones gave `samples` samples, `split` of them beyond the
-    first of a record; `turns` trained answers with `answer_tokens` tokens, and `left_out` single answers.
+    first of a record; `turns` trained answers with `answer_tokens` tokens, and `left_out` single answers. `unstopped` ones
+    end with a token that does not stop generation.
     """
 
     name: str
@@ -44,13 +46,16 @@ class SourceReport:
     answer_tokens: int = 0
     dropped: dict[str, Reason] = field(default_factory=dict)
     left_out: dict[str, Reason] = field(default_factory=dict)
+    unstopped: Reason = field(default_factory=Reason)
 
     def drop(self, line: int, reason: str, detail: str = "") -> None:
         """Counts a record that is not used."""
         self.read += 1
         self.dropped.setdefault(reason, Reason()).add(line, detail)
 
-    def keep(self, line: int, samples: list[Sample], left_out: dict[str, int]) -> None:
+    def keep(
+        self, line: int, samples: Sequence[Sample], left_out: Mapping[str, int], stop_ids: Collection[int]
+    ) -> None:
         """Counts a record that is used, and what of it is not."""
         self.read += 1
         self.kept += 1
@@ -59,6 +64,9 @@ class SourceReport:
         self.turns += sum(len(sample.turns) for sample in samples)
         self.tokens += sum(len(sample.ids) for sample in samples)
         self.answer_tokens += sum(sample.answer_len for sample in samples)
+        unstopped = sum(sample.ids[end - 1] not in stop_ids for sample in samples for _, end in sample.turns)
+        if unstopped:
+            self.unstopped.add(line, "", unstopped)
         for reason, count in left_out.items():
             self.left_out.setdefault(reason, Reason()).add(line, "", count)
 
@@ -75,6 +83,8 @@ class SourceReport:
         ]
         lines += [f"  dropped: {item.count} x {name} {item}" for name, item in self.dropped.items()]
         lines += [f"  answers left out: {item.count} x {name} {item}" for name, item in self.left_out.items()]
+        if self.unstopped.count:
+            lines.append(f"  answers whose last token does not stop the model: {self.unstopped.count} {self.unstopped}")
         return "\n".join(lines)
 
 

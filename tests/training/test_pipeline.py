@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from training_data import WatchedEpochs, chat, random_samples, sample_set, tokenizers, write_jsonl
 
 from pshare_jax.errors import PshareError
+from pshare_jax.settings import load_settings
 from pshare_jax.training.batches import Layout, TwoStreamBatch
 from pshare_jax.training.data_config import DataConfig, RowsConfig, SourceConfig, check_data
 from pshare_jax.training.epochs import Epochs
@@ -160,6 +161,15 @@ def test_workers_give_the_same_batches_and_resume_into_any_number_of_them(data):
         assert next(loader, None) is None
 
 
+def test_more_workers_than_batches_and_none_left():
+    """The last state of a run has nothing more; a data set may be smaller than the number of workers."""
+    data = sample_set(random_samples(1, 2))
+    with Batches(epochs_of(data, capacity=(200, 100)), 1, 2) as loader:
+        assert len(list(loader)) == 1
+        loader.set_state(loader.get_state())
+        assert list(loader) == []
+
+
 def test_other_data_or_settings_are_refused(data):
     state = Batches(epochs_of(data), 3, 0).get_state()
     other = sample_set(random_samples(1, 23), random_samples(3, 9))
@@ -268,6 +278,16 @@ def test_from_a_file_to_batches(tok, tmp_path):
         with training_batches(found.train, small, layout) as loader:
             assert loader.epochs.identity["lengths"] == [40, 30]
             assert np.sum([batch.arrays.weights.sum() for batch in loader]) == found.train.store.answer_lens.sum()
+
+
+def test_the_config_in_yaml(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "sources: [{path: 'reasoning_gym:leg_counting?seed=1'}, {path: [a.jsonl, b/*.parquet], weight: 2}]\nepochs: null\n"
+    )
+    config = load_settings(DataConfig, tmp_path / "a.yaml", ["batch.rows=8", "eval_fraction=0.1"])
+    check_data(config)
+    assert config.sources[1] == SourceConfig(["a.jsonl", "b/*.parquet"], 2.0)
+    assert (config.epochs, config.batch, config.eval_fraction) == (None, RowsConfig(8), 0.1)
 
 
 @pytest.mark.parametrize(

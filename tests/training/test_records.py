@@ -126,6 +126,8 @@ def test_the_border_between_prompt_and_answer_is_never_merged(toks):
     samples = samples_of(tokenizer, {"messages": messages})
     check_samples(tokenizer, samples, messages)
     assert answers(tokenizer, samples) == ["\n\nhello<|im_end|>", "s<|im_end|>"]
+    quoting = chat("q", "\n\nsay <|im_end|>")
+    assert answers(tokenizer, samples_of(tokenizer, {"messages": quoting})) == ["\n\nsay <|im_end|><|im_end|>"]
     # History is the server's own tokenization, so the second turn cannot go on from the first.
     assert len(samples) == 2
 

@@ -173,6 +173,15 @@ def test_formats(tok, tmp_path):
         prepared(plain, data(path, format="chat"))
 
 
+def test_answers_that_do_not_stop_the_model_are_told(tok, tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    records = [GOOD, {"messages": [*chat("x"), {"role": "assistant", "tool_calls": [call]}]}]
+    config = data(write_jsonl(tmp_path / "a.jsonl", records))
+    assert "answers whose last token does not stop the model: 1 (line 2)" in str(prepared(tok, config).report)
+    stops = tok.eos_ids | set(tok.encode("<|eom_id|>", add_special_tokens=False))
+    assert "does not stop" not in str(prepare(config, tok, stops).report)
+
+
 # --- reasoning-gym ---------------------------------------------------------------------------------------------------
 
 LEGS = "reasoning_gym:leg_counting?seed=7&size=20&max_animals=4"
