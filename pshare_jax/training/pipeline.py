@@ -49,15 +49,15 @@ class Batches(Iterator[Batch]):
         """`num_epochs` None: endless. Worker processes start with the first batch."""
         self.epochs, self._num_epochs, self._num_workers = epochs, num_epochs, num_workers
         self._place = (0, 0)
-        self._iterator: Any = None
+        # At most one grain iterator. Where nobody closes, it ends before the interpreter takes itself apart.
+        self._running: list[Any] = []
+        weakref.finalize(self, _end, self._running)
 
     def __next__(self) -> Batch:
-        if self._iterator is None:
-            self._iterator = self._loader()
-            # Also where nobody closes: workers end before the interpreter takes itself apart.
-            self._end = weakref.finalize(self, self._iterator.close)
+        if not self._running:
+            self._running.append(self._loader())
         try:
-            batch: Batch = next(self._iterator).batch
+            batch: Batch = next(self._running[0]).batch
         except RuntimeError as error:
             self.close()
             raise PshareError(f"A worker process of the data loader failed: {error}") from error
@@ -93,9 +93,7 @@ class Batches(Iterator[Batch]):
 
     def close(self) -> None:
         """Ends the worker processes; a next batch would start them again at the same place."""
-        if self._iterator is not None:
-            self._end()
-            self._iterator = None
+        _end(self._running)
 
     def __enter__(self) -> "Batches":
         return self
@@ -113,6 +111,11 @@ class Batches(Iterator[Batch]):
         num_workers = min(self._num_workers, len(source))
         workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_BUFFERED_BATCHES)
         return iter(data.mp_prefetch(workers))
+
+
+def _end(running: list[Any]) -> None:
+    while running:
+        running.pop().close()
 
 
 class _Parcel:
