@@ -20,7 +20,7 @@ from pshare_jax.control_text import ControlText, Twins
 from pshare_jax.detokenizer import Detokenizer, token_bytes_for
 from pshare_jax.errors import PshareError
 from pshare_jax.gguf_tokenizer import build_from_gguf
-from pshare_jax.plain_encoder import PlainEncoder
+from pshare_jax.plain_encoder import PlainEncoder, control_finder
 from pshare_jax.tokenizer_files import SPECIAL_NAMES, read_folder, write_folder
 
 
@@ -185,7 +185,8 @@ class Tokenizer:
         template = self._template(chat[1])
         twins = self._control.twins(chat, template.source)
         disguised = twins.disguised(chat, template.words)
-        own = self._control_ids(self._encode(self._rendered(template, disguised, names, add_generation_prompt)))
+        text = self._rendered(template, disguised, names, add_generation_prompt)
+        own = self._control_ids(self._finder.encode(_valid(text), add_special_tokens=False).ids)
         if self._control.inside(chat):
             text = self._rendered(template, twins.broken(chat), names, add_generation_prompt)
             ids = self._encode_broken(text, twins)
@@ -241,6 +242,10 @@ class Tokenizer:
     @cached_property
     def _plain(self) -> PlainEncoder:
         return PlainEncoder(self._backend, self._special, secrets.token_hex(8))
+
+    @cached_property
+    def _finder(self) -> Backend:
+        return control_finder(self._backend)
 
     def _encode(self, text: str) -> list[int]:
         return self._backend.encode(_valid(text), add_special_tokens=False).ids
