@@ -68,8 +68,8 @@ class Twins:
     def disguised(self, value: Any, known: Collection[str]) -> Any:
         """`value` without any control character, so that nothing in it can become part of a control token.
 
-        Words that the template itself mentions (`known`) stay, unless they are part of a control token: a template
-        that writes `'<' + tag + '>'` must not complete one from them.
+        Words that the template itself mentions (`known`) stay, unless they hold a control token or are part of one: a
+        template that writes `'<' + tag + '>'` must not complete one from them.
         """
         return map_strings(value, lambda text: text if self._stays(text, known) else text.translate(self._disguise))
 
@@ -80,4 +80,4 @@ class Twins:
     def _stays(self, text: str, known: Collection[str]) -> bool:
         if text in _FORMAT_WORDS:
             return True
-        return text in known and not any(text in control for control in self._texts)
+        return text in known and not any(text in control or control in text for control in self._texts)

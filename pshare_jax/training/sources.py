@@ -75,7 +75,7 @@ def _read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
         for number, line in enumerate(lines, start=1):
             text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if text.strip():
-                yield number, _parsed(text)
+                yield number, _parsed(text.rstrip())
 
 
 def _read_json(file: Path) -> Iterator[tuple[int, Any]]:

@@ -242,6 +242,19 @@ def test_templates_that_change_history(root, tmp_path):
         assert answers(tokenizer, samples) == ["one <|eot_id|>", "two <|eot_id|>"]
 
 
+def test_templates_that_write_the_date(root, tmp_path):
+    template = (
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+        "{{ m.content }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant"
+        "<|end_header_id|>{% endif %}"
+    )
+    tokenizer = with_template(root, tmp_path, "llama", template)
+    messages = chat("q", "one", "r", "two")
+    samples = samples_of(tokenizer, {"messages": messages})
+    assert len(samples) == 1
+    check_samples(tokenizer, samples, messages)
+
+
 def test_prompt_and_completion_are_the_same_chat(toks):
     for family in FAMILIES:
         messages = chat("hello", "world", system="be kind")
