@@ -72,7 +72,7 @@ def test_every_line_is_counted(tok, tmp_path):
     assert "d\u2029e" in tok.decode(found.train.store[2].ids)
     text = str(found.report)
     assert "dropped: 2 x repeated key (lines 11, 12): the key 'messages' appears twice" in text
-    assert f"broken JSON (lines 14, 15, 16, 17): Expecting ',' delimiter at column {len(good[:-1]) + 1}" in text
+    assert f"broken JSON (lines 15, 16, 17, 18): Expecting ',' delimiter at column {len(good[:-1]) + 1}" in text
     assert f"byte {good.index(b'question') + 4} is 0xe9" in text
 
 
