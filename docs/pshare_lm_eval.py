@@ -32,7 +32,13 @@ class PshareCompletions(LocalCompletionsAPI):
 
     def _create_payload(self, messages: Any, generate: bool = False, **kwargs: Any) -> dict[str, Any]:
         payload = super()._create_payload(messages, generate=generate, **kwargs)
-        return payload if generate else {**payload, "response_start": [prompt.start for prompt in messages]}
+        if generate:
+            return payload
+        if not all(isinstance(prompt, _Prompt) for prompt in messages):
+            raise ValueError(
+                "pshare-completions scores token ids: leave tokenized_requests=True and batch sizes as they are."
+            )
+        return {**payload, "response_start": [prompt.start for prompt in messages]}
 
 
 if __name__ == "__main__":

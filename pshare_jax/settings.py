@@ -38,7 +38,7 @@ def load_settings(cls: type[T], path: str | Path, overrides: Sequence[str] = ())
             # What stands behind the name may be a secret that was given in another form.
             name = re.split(r"[:\s]", override, maxsplit=1)[0]
             raise PshareError(f"The override {name!r} is not of the form key=value, such as server.port=8001.")
-        value = _parse(text, f"the value of the override {key}")
+        value = text if _is_secret(cls, key.split(".")) else _parse(text, f"the value of the override {key}")
         data = _put(cls, data, key.split("."), value, "")
     return _build(cls, data, "")
 
@@ -188,6 +188,15 @@ def _build_dataclass(kind: Any, value: Any, key: str) -> Any:
     return kind(
         **{name: _build_field(types_of[name], item, _join(key, name), name in secrets) for name, item in value.items()}
     )
+
+
+def _is_secret(cls: Any, names: Sequence[str]) -> bool:
+    """Whether the key is a secret: its override is taken as it stands, since YAML would cut it or read nothing in it."""
+    for name in names[:-1]:
+        kind = typing.get_type_hints(cls).get(name) if dataclasses.is_dataclass(cls) else None
+        cls = next((one for one in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(one)), None)
+    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    return any(field.name == names[-1] and field.metadata.get("secret") for field in fields)
 
 
 def _build_field(kind: Any, value: Any, key: str, secret: bool) -> Any:

@@ -154,3 +154,19 @@ def test_printed_settings_read_back_equal(tmp_path_factory, settings):
     path = tmp_path_factory.getbasetemp() / "printed.yaml"
     path.write_text(to_yaml(settings), encoding="utf-8")
     assert load_settings(Outer, path) == settings
+
+
+def test_an_override_of_a_secret_is_taken_as_it_stands(tmp_path):
+    """As YAML `#s3cret`, `~` and nothing would be no key at all, and `abc #def` only a part of it."""
+
+    @dataclass(frozen=True)
+    class Server:
+        key: str | None = field(default=None, metadata={"secret": True})
+
+    @dataclass(frozen=True)
+    class Config:
+        server: Server = field(default_factory=Server)
+
+    (tmp_path / "config.yaml").write_text("server: {}")
+    for text in ("", "#s3cret", "abc #def", "~", "&abc", "12345", "a: b"):
+        assert load_settings(Config, tmp_path / "config.yaml", [f"server.key={text}"]).server.key == text

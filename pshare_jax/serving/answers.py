@@ -44,7 +44,7 @@ class Answer:
     def __init__(self, body: Body, request_id: str, requests: Sequence[Request], tokenizer: Encoder):
         self._body = body
         self._chat = isinstance(body, ChatBody)
-        self._token_bytes = tokenizer.token_bytes
+        self._tokenizer, self._token_bytes = tokenizer, tokenizer.token_bytes
         echoes = _echoes(body, requests, tokenizer)
         self._choices = [_Choice(request, tokenizer, echo) for request, echo in zip(requests, echoes, strict=True)]
         self._head = {
@@ -76,8 +76,14 @@ class Answer:
     def size(self) -> int:
         """About how many bytes the whole answer has."""
         tokens = sum(len(one.tokens) + len(one.prompt) for one in self._choices)
-        tops = 1 + (self._body.num_logprobs or 0)
-        return sum(len(one.text) for one in self._choices) + TOKEN_BYTES * tokens * tops
+        return sum(len(one.text) for one in self._choices) + self._logprob_bytes(tokens)
+
+    def size_of(self, event: Event) -> int:
+        """About how many bytes an event's stream lines have."""
+        return len(event.text) + self._logprob_bytes(len(event.prompt_logprobs))
+
+    def _logprob_bytes(self, num_tokens: int) -> int:
+        return TOKEN_BYTES * num_tokens * (1 + (self._body.num_logprobs or 0))
 
     def start(self) -> Iterator[str]:
         """What a stream begins with: each choice's role in a chat."""
@@ -85,8 +91,11 @@ class Answer:
             for index in range(len(self._choices)):
                 yield self._chunk(index, {"role": "assistant", "content": ""})
 
-    def chunks(self, index: int, event: Event) -> Iterator[str]:
+    def lines(self, index: int, event: Event) -> list[str]:
         """A choice's event as stream lines: its text and token, and at its end the finish reason."""
+        return list(self._chunks(index, event))
+
+    def _chunks(self, index: int, event: Event) -> Iterator[str]:
         choice = self._choices[index]
         first = not choice.seen
         told = choice.take(event)
@@ -128,11 +137,21 @@ class Answer:
         return choice.text_logprobs.of([one.token_id for one in tokens], tokens)
 
     def _echoed(self, choice: _Choice) -> dict[str, Any] | None:
-        """The prompt's log-probabilities; a text prompt does not show the control tokens that it was given."""
+        """The prompt's log-probabilities; a text prompt does not show the control tokens that were put around it."""
         if not choice.prompt:
             return None
         prompt = choice.request.prompt
-        return choice.text_logprobs.of(prompt, choice.prompt, shows_control=not _is_text(self._body))
+        return choice.text_logprobs.of(prompt, choice.prompt, shown=self._written(choice))
+
+    def _written(self, choice: _Choice) -> range:
+        """Which of the prompt's tokens were written by the client."""
+        prompt = choice.request.prompt
+        if choice.echo is None or not _is_text(self._body):
+            return range(len(prompt))
+        plain = tuple(self._tokenizer.encode(choice.echo, add_special_tokens=False))
+        starts = range(len(prompt) - len(plain) + 1)
+        start = next((one for one in starts if prompt[one : one + len(plain)] == plain), 0)
+        return range(start, start + len(plain))
 
     def _chunk(
         self, index: int, content: Any, *, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None

@@ -179,7 +179,8 @@ async def _stream(
         for line in answer.start():
             yield line
         while True:
-            for line in answer.chunks(index, event):
+            size = answer.size_of(event)
+            for line in await maybe_threaded(size, functools.partial(answer.lines, index, event)):
                 yield line
             if events.ended or event.failure is not None:
                 break

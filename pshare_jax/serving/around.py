@@ -49,7 +49,9 @@ class Around:
             await send(message)
 
         try:
-            if self._allowed(scope["path"], headers):
+            if _from_elsewhere(scope["method"], headers):
+                await _foreign()(scope, receive, send_with_id)
+            elif self._allowed(scope["path"], headers):
                 await self._app(scope, receive, send_with_id)
             else:
                 await _no_key()(scope, receive, send_with_id)
@@ -69,6 +71,17 @@ class Around:
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         # Both are compared to the end, whatever the key: the time taken tells nothing of it.
         return hmac.compare_digest(key.strip(), self._api_key.encode()) and scheme.lower() == b"bearer"
+
+
+def _from_elsewhere(method: str, headers: dict[bytes, bytes]) -> bool:
+    """Whether another site's page in a browser sends this: it could drive a server on its visitor's machine."""
+    origin = headers.get(b"origin")
+    return method == "POST" and origin is not None and origin.partition(b"://")[2] != headers.get(b"host")
+
+
+def _foreign() -> JSONResponse:
+    error = ApiError(403, "Pages of other sites may not call this server from a browser.", kind="permission_error")
+    return JSONResponse(error_body(error.error), 403)
 
 
 def _no_key() -> JSONResponse:

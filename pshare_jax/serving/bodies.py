@@ -19,7 +19,7 @@ async def read_body(http: Request, kind: type[B], max_bytes: int) -> tuple[B, in
     Raises:
         ApiError: 415 for another content type than JSON, 413 for more than `max_bytes`, 400 for what is no such body.
     """
-    sent = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    sent = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if sent != "application/json":
         raise ApiError(415, f"Send the body as Content-Type: application/json, not {sent or 'nothing'}.")
     too_long = ApiError(413, f"The request body is larger than {max_bytes} bytes, which is the limit of this server.")

@@ -64,8 +64,10 @@ class ReadyShapes:
             self._only.add(shape)
 
     def give_up(self, shape: Shape) -> None:
-        """This one no more, unless it is the last of its kind: a smaller step may work where it failed."""
-        if self._only is not None and any(len(one) == len(shape) and one != shape for one in self._only):
+        """This one no more, unless it is the last of its kind (prefill, decode, score): a smaller step may work where it
+        failed.
+        """
+        if self._only is not None and any(_kind(one) == _kind(shape) and one != shape for one in self._only):
             self._only.discard(shape)
 
     def settle(self) -> None:
@@ -82,6 +84,10 @@ class ReadyShapes:
 
     def __contains__(self, shape: Shape) -> bool:
         return self._only is None or shape in self._only
+
+
+def _kind(shape: Shape) -> tuple[int, type]:
+    return len(shape), type(shape[0])
 
 
 def choose_rows(remaining: Sequence[int], most: int, ready: ReadyShapes) -> tuple[list[int], int]:

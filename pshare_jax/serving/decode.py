@@ -92,7 +92,7 @@ class DecodeWorker:
         with self._control.lock:
             waiting = [one for one in self._scheduler.decoding[self.index] if not one.final]
         if scoring.SHAPE not in self.ready:
-            waiting = [one for one in waiting if one.opened]
+            waiting = self._without_scoring(waiting)
         if not waiting:
             return False
         waiting.sort(key=lambda one: (one.last_turn, one.number))
@@ -103,6 +103,14 @@ class DecodeWorker:
         if batch:
             self._run(batch)
         return bool(batch)
+
+    def _without_scoring(self, waiting: list[Sequence]) -> list[Sequence]:
+        """Those that need no scoring step; the others wait for its program, or end if it will never be there."""
+        if not self.ready.may_be_used(scoring.SHAPE):
+            for sequence in waiting:
+                if not sequence.opened:
+                    self._control.end(sequence, State.FAILED, Event(error=scoring.UNAVAILABLE))
+        return [one for one in waiting if one.opened]
 
     @property
     def never_run(self) -> tuple[Weights, Shape] | None:

@@ -4,6 +4,7 @@ The api calls `submit` and `abort`; a request goes down once (router, prefill, t
 back. All books are kept under one lock; device work happens outside it, in the thread that owns the pool (owners.py).
 """
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -26,6 +27,8 @@ from pshare_jax.serving.sampler import Sampler
 from pshare_jax.serving.scheduler import Scheduler
 from pshare_jax.serving.token_history import TokenHistory
 from pshare_jax.serving.transfer import KVTransfer
+
+logger = logging.getLogger(__name__)
 
 
 class EngineFull(Exception):
@@ -243,7 +246,11 @@ class Engine:
             self._router.release(sequence.ticket)
             sequence.on_event(event)
             for told in self.on_end:
-                told(sequence)
+                try:
+                    told(sequence)
+                except Exception:
+                    # Who counts must not be able to end a worker.
+                    logger.exception("the end of request %s could not be noted", sequence.request.id)
         self.wake()
 
     def all_routes(self) -> list[tuple[Route, str]]:

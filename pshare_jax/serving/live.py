@@ -65,14 +65,17 @@ class _Request(NamedTuple):
 
 
 class Live:
-    """Everything since now (the answers of the warm-up, before, are not counted); each choice of a call is a request."""
+    """Everything since now (the answers of the warm-up, before, are not counted); each choice of a call is a request.
+
+    `tasks` are the names that are served; they may change while the server runs.
+    """
 
     def __init__(self, engine: Engine, tasks: Items[str], base: str):
-        self._engine, self._base = engine, base
+        self._engine, self._base, self._tasks = engine, base, tasks
         self._started = time.monotonic()
         self._label_key = secrets.token_bytes(32)
         self._records: deque[_Record] = deque(maxlen=MAX_RECORDS)
-        self._totals = {task: _Totals() for task in tasks}
+        self._totals: defaultdict[str, _Totals] = defaultdict(_Totals)
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._without_session = 0
         with engine.lock:
@@ -101,7 +104,10 @@ class Live:
         with self._engine.lock:
             live = [_Request(one.request.task, one.state in QUEUED, one.request.session) for one in self._engine.live]
             records = list(self._records)
-            totals = {task: replace(one, ended=Counter(one.ended)) for task, one in self._totals.items()}
+            served = list(self._tasks)
+            # Also those that have gone, with what they did.
+            names = dict.fromkeys([*served, *self._totals])
+            totals = {task: replace(self._totals[task], ended=Counter(self._totals[task].ended)) for task in names}
             sessions = {label: replace(one) for label, one in self._sessions.items()}
             without = self._without_session
             pools = [{"name": pool.name, **pool.num_in_state} for pool in self._engine.pools]
@@ -124,6 +130,7 @@ class Live:
             "tasks": [
                 {
                     "name": task,
+                    "served": task in served,
                     "running": running[task],
                     "waiting": waiting[task],
                     "ended": {state.value: one.ended[state] for state in ENDS},

@@ -44,14 +44,16 @@ class TextLogprobs:
         self._characters = 0
 
     def of(
-        self, token_ids: Sequence[int], told: Sequence[TokenLogprobs | None], *, shows_control: bool = False
+        self, token_ids: Sequence[int], told: Sequence[TokenLogprobs | None], *, shown: range = range(0)
     ) -> dict[str, Any]:
-        """The object for the next tokens (None: without a log-probability); the text may show control tokens or not."""
+        """The object for the next tokens (None: without a log-probability); of those at `shown` the text shows control
+        tokens too.
+        """
         return {
             "tokens": [self._text(token_id) for token_id in token_ids],
             "token_logprobs": [None if one is None else max(one.logprob, LEAST) for one in told],
             "top_logprobs": [None if one is None else self._top(one) for one in told],
-            "text_offset": [self._offset(token_id, shows_control) for token_id in token_ids],
+            "text_offset": [self._offset(token_id, index in shown) for index, token_id in enumerate(token_ids)],
         }
 
     def _top(self, one: TokenLogprobs) -> dict[str, float]:

@@ -28,6 +28,8 @@ from pshare_jax.serving.fields import (
 from pshare_jax.serving.request import Request
 
 MAX_DEPTH = 100
+MAX_SCORES = 1_000_000
+"""Log-probabilities of prompt tokens that a call may ask for; each takes about 100 bytes until it is answered."""
 
 
 class ApiError(Exception):
@@ -255,6 +257,7 @@ def make_requests(
     requests = []
     text = body if isinstance(body, CompletionBody) else None
     starts = [None] * len(prompts) if text is None else text.response_starts(len(prompts))
+    _check_scores(text, prompts)
     for prompt, start in zip(prompts, starts, strict=True):
         ids = tuple(prompt)
         max_tokens = _check_length(body, prompt, limits)
@@ -328,6 +331,16 @@ def _check_start(start: int | None, prompt_len: int) -> None:
         base_len(prompt_len, start)
     except PshareError as error:
         raise ApiError(400, str(error), param="response_start") from None
+
+
+def _check_scores(body: CompletionBody | None, prompts: list[list[int]]) -> None:
+    if body is None or not body.echo or body.logprobs is None:
+        return
+    if (asked := body.n * (1 + body.logprobs) * sum(map(len, prompts))) > MAX_SCORES:
+        message = (
+            f"logprobs with echo asks for {asked} log-probabilities of prompt tokens; a call may have {MAX_SCORES}."
+        )
+        raise ApiError(400, message, param="logprobs")
 
 
 def check_model(name: str, tasks: list[str]) -> None:

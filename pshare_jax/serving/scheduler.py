@@ -52,7 +52,7 @@ class Scheduler:
         if not self._may_admit[worker]:
             return False
         self._may_admit[worker] = False
-        before = len(self.waiting[worker])
+        admitted = []
         for sequence in list(self.waiting[worker]):
             target = sequence.decode_worker
             first = self._next.get(target)
@@ -70,15 +70,16 @@ class Scheduler:
             self.waiting[worker].remove(sequence)
             sequence.move(State.PREFILLING)
             self.prefilling[worker].append(sequence)
-        moved = len(self.waiting[worker]) < before
-        if moved:
-            self._came_nearer(worker)
-        return moved
+            admitted.append(sequence)
+        for sequence in admitted:
+            self._left_queue(sequence)
+        return bool(admitted)
 
-    def _came_nearer(self, worker: int) -> None:
-        """Who still waits has come nearer to its turn, which is progress."""
-        for sequence in self.waiting[worker]:
-            sequence.progressed = time.monotonic()
+    def _left_queue(self, gone: Sequence) -> None:
+        """Who stood behind it for the same decode worker has come nearer to its turn, which is progress."""
+        for sequence in self.waiting[gone.prefill_worker]:
+            if sequence.number > gone.number and sequence.decode_worker == gone.decode_worker:
+                sequence.progressed = time.monotonic()
 
     def _not_next(self, sequence: Sequence) -> None:
         if self._next.get(sequence.decode_worker) is sequence:
@@ -291,7 +292,7 @@ class Scheduler:
             queue.remove(sequence)
             self._not_next(sequence)
             self._may_admit[sequence.prefill_worker] = True
-            self._came_nearer(sequence.prefill_worker)
+            self._left_queue(sequence)
 
     def reap_prefill(self, worker: int) -> bool:
         """Ended sequences of the prefill worker give everything back, those that lost pages wait again; whether any did."""

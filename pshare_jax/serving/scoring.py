@@ -16,6 +16,9 @@ from pshare_jax.serving.request import Sequence, TokenLogprobs
 SCORE_TOKENS = 64
 """Tokens of a step: longer ones would hold up the answers that the worker makes meanwhile."""
 SHAPE: Shape = ("score",)
+UNAVAILABLE = (
+    "The server could not compile its scoring step, which echo with logprobs and response_start need; its log says why."
+)
 
 
 def no_rows(table_len: int) -> tuple[np.ndarray, ScoreRows]:

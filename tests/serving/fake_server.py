@@ -114,7 +114,11 @@ def serving(
     engine.start()
     try:
         with answering(served, drain_seconds) as (client, server):
-            yield Running(fakes, served, client, server)
+            running = Running(fakes, served, client, server)
+            yield running
+            # A stop, if the test asked for one, ends the threads itself.
+            stopped = server.should_exit or not engine.accepting
+            assert stopped or all(owner.alive for owner in engine._owners)
     finally:
         engine.stop()
         if table is not None:

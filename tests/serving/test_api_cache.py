@@ -64,6 +64,28 @@ def test_the_next_turn_hits_the_prompt_before_it_but_not_the_answer(server):
     assert again["prompt_tokens_details"]["cached_tokens"] == (again["prompt_tokens"] - 1) // PAGE * PAGE
 
 
+@pytest.mark.parametrize("field", ["cache_salt", "prompt_cache_key", "user", "x-session-id", "model"])
+def test_nobody_else_hits_what_was_generated(server, field):
+    """Paired: two requests that differ in one thing alone share the prompt's pages (but for a salt) and no generated ones."""
+    base = f"whose {field} ".ljust(4 * PAGE, ".")
+
+    def cached(text, value):
+        in_header = "-" in field
+        fields = {"model": "endless"} if in_header else {"model": "endless", field: value}
+        headers = {field: value} if in_header else None
+        answer = server.post(prompt=text, headers=headers, max_tokens=40, ignore_eos=True, **fields).json()
+        return answer["usage"]["prompt_tokens_details"]["cached_tokens"], answer["choices"][0]["text"]
+
+    mine, other = ("endless", "abc") if field == "model" else ("mine", "other")
+    nothing, text = cached(base, mine)
+    assert (nothing, len(text)) == (0, 40)
+    grown = base + text + " and on"
+    assert cached(grown, other)[0] == (0 if field == "cache_salt" else 3 * PAGE)
+    # The base itself has made those pages now, for the other; with the same salt I hit them, else I do not.
+    assert cached(grown, mine)[0] == (3 * PAGE if field == "cache_salt" else (len(grown) - 1) // PAGE * PAGE)
+    assert cached(grown, other)[0] == (len(grown) - 1) // PAGE * PAGE
+
+
 @pytest.mark.parametrize("field", ["prompt_cache_key", "user", "x-session-id", "X-OpenWebUI-Chat-Id"])
 def test_sessions_stay_with_their_prefill_worker(field):
     with serving(num_prefill=2) as server:

@@ -197,6 +197,34 @@ def test_the_prompt_alone(server):
         assert error_of(server.client.post(path, json=body_for(path, max_tokens=0)), 400)["param"] == "max_tokens"
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1, 3, 300])
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_every_length_with_and_without_echo(server, max_tokens, echo, logprobs):
+    """Case A1-23."""
+    body = {"model": "abc", "prompt": "pp", "max_tokens": max_tokens, "echo": echo, "logprobs": logprobs}
+    response = server.client.post(PATHS[0], json=body)
+    if not max_tokens and not echo:
+        assert error_of(response, 400)["param"] == "max_tokens"
+        return
+    whole = response.json()
+    made = {0: "", 1: "A", 3: "ABC", 300: "ABCDEFGH"}[max_tokens]
+    choice, count = whole["choices"][0], len(made) + (max_tokens == 300)
+    assert choice["text"] == "pp" * echo + made
+    assert choice["finish_reason"] == ("stop" if max_tokens == 300 else "length")
+    assert whole["usage"]["completion_tokens"] == count
+    assert logprobs is None or len(choice["logprobs"]["tokens"]) == 2 * echo + count
+    chunks = server.stream(PATHS[0], **body, stream_options={"include_usage": True})
+    assert "".join(map(content, (chunk["choices"][0] for chunk in chunks[:-1]))) == choice["text"]
+    assert {**chunks[-1]["usage"], "prompt_tokens_details": 0} == {**whole["usage"], "prompt_tokens_details": 0}
+
+
+def test_prompt_scores_are_bounded(server):
+    body = {"prompt": "x" * 60_000, "echo": True, "logprobs": 20, "max_tokens": 1}
+    assert error_of(server.post(**body), 400)["param"] == "logprobs"
+    assert error_of(server.post(**{**body, "logprobs": 4, "n": 6}), 400)["param"] == "logprobs"
+
+
 def test_a_begun_answer_has_scores_from_its_start_on(server):
     body = {"prompt": ["pABC", "ppppA"], "response_start": [1, 4], "echo": True, "logprobs": 0, "max_tokens": 1}
     first, second = server.post(**body).json()["choices"]

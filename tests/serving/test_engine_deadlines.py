@@ -176,3 +176,23 @@ def test_an_end_before_its_time_tells_what_was_made():
     last = client.events[name][-1]
     assert (last.finish_reason, last.completion_tokens) == ("abort", 3)
     fakes.run()
+
+
+def test_who_comes_and_goes_behind_does_not_keep_a_request_waiting(clock):
+    """A worker hangs; others who give up must not move the deadline of who stood before them."""
+    fakes = make_engine({"t": ECHO}, pages=24, stall_seconds=STALL)
+    fakes.hold(1)
+    client = Client(fakes)
+    client.ask("holds", [1] * 60, max_tokens=10)
+    fakes.step(5)
+    client.ask("patient", [2] * 60, max_tokens=10)
+    fakes.step(5)
+    assert client.state("patient") is State.WAITING
+    for number in range(20):
+        ask_now(client, f"short {number}", [3] * 9)
+        fakes.step(2)
+        fakes.engine.abort(f"short {number}")
+        clock(STALL / 10)
+        if client.ended("patient"):
+            break
+    assert client.end("patient") == TIMED_OUT

@@ -4,6 +4,7 @@ import pytest
 from fake_engine import Client, make_engine
 from serving_fakes import EOS, Echo, Gate
 
+from pshare_jax.serving import scoring
 from pshare_jax.serving.request import FAILED, State
 from pshare_jax.serving.routing import Route
 
@@ -230,15 +231,27 @@ def test_a_step_whose_first_run_fails_is_not_used():
     client = Client(fakes)
     (worker,), (decoder,) = fakes.engine.prefill_workers, fakes.engine.decode_workers
     worker.ready.limit([(1, 16), (1, 64)])
-    decoder.ready.limit([(1,)])
+    decoder.ready.limit([(1,), scoring.SHAPE])
 
     def no_memory():
         raise MemoryError
 
     fakes.prefill[0].before = fakes.decode["t"].before = no_memory
     assert (worker.prime(), decoder.prime()) == (True, True)
-    assert ((1, 16) in worker.ready, (1, 64) in worker.ready, (1,) in decoder.ready) == (False, True, True)
+    assert ((1, 16) in worker.ready, (1, 64) in worker.ready) == (False, True)
+    assert ((1,) in decoder.ready, scoring.SHAPE in decoder.ready) == (True, True)
     fakes.prefill[0].before = fakes.decode["t"].before = lambda: None
     name = client.ask(prompt=[1] * 9)
     fakes.run()
     assert client.text(name) == "xy"
+
+
+def test_a_reader_of_ends_that_fails_ends_nobody_else(caplog):
+    fakes = make_engine({"t": [*b"xy", EOS]})
+    client = Client(fakes)
+    fakes.engine.on_end.append(lambda sequence: 1 / 0)
+    names = [client.ask(prompt=[number]) for number in range(3)]
+    fakes.engine.abort(names[0])
+    fakes.run()
+    assert [client.text(name) for name in names] == ["", "xy", "xy"]
+    assert "could not be noted" in caplog.text

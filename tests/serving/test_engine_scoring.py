@@ -130,6 +130,18 @@ def test_scoring_waits_for_its_program():
     assert client.end(scored) == "length"
 
 
+def test_scoring_that_will_never_be_compiled_is_an_error_at_once():
+    fakes, client = engine_of()
+    ready = fakes.engine.decode_workers[0].ready
+    ready.limit([(rows,) for rows in (1, 2, 4)])
+    ready.settle()
+    names = [client.ask(prompt=PROMPT[:9], logprobs=0, scores_prompt=True), client.ask(prompt=PROMPT, response_start=4)]
+    other = client.ask(prompt=PROMPT[:9], max_tokens=3)
+    fakes.run()
+    assert [client.end(name) for name in names] == [scoring.UNAVAILABLE] * 2
+    assert client.end(other) == "length"
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_a_storm_of_scores_answers_and_aborts_in_small_pools(seed, monkeypatch):
     """Preempted in the middle, a sequence goes on where it was: nothing is scored twice or from a lost page."""

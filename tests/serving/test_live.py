@@ -40,7 +40,7 @@ def test_before_any_request_it_says_so():
         assert [one["name"] for one in told["tasks"]] == list(SCRIPTS)
         zero = {"running": 0, "waiting": 0, "prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
         nothing = {"ended": {"finished": 0, "aborted": 0, "failed": 0}, "ttft_seconds": None, "request_seconds": None}
-        assert all({**one, "name": 0} == {"name": 0, **zero, **nothing} for one in told["tasks"])
+        assert all({**one, "name": 0} == {"name": 0, "served": True, **zero, **nothing} for one in told["tasks"])
         assert (told["sessions"], told["ended_without_session"], told["healthy"]) == ([], 0, True)
         assert told["window"] == {"seconds": 600, "requests": 0, "full": False}
         assert told["latency"]["buckets"] == []

@@ -91,7 +91,7 @@ def test_the_dashboard_reads_what_there_is():
 # --- the key ---------------------------------------------------------------------------------------------------------
 
 
-def test_without_the_key_nothing_but_health_answers():
+def test_without_the_key_nothing_tells_anything():
     with serving(api_key="sécret") as server:
         right = {b"authorization": "Bearer sécret".encode()}
         assert server.client.get("/health").status_code == 200
@@ -105,6 +105,16 @@ def test_without_the_key_nothing_but_health_answers():
             assert error_of(server.post(headers=headers), 401)
         assert server.client.get("/v1/models", headers=right).status_code == 200
         assert server.post(headers=right).json()["choices"][0]["text"] == "ABCDEFGH"
+
+
+def test_pages_of_other_sites_cannot_drive_the_server():
+    with serving() as server:
+        host = f"{server.client.base_url.host}:{server.client.base_url.port}"
+        for origin, status in (("http://evil.example", 403), ("null", 403), (f"http://{host}", 200)):
+            for path in ("/flush_cache", PATHS[0]):
+                body = {"model": "abc", "prompt": "p"}
+                assert server.client.post(path, json=body, headers={"origin": origin}).status_code == status
+        assert error_of(server.client.post(PATHS[0], content=b"{}"), 415)
 
 
 # --- the log ---------------------------------------------------------------------------------------------------------
@@ -161,7 +171,9 @@ def test_a_client_that_hangs_up_in_its_body_leaves_no_traceback(caplog):
     with caplog.at_level(logging.INFO), serving() as server:
         url = server.client.base_url
         with socket.create_connection((url.host, url.port)) as end:
-            end.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            end.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+            )
             time.sleep(0.1)
         limit = time.monotonic() + 5
         while not (found := [one for one in caplog.records if one.name == "pshare_jax.requests"]):

@@ -435,3 +435,28 @@ def test_a_task_goes_only_to_the_workers_it_is_given_to():
     assert [client.ids(name) for name in asked] == [NEW.answer([n], 3) for n in range(1, 5)]
     fakes.engine.put_task("u", {0: weights})
     assert [list(worker.tasks) for worker in fakes.engine.decode_workers] == [["t", "u"], ["t"], ["t"]]
+
+
+def test_requests_of_a_new_task_end_like_all_others(server, caplog):
+    """Whoever counts ends must know tasks that were not there at the start: two at once, one that hangs up, then /live."""
+    server.client.post(LOAD, json={"lora_name": "x", "lora_path": "one"})
+    with httpx.stream("POST", f"{server.client.base_url}/v1/completions", json=endless_body()) as response:
+        lines = response.iter_lines()
+        next(lines)
+        with ThreadPoolExecutor(2) as pool:
+            texts = list(pool.map(lambda _: server.post(model="x").json()["choices"][0]["text"], range(2)))
+        assert texts == ["first", "first"]
+        next(lines)
+    server.rest()
+    assert server.client.get("/health").status_code == 200
+    told = {task["name"]: task for task in server.client.get("/live").json()["tasks"]}
+    assert (told["x"]["served"], told["x"]["ended"]["finished"]) == (True, 2)
+    server.client.post(UNLOAD, json={"lora_name": "x"})
+    told = {task["name"]: task for task in server.client.get("/live").json()["tasks"]}
+    assert (told["x"]["served"], told["abc"]["served"]) == (False, True)
+    assert "failed" not in caplog.text
+    assert "could not be noted" not in caplog.text
+
+
+def endless_body():
+    return {"model": "endless", "prompt": "q", "stream": True}

@@ -53,7 +53,7 @@ function show(data) {
   trouble(data.healthy ? "" : "The server takes no requests: it is stopping, or a worker has died or is stuck. Its log says why.");
   tellState(data.healthy ? "good" : "bad", data.healthy ? "live" : "unhealthy");
   showBoard(data);
-  offerTasks(data.tasks.map((task) => task.name));
+  offerTasks(data.tasks.filter((task) => task.served).map((task) => task.name));
 }
 
 function lost(message) {
