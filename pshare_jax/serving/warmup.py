@@ -59,9 +59,9 @@ def variants(prefill: Sequence[PrefillSide], decode: Sequence[DecodeSide], setti
 
 
 def _turn(variant: Variant) -> tuple[bool, int, Shape]:
-    """What is compiled first: what the start needs, moves and decode steps, prefill steps, scoring steps."""
+    """What is compiled first: what the start needs, moves and decode steps, scoring steps, prefill steps."""
     shape = variant.shape or ()
-    kind = 2 if shape == scoring.SHAPE else int(len(shape) == 2)
+    kind = 1 if shape == scoring.SHAPE else 2 * (len(shape) == 2)
     return not variant.small, kind, shape
 
 

@@ -64,6 +64,25 @@ def test_chats_equal_the_oracle(served, task, stream):
     assert answer == served.expected(task, ids, 12)
 
 
+def test_chat_rendered_text_and_ids_are_one_door(served):
+    """Case A1-01: the same prompt as a chat, as the template's text and as token ids; also a system message alone."""
+    tokenizer = served.shared.model.tokenizer
+    for messages in (
+        [{"role": "system", "content": "be"}, {"role": "user", "content": "hello, who are you today?"}],
+        [{"role": "system", "content": "be what you were told to be"}],
+    ):
+        ids = served.client.post("/tokenize", json={"messages": messages}).json()["tokens"]
+        assert ids == tokenizer.encode_chat(messages)
+        text = served.client.post("/detokenize", json={"tokens": ids}).json()["prompt"]
+        answers = [
+            served.answer(CHAT, model=FULL, messages=messages, max_tokens=8),
+            served.answer(TEXT, model=FULL, prompt=text, max_tokens=8),
+            served.answer(TEXT, model=FULL, prompt=ids, max_tokens=8),
+        ]
+        assert [answer for answer, _ in answers] == [served.expected(FULL, ids, 8)] * 3
+        assert {usage["prompt_tokens"] for _, usage in answers} == {len(ids)}
+
+
 def test_token_ids_and_short_answers_equal_the_oracle(served):
     for task, ids in ((FULL, [5]), (FULL, [5, 6]), *((task, list(range(3, 43))) for task in TASKS)):
         for count in (1, 2):
@@ -151,7 +170,8 @@ def test_scores_of_prompts_are_the_oracles(served, start):
     body = {"model": LORA, "prompt": prompts, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
     if start:
         body["response_start"] = start
-    answer = served.client.post(TEXT, json=body).json()
+    # The scoring step is compiled in the background after the start.
+    answer = served.client.post(TEXT, json=body, timeout=240).json()
     for index, (choice, ids) in enumerate(zip(answer["choices"], prompts, strict=True)):
         first = start[index] if start else None
         expected = ps.score(served.shared, LORA, ids, response_start=first)

@@ -171,9 +171,8 @@ def test_a_client_that_hangs_up_in_its_body_leaves_no_traceback(caplog):
     with caplog.at_level(logging.INFO), serving() as server:
         url = server.client.base_url
         with socket.create_connection((url.host, url.port)) as end:
-            end.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
-            )
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            end.sendall(head + b"Content-Length: 100\r\n\r\n{")
             time.sleep(0.1)
         limit = time.monotonic() + 5
         while not (found := [one for one in caplog.records if one.name == "pshare_jax.requests"]):

@@ -4,6 +4,7 @@ import logging
 import socket
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -300,24 +301,30 @@ def test_the_key_is_not_printed(config_file, capsys):
 
 
 @pytest.mark.parametrize(
-    "override",
-    [
-        "server.api_key=12345",
-        "server.api_key=12345.5",
-        "server.api_key=[12345]",
-        "server.api_key={a: 12345}",
-        "server.api_key=*12345",
-        "server.api_key=!12345 x",
-        "server.api_key='12345",
-        "server.api_key=' 12345'",
-        "server.api_key:12345",
-        "server.api_key= 12345",
-    ],
+    "value", ["12345", "12345.5", "[12345]", "{a: 12345}", "*12345", "!12345 x", "'12345", "' 12345'"]
 )
-def test_a_mistaken_key_is_not_echoed(config_file, capsys, override):
+def test_a_mistaken_key_in_the_file_is_not_echoed(config_file, tmp_path, capsys, value):
+    file = tmp_path / "with_key.yaml"
+    file.write_text(Path(config_file).read_text() + f"\nserver:\n  api_key: {value}\n")
+    check_not_echoed(str(file), [], capsys)
+
+
+@pytest.mark.parametrize("override", ["server.api_key:12345", "server.api_key= 12345", "server.api_key 12345"])
+def test_a_mistaken_key_on_the_command_line_is_not_echoed(config_file, capsys, override):
+    check_not_echoed(config_file, [override], capsys)
+
+
+@pytest.mark.parametrize("override", ["server.api_key=", "server.api_key= "])
+def test_a_key_that_is_nothing_is_refused(config_file, capsys, override):
+    """An empty shell variable must not open the server."""
     assert cli.main(["--config", config_file, override]) == 2
+    assert "server.api_key is empty" in capsys.readouterr().err
+
+
+def check_not_echoed(file, overrides, capsys):
+    assert cli.main(["--config", file, *overrides]) == 2
     captured = capsys.readouterr()
-    assert "server.api_key" in captured.err
+    assert "api_key" in captured.err or "as YAML" in captured.err
     assert "12345" not in captured.err + captured.out
     assert captured.err.count("\n") == 1
 
