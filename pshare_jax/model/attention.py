@@ -22,11 +22,13 @@ QUERY_BLOCK = 128
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of keys and values that queries may look at, and which of its S keys each of the T queries sees."""
+    """A stretch of keys and values that queries may look at, and which of its S keys each of the T queries sees, in all
+    rows or row by row.
+    """
 
     k: Float[Array, "B K S H"]
     v: Float[Array, "B K S H"]
-    visible: Bool[Array, "T S"]
+    visible: Bool[Array, "T S"] | Bool[Array, "B T S"]
 
 
 def attention(
@@ -40,7 +42,8 @@ def attention(
     def scores(segment: Segment) -> Array:
         raw = jnp.einsum("BKQH,BKSH->BKQS", grouped, segment.k, preferred_element_type=jnp.float32) * scale
         capped = soft_cap(raw, softcap).reshape(B, K, N // K, T, -1)
-        return jnp.where(segment.visible, capped, -jnp.inf)
+        visible = segment.visible if segment.visible.ndim == 2 else segment.visible[:, None, None]
+        return jnp.where(visible, capped, -jnp.inf)
 
     # The segments' scores stay apart: joining them and splitting the weights again would copy both.
     all_scores = [scores(segment) for segment in segments]

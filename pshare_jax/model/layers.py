@@ -51,14 +51,15 @@ class Projection(nnx.Module):
         self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, num_out), build.dtype)) if lora else None
         self.scale = lora.scale if lora else 0.0
         self.sum_parts = build.sum_parts
+        self.drop: Callable[[Array], Array] | None = None
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        """Project the last axis."""
+        """Project the last axis. In training `drop` may be set to a dropout of the adapter's inputs."""
         y = product_in_parts(x, self.kernel[...], self.sum_parts)
         if self.bias is not None:
             y = y + self.bias[...]
         if self.lora_a is not None and self.lora_b is not None:
-            low_rank = jnp.einsum("BTI,IR->BTR", x, self.lora_a[...])
+            low_rank = jnp.einsum("BTI,IR->BTR", x if self.drop is None else self.drop(x), self.lora_a[...])
             y = y + self.scale * jnp.einsum("BTR,RO->BTO", low_rank, self.lora_b[...])
         return y
 

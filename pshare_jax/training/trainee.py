@@ -1,0 +1,209 @@
+"""What is trained, and its loss: a decode module on the frozen base's KV (`prefillshare`), or the classic baseline (`full_ft`).
+
+`nll` is the objective: pure and jittable, the sum of negative log-likelihoods of a batch's answers (paper.md; design.md,
+two-stream objective). Only `Trainee.trainable` has gradients; the base is a constant.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from pshare_jax.errors import PshareError
+from pshare_jax.load import Model
+from pshare_jax.mesh import FSDP, parameter_sharding, training_sharding
+from pshare_jax.model.decoder import Decoder
+from pshare_jax.model.layers import LoraConfig, Projection
+from pshare_jax.model.params import Architecture, Params, is_lora
+from pshare_jax.model.streams import ContextStream, DecodeStream, packed_attend, two_stream_attend
+from pshare_jax.modules import DecodeModule
+from pshare_jax.training.batches import Layout, OneStreamBatch, TwoStreamBatch
+from pshare_jax.training.cross_entropy import head_nll
+
+Method = Literal["prefillshare", "full_ft"]
+
+
+@runtime_checkable
+class ModuleShape(Protocol):
+    """What a config says about the decode module; a LoRA adapter has a rank, alpha, targets and dropout."""
+
+    @property
+    def kind(self) -> str:
+        """`full` or `lora`."""
+        ...
+
+    @property
+    def rank(self) -> int: ...  # noqa: D102
+
+    @property
+    def alpha(self) -> float: ...  # noqa: D102
+
+    @property
+    def targets(self) -> Sequence[str]: ...  # noqa: D102
+
+    @property
+    def dropout(self) -> float: ...  # noqa: D102
+
+
+class Tallies(NamedTuple):
+    """Trained tokens of a batch, and how many of them have the largest logit."""
+
+    tokens: Float[Array, ""]
+    correct: Float[Array, ""]
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A decode module in training. `base` is frozen, in the compute dtype.
+
+    `trainable` are the float32 masters: every parameter of the model (full), or A and B alone (lora); `frozen` is what the
+    module reads beside them, the base's own arrays.
+    """
+
+    base: Model
+    architecture: Architecture
+    method: Method
+    trainable: Params
+    frozen: Params
+    compute_dtype: str
+    dropout: float = 0.0
+    remat: bool = True
+
+    @property
+    def layout(self) -> Layout:
+        """The batches that `nll` takes."""
+        return "two_stream" if self.method == "prefillshare" else "one_stream"
+
+
+def make_trainee(
+    base: Model, method: Method, module: ModuleShape, compute_dtype: str, seed: int, *, remat: bool = True
+) -> Trainee:
+    """A decode module at its start: a whole copy of the base, or the base and an adapter that does nothing yet.
+
+    Raises:
+        PshareError: the adapter's targets are no projections of the model.
+    """
+    base = replace(
+        base, params=_cast(base.params, compute_dtype), architecture=_typed(base.architecture, compute_dtype)
+    )
+    architecture = _typed(base.architecture, "float32")
+    if module.kind == "full":
+        # Copies: the masters are donated to every step, and the base must stay.
+        masters = {path: jnp.array(array, jnp.float32, copy=True) for path, array in base.params.items()}
+        return Trainee(base, architecture, method, masters, {}, compute_dtype, remat=remat)
+    lora = LoraConfig(module.rank, module.alpha / module.rank, tuple(module.targets))
+    architecture = architecture.with_lora(lora)
+    masters = _fresh_lora(architecture, base, seed)
+    if not masters:
+        raise PshareError(f"module.targets {module.targets} names no projection of the model.")
+    return Trainee(base, architecture, method, masters, base.params, compute_dtype, module.dropout, remat)
+
+
+def nll(
+    trainee: Trainee,
+    trainable: Params,
+    frozen: Params,
+    base_params: Params,
+    batch: TwoStreamBatch | OneStreamBatch,
+    key: PRNGKeyArray | None,
+) -> tuple[Float[Array, ""], Tallies]:
+    """The sum of -log p over the batch's trained tokens, in float32.
+
+    With a `key` the adapter's inputs are dropped out as the config says; without (evaluation) nothing is.
+    """
+    params = {**frozen, **_cast(trainable, trainee.compute_dtype)}
+    decoder = trainee.architecture.bind(params)
+    if key is not None and trainee.dropout:
+        _set_dropout(decoder, trainee.dropout, key)
+    if isinstance(batch, TwoStreamBatch):
+        hidden = _decode_stream(trainee, decoder, base_params, batch)
+    else:
+        hidden = _picked(trainee, decoder, batch)
+    config = trainee.architecture.config
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    real = jnp.asarray(batch.weights).reshape(-1)
+    total, correct = head_nll(
+        flat,
+        decoder.head_weight,
+        jnp.asarray(batch.targets).reshape(-1),
+        real,
+        tied=config.tied,
+        softcap=config.final_softcap,
+        weight_grad=not frozen,
+    )
+    return total, Tallies(real.sum(), correct)
+
+
+def _decode_stream(
+    trainee: Trainee, decoder: Decoder, base_params: Params, batch: TwoStreamBatch
+) -> Float[Array, "B D size"]:
+    config = trainee.base.config
+    segments, positions = jnp.asarray(batch.context_segments), jnp.asarray(batch.context_positions)
+    base = trainee.base.architecture.bind(jax.lax.stop_gradient(base_params))
+    kv = base.prefill(jnp.asarray(batch.context_tokens), positions, packed_attend(config, segments, keep_kv=True), ())
+    context = ContextStream(positions, segments, jax.lax.stop_gradient(kv))
+    places = (batch.decode_positions, batch.decode_segments, batch.decode_turns, batch.decode_prefix)
+    decode = DecodeStream(*(jnp.asarray(part) for part in places))
+    attend = two_stream_attend(config, decode, context)
+    return decoder(jnp.asarray(batch.decode_tokens), decode.positions, attend, (), remat=trainee.remat)[0]
+
+
+def _picked(trainee: Trainee, decoder: Decoder, batch: OneStreamBatch) -> Float[Array, "B R size"]:
+    attend = packed_attend(trainee.base.config, jnp.asarray(batch.segments), keep_kv=False)
+    tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
+    hidden, _ = decoder(tokens, positions, attend, (), remat=trainee.remat)
+    return jnp.take_along_axis(hidden, jnp.asarray(batch.picks)[:, :, None], axis=1)
+
+
+def decode_module(trainee: Trainee, trainable: Params) -> DecodeModule:
+    """The module as it is now, in the base's dtype and sharding, for serving, evaluation and saving."""
+    dtype, mesh, config = trainee.base.architecture.dtype, trainee.base.mesh, trainee.base.config
+    shardings = {path: parameter_sharding(path, config, mesh) for path in trainable}
+    params = {**trainee.frozen, **jax.device_put(_cast(trainable, dtype), shardings)}
+    return DecodeModule(_typed(trainee.architecture, dtype), params, mesh)
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _fresh_lora(architecture: Architecture, base: Model, seed: int) -> Params:
+    """A from PEFT's default (Kaiming uniform with a = sqrt 5: bound 1 / sqrt(in)), B zero, so that it starts as the base."""
+    draw = np.random.default_rng(seed)
+    masters = {}
+    for path, shape in architecture.shapes.items():
+        if is_lora(path):
+            bound = shape.shape[0] ** -0.5 if path.endswith("lora_a") else 0.0
+            values = draw.uniform(-bound, bound, shape.shape).astype(np.float32)
+            masters[path] = jax.device_put(values, _sharding(path, values.shape, base))
+    return masters
+
+
+def _sharding(path: str, shape: tuple[int, ...], base: Model) -> jax.sharding.NamedSharding:
+    if FSDP in base.mesh.shape:
+        return training_sharding(path, shape, base.config, base.mesh)
+    return parameter_sharding(path, base.config, base.mesh)
+
+
+def _set_dropout(decoder: Decoder, rate: float, key: PRNGKeyArray) -> None:
+    """LoRA's dropout (PEFT): of each adapter's inputs, on their way to A alone."""
+    places = [one for _, one in nnx.iter_modules(decoder) if isinstance(one, Projection) and one.lora_a is not None]
+    for index, place in enumerate(places):
+        place.drop = functools.partial(_dropped, jax.random.fold_in(key, index), rate)
+
+
+def _dropped(key: PRNGKeyArray, rate: float, x: Array) -> Array:
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+def _typed(architecture: Architecture, dtype: str) -> Architecture:
+    return replace(architecture, build=replace(architecture.build, dtype=dtype))
+
+
+def _cast(params: Mapping[str, Array], dtype: str) -> Params:
+    return {path: array.astype(dtype) for path, array in params.items()}

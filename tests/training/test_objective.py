@@ -1,0 +1,290 @@
+"""The training objective: invariant 4 (it is what the server would score), and gradients of a plain dense reference."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from objective_world import SMALL, Shape, World, assert_gradients_agree, packed, reference_nll, samples
+from tiny import FAMILIES, tiny_folder
+
+import pshare_jax as ps
+from pshare_jax.mesh import batch_sharding, make_training_mesh, training_sharding
+from pshare_jax.model import streams
+from pshare_jax.training import cross_entropy
+from pshare_jax.training.cross_entropy import chunk_tokens, head_nll
+from pshare_jax.training.trainee import decode_module, make_trainee, nll
+
+KINDS = ("full", "lora")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def world(request, tmp_path_factory):
+    return World(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return World("llama", tmp_path_factory.mktemp("llama"))
+
+
+STEPS: dict[Any, Any] = {}
+
+
+def compiled(trainee):
+    """(forward, forward and backward) of everything but the arrays, compiled once for all that is equal."""
+    blocks = streams.QUERY_BLOCK, cross_entropy.CHUNK_LOGITS
+    shape = trainee.base.architecture, trainee.architecture, trainee.method, trainee.dropout, trainee.remat
+    key = (*shape, trainee.compute_dtype, bool(trainee.frozen), *blocks)
+    if key not in STEPS:
+
+        def step(trainable, frozen, base, batch, key):
+            return nll(trainee, trainable, frozen, base, batch, key)
+
+        STEPS[key] = jax.jit(step), jax.jit(jax.value_and_grad(step, has_aux=True))
+    return STEPS[key]
+
+
+def loss(trainee, trainable, batch, key=None):
+    return float(compiled(trainee)[0](trainable, trainee.frozen, trainee.base.params, batch, key)[0])
+
+
+def both(trainee, batch):
+    """Loss, tallies and gradients."""
+    step = compiled(trainee)[1]
+    (total, tallies), slopes = step(trainee.trainable, trainee.frozen, trainee.base.params, batch, None)
+    return float(total), tallies, slopes
+
+
+def rows_of(found):
+    """Packed and alone, with an empty row."""
+    return [found[:3], [found[3]], []]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_what_the_server_scores(world, kind):
+    """Invariant 4: the sum over the turns, each as a begun answer on the base's KV of everything before it."""
+    trainee, found = world.trainee(kind), samples(1)
+    batch = packed("two_stream", rows_of(found))
+    total, tallies = compiled(trainee)[0](trainee.trainable, trainee.frozen, trainee.base.params, batch, None)
+    expected, count, correct = 0.0, 0, 0
+    for sample in found:
+        for start, end in sample.turns:
+            scores = ps.score(world.shared, kind, sample.ids[:end], response_start=start)[start:]
+            expected -= sum(one for one in scores if one is not None)
+            count += len(scores)
+            kv = world.shared.prefill([sample.ids[: start - 1]])
+            logits, _ = world.shared.decode(kind, [sample.ids[start - 1 : end - 1]], kv)
+            correct += int((np.asarray(logits[0]).argmax(-1) == np.array(sample.ids[start:end])).sum())
+    assert (float(tallies.tokens), float(tallies.correct)) == (count, correct)
+    assert float(total) == pytest.approx(expected, abs=1e-4 * count)
+
+
+def check_gradients(trainee, monkeypatch):
+    # Several blocks of queries and several chunks of logits even at these lengths.
+    monkeypatch.setattr("pshare_jax.model.streams.QUERY_BLOCK", 16)
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 7 * 320)
+    first, second = samples(2)[:2]
+    found = [first, replace(second, turns=second.turns[:1])]
+    total, _, slopes = both(trainee, packed(trainee.layout, [found, [], []]))
+    reference = jax.jit(
+        jax.value_and_grad(lambda trainable: sum(reference_nll(trainee, trainable, one) for one in found))
+    )
+    expected, wanted = reference(trainee.trainable)
+    assert total == pytest.approx(float(expected), rel=1e-5)
+    assert_gradients_agree(slopes, wanted)
+
+
+def test_gradients_equal_the_plain_references(world, monkeypatch):
+    """Every family with one kind (compiling takes long), one with both."""
+    for kind in {"llama": KINDS, "qwen3": ("lora",), "gemma3": ("full",)}[world.family]:
+        check_gradients(world.trainee(kind), monkeypatch)
+
+
+def test_gradients_of_full_fine_tuning_equal_the_plain_references(llama, monkeypatch):
+    check_gradients(llama.trainee("full", "full_ft"), monkeypatch)
+
+
+def test_turns_are_apart_and_the_base_is_a_constant(llama):
+    """Another answer in an earlier turn changes a later turn only through the base's KV, and no slope reaches the base."""
+    trainee, (sample, *_) = llama.trainee("full"), samples(3)
+    batch = packed("two_stream", [[sample], [], []])
+    slope = jax.grad(lambda base: nll(trainee, trainee.trainable, {}, base, batch, None)[0])(trainee.base.params)
+    assert all(float(jnp.abs(one).max()) == 0 for one in slope.values())
+    # The first turn's stream alone is fed other tokens: the second turn's loss stays.
+    second = batch._replace(weights=batch.weights * (batch.decode_turns == 2))
+    tokens = np.where(batch.decode_turns == 1, (batch.decode_tokens + 1) % 320, batch.decode_tokens)
+    changed = second._replace(decode_tokens=tokens.astype(np.int32))
+    assert loss(trainee, trainee.trainable, second) == loss(trainee, trainee.trainable, changed)
+    context = batch._replace(context_tokens=((batch.context_tokens + 1) % 320).astype(np.int32))
+    assert loss(trainee, trainee.trainable, context) != loss(trainee, trainee.trainable, batch)
+
+
+def test_samples_of_a_row_are_apart(llama):
+    trainee, found = llama.trainee("lora"), samples(4)
+    alone = sum(loss(trainee, trainee.trainable, packed("two_stream", [[one], [], []])) for one in found)
+    together = loss(trainee, trainee.trainable, packed("two_stream", [found[:2], found[2:], []]))
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_conversation_costs_one_base_pass(llama):
+    """However many turns: every context token goes through the base once, every answer token through the module once."""
+    (sample, *_) = samples(5)
+    batch = packed("two_stream", [[sample]])
+    assert int((batch.context_segments > 0).sum()) == sample.turns[-1][0] - 1
+    assert int((batch.decode_turns > 0).sum()) == sum(end - start for start, end in sample.turns)
+
+
+@pytest.mark.parametrize("kind", ["lora"])
+def test_rematerialisation_changes_nothing(llama, kind):
+    batch = packed("two_stream", rows_of(samples(6)))
+    kept = both(llama.trainee(kind, remat=False), batch)
+    again = both(llama.trainee(kind, remat=True), batch)
+    assert kept[0] == pytest.approx(again[0], rel=1e-6)
+    assert_gradients_agree(again[2], kept[2], 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["full"])
+def test_bfloat16_computes_with_float32_masters(llama, kind):
+    trainee = make_trainee(llama.base, "prefillshare", Shape(kind), "bfloat16", 0)
+    exact = make_trainee(llama.base, "prefillshare", Shape(kind), "float32", 0)
+    batch = packed("two_stream", rows_of(samples(7)))
+    (total, _, slopes), (expected, _, _) = both(trainee, batch), both(exact, batch)
+    assert {str(one.dtype) for one in (*slopes.values(), *trainee.trainable.values())} == {"float32"}
+    assert {str(one.dtype) for one in trainee.base.params.values()} == {"bfloat16"}
+    assert total == pytest.approx(expected, rel=0.02)
+
+
+def test_a_fresh_module_is_the_base(llama):
+    """Full: its weights; LoRA: B is zero, so that only B has a slope."""
+    batch = packed("two_stream", rows_of(samples(8)))
+    full = make_trainee(llama.base, "prefillshare", Shape("full"), "float32", 0)
+    lora = make_trainee(llama.base, "prefillshare", Shape("lora"), "float32", 0)
+    first, second = both(full, batch), both(lora, batch)
+    assert first[0] == pytest.approx(second[0], rel=1e-6)
+    assert all((float(jnp.abs(one).max()) > 0) == path.endswith("lora_b") for path, one in second[2].items())
+    again = make_trainee(llama.base, "prefillshare", Shape("lora"), "float32", 0)
+    other = make_trainee(llama.base, "prefillshare", Shape("lora"), "float32", 1)
+    path = "layers.0.attention.q.lora_a"
+    assert (again.trainable[path] == lora.trainable[path]).all()
+    assert (other.trainable[path] != lora.trainable[path]).any()
+    # Of a tied base one leaf holds both uses.
+    assert ("head" in full.trainable) is not llama.base.config.tied
+    module = decode_module(lora, lora.trainable)
+    assert module.architecture.lora is not None
+    assert module.architecture.lora.scale == 1.5
+
+
+def test_dropout_is_a_function_of_the_key(llama):
+    trainee = llama.trainee("lora", dropout=0.5)
+    batch = packed("two_stream", rows_of(samples(9)))
+
+    def with_key(seed):
+        return loss(trainee, trainee.trainable, batch, jax.random.key(seed))
+
+    without = loss(trainee, trainee.trainable, batch)
+    assert with_key(1) == with_key(1)
+    assert len({with_key(1), with_key(2), without}) == 3
+    # A mask of its own for every adapter, of half the inputs, which are doubled.
+    layer = trainee.architecture.bind({**trainee.frozen, **trainee.trainable}).layers[0].attention
+    from pshare_jax.training.trainee import _dropped
+
+    dropped = _dropped(jax.random.key(0), 0.5, jnp.ones((4, 50, 50)))
+    assert set(np.unique(dropped)) == {0.0, 2.0}
+    assert abs(float(dropped.mean()) - 1) < 0.05
+    assert layer.q.drop is None
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2)], ids=str)
+def test_meshes_give_the_same_loss_and_gradients(llama, shape):
+    trainee = llama.trainee("full")
+    batch = packed("two_stream", [[one] for one in samples(10)])
+    expected = both(trainee, batch)
+    mesh = make_training_mesh(*shape)
+
+    def placed(params):
+        return {
+            path: jax.device_put(x, training_sharding(path, x.shape, trainee.base.config, mesh))
+            for path, x in params.items()
+        }
+
+    trainable, frozen, base = placed(trainee.trainable), placed(trainee.frozen), placed(trainee.base.params)
+    whole = sum(x.nbytes for x in trainable.values())
+    one_device = sum(x.addressable_shards[0].data.nbytes for x in trainable.values())
+    assert one_device < 0.3 * whole
+    step = compiled(trainee)[1]
+    (total, tallies), slopes = step(trainable, frozen, base, jax.device_put(batch, batch_sharding(mesh)), None)
+    assert float(total) == pytest.approx(expected[0], rel=1e-5)
+    assert float(tallies.correct) == float(expected[1].correct)
+    assert_gradients_agree(jax.device_get(slopes), jax.device_get(expected[2]))
+
+
+# --- the head --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(("num_tokens", "most"), [(1, 1), (7, 3), (8, 4), (9, 100)])
+def test_chunks_of_the_head_equal_the_whole(tied, softcap, num_tokens, most, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", most * 33)
+    draw = np.random.default_rng(num_tokens)
+    hidden, weight = draw.normal(size=(num_tokens, 6)), draw.normal(size=(33, 6) if tied else (6, 33)) * 2
+    targets, real = draw.integers(0, 33, num_tokens), draw.integers(0, 2, num_tokens)
+    arrays = [jnp.asarray(one, jnp.float32) for one in (hidden, weight)]
+
+    def whole(hidden, weight):
+        logits = hidden @ (weight.T if tied else weight)
+        logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(targets)[:, None], axis=1)[:, 0]
+        return -(chosen * real).sum(), (logits.argmax(-1) == targets) @ jnp.asarray(real)
+
+    def ours(hidden, weight, weight_grad=True):
+        integers, mask = jnp.asarray(targets, jnp.int32), jnp.asarray(real, jnp.float32)
+        return head_nll(hidden, weight, integers, mask, tied=tied, softcap=softcap, weight_grad=weight_grad)
+
+    whole, ours = jax.jit(whole), jax.jit(ours, static_argnums=2)
+    (total, correct), slopes = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(*arrays)
+    (expected, right), wanted = jax.value_and_grad(whole, argnums=(0, 1), has_aux=True)(*arrays)
+    assert float(total) == pytest.approx(float(expected), rel=1e-5)
+    assert float(correct) == float(right) == float(ours(*arrays)[1])
+    for ours_slope, wanted_slope in zip(slopes, wanted, strict=True):
+        np.testing.assert_allclose(ours_slope, wanted_slope, atol=1e-5)
+    frozen = jax.grad(lambda hidden: 3 * ours(hidden, arrays[1], False)[0])(arrays[0])
+    np.testing.assert_allclose(frozen, 3 * wanted[0], atol=3e-5)
+
+
+def test_chunks_are_even():
+    assert chunk_tokens(5, 1) == 5
+    assert chunk_tokens(1000, 1 << 18) == 125
+    assert chunk_tokens(129, 1 << 18) == 65
+
+
+def test_logits_never_exist_whole(llama):
+    """No array of the compiled step is as large as all logits."""
+    config = llama.base.config
+    found = samples(11)
+    batch = packed("two_stream", [found[:3]] * 64)
+    num_tokens = batch.targets.size
+    trainee = llama.trainee("full")
+    before = cross_entropy.CHUNK_LOGITS
+    try:
+        cross_entropy.CHUNK_LOGITS = 32 * config.vocab_size
+        text = (
+            jax.jit(jax.grad(lambda trainable: nll(trainee, trainable, {}, trainee.base.params, batch, None)[0]))
+            .lower(trainee.trainable)
+            .compile()
+            .as_text()
+        )
+    finally:
+        cross_entropy.CHUNK_LOGITS = before
+    assert text is not None
+    assert f"{num_tokens},{config.vocab_size}" not in text
+    assert f"32,{config.vocab_size}" in text
+
+
+def test_a_module_without_targets_is_refused(tmp_path):
+    base = ps.load(tiny_folder("llama", tmp_path, **SMALL["llama"]))
+    with pytest.raises(ps.PshareError, match="targets"):
+        make_trainee(base, "prefillshare", Shape("lora", targets=("nothing",)), "float32", 0)
