@@ -134,7 +134,8 @@ def wilson(num_right: int, num_items: int) -> tuple[float, float]:
     share, weight = num_right / num_items, Z95**2 / num_items
     centre = (share + weight / 2) / (1 + weight)
     half = math.sqrt(weight * (share * (1 - share) + weight / 4)) / (1 + weight)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding must not leave the share itself outside.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def _judged(base: Model, item: Item, ids: list[int], verifier: Verifier) -> Answer:

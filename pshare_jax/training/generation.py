@@ -186,24 +186,28 @@ class _Batch:
         return np.asarray(_best(logits))[: len(rows)].tolist()
 
     def _prefill(self, weights: Model | DecodeModule, spans: Sequence[tuple[_Row, int, int]]) -> None:
-        """KV of the tokens start .. end - 1 of every row, on what its pages hold before them."""
-        spans = [(row, start, end) for row, start, end in spans if start < end]
-        longest = max((end - start for _, start, end in spans), default=0)
-        group_len = min(self.num_rows, max(1, CALL_TOKENS // bucket(min(CHUNK, longest))))
-        for first in range(0, len(spans), group_len):
-            group = spans[first : first + group_len]
-            while group:
-                width = bucket(min(CHUNK, max(end - start for _, start, end in group)))
-                self._prefill_call(weights, width, group)
-                group = [(row, start + width, end) for row, start, end in group if start + width < end]
+        """KV of the tokens start .. end - 1 of every row, on what its pages hold before them.
+
+        A call takes rows of one bucket, and a power of two of them: no row is padding, and few shapes are compiled.
+        """
+        left = [(row, start, end) for row, start, end in spans if start < end]
+        while left:
+            widths = [bucket(min(CHUNK, end - start)) for _, start, end in left]
+            width = max(widths)
+            alike = [span for span, its_width in zip(left, widths, strict=True) if its_width == width]
+            others = [span for span, its_width in zip(left, widths, strict=True) if its_width != width]
+            most = max(1, min(len(alike), CALL_TOKENS // width))
+            call = alike[: 1 << most.bit_length() - 1]
+            self._prefill_call(weights, width, call)
+            rests = [(row, start + width, end) for row, start, end in call if start + width < end]
+            left = [*rests, *alike[len(call) :], *others]
 
     def _prefill_call(self, weights: Model | DecodeModule, width: int, call: Sequence[tuple[_Row, int, int]]) -> None:
         counts = [min(width, end - start) for _, start, end in call]
-        size = min(bucket(len(call), smallest=1), self.num_rows)
-        tokens = np.zeros((size, width), np.int32)
-        for line, (row, start, _), count in zip(tokens, call, counts, strict=False):
+        tokens = np.zeros((len(call), width), np.int32)
+        for line, (row, start, _), count in zip(tokens, call, counts, strict=True):
             line[:count] = row.prompt[start : start + count]
-        meta = self._rows(size, [row.slot for row, _, _ in call], [start for _, start, _ in call], counts)
+        meta = self._rows(len(call), [row.slot for row, _, _ in call], [start for _, start, _ in call], counts)
         _, self._pages = weights.paged.prefill(weights.params, tokens, meta, self._pages)
 
     def _rows(self, size: int, slots: Sequence[int], lengths: Sequence[int], counts: Sequence[int]) -> Rows:
