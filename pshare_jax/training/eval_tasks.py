@@ -1,4 +1,4 @@
-"""Evaluation tasks by name: questions as the server would see them, and the verifier of their answers. Imports no jax.
+"""Evaluation tasks by name: questions as the server would see them, and the verifier of their answers.
 
 `reasoning_gym:<task>?key=value` asks the items of a reasoning-gym task, `bfcl:simple` and `bfcl:multiple` those of BFCL; any
 other name is a data file or glob, where every answer that training would learn is asked for and compared word by word.
