@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from pshare_jax.errors import PshareError
-from pshare_jax.mesh import check_tensor_parallel, make_mesh, parameter_sharding, same_devices
+from pshare_jax.mesh import MODEL, check_tensor_parallel, make_mesh, parameter_sharding, same_devices
 from pshare_jax.model.config import ModelConfig, text_config
 from pshare_jax.model.layers import Build
 from pshare_jax.model.paged_steps import PagedSteps, paged_steps
@@ -66,7 +66,7 @@ class Model:
         """This model on another mesh: the same arrays where the devices are the same, else one copy by one device_put."""
         if same_devices(self.mesh, mesh):
             return self
-        check_tensor_parallel(self.config, mesh.size)
+        check_tensor_parallel(self.config, mesh.shape[MODEL])
         shardings = {path: parameter_sharding(path, self.config, mesh) for path in self.params}
         return replace(self, params=jax.device_put(self.params, shardings), mesh=mesh)
 
@@ -86,7 +86,7 @@ def load(
     mesh = make_mesh([0], 1) if mesh is None else mesh
     checkpoint = open_source(source)
     config = ModelConfig.from_hf(checkpoint.config)
-    check_tensor_parallel(config, mesh.size)
+    check_tensor_parallel(config, mesh.shape[MODEL])
     config = settle_tying(config, checkpoint)
     dtype = default_dtype(mesh) if dtype is None else checked_dtype(dtype)
     tokenizer = checkpoint.tokenizer()

@@ -16,8 +16,8 @@ from pshare_jax.errors import PshareError
 from pshare_jax.model.config import ModelConfig
 
 MODEL = "model"
-DATA, FSDP = "data", "fsdp"
-"""Axes that training meshes have beside `model`: rows of a batch go over both, parameters are cut over the second too."""
+FSDP = "fsdp"
+"""Training's second axis for parameters: each matrix is also split along its other dimension."""
 COLUMNS, ROWS, REPLICATED = PartitionSpec(None, MODEL), PartitionSpec(MODEL, None), PartitionSpec()
 
 # (parameter path, sharding): the first match counts; a path without a match is an error.
@@ -52,19 +52,6 @@ def make_mesh(device_ids: Sequence[int], tp: int) -> Mesh:
     return Mesh(np.array([devices[i] for i in device_ids]), (MODEL,))
 
 
-def make_training_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh of the first data * fsdp * tensor devices with the axes `data`, `fsdp` and `model`."""
-    devices, wanted = jax.devices(), data * fsdp * tensor
-    if wanted > len(devices):
-        raise PshareError(f"a mesh of {data} x {fsdp} x {tensor} needs {wanted} devices, but JAX sees {len(devices)}.")
-    return Mesh(np.array(devices[:wanted]).reshape(data, fsdp, tensor), (DATA, FSDP, MODEL))
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of a training batch's arrays: by rows."""
-    return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
-
-
 def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
     """Refuse a tensor-parallel degree that the model's heads or MLP cannot be divided by."""
     if config.num_heads % tp:
@@ -86,18 +73,21 @@ def parameter_sharding(path: str, config: ModelConfig, mesh: Mesh) -> NamedShard
     replicated_kv = config.num_kv_heads % tp and re.fullmatch(r".*\.(k|v)\.(kernel|lora_b|bias)", path)
     # An odd vocabulary stays whole: padding it would put tokens into the logits that the model does not have.
     odd_vocab = config.vocab_size % tp and path in ("embedding.weight", "head")
-    return NamedSharding(mesh, REPLICATED if replicated_kv or odd_vocab else spec)
+    return NamedSharding(mesh, _also_fsdp(path, config, mesh, REPLICATED if replicated_kv or odd_vocab else spec))
 
 
-def training_sharding(path: str, shape: Sequence[int], config: ModelConfig, mesh: Mesh) -> NamedSharding:
-    """`parameter_sharding`, and over `fsdp` the first axis that is whole and can be divided; small vectors stay whole."""
-    spec = parameter_sharding(path, config, mesh).spec
-    axes = [*spec, *[None] * (len(shape) - len(spec))]
-    parts = mesh.shape[FSDP]
-    free = [index for index, axis in enumerate(axes) if axis is None and shape[index] % parts == 0]
-    if parts > 1 and len(shape) > 1 and free:
-        axes[free[0]] = FSDP
-    return NamedSharding(mesh, PartitionSpec(*axes))
+def _also_fsdp(path: str, config: ModelConfig, mesh: Mesh, spec: PartitionSpec) -> PartitionSpec:
+    """`spec` with the side of a matrix that is `hidden_size` long split over `fsdp`, where the mesh has that axis."""
+    parts = mesh.shape.get(FSDP, 1)
+    if parts == 1 or config.hidden_size % parts:
+        return spec
+    # Kernels are [in, out]; the residual stream is what q, k, v, gate and up read, and what o and down write.
+    reads = re.fullmatch(r"head|.*\.(q|k|v|gate|up)\.(kernel|lora_a)", path)
+    writes = re.fullmatch(r"embedding\.weight|.*\.(o|down)\.(kernel|lora_b)", path)
+    first, second = (*spec, None, None)[:2]
+    if reads:
+        return PartitionSpec(FSDP, second)
+    return PartitionSpec(first, FSDP) if writes else spec
 
 
 def kv_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:

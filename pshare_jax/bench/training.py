@@ -49,7 +49,7 @@ class Shape:
 class Ours:
     """A method on one CPU device."""
 
-    def __init__(self, source: str, shape: Shape, method: Any, kind: str):
+    def __init__(self, source: str, shape: Shape, method: Any, kind: Any):
         import optax
 
         self.name = f"{method}, {kind}"
@@ -186,7 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.alone:
         side = SIDES[options.alone](options.source, Shape(*map(int, options.shape.split(","))))
-        side.step(), side.step()
+        for _ in range(2):
+            side.step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     shape = Shape(options.prompt, options.answer, options.batch)

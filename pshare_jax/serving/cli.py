@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import logging
 import math
-import os
 import signal
 import socket
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import uvicorn
 
+from pshare_jax.compilation_cache import cache_folder
 from pshare_jax.errors import PshareError
 from pshare_jax.serving import startup
 from pshare_jax.serving.api import make_app
@@ -82,7 +82,7 @@ def _serve(config: ServeConfig, full_warmup: bool) -> None:
     with listener:
         if config.server.log_requests:
             _log_requests()
-        startup.prepare_jax(config, _cache_folder())
+        startup.prepare_jax(config, cache_folder())
         served, programs = startup.build(config, say)
         served.engine.start()
         compiler = None
@@ -180,9 +180,3 @@ def _cannot_listen(server: ServerConfig, error: OSError) -> PshareError:
     reason = (error.strerror or str(error)).lower()
     hint = "choose another port with server.port=8001, or any free one with server.port=0"
     return PshareError(f"Cannot listen on {server.host}:{server.port}: {reason}; {hint}.")
-
-
-def _cache_folder() -> Path:
-    """Where compiled programs are kept (the XDG cache folder)."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "pshare_jax" / "xla"

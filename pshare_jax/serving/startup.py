@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+from pshare_jax.compilation_cache import keep_programs
 from pshare_jax.errors import PshareError
 from pshare_jax.load import load
 from pshare_jax.mesh import make_mesh, virtual_cpu_devices
@@ -34,9 +35,7 @@ WARM_UP_LEN = 40
 def prepare_jax(config: ServeConfig, cache_folder: Path) -> None:
     """Splits the CPU as the placement needs and keeps compiled programs on disk; must run before JAX starts."""
     virtual_cpu_devices(num_cpu_devices(config))
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    keep_programs(cache_folder)
     compile_counter()
 
 

@@ -4,6 +4,9 @@ The trainer makes one `Batches` to train from and one to evaluate on, and keeps 
 every batch is a function of its place (`epochs.py`), a run may go on with another number of workers.
 """
 
+import multiprocessing
+import os
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -118,6 +121,19 @@ def _end(running: list[Any]) -> None:
         running.pop().close()
 
 
+def _end_with_parent() -> None:
+    """In a worker process: ends it when the training process is gone; killed by -9, that one cannot end its workers."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 class _Parcel:
     """A batch as one opaque object: grain would put its arrays into shared memory, of which containers have little."""
 
@@ -133,6 +149,10 @@ class _FromPlace:
 
     def __init__(self, epochs: Epochs, epoch: int, batch: int, num_epochs: int | None) -> None:
         self._epochs, self._epoch, self._batch, self._num_epochs = epochs, epoch, batch, num_epochs
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _end_with_parent()
 
     def __len__(self) -> int:
         if self._num_epochs is None:

@@ -5,9 +5,9 @@ two-stream objective). Only `Trainee.trainable` has gradients; the base is a con
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,38 +17,15 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from pshare_jax.errors import PshareError
 from pshare_jax.load import Model
-from pshare_jax.mesh import FSDP, parameter_sharding, training_sharding
+from pshare_jax.mesh import parameter_sharding
 from pshare_jax.model.decoder import Decoder
 from pshare_jax.model.layers import LoraConfig, Projection
 from pshare_jax.model.params import Architecture, Params, is_lora
 from pshare_jax.model.streams import ContextStream, DecodeStream, packed_attend, two_stream_attend
 from pshare_jax.modules import DecodeModule
 from pshare_jax.training.batches import Layout, OneStreamBatch, TwoStreamBatch
+from pshare_jax.training.config import Method, ModuleConfig
 from pshare_jax.training.cross_entropy import head_nll
-
-Method = Literal["prefillshare", "full_ft"]
-
-
-@runtime_checkable
-class ModuleShape(Protocol):
-    """What a config says about the decode module; a LoRA adapter has a rank, alpha, targets and dropout."""
-
-    @property
-    def kind(self) -> str:
-        """`full` or `lora`."""
-        ...
-
-    @property
-    def rank(self) -> int: ...  # noqa: D102
-
-    @property
-    def alpha(self) -> float: ...  # noqa: D102
-
-    @property
-    def targets(self) -> Sequence[str]: ...  # noqa: D102
-
-    @property
-    def dropout(self) -> float: ...  # noqa: D102
 
 
 class Tallies(NamedTuple):
@@ -82,7 +59,7 @@ class Trainee:
 
 
 def make_trainee(
-    base: Model, method: Method, module: ModuleShape, compute_dtype: str, seed: int, *, remat: bool = True
+    base: Model, method: Method, module: ModuleConfig, compute_dtype: str, seed: int, *, remat: bool = True
 ) -> Trainee:
     """A decode module at its start: a whole copy of the base, or the base and an adapter that does nothing yet.
 
@@ -180,14 +157,8 @@ def _fresh_lora(architecture: Architecture, base: Model, seed: int) -> Params:
         if is_lora(path):
             bound = shape.shape[0] ** -0.5 if path.endswith("lora_a") else 0.0
             values = draw.uniform(-bound, bound, shape.shape).astype(np.float32)
-            masters[path] = jax.device_put(values, _sharding(path, values.shape, base))
+            masters[path] = jax.device_put(values, parameter_sharding(path, base.config, base.mesh))
     return masters
-
-
-def _sharding(path: str, shape: tuple[int, ...], base: Model) -> jax.sharding.NamedSharding:
-    if FSDP in base.mesh.shape:
-        return training_sharding(path, shape, base.config, base.mesh)
-    return parameter_sharding(path, base.config, base.mesh)
 
 
 def _set_dropout(decoder: Decoder, rate: float, key: PRNGKeyArray) -> None:

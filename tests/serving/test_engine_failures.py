@@ -246,10 +246,14 @@ def test_a_step_whose_first_run_fails_is_not_used():
     assert client.text(name) == "xy"
 
 
+def fails(sequence):
+    raise KeyError(sequence.request.task)
+
+
 def test_a_reader_of_ends_that_fails_ends_nobody_else(caplog):
     fakes = make_engine({"t": [*b"xy", EOS]})
     client = Client(fakes)
-    fakes.engine.on_end.append(lambda sequence: 1 / 0)
+    fakes.engine.on_end.append(fails)
     names = [client.ask(prompt=[number]) for number in range(3)]
     fakes.engine.abort(names[0])
     fakes.run()

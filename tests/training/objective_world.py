@@ -4,7 +4,6 @@ The reference walks one turn after another with whole dense KV, masks nothing bu
 holds all logits: it has no packing, no segments, no blocks and no chunks.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pshare_jax as ps
 from pshare_jax.model.attention import cached_attend, fresh_attend
 from pshare_jax.model.params import is_lora
 from pshare_jax.training.batches import one_stream, two_stream
+from pshare_jax.training.config import ModuleConfig
 from pshare_jax.training.samples import Sample
 from pshare_jax.training.trainee import Trainee
 
@@ -29,15 +29,9 @@ SMALL: dict[str, dict[str, Any]] = {
 SHAPES = [(23, ((9, 14), (17, 23))), (6, ((1, 3), (3, 6))), (31, ((28, 31),)), (12, ((2, 4), (6, 7), (9, 12)))]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a config would say of the module."""
-
-    kind: str = "full"
-    rank: int = 4
-    alpha: float = 6.0
-    targets: tuple[str, ...] = ("q", "v", "down")
-    dropout: float = 0.0
+def shape_of(kind: Any, **fields: Any) -> ModuleConfig:
+    """What a config says of the module."""
+    return ModuleConfig(**{"kind": kind, "rank": 4, "alpha": 6.0, "targets": ("q", "v", "down"), **fields})
 
 
 class World:

@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_world import SMALL, Shape, World, assert_gradients_agree, packed, reference_nll, samples
+from objective_world import SMALL, World, assert_gradients_agree, packed, reference_nll, samples, shape_of
 from tiny import FAMILIES, tiny_folder
 
 import pshare_jax as ps
-from pshare_jax.mesh import batch_sharding, make_training_mesh, training_sharding
+from pshare_jax.mesh import parameter_sharding
 from pshare_jax.model import streams
 from pshare_jax.training import cross_entropy
+from pshare_jax.training.config import MeshConfig
 from pshare_jax.training.cross_entropy import chunk_tokens, head_nll
+from pshare_jax.training.mesh import put_batch, training_mesh
 from pshare_jax.training.trainee import decode_module, make_trainee, nll
 
 KINDS = ("full", "lora")
@@ -148,8 +150,8 @@ def test_rematerialisation_changes_nothing(llama, kind):
 
 @pytest.mark.parametrize("kind", ["full"])
 def test_bfloat16_computes_with_float32_masters(llama, kind):
-    trainee = make_trainee(llama.base, "prefillshare", Shape(kind), "bfloat16", 0)
-    exact = make_trainee(llama.base, "prefillshare", Shape(kind), "float32", 0)
+    trainee = make_trainee(llama.base, "prefillshare", shape_of(kind), "bfloat16", 0)
+    exact = make_trainee(llama.base, "prefillshare", shape_of(kind), "float32", 0)
     batch = packed("two_stream", rows_of(samples(7)))
     (total, _, slopes), (expected, _, _) = both(trainee, batch), both(exact, batch)
     assert {str(one.dtype) for one in (*slopes.values(), *trainee.trainable.values())} == {"float32"}
@@ -160,13 +162,13 @@ def test_bfloat16_computes_with_float32_masters(llama, kind):
 def test_a_fresh_module_is_the_base(llama):
     """Full: its weights; LoRA: B is zero, so that only B has a slope."""
     batch = packed("two_stream", rows_of(samples(8)))
-    full = make_trainee(llama.base, "prefillshare", Shape("full"), "float32", 0)
-    lora = make_trainee(llama.base, "prefillshare", Shape("lora"), "float32", 0)
+    full = make_trainee(llama.base, "prefillshare", shape_of("full"), "float32", 0)
+    lora = make_trainee(llama.base, "prefillshare", shape_of("lora"), "float32", 0)
     first, second = both(full, batch), both(lora, batch)
     assert first[0] == pytest.approx(second[0], rel=1e-6)
     assert all((float(jnp.abs(one).max()) > 0) == path.endswith("lora_b") for path, one in second[2].items())
-    again = make_trainee(llama.base, "prefillshare", Shape("lora"), "float32", 0)
-    other = make_trainee(llama.base, "prefillshare", Shape("lora"), "float32", 1)
+    again = make_trainee(llama.base, "prefillshare", shape_of("lora"), "float32", 0)
+    other = make_trainee(llama.base, "prefillshare", shape_of("lora"), "float32", 1)
     path = "layers.0.attention.q.lora_a"
     assert (again.trainable[path] == lora.trainable[path]).all()
     assert (other.trainable[path] != lora.trainable[path]).any()
@@ -202,12 +204,11 @@ def test_meshes_give_the_same_loss_and_gradients(llama, shape):
     trainee = llama.trainee("full")
     batch = packed("two_stream", [[one] for one in samples(10)])
     expected = both(trainee, batch)
-    mesh = make_training_mesh(*shape)
+    mesh = training_mesh(MeshConfig(*shape))
 
     def placed(params):
         return {
-            path: jax.device_put(x, training_sharding(path, x.shape, trainee.base.config, mesh))
-            for path, x in params.items()
+            path: jax.device_put(x, parameter_sharding(path, trainee.base.config, mesh)) for path, x in params.items()
         }
 
     trainable, frozen, base = placed(trainee.trainable), placed(trainee.frozen), placed(trainee.base.params)
@@ -215,7 +216,7 @@ def test_meshes_give_the_same_loss_and_gradients(llama, shape):
     one_device = sum(x.addressable_shards[0].data.nbytes for x in trainable.values())
     assert one_device < 0.3 * whole
     step = compiled(trainee)[1]
-    (total, tallies), slopes = step(trainable, frozen, base, jax.device_put(batch, batch_sharding(mesh)), None)
+    (total, tallies), slopes = step(trainable, frozen, base, put_batch(batch, mesh), None)
     assert float(total) == pytest.approx(expected[0], rel=1e-5)
     assert float(tallies.correct) == float(expected[1].correct)
     assert_gradients_agree(jax.device_get(slopes), jax.device_get(expected[2]))
@@ -287,4 +288,4 @@ def test_logits_never_exist_whole(llama):
 def test_a_module_without_targets_is_refused(tmp_path):
     base = ps.load(tiny_folder("llama", tmp_path, **SMALL["llama"]))
     with pytest.raises(ps.PshareError, match="targets"):
-        make_trainee(base, "prefillshare", Shape("lora", targets=("nothing",)), "float32", 0)
+        make_trainee(base, "prefillshare", shape_of("lora", targets=("nothing",)), "float32", 0)

@@ -1,0 +1,35 @@
+"""The training mesh: `data` and `fsdp` split the rows of a batch, `fsdp` and `model` every parameter and its state.
+
+Parameters follow the one table of `pshare_jax/mesh.py`; XLA's partitioner derives all sums between devices.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pshare_jax.errors import PshareError
+from pshare_jax.mesh import FSDP, MODEL
+from pshare_jax.training.batches import OneStreamBatch, TwoStreamBatch
+from pshare_jax.training.config import MeshConfig
+
+DATA = "data"
+
+
+def training_mesh(config: MeshConfig) -> Mesh:
+    """The mesh over JAX's first devices.
+
+    Raises:
+        PshareError: there are fewer.
+    """
+    devices = jax.devices()
+    if config.size > len(devices):
+        raise PshareError(
+            f"mesh.data * mesh.fsdp * mesh.tensor = {config.size}, but JAX sees only {len(devices)} devices."
+        )
+    shape = (config.data, config.fsdp, config.tensor)
+    return Mesh(np.array(devices[: config.size]).reshape(shape), (DATA, FSDP, MODEL))
+
+
+def put_batch(batch: TwoStreamBatch | OneStreamBatch, mesh: Mesh) -> TwoStreamBatch | OneStreamBatch:
+    """A batch on the mesh, its rows split over `data` and `fsdp`."""
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec((DATA, FSDP))))

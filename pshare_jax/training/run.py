@@ -1,0 +1,121 @@
+"""From a config to a decode module: loads the base, prepares the data, trains, writes the result. Called by the command line."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from pshare_jax.compilation_cache import cache_folder, keep_programs
+from pshare_jax.errors import PshareError
+from pshare_jax.load import load
+from pshare_jax.mesh import virtual_cpu_devices
+from pshare_jax.training import run_folder
+from pshare_jax.training.checkpoint import Checkpoints
+from pshare_jax.training.config import TrainConfig
+from pshare_jax.training.figure import draw_loss
+from pshare_jax.training.mesh import training_mesh
+from pshare_jax.training.pipeline import Batches, evaluation_batches, training_batches
+from pshare_jax.training.prepare import PreparedData, prepare
+from pshare_jax.training.progress import Reporter
+from pshare_jax.training.result import save_result, training_info
+from pshare_jax.training.run_folder import RunFolder
+from pshare_jax.training.trainee import decode_module, make_trainee
+from pshare_jax.training.trainer import MakeBatches, ModuleEvaluation, Outcome, Trainer
+
+
+def prepare_jax(config: TrainConfig) -> None:
+    """Splits a CPU as the mesh needs and keeps compiled programs on disk; must run before JAX starts."""
+    virtual_cpu_devices(config.mesh.size)
+    keep_programs(cache_folder())
+
+
+def train(
+    config: TrainConfig, *, resume: bool = False, evaluate_module: ModuleEvaluation | None = None
+) -> tuple[RunFolder, Outcome]:
+    """Trains as `config` says, or goes on with it, and writes the decode module if the run came to its end.
+
+    SIGTERM and SIGINT end it after the step under way, with a checkpoint. `evaluate_module` adds to each evaluation.
+
+    Raises:
+        PshareError: anything wrong with the config, the base, the data, or the run folder.
+    """
+    started = time.monotonic()
+    console = Console()
+
+    def say(line: str) -> None:
+        console.print(f"[{time.monotonic() - started:5.1f} s] {line}", markup=False, highlight=False, soft_wrap=True)
+
+    run = run_folder.claim(config, resume)
+    mesh = training_mesh(config.mesh)
+    say(f"opening and loading the base {config.base}")
+    base = load(config.base, dtype=None if config.dtype == "auto" else config.dtype, mesh=mesh)
+    say("reading the data")
+    data = prepare(config.data, base.tokenizer, base.stop_ids, config.layout)
+    if config.evaluation.every is not None and not len(data.evaluation):
+        raise PshareError("evaluation.every is set, but no evaluation sample is left; see data.eval_sources.")
+    say(f"data:\n{data.report}")
+    trainee = make_trainee(base, config.method, config.module, base.architecture.dtype, config.seed)
+    with (
+        training_batches(data.train, config.data, config.layout) as batches,
+        Checkpoints(run.checkpoints, config.checkpoint) as checkpoints,
+    ):
+        trainer = Trainer(
+            config,
+            trainee,
+            batches,
+            checkpoints,
+            evaluation=_held_out(config, data),
+            evaluate_module=evaluate_module,
+        )
+        # The trainer has a copy in its state; the first values are not needed again.
+        trainee = trainer.trainee
+        run_folder.start(run, config, f"{data.report}\n", trainer.step)
+        for line in _plan(config, trainer, batches):
+            say(line)
+        with Reporter(run, trainer.num_steps, trainer.step, console) as reporter, _stopped_by_signals(trainer):
+            outcome = trainer.run(reporter)
+    draw_loss(run.metrics, run.loss_figure)
+    if not outcome.finished:
+        say(f"stopped after step {outcome.step} of {trainer.num_steps}; go on with --resume")
+        return run, outcome
+    applied = int(outcome.state.applied)
+    info = training_info(config, outcome.step, applied, outcome.tokens, outcome.evaluation)
+    save_result(run.module, decode_module(trainee, outcome.state.trainable), base, config, info)
+    say(f"the decode module is in {run.module}")
+    return run, outcome
+
+
+def _held_out(config: TrainConfig, data: PreparedData) -> MakeBatches | None:
+    if not len(data.evaluation):
+        return None
+    return lambda: evaluation_batches(data.evaluation, config.data, config.layout)
+
+
+def _plan(config: TrainConfig, trainer: Trainer, batches: Batches) -> Iterator[str]:
+    base = trainer.trainee.base
+    where = f"{base.mesh.size} {base.mesh.devices.flat[0].platform} devices in {base.architecture.dtype}"
+    yield f"training ({config.method}, {config.module.kind}) on {where}: steps {trainer.step + 1} to {trainer.num_steps}"
+    yield f"{batches.epochs.fill():.0%} of a batch's places hold tokens"
+    if config.steps is not None and trainer.num_steps < config.steps:
+        yield f"the data end after {trainer.num_steps} of {config.steps} steps; with data.epochs: null they never end"
+
+
+@contextmanager
+def _stopped_by_signals(trainer: Trainer) -> Iterator[None]:
+    """SIGTERM and SIGINT ask the trainer to stop; a second Ctrl-C ends the process at once."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number: int, _: object) -> None:
+        trainer.request_stop()
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

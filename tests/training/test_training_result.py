@@ -1,0 +1,198 @@
+"""What a run leaves: module folders that we, transformers and PEFT load, their card, and pshare-export."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reference import assert_close, hf_logits, load_hf, load_peft, random_tokens
+from tiny_runs import FULL, make_world, run_config
+
+import pshare_jax as ps
+from pshare_jax.errors import PshareError
+from pshare_jax.modules import read_card
+from pshare_jax.training.checkpoint import Checkpoints
+from pshare_jax.training.cli import export_main
+from pshare_jax.training.config import CheckpointConfig, EvaluationConfig
+from pshare_jax.training.export import export
+from pshare_jax.training.result import add_evaluation
+from pshare_jax.training.run import train
+
+TOKENS = random_tokens(5, 2, 19)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"), num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def lora(world, tmp_path_factory):
+    """A LoRA run of four steps with a checkpoint each, and held-out losses. Never written to."""
+    config = run_config(
+        world,
+        tmp_path_factory.mktemp("lora") / "run",
+        steps=4,
+        checkpoint=CheckpointConfig(every=1, keep=4),
+        evaluation=EvaluationConfig(every=1),
+    )
+    return config, train(config, evaluate_module=lambda trainee, trainable: {"eval_parts": float(len(trainable))})[1]
+
+
+@pytest.fixture(scope="module")
+def full_ft(world, tmp_path_factory):
+    config = run_config(
+        world, tmp_path_factory.mktemp("full") / "run", method="full_ft", module=FULL, steps=2, accumulation=1
+    )
+    return config, train(config)[1]
+
+
+def logits_of(module: ps.DecodeModule) -> np.ndarray:
+    return np.asarray(module.steps.forward(module.params, TOKENS.astype(np.int32)))
+
+
+def module_of(config, outcome, base) -> ps.DecodeModule:
+    """The state that the run ended with, as a module."""
+    trained = dict(outcome.state.trainable)
+    if config.module is FULL:
+        return ps.DecodeModule(base.architecture, trained, base.mesh)
+    shape = ps.load_module(Path(config.output) / "module", base).architecture
+    return ps.DecodeModule(shape, {**base.params, **trained}, base.mesh)
+
+
+def test_lora_is_what_peft_loads(lora, world):
+    config, outcome = lora
+    base, folder = ps.load(world[0]), Path(config.output) / "module"
+    module = ps.load_module(folder, base)
+    for path, array in outcome.state.trainable.items():
+        np.testing.assert_array_equal(np.asarray(module.params[path]), np.asarray(array), err_msg=path)
+    expected = logits_of(module_of(config, outcome, base))
+    assert np.abs(expected - np.asarray(base.logits(TOKENS))).max() > 1e-2, "nothing was learned"
+    assert_close(hf_logits(load_peft(world[0], folder), TOKENS), expected)
+
+
+def test_a_merged_module_is_what_transformers_loads(lora, world, tmp_path, capsys):
+    config, outcome = lora
+    base = ps.load(world[0])
+    assert export_main(["--run", config.output, "--merge", "--output", str(tmp_path / "merged")]) == 0
+    assert str(tmp_path / "merged") in capsys.readouterr().out
+    expected = logits_of(module_of(config, outcome, base))
+    assert_close(hf_logits(load_hf(tmp_path / "merged"), TOKENS), expected)
+    # Still a decode module of the same base.
+    module = ps.load_module(tmp_path / "merged", base)
+    assert_close(logits_of(module), expected)
+    card = read_card(tmp_path / "merged")
+    assert (card.kind, card.prefill, card.base_fingerprint) == ("full", "base", base.fingerprint)
+    assert card.training["module"]["merged"]
+    assert "merged into the base's weights" in (tmp_path / "merged" / "README.md").read_text()
+
+
+def test_full_ft_is_an_ordinary_checkpoint(full_ft, world):
+    config, outcome = full_ft
+    base, folder = ps.load(world[0]), Path(config.output) / "module"
+    expected = logits_of(module_of(config, outcome, base))
+    assert_close(hf_logits(load_hf(folder), TOKENS), expected)
+    assert read_card(folder).prefill == "own"
+    first = (folder / "README.md").read_text().splitlines()[0]
+    assert first.startswith("**This is an ordinary fine-tune of")
+    with pytest.raises(PshareError, match="prefill 'own'"):
+        ps.load_module(folder, base)
+    with pytest.raises(PshareError, match="nothing to merge"):
+        export(Path(config.output), merge=True)
+
+
+def test_the_card_says_first_what_the_module_is_for(lora, tmp_path):
+    config, outcome = lora
+    folder = shutil.copytree(Path(config.output) / "module", tmp_path / "module")
+    first, *rest = (folder / "README.md").read_text().splitlines()
+    assert first.startswith(f"**This module is meant for the KV cache of its base `{config.base}`")
+    assert first.endswith("What it scores run alone is not measured.")
+    assert f"| eval_loss | {outcome.evaluation['eval_loss']:.4g} |" in rest
+    assert "| eval_parts | 6 |" in rest
+    add_evaluation(folder, {"accuracy": 0.75, "run_alone": {"accuracy": 0.5}})
+    first, *rest = (folder / "README.md").read_text().splitlines()
+    assert first.endswith("What it scores run alone is: accuracy 0.5.")
+    assert "| accuracy | 0.75 |" in rest
+    assert f"| eval_loss | {outcome.evaluation['eval_loss']:.4g} |" in rest
+    ps.load_module(folder, ps.load(config.base))
+
+
+def test_decode_module_json_says_how_it_was_trained(lora):
+    config, outcome = lora
+    training = json.loads((Path(config.output) / "module" / "decode_module.json").read_text())["training"]
+    assert training == {
+        "base": config.base,
+        "method": "prefillshare",
+        "module": {
+            "kind": "lora",
+            "rank": 3,
+            "alpha": 6.0,
+            "targets": ["q", "v", "down"],
+            "dropout": 0.0,
+            "merged": False,
+        },
+        "data": [config.data.sources[0].path],
+        "steps": 4,
+        "applied_steps": 4,
+        "trained_tokens": outcome.tokens,
+        "learning_rate": 3e-3,
+        "seed": 0,
+        "evaluation": dict(outcome.evaluation),
+    }
+
+
+def test_any_checkpoint_can_be_exported(lora, world, tmp_path):
+    config, outcome = lora
+    run, base = Path(config.output), ps.load(world[0])
+    last = export(run, output=tmp_path / "last", merge=False)
+    same = (last / "adapter_model.safetensors").read_bytes()
+    assert same == (run / "module" / "adapter_model.safetensors").read_bytes()
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        best = checkpoints.best
+    assert best is not None
+    for folder, step in (
+        (export(run, step=2, output=tmp_path / "2", merge=False), 2),
+        (export(run, step="best", output=tmp_path / "best", merge=False), best),
+    ):
+        assert read_card(folder).training["steps"] == step
+    module = ps.load_module(tmp_path / "2", base)
+    path = "layers.0.attention.q.lora_b"
+    assert np.abs(np.asarray(module.params[path]) - np.asarray(outcome.state.trainable[path])).max() > 1e-4
+
+
+def test_exports_that_cannot_be(lora, tmp_path, world):
+    config, _ = lora
+    run = Path(config.output)
+    with pytest.raises(PshareError, match=r"no checkpoint of step 9; it has 1, 2, 3, 4"):
+        export(run, step=9, merge=False)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(PshareError, match="holds something that is no decode module"):
+        export(run, output=tmp_path / "mine", merge=False)
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    copy = shutil.copytree(run, tmp_path / "run")
+    (other := tmp_path / "other").mkdir()
+    make_other = replace(config, base=str(other / "base"))
+    shutil.copytree(world[0], other / "base", ignore=shutil.ignore_patterns(".pshare*"))
+    weights = next((other / "base").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    text = (copy / "config.yaml").read_text().replace(config.base, make_other.base)
+    (copy / "config.yaml").write_text(text)
+    with pytest.raises(PshareError, match="is not the one of the run"):
+        export(copy, merge=False)
+    with pytest.raises(PshareError, match="is not the one that the run began with"):
+        train(replace(make_other, output=str(copy)), resume=True)
+
+
+def test_an_older_result_is_replaced_as_a_whole(lora, tmp_path):
+    config, _ = lora
+    folder = shutil.copytree(Path(config.output) / "module", tmp_path / "module")
+    (folder / "stale.txt").write_text("old")
+    export(Path(config.output), output=folder, merge=True)
+    assert not (folder / "stale.txt").exists()
+    assert not (folder / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "module.part").exists()

@@ -1,0 +1,257 @@
+"""Whole runs on tiny models: a resumed run is the straight one, whatever ended it; signals, checkpoints, folders."""
+
+import json
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import (
+    all_metrics,
+    assert_same_steps,
+    killed,
+    make_world,
+    metrics,
+    moments,
+    run_config,
+    stop_after,
+)
+
+import pshare_jax.training.run as run_module
+from pshare_jax.errors import PshareError
+from pshare_jax.modules import read_card
+from pshare_jax.settings import load_settings, to_yaml
+from pshare_jax.training.checkpoint import Checkpoints
+from pshare_jax.training.cli import main
+from pshare_jax.training.config import CheckpointConfig, EvaluationConfig, MeshConfig, TrainConfig
+from pshare_jax.training.data_config import DataConfig
+from pshare_jax.training.run import train
+from pshare_jax.training.trainer import num_steps
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"), num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def straight(world, tmp_path_factory):
+    """A run that nothing interrupts: its config, outcome and steps. Never written to."""
+    config = run_config(world, tmp_path_factory.mktemp("straight") / "run")
+    _, outcome = train(config)
+    return config, outcome, metrics(config.output)
+
+
+def same_state(ours, theirs) -> None:
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-5, atol=1e-7)
+
+
+def test_a_run_and_its_folder(straight):
+    config, outcome, steps = straight
+    run = Path(config.output)
+    assert outcome.finished
+    assert [line["step"] for line in steps] == list(range(1, outcome.step + 1))
+    # The premise of the tests below: epochs end inside of steps, and rows are packed.
+    assert any(line["epoch"] % 1 for line in steps)
+    assert steps[-1]["epoch"] == 3
+    assert len(steps) >= 6
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert set(steps[0]) == {
+        *("step", "loss", "tokens", "input_tokens", "correct", "grad_norm", "learning_rate", "seconds"),
+        *("tokens_per_second", "epoch", "applied", "bad_steps", "samples"),
+    }
+    assert {path.name for path in run.iterdir()} == {
+        *("config.yaml", "data_report.txt", "metrics.jsonl", "tensorboard", "checkpoints", "loss.png", "module")
+    }
+    assert load_settings(TrainConfig, run / "config.yaml") == config
+    assert "17 of 17 records used" in (run / "data_report.txt").read_text()
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tensorboard").glob("events.*"))
+    evaluated = [line for line in all_metrics(run) if "eval_loss" in line]
+    assert [line["step"] for line in evaluated] == [*range(3, outcome.step, 3), outcome.step]
+    assert outcome.tokens == sum(line["tokens"] for line in steps)
+
+
+def test_tensorboard_reads_the_events(straight):
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import masked_crc32c
+
+    messages: Any = event_pb2
+
+    (file,) = (Path(straight[0].output) / "tensorboard").glob("events.*")
+    data, found = file.read_bytes(), []
+    while data:
+        # TFRecord: length, its checksum, content, its checksum.
+        length = int.from_bytes(data[:8], "little")
+        content = data[12 : 12 + length]
+        assert int.from_bytes(data[12 + length : 16 + length], "little") == masked_crc32c(content)
+        event = messages.Event.FromString(content)
+        found += [(event.step, value.simple_value) for value in event.summary.value if value.tag == "train/loss"]
+        data = data[16 + length :]
+    assert [step for step, _ in found] == [line["step"] for line in straight[2]]
+    np.testing.assert_allclose([loss for _, loss in found], [line["loss"] for line in straight[2]], rtol=1e-6)
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(straight, tmp_path, monkeypatch, capsys):
+    config, expected, lines = straight
+    config = replace(config, output=str(tmp_path / "run"))
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    # JAX runs already.
+    monkeypatch.setattr(run_module, "prepare_jax", lambda config: None)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        for step in (1, 5):
+            with monkeypatch.context() as patch:
+                stop_after(patch, step)
+                assert main(["--config", str(tmp_path / "config.yaml"), *(["--resume"] if step > 1 else [])]) == 0
+            # The signal comes while the next step is on its way, which is done first.
+            told = capsys.readouterr().out
+            assert any(f"stopped after step {at} of 9; go on with --resume" in told for at in (step, step + 1))
+            assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+            assert not (tmp_path / "run" / "module").exists()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    _, outcome = train(config, resume=True)
+    assert outcome.finished
+    assert_same_steps(metrics(config.output), lines)
+    same_state(outcome.state, expected.state)
+    assert outcome.tokens == expected.tokens
+    assert outcome.evaluation == pytest.approx(expected.evaluation, rel=1e-6)
+
+
+def test_kill_9_in_the_middle_of_a_save(straight, tmp_path):
+    """The command line with two workers is killed at a random step; it goes on here with none, and is the straight run."""
+    config, expected, lines = straight
+    config = replace(config, output=str(tmp_path / "run"))
+    step = int(np.random.default_rng().choice([4, 6]))
+    died = killed(replace(config, data=replace(config.data, num_workers=2)), tmp_path, step)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        # As a rule the kill cuts this save short. The one before it is whole: orbax saves one after the other.
+        assert step - 2 <= checkpoints.steps[-1] <= step
+    _, outcome = train(config, resume=True)
+    assert_same_steps(metrics(config.output), lines)
+    same_state(outcome.state, expected.state)
+
+
+def test_a_partial_checkpoint_is_not_seen(straight, tmp_path):
+    config, _, lines = straight
+    shutil.copytree(config.output, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    config = replace(config, output=str(tmp_path / "run"))
+    last = max(int(path.name) for path in folder.iterdir())
+    # What a kill leaves: orbax's temporary folder, some files in it; and the last line of the metrics cut short.
+    half = folder / f"{last + 1}.orbax-checkpoint-tmp"
+    shutil.copytree(folder / str(last), half)
+    shutil.rmtree(half / "optimizer")
+    shutil.rmtree(folder / str(last))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints.steps
+        assert max(checkpoints.steps) < last
+    _, outcome = train(config, resume=True)
+    assert outcome.step == last
+    assert_same_steps(metrics(config.output), lines)
+    assert not half.exists()
+
+
+def test_a_finished_run_only_writes_its_module_again(straight, tmp_path):
+    config, expected, lines = straight
+    shutil.copytree(config.output, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "module")
+    config = replace(config, output=str(tmp_path / "run"))
+    _, outcome = train(config, resume=True)
+    assert metrics(config.output) == lines
+    assert outcome.evaluation == pytest.approx(expected.evaluation)
+    assert (tmp_path / "run" / "module" / "decode_module.json").is_file()
+
+
+def test_a_run_goes_on_on_another_mesh(straight, tmp_path):
+    config, expected, lines = straight
+    shutil.copytree(config.output, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    last = max(int(path.name) for path in folder.iterdir())
+    shutil.rmtree(folder / str(last))
+    mesh = MeshConfig(data=1, fsdp=2, tensor=2)
+    _, outcome = train(replace(config, output=str(tmp_path / "run"), mesh=mesh), resume=True)
+    ours = metrics(tmp_path / "run")
+    assert [line["samples"] for line in ours] == [line["samples"] for line in lines]
+    # Sums over devices come in another order.
+    np.testing.assert_allclose([x["loss"] for x in ours], [x["loss"] for x in lines], rtol=1e-5)
+    for path, array in expected.state.trainable.items():
+        np.testing.assert_allclose(
+            np.asarray(outcome.state.trainable[path]), np.asarray(array), atol=1e-5, err_msg=path
+        )
+    # A of q: its long side over fsdp. A of down: over tensor.
+    for path, parts in (
+        ("layers.0.attention.q.lora_a", 2),
+        ("layers.0.mlp.down.lora_a", 2),
+        ("layers.0.mlp.down.lora_b", 2),
+    ):
+        array = outcome.state.trainable[path]
+        moment = moments(outcome.state).mu[path]
+        for one in (array, moment):
+            assert len(one.sharding.device_set) == 4
+            assert one.addressable_shards[0].data.size * parts == one.size, path
+    assert read_card(tmp_path / "run" / "module").kind == "lora"
+
+
+def test_the_last_ones_and_the_best_are_kept(world, tmp_path, monkeypatch):
+    """The held-out loss is lowest after step 2 by force: its checkpoint outlives later ones, and is what best means."""
+    import pshare_jax.training.trainer as trainer_module
+
+    told = iter([3.0, 1.0, 2.0, 2.5, 2.2])
+    evaluated = trainer_module.Trainer._evaluated
+    monkeypatch.setattr(trainer_module.Trainer, "_evaluated", lambda self: {**evaluated(self), "eval_loss": next(told)})
+    config = run_config(
+        world,
+        tmp_path / "run",
+        steps=5,
+        accumulation=1,
+        checkpoint=CheckpointConfig(every=100, keep=1),
+        evaluation=EvaluationConfig(every=1),
+    )
+    train(config)
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        assert checkpoints.steps == [2, 5]
+        assert (checkpoints.best, checkpoints.best_loss) == (2, 1.0)
+
+
+def test_folders_and_configs_that_do_not_go_together(straight, tmp_path):
+    config = straight[0]
+    with pytest.raises(PshareError, match="already holds a run; go on with --resume"):
+        train(config)
+    with pytest.raises(PshareError, match=r"started with another optimizer\.learning_rate;"):
+        train(replace(config, optimizer=replace(config.optimizer, learning_rate=1.0)), resume=True)
+    shutil.copytree(config.output, tmp_path / "run")
+    config = replace(config, output=str(tmp_path / "run"))
+    content = json.loads(Path(config.data.sources[0].path).read_text().splitlines()[0])
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(config.data.sources[0].path).read_text() + json.dumps(content) + "\n")
+    saved = (tmp_path / "run" / "config.yaml").read_text().replace(config.data.sources[0].path, str(other))
+    (tmp_path / "run" / "config.yaml").write_text(saved)
+    with pytest.raises(PshareError, match="its samples are not the same"):
+        train(replace(load_settings(TrainConfig, tmp_path / "run" / "config.yaml"), output=config.output), resume=True)
+
+
+def test_a_run_that_fails_early_leaves_its_folder_free(world, tmp_path):
+    config = run_config(world, tmp_path / "run")
+    broken = replace(config, data=DataConfig([replace(config.data.sources[0], path=str(tmp_path / "none.jsonl"))]))
+    with pytest.raises(PshareError, match=r"evaluation|none\.jsonl"):
+        train(replace(broken, evaluation=EvaluationConfig()))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "batches", "accumulation", "expected"),
+    [(None, 5, 2, 3), (2, 5, 2, 2), (9, 5, 1, 5), (7, None, 4, 7), (None, 4, 4, 1)],
+)
+def test_how_many_steps_a_run_has(world, tmp_path, steps, batches, accumulation, expected):
+    config = run_config(world, tmp_path, steps=steps, accumulation=accumulation)
+    assert num_steps(config, batches) == expected
