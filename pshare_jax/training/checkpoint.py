@@ -125,7 +125,8 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=items)
         except (OSError, ValueError, KeyError) as error:
-            raise PshareError(f"The checkpoint {self._folder / str(step)} cannot be read: {error}") from error
+            reason = str(error).strip().split("\n")[0]
+            raise PshareError(f"The checkpoint {self._folder / str(step)} cannot be read: {reason}") from error
 
 
 def _abstract(tree: Any) -> Any:

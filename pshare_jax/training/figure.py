@@ -30,9 +30,7 @@ def draw_loss(metrics: Path, picture: Path) -> None:
 
 
 def _running_mean(losses: tuple[float, ...]) -> list[float]:
-    keep = 1 - 1 / max(1, min(20, len(losses) // 5))
-    mean, means = losses[0], []
-    for loss in losses:
-        mean = keep * mean + (1 - keep) * loss
-        means.append(mean)
-    return means
+    """Over a twentieth of the run around each step."""
+    half = len(losses) // 40
+    windows = (losses[max(0, at - half) : at + half + 1] for at in range(len(losses)))
+    return [sum(window) / len(window) for window in windows]

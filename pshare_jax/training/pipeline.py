@@ -6,6 +6,7 @@ every batch is a function of its place (`epochs.py`), a run may go on with anoth
 
 import multiprocessing
 import os
+import signal
 import threading
 import weakref
 from collections.abc import Iterator
@@ -121,11 +122,15 @@ def _end(running: list[Any]) -> None:
         running.pop().close()
 
 
-def _end_with_parent() -> None:
-    """In a worker process: ends it when the training process is gone; killed by -9, that one cannot end its workers."""
+def _obey_parent() -> None:
+    """In a worker process: it ends when the training process is gone, which when killed cannot end it, and not by Ctrl-C,
+    which a terminal sends to both.
+    """
     parent = multiprocessing.parent_process()
     if parent is None:
         return
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
         parent.join()
@@ -152,7 +157,7 @@ class _FromPlace:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _end_with_parent()
+        _obey_parent()
 
     def __len__(self) -> int:
         if self._num_epochs is None:

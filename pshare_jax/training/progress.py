@@ -49,7 +49,7 @@ class Reporter:
         # Events that a killed run wrote beyond its checkpoint are taken back.
         self._board = SummaryWriter(str(run.tensorboard), purge_step=done + 1)
         self._console, self._num_steps, self._first = console, num_steps, done + 1
-        self._started = self._last_line = time.monotonic()
+        self._first_done = self._last_line = time.monotonic()
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -72,10 +72,11 @@ class Reporter:
         told = f"loss {report.loss:.4f}, {report.tokens_per_second:,.0f} tokens/s"
         self._bar.update(self._task, completed=report.step, told=told)
         now = time.monotonic()
+        if report.step == self._first:
+            self._first_done = now
         due = now - self._last_line >= LINE_SECONDS or report.step in (self._first, self._num_steps)
         if not self._console.is_terminal and due:
-            left = (now - self._started) / (report.step - self._first + 1) * (self._num_steps - report.step)
-            self.say(f"step {report.step}/{self._num_steps}, {told}, ETA {_duration(left)}")
+            self.say(f"step {report.step}/{self._num_steps}, {told}{self._eta(report.step, now)}")
             self._last_line = now
         if not report.applied:
             self.say(f"step {report.step} was not applied: its loss or gradient is not finite")
@@ -104,6 +105,12 @@ class Reporter:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _eta(self, step: int, now: float) -> str:
+        # The first step compiles: it says nothing of the others.
+        if step == self._first:
+            return ""
+        return f", ETA {_duration((now - self._first_done) / (step - self._first) * (self._num_steps - step))}"
 
     def _write(self, values: Mapping[str, Any]) -> None:
         # JSON has no NaN.

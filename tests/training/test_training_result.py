@@ -167,6 +167,10 @@ def test_exports_that_cannot_be(lora, tmp_path, world):
     run = Path(config.output)
     with pytest.raises(PshareError, match=r"no checkpoint of step 9; it has 1, 2, 3, 4"):
         export(run, step=9, merge=False)
+    (tmp_path / "young").mkdir()
+    shutil.copy(run / "config.yaml", tmp_path / "young")
+    with pytest.raises(PshareError, match="has no complete checkpoint"):
+        export(tmp_path / "young", merge=False)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(PshareError, match="holds something that is no decode module"):

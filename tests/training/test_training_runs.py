@@ -161,6 +161,13 @@ def test_a_partial_checkpoint_is_not_seen(straight, tmp_path):
     assert not half.exists()
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(straight, tmp_path):
+    config, _, lines = straight
+    shutil.copytree(config.output, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    train(replace(config, output=str(tmp_path / "run")), resume=True)
+    assert_same_steps(metrics(tmp_path / "run"), lines)
+
+
 def test_a_finished_run_only_writes_its_module_again(straight, tmp_path):
     config, expected, lines = straight
     shutil.copytree(config.output, tmp_path / "run")

@@ -1,20 +1,26 @@
 """The device steps: sums over micro-batches and devices, what is not finite, the optimizer's size, the base's bits."""
 
 import hashlib
+import json
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import FAMILIES
 from tiny_runs import FULL, LORA, all_metrics, make_world, metrics, moments, run_config
 
 import pshare_jax as ps
 import pshare_jax.training.steps as steps_module
 from pshare_jax.errors import PshareError
+from pshare_jax.mesh import parameter_sharding
+from pshare_jax.model.config import ModelConfig
+from pshare_jax.model.layers import LoraConfig
+from pshare_jax.model.params import Architecture, is_lora
 from pshare_jax.training.batches import two_stream
 from pshare_jax.training.checkpoint import Checkpoints
-from pshare_jax.training.config import CheckpointConfig, EvaluationConfig, MeshConfig, OptimizerConfig
+from pshare_jax.training.config import TARGETS, CheckpointConfig, EvaluationConfig, MeshConfig, OptimizerConfig
 from pshare_jax.training.mesh import put_batch, training_mesh
 from pshare_jax.training.optimizer import make_optimizer, make_schedule
 from pshare_jax.training.run import train
@@ -99,6 +105,19 @@ def test_devices_share_a_batch(world, one_big, mesh):
     moment = moments(rig.state).nu["layers.0.mlp.down.kernel"]
     for array in (kernel, moment, rig.base.params["layers.0.mlp.down.kernel"]):
         assert array.addressable_shards[0].data.size * mesh.fsdp * mesh.tensor == array.size
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_large_parameter_is_split_over_fsdp_and_tensor(tiny_folders, family):
+    config = ModelConfig.from_hf(json.loads((tiny_folders[family] / "config.json").read_text()))
+    architecture = Architecture(config).with_lora(LoraConfig(3, 1.0, TARGETS))
+    mesh = training_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    for path, leaf in architecture.shapes.items():
+        shard = parameter_sharding(path, config, mesh).shard_shape(leaf.shape)
+        parts = np.prod(leaf.shape) // np.prod(shard)
+        # Norms are whole, and of LoRA's thin matrices one side is only as long as the rank.
+        wanted = 4 if len(leaf.shape) == 2 and not is_lora(path) else 2 if is_lora(path) else 1
+        assert parts == wanted, path
 
 
 @pytest.mark.parametrize("module", [FULL, LORA], ids=["full", "lora"])
