@@ -28,7 +28,8 @@ from pshare_jax.training.samples import Sample
 from pshare_jax.training.trainee import make_trainee, nll
 from pshare_jax.weights.sources import open_source
 
-RUNS = 5
+RUNS, WARM_UPS = 5, 2
+"""The second step is slow, too: memory is touched for the first time."""
 LEARNING_RATE = 1e-5
 
 
@@ -124,15 +125,15 @@ SIDES: dict[str, Any] = {
 
 
 def measure(source: str, shape: Shape) -> dict[str, dict[str, float]]:
-    """Median seconds of a step over alternated runs (one more warms up), and the first loss."""
+    """Median seconds of a step over alternated runs, after those that warm up, and the first loss."""
     sides = {name: make(source, shape) for name, make in SIDES.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, float] = {}
-    for run in range(RUNS + 1):
+    for run in range(WARM_UPS + RUNS):
         for name, side in sides.items():
             began = time.perf_counter()
             loss = side.step()
-            if run:
+            if run >= WARM_UPS:
                 seconds[name].append(time.perf_counter() - began)
             losses.setdefault(name, loss)
     return {name: {"step_s": statistics.median(seconds[name]), "loss": losses[name]} for name in sides}

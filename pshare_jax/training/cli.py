@@ -4,7 +4,6 @@ Both end a user's mistake with one sentence and exit status 2. A stop by SIGTERM
 """
 
 import argparse
-import importlib
 import signal
 import sys
 from collections.abc import Sequence
@@ -24,9 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_settings(TrainConfig, options.config, options.overrides)
         check_train_config(config)
         print(to_yaml(config), end="", flush=True)
-        if options.dry_run:
-            print(importlib.import_module("pshare_jax.training.estimate").estimate(config), flush=True)
-        elif not options.print_config:
+        if not options.print_config:
             _train(config, options.resume)
     except PshareError as error:
         print(f"pshare-train: {error}", file=sys.stderr)
@@ -65,7 +62,6 @@ def _train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pshare-train", description="Train a decode module on a frozen base.")
     parser.add_argument("--config", required=True, type=Path, help="a YAML file, such as configs/train/example.yaml")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and end")
-    parser.add_argument("--dry-run", action="store_true", help="print shapes, memory and time of a step, and end")
     parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in output")
     parser.add_argument(
         "overrides", nargs="*", metavar="a.b=c", help="config values, such as optimizer.learning_rate=2e-5"
