@@ -24,6 +24,7 @@ from pshare_jax.serving.around import HUNG_UP, Around
 from pshare_jax.serving.bodies import maybe_threaded, read_body
 from pshare_jax.serving.encoder import Encoder
 from pshare_jax.serving.engine import Engine, EngineDown, EngineFull, UnknownTask
+from pshare_jax.serving.limits import Limits, check_num_answers, make_requests
 from pshare_jax.serving.live import Live
 from pshare_jax.serving.live_page import add_live_page
 from pshare_jax.serving.metrics import Metrics
@@ -32,12 +33,9 @@ from pshare_jax.serving.protocol import (
     Body,
     ChatBody,
     CompletionBody,
-    Limits,
     body_schema,
     check_model,
-    check_num_answers,
     error_body,
-    make_requests,
     unknown_model,
 )
 from pshare_jax.serving.request import Event

@@ -20,8 +20,8 @@ from pshare_jax.serving.assemble import Plan, Sides, assemble
 from pshare_jax.serving.compiles import compile_counter
 from pshare_jax.serving.config import Placement, ServeConfig, num_cpu_devices, resolve_placement
 from pshare_jax.serving.engine import Engine
+from pshare_jax.serving.limits import Limits
 from pshare_jax.serving.owners import POLL_SECONDS
-from pshare_jax.serving.protocol import Limits
 from pshare_jax.serving.request import Event, Request
 from pshare_jax.serving.task_loader import TaskLoader
 from pshare_jax.serving.task_table import TaskTable

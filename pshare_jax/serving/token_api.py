@@ -10,8 +10,9 @@ from pshare_jax.errors import PshareError
 from pshare_jax.serving.bodies import maybe_threaded, read_body
 from pshare_jax.serving.encoder import Encoder
 from pshare_jax.serving.fields import check_messages
+from pshare_jax.serving.limits import Limits
 from pshare_jax.serving.logprobs import token_text
-from pshare_jax.serving.protocol import MESSAGES_SCHEMA, ApiError, Fields, Limits, body_schema
+from pshare_jax.serving.protocol import MESSAGES_SCHEMA, ApiError, Fields, body_schema
 
 
 class TokenizeBody(Fields):

@@ -13,7 +13,7 @@ from serving_fakes import EOS, EOT, VOCAB, ByteTokenizer
 
 from pshare_jax.serving.api import Served, make_app
 from pshare_jax.serving.cli import Server
-from pshare_jax.serving.protocol import Limits
+from pshare_jax.serving.limits import Limits
 from pshare_jax.serving.task_table import TaskTable
 
 FAMILY = "👨‍👩‍👧 한국어 नमस्ते é"

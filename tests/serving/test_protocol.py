@@ -8,13 +8,11 @@ from hypothesis import strategies as st
 
 from pshare_jax.sampling_params import SamplingParams
 from pshare_jax.serving.fields import NEUTRAL
+from pshare_jax.serving.limits import Limits, check_num_answers, make_requests
 from pshare_jax.serving.protocol import (
     ApiError,
     ChatBody,
     CompletionBody,
-    Limits,
-    check_num_answers,
-    make_requests,
     parse_body,
 )
 
