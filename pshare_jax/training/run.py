@@ -4,6 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -52,7 +53,9 @@ def train(
     say(f"opening and loading the base {config.base}")
     base = load(config.base, dtype=None if config.dtype == "auto" else config.dtype, mesh=mesh)
     say("reading the data")
-    data = prepare(config.data, base.tokenizer, base.stop_ids, config.layout)
+    # The server refuses what is longer than the model's context, so nothing is gained by training it.
+    data_config = replace(config.data, max_len=min(config.data.max_len, base.config.max_len))
+    data = prepare(data_config, base.tokenizer, base.stop_ids, config.layout)
     if config.evaluation.every is not None and not len(data.evaluation):
         raise PshareError("evaluation.every is set, but no evaluation sample is left; see data.eval_sources.")
     say(f"data:\n{data.report}")

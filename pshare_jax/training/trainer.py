@@ -5,6 +5,7 @@ takes effect between two steps: everything is saved and the run can go on later.
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -112,7 +113,8 @@ class Trainer:
             if self.step < self.num_steps:
                 self._between_steps()
         self._report_pending()
-        finished = self.step == self.num_steps
+        # Resumed with fewer steps than were done, a run has nothing left to do.
+        finished = self.step >= self.num_steps
         if finished:
             evaluation = self._evaluated()
         self._save(evaluation.get("eval_loss"))
@@ -209,7 +211,7 @@ class Trainer:
 
     def _is_best(self, loss: float) -> bool:
         best = self._checkpoints.best_loss
-        return best is None or loss < best
+        return math.isfinite(loss) and (best is None or loss < best)
 
     def _evaluated(self) -> Mapping[str, float]:
         """The module as it is, on the held-out data; nothing where there are none."""
@@ -234,7 +236,9 @@ class Trainer:
 
     def _save(self, eval_loss: float | None) -> None:
         self._report_pending()
-        self._checkpoints.save(self._state, replace(self._progress, eval_loss=eval_loss))
+        # A checkpoint holds nothing that is not finite, and such a loss would be the best one for good.
+        known = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
+        self._checkpoints.save(self._state, replace(self._progress, eval_loss=known))
 
     # --- parts -------------------------------------------------------------------------------------------------------
 

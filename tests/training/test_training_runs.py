@@ -168,12 +168,16 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(straight
     assert_same_steps(metrics(tmp_path / "run"), lines)
 
 
-def test_a_finished_run_only_writes_its_module_again(straight, tmp_path):
+@pytest.mark.parametrize("steps", [None, 2])
+def test_a_finished_run_only_writes_its_module_again(straight, tmp_path, steps):
+    """Also if it shall have fewer steps than it has done."""
     config, expected, lines = straight
-    shutil.copytree(config.output, tmp_path / "run")
+    config = replace(config, steps=steps)
+    shutil.copytree(straight[0].output, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "module")
     config = replace(config, output=str(tmp_path / "run"))
     _, outcome = train(config, resume=True)
+    assert outcome.finished
     assert metrics(config.output) == lines
     assert outcome.evaluation == pytest.approx(expected.evaluation)
     assert (tmp_path / "run" / "module" / "decode_module.json").is_file()
@@ -210,10 +214,12 @@ def test_a_run_goes_on_on_another_mesh(straight, tmp_path):
 
 
 def test_the_last_ones_and_the_best_are_kept(world, tmp_path, monkeypatch):
-    """The held-out loss is lowest after step 2 by force: its checkpoint outlives later ones, and is what best means."""
+    """The held-out loss is lowest after step 2 by force: its checkpoint outlives later ones, and is what best means. What is
+    not finite is never the best one, nor in a checkpoint.
+    """
     import pshare_jax.training.trainer as trainer_module
 
-    told = iter([3.0, 1.0, 2.0, 2.5, 2.2])
+    told = iter([float("nan"), 1.0, 2.0, float("nan"), float("inf")])
     evaluated = trainer_module.Trainer._evaluated
     monkeypatch.setattr(trainer_module.Trainer, "_evaluated", lambda self: {**evaluated(self), "eval_loss": next(told)})
     config = run_config(
@@ -228,6 +234,7 @@ def test_the_last_ones_and_the_best_are_kept(world, tmp_path, monkeypatch):
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         assert checkpoints.steps == [2, 5]
         assert (checkpoints.best, checkpoints.best_loss) == (2, 1.0)
+        assert checkpoints.progress(5).eval_loss is None
 
 
 def test_folders_and_configs_that_do_not_go_together(straight, tmp_path):
