@@ -1,15 +1,15 @@
 """Compiled programs are kept on disk, so that the next start of a server or a training does not compile again."""
 
-import os
 from pathlib import Path
 
 import jax
 
+from pshare_jax.weights.sources import default_cache_dir
+
 
 def cache_folder() -> Path:
-    """Where compiled programs are kept (the XDG cache folder)."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "pshare_jax" / "xla"
+    """Where compiled programs are kept, beside the downloaded models."""
+    return default_cache_dir() / "xla"
 
 
 def keep_programs(folder: Path) -> None:

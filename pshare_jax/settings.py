@@ -10,7 +10,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -41,6 +41,17 @@ def load_settings(cls: type[T], path: str | Path, overrides: Sequence[str] = ())
         value = text if _is_secret(cls, key.split(".")) else _parse(text, f"the value of the override {key}")
         data = _put(cls, data, key.split("."), value, "")
     return _build(cls, data, "")
+
+
+def check_least(values: Iterable[tuple[str, int | None, int]]) -> None:
+    """Checks numbers given as (key, value, the least that it may be); absent ones are fine.
+
+    Raises:
+        PshareError: naming the key.
+    """
+    for key, value, least in values:
+        if value is not None and value < least:
+            raise PshareError(f"{key} must be at least {least}, not {value}.")
 
 
 def to_yaml(settings: Any) -> str:

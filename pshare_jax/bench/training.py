@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -73,7 +74,9 @@ class Ours:
             return optax.apply_updates(params, changes), state, loss
 
         self._step = jax.jit(step, donate_argnums=(0, 1))
-        self._params, self._state = trainee.trainable, optimizer.init(trainee.trainable)
+        # Copies, since every step donates them and they may be the base's.
+        self._params = jax.tree.map(jnp.copy, trainee.trainable)
+        self._state = optimizer.init(self._params)
         self._frozen = trainee.frozen, base.params
 
     def step(self) -> float:

@@ -5,7 +5,7 @@ Used by the plain forward pass, the dense prefill/decode steps and the notebook.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -78,14 +78,20 @@ def causal_attention(
     softcap: float | None,
 ) -> Float[Array, "B T N H"]:
     """Self-attention of a whole sequence from position 0, by blocks of queries with the keys that they may see."""
-    T = q.shape[1]
-    outs = []
-    for start in range(0, T, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, T)
+
+    def block(start: int, end: int) -> Array:
         first = 0 if window is None else max(0, start - window + 1)
         visible = visible_keys(jnp.arange(start, end), jnp.arange(first, end), window)
         segment = Segment(k[:, :, first:end], v[:, :, first:end], visible)
-        outs.append(attention(q[:, start:end], [segment], scale=scale, softcap=softcap))
+        return attention(q[:, start:end], [segment], scale=scale, softcap=softcap)
+
+    return in_query_blocks(q.shape[1], block)
+
+
+def in_query_blocks(num_queries: int, block: Callable[[int, int], Array]) -> Float[Array, "B T N H"]:
+    """What `block(start, end)` gives for one block of queries after another, joined."""
+    starts = range(0, num_queries, QUERY_BLOCK)
+    outs = [block(start, min(start + QUERY_BLOCK, num_queries)) for start in starts]
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from pshare_jax.model.attention import QUERY_BLOCK, Segment, attention, visible_keys
+from pshare_jax.model.attention import Segment, attention, in_query_blocks, visible_keys
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.decoder import Attend
 from pshare_jax.model.kv import LayerKV
@@ -24,15 +24,16 @@ def packed_attend(config: ModelConfig, segments: Int[Array, "B T"], *, keep_kv: 
         return None if q is None else look_up(layer, q, k, v), kv
 
     def look_up(layer: int, q: Array, k: Array, v: Array) -> Array:
-        window, outs = config.layers[layer].window, []
-        for start in range(0, q.shape[1], QUERY_BLOCK):
-            end = min(start + QUERY_BLOCK, q.shape[1])
+        window = config.layers[layer].window
+
+        def block(start: int, end: int) -> Array:
             # Inside a segment places are as far apart as positions.
             first = 0 if window is None else max(0, start - window + 1)
             places = visible_keys(jnp.arange(start, end), jnp.arange(first, end), window)
             visible = places & (segments[:, start:end, None] == segments[:, None, first:end])
-            outs.append(_attention(config, q[:, start:end], [Segment(k[:, :, first:end], v[:, :, first:end], visible)]))
-        return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
+            return _attention(config, q[:, start:end], [Segment(k[:, :, first:end], v[:, :, first:end], visible)])
+
+        return in_query_blocks(q.shape[1], block)
 
     return attend
 
@@ -64,15 +65,15 @@ def two_stream_attend(config: ModelConfig, decode: DecodeStream, context: Contex
         return look_up(layer, q, k.swapaxes(1, 2), v.swapaxes(1, 2)), kv
 
     def look_up(layer: int, q: Array, k: Array, v: Array) -> Array:
-        outs = []
-        for start in range(0, q.shape[1], QUERY_BLOCK):
-            end = min(start + QUERY_BLOCK, q.shape[1])
+        window = config.layers[layer].window
+
+        def block(start: int, end: int) -> Array:
             queries = DecodeStream(*(part[:, start:end] for part in decode))
-            window = config.layers[layer].window
             old = Segment(*context.kv[layer], _visible_context(queries, context, window))
             own = Segment(k[:, :, :end], v[:, :, :end], _visible_turn(queries, decode, start, end, window))
-            outs.append(_attention(config, q[:, start:end], [old, own]))
-        return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
+            return _attention(config, q[:, start:end], [old, own])
+
+        return in_query_blocks(q.shape[1], block)
 
     return attend
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pshare_jax.errors import PshareError
+from pshare_jax.settings import check_least
 
 MAX_CPU_DEVICES = 64
 
@@ -106,9 +107,7 @@ def check_config(config: ServeConfig) -> None:
         raise PshareError("A task in tasks has an empty name; give it one.")
     if not 0 <= config.server.port <= 65535:
         raise PshareError(f"server.port must be 0 to 65535, not {config.server.port}.")
-    for key, value, least in _least_values(config):
-        if value < least:
-            raise PshareError(f"{key} must be at least {least}, not {value}.")
+    check_least(_least_values(config))
     if not config.server.stall_seconds > 0:
         raise PshareError(f"server.stall_seconds must be more than 0, not {config.server.stall_seconds}.")
     if not 0 <= config.server.drain_seconds < math.inf:
@@ -158,7 +157,7 @@ def worker_tasks(worker: DecodePlacement, tasks: Sequence[str]) -> list[str]:
     return list(tasks) if worker.tasks == "all" else [name for name in tasks if name in worker.tasks]
 
 
-def _least_values(config: ServeConfig) -> list[tuple[str, int, int]]:
+def _least_values(config: ServeConfig) -> list[tuple[str, int | None, int]]:
     return [
         ("server.max_body_bytes", config.server.max_body_bytes, 1),
         ("server.max_requests", config.server.max_requests, 1),

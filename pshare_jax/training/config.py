@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pshare_jax.errors import PshareError
+from pshare_jax.settings import check_least
 from pshare_jax.training.batches import Layout
 from pshare_jax.training.data_config import MAX_SEED, DataConfig, check_data
 
@@ -133,9 +134,7 @@ def check_train_config(config: TrainConfig) -> None:
         if not text.strip():
             raise PshareError(f"{key} is empty; give it a value.")
     check_data(config.data)
-    for key, value, least in _least_values(config):
-        if value is not None and value < least:
-            raise PshareError(f"{key} must be at least {least}, not {value}.")
+    check_least(_least_values(config))
     if config.seed > MAX_SEED:
         raise PshareError(f"seed must be at most {MAX_SEED}, not {config.seed}.")
     if config.steps is None and config.data.epochs is None:

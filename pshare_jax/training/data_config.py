@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pshare_jax.errors import PshareError
+from pshare_jax.settings import check_least
 
 MAX_SEED = 2**32 - 1
 
@@ -65,9 +66,7 @@ def check_data(config: DataConfig, key: str = "data") -> None:
     for name, sources in (("sources", config.sources), ("eval_sources", config.eval_sources)):
         for index, source in enumerate(sources):
             _check_source(f"{key}.{name}.{index}", source)
-    for name, value, least in _least_values(config):
-        if value is not None and value < least:
-            raise PshareError(f"{key}.{name} must be at least {least}, not {value}.")
+    check_least((f"{key}.{name}", value, least) for name, value, least in _least_values(config))
     if config.seed > MAX_SEED:
         raise PshareError(f"{key}.seed must be at most {MAX_SEED}, not {config.seed}.")
     if not 0 <= config.eval_fraction < 1:

@@ -14,17 +14,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pshare_jax.compilation_cache import cache_folder, keep_programs
 from pshare_jax.errors import PshareError
 from pshare_jax.load import DTYPES, Model, load
 from pshare_jax.modules import DecodeModule, load_module
 from pshare_jax.training.eval_tasks import Item, Task, open_task
 from pshare_jax.training.generation import generate_each
 from pshare_jax.training.verifiers import Verifier
-from pshare_jax.weights.sources import default_cache_dir
 
 Z95 = 1.959964
 """Standard normal quantile of a two-sided 95 % interval."""
@@ -181,7 +180,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     if options.output and not options.output.parent.is_dir():
         raise PshareError(f"--output: there is no folder {options.output.parent}.")
-    jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
+    keep_programs(cache_folder())
     base = load(options.base, dtype=options.dtype)
     module = load_any_module(options.module, base)
     with open_task(options.task, base.tokenizer, base.stop_ids, base.config.max_len) as task:

@@ -71,8 +71,8 @@ def make_trainee(
     )
     architecture = _typed(base.architecture, "float32")
     if module.kind == "full":
-        # Copies: the masters are donated to every step, and the base must stay.
-        masters = {path: jnp.array(array, jnp.float32, copy=True) for path, array in base.params.items()}
+        # In float32 these are the base's own arrays; the training state copies them (steps.py).
+        masters = _cast(base.params, "float32")
         return Trainee(base, architecture, method, masters, {}, compute_dtype, remat=remat)
     lora = LoraConfig(module.rank, module.alpha / module.rank, tuple(module.targets))
     architecture = architecture.with_lora(lora)

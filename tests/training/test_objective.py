@@ -12,7 +12,7 @@ from tiny import FAMILIES, tiny_folder
 
 import pshare_jax as ps
 from pshare_jax.mesh import parameter_sharding
-from pshare_jax.model import streams
+from pshare_jax.model import attention
 from pshare_jax.training import cross_entropy
 from pshare_jax.training.config import MeshConfig
 from pshare_jax.training.cross_entropy import chunk_tokens, head_nll
@@ -37,7 +37,7 @@ STEPS: dict[Any, Any] = {}
 
 def compiled(trainee):
     """(forward, forward and backward) of everything but the arrays, compiled once for all that is equal."""
-    blocks = streams.QUERY_BLOCK, cross_entropy.CHUNK_LOGITS
+    blocks = attention.QUERY_BLOCK, cross_entropy.CHUNK_LOGITS
     shape = trainee.base.architecture, trainee.architecture, trainee.method, trainee.dropout, trainee.remat
     key = (*shape, trainee.compute_dtype, bool(trainee.frozen), *blocks)
     if key not in STEPS:
@@ -86,7 +86,7 @@ def test_the_loss_is_what_the_server_scores(world, kind):
 
 def check_gradients(trainee, monkeypatch):
     # Several blocks of queries and several chunks of logits even at these lengths.
-    monkeypatch.setattr("pshare_jax.model.streams.QUERY_BLOCK", 16)
+    monkeypatch.setattr("pshare_jax.model.attention.QUERY_BLOCK", 16)
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 7 * 320)
     first, second = samples(2)[:2]
     found = [first, replace(second, turns=second.turns[:1])]
