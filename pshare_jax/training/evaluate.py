@@ -128,7 +128,7 @@ def evaluate(
     return EvalResult([answers[index] for index in range(len(items))], num_tokens, seconds)
 
 
-def wilson(num_right: int, num_items: int) -> tuple[float, float]:
+def wilson(num_right: float, num_items: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927, the score interval without continuity correction)."""
     share, weight = num_right / num_items, Z95**2 / num_items
     centre = (share + weight / 2) / (1 + weight)
