@@ -229,7 +229,7 @@ def _grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, float], list[float]]
 
 
 def _told_ratio(ratio: float) -> str:
-    return {0: "its own", 1: "the base's"}.get(ratio, f"{ratio:.0%} the base's")
+    return "the base's" if ratio == 1 else f"{ratio:.0%} the base's" if ratio else "its own"
 
 
 if __name__ == "__main__":
