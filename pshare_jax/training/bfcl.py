@@ -21,8 +21,17 @@ from pshare_jax.weights.sources import default_cache_dir
 
 PACKAGE, VERSION = "bfcl-eval", "2026.3.23"
 SHA256 = "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a"
-CATEGORIES = {"simple": "simple_python", "multiple": "multiple"}
-"""Our names of the categories, and BFCL's: one function to call, or the right one out of several."""
+BFCL = "bfcl:"
+CATEGORIES = {
+    "simple": "simple_python",
+    "multiple": "multiple",
+    "parallel": "parallel",
+    "parallel_multiple": "parallel_multiple",
+    "live_simple": "live_simple",
+    "live_multiple": "live_multiple",
+}
+"""Our names of the categories, and BFCL's: one function to call, the right one out of several, several calls; live ones were
+written by users."""
 
 _SYSTEM = """\
 You call functions. You have these:
@@ -61,7 +70,7 @@ def _sha256(file: Path) -> str:
 
 
 def read_questions(category: str, wheel: Path) -> list[dict[str, Any]]:
-    """The questions of "simple" or "multiple": id, category (BFCL's name), messages, functions, ground_truth.
+    """The questions of a category: id, category (BFCL's name), messages, functions, ground_truth.
 
     Raises:
         PshareError: another category.
@@ -117,6 +126,34 @@ def _is_call(call: Any) -> bool:
         and isinstance(call["name"], str)
         and isinstance(call["arguments"], dict)
     )
+
+
+def right_answer(ground_truth: Sequence[Mapping[str, Mapping[str, list[Any]]]]) -> str:
+    """An answer with the first of all values that BFCL accepts; what may be left out is left out.
+
+    BFCL lists the accepted values of every parameter, "" among them if it need not be given. Inside of maps some lists are
+    such choices and some are plain values, so a few answers are not right: ask the checker.
+    """
+    calls = [
+        {"name": name, "arguments": _first_choices(arguments)}
+        for call in ground_truth
+        for name, arguments in call.items()
+    ]
+    return json.dumps(calls, ensure_ascii=False)
+
+
+def _first_choices(choices: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name: values for name, values in choices.items() if not (isinstance(values, list) and "" in values)}
+    return {name: _first(values) for name, values in given.items()}
+
+
+def _first(values: Any) -> Any:
+    value = values[0] if isinstance(values, list) and values else values
+    if isinstance(value, dict):
+        return _first_choices(value)
+    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+        return [_first_choices(one) for one in value]
+    return value
 
 
 class BfclVerifier:

@@ -39,7 +39,7 @@ def export_main(arguments: Sequence[str] | None = None) -> int:
     from pshare_jax.training.export import export
 
     try:
-        folder = export(options.run, step=options.step, output=options.output, merge=options.merge)
+        folder = export(options.run, step=options.step, output=options.output, merge=options.merge, dtype=options.dtype)
     except PshareError as error:
         print(f"pshare-export: {error}", file=sys.stderr)
         return 2
@@ -77,6 +77,9 @@ def _export_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, help="the folder to write; absent: module or module-merged in the run's")
     parser.add_argument("--merge", action="store_true", help="merge LoRA into full weights")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the files; absent: what the run computed in"
+    )
     return parser
 
 

@@ -1,7 +1,7 @@
 """Evaluation tasks by name: questions as the server would see them, and the verifier of their answers.
 
-`reasoning_gym:<task>?key=value` asks the items of a reasoning-gym task, `bfcl:simple` and `bfcl:multiple` those of BFCL; any
-other name is a data file or glob, where every answer that training would learn is asked for and compared word by word.
+`reasoning_gym:<task>?key=value` asks the items of a reasoning-gym task, `bfcl:<category>` those of BFCL; any other name is a
+data file or glob, where every answer that training would learn is asked for and compared word by word.
 """
 
 import contextlib
@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pshare_jax.tokenizer import Tokenizer
-from pshare_jax.training.bfcl import BfclVerifier, fetch_wheel, read_questions
+from pshare_jax.training.bfcl import BFCL, BfclVerifier, fetch_wheel, read_questions
 from pshare_jax.training.data_config import DataConfig, SourceConfig
 from pshare_jax.training.prepare import SampleSet, prepare
 from pshare_jax.training.report import Report
 from pshare_jax.training.sources import GYM, open_reasoning_gym
 from pshare_jax.training.verifiers import Verifier, exact_match, gym_verifier
-
-BFCL = "bfcl:"
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pshare_jax.compilation_cache import cache_folder, keep_programs
 from pshare_jax.errors import PshareError
 from pshare_jax.load import DTYPES, Model, load
-from pshare_jax.modules import DecodeModule, load_module
+from pshare_jax.modules import DecodeModule, load_module, read_card
 from pshare_jax.training.eval_tasks import Item, Task, open_task
 from pshare_jax.training.generation import generate_each
+from pshare_jax.training.result import Reader, add_accuracy
 from pshare_jax.training.verifiers import Verifier
 
 Z95 = 1.959964
@@ -128,7 +129,7 @@ def evaluate(
     return EvalResult([answers[index] for index in range(len(items))], num_tokens, seconds)
 
 
-def wilson(num_right: float, num_items: int) -> tuple[float, float]:
+def wilson(num_right: float | int, num_items: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927, the score interval without continuity correction)."""
     share, weight = num_right / num_items, Z95**2 / num_items
     centre = (share + weight / 2) / (1 + weight)
@@ -174,12 +175,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=16, help="answers generated at a time (default 16)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 elsewhere")
     parser.add_argument("--output", type=Path, help="also write the numbers and some answers to this JSON file")
+    parser.add_argument("--card", type=Path, help="a decode module's folder, in whose card the accuracy is told")
     return parser
 
 
 def _run(options: argparse.Namespace) -> None:
     if options.output and not options.output.parent.is_dir():
         raise PshareError(f"--output: there is no folder {options.output.parent}.")
+    if options.card:
+        _check_card(options)
     keep_programs(cache_folder())
     base = load(options.base, dtype=options.dtype)
     module = load_any_module(options.module, base)
@@ -197,6 +201,28 @@ def _run(options: argparse.Namespace) -> None:
         dtype = base.architecture.dtype
         content = {**asked, "dtype": dtype, "device": base.mesh.devices.flat[0].device_kind, **result.summary()}
         options.output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if options.card:
+        add_accuracy(options.card, options.task, result.accuracy, _reader(options))
+
+
+def _check_card(options: argparse.Namespace) -> None:
+    """Before the work: the card must be there, and of the module that is asked, or the base's accuracy stands in it."""
+    if not read_card(options.card).training:
+        raise PshareError(
+            f"--card {options.card} does not say how it was trained, so there is no model card to tell it in."
+        )
+    if options.module != "base" and Path(options.module).resolve() != options.card.resolve():
+        raise PshareError(f"--card {options.card} is not the folder of --module {options.module}.")
+    if options.module != "base" and 0 < options.sharing_ratio < 1:
+        raise PshareError(
+            "a card tells what a module scores on base KV or alone; leave --sharing-ratio out, or give 0."
+        )
+
+
+def _reader(options: argparse.Namespace) -> Reader:
+    if options.module == "base":
+        return "base"
+    return "module" if options.sharing_ratio else "alone"
 
 
 def load_any_module(source: str, base: Model) -> DecodeModule:

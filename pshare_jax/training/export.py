@@ -11,11 +11,18 @@ from pshare_jax.training.run_folder import RunFolder
 from pshare_jax.training.trainee import decode_module, make_trainee
 
 
-def export(root: Path, *, step: int | Literal["best"] | None = None, output: Path | None = None, merge: bool) -> Path:
+def export(
+    root: Path,
+    *,
+    step: int | Literal["best"] | None = None,
+    output: Path | None = None,
+    merge: bool,
+    dtype: str | None = None,
+) -> Path:
     """Writes the decode module of a run at `step`, at its best held-out loss, or (None) at its last checkpoint.
 
-    The folder is `output`, or the run's module/ (module-merged/). With `merge` LoRA becomes part of full weights. Runs on
-    JAX's first device, whatever mesh the run had.
+    The folder is `output`, or the run's module/ (module-merged/). With `merge` LoRA becomes part of full weights. `dtype` is
+    the files', absent the run's. Runs on JAX's first device, whatever mesh the run had.
 
     Raises:
         PshareError: there is no such run or checkpoint, the base is not the run's, or there is nothing to merge.
@@ -27,7 +34,7 @@ def export(root: Path, *, step: int | Literal["best"] | None = None, output: Pat
     with Checkpoints(run.checkpoints) as checkpoints:
         chosen = _chosen(checkpoints, step, root)
         progress, applied = checkpoints.progress(chosen), checkpoints.applied(chosen)
-        base = load(config.base, dtype=None if config.dtype == "auto" else config.dtype)
+        base = load(config.base, dtype=dtype or (None if config.dtype == "auto" else config.dtype))
         if base.fingerprint != progress.base:
             raise PshareError(f"The base {config.base} is not the one of the run in {root}: its weights differ.")
         trainee = make_trainee(base, config.method, config.module, base.architecture.dtype, config.seed)

@@ -7,9 +7,9 @@ evaluations gave; README.md is written from it, again whenever an evaluation add
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,9 @@ from pshare_jax.training.data_config import paths_of
 
 CARD_TEXT = "README.md"
 RUN_ALONE = "run_alone"
-"""The evaluation that the card tells first: what the module scores on its own KV, name -> value."""
+"""The evaluation that the card tells first: what the module scores on its own KV, task -> accuracy."""
+
+Reader = Literal["module", "alone", "base"]
 
 
 def save_result(
@@ -72,12 +74,16 @@ def training_info(
     }
 
 
-def add_evaluation(folder: Path, values: Mapping[str, Any]) -> None:
-    """Adds to the evaluations of a module's folder and writes its card again; `run_alone` holds a map of its own."""
+def add_accuracy(folder: Path, task: str, accuracy: float, reader: Reader) -> None:
+    """Tells a task's accuracy in a module's card: of the `module` on base KV, of it run `alone`, or of the `base`."""
     card = read_card(folder)
-    training = {**card.training, "evaluation": {**card.training.get("evaluation", {}), **values}}
-    content = {**replace(card, training=training).__dict__}
-    (folder / CARD).write_text(json.dumps(content, indent=2) + "\n")
+    evaluation = dict(card.training.get("evaluation", {}))
+    if reader == "alone":
+        evaluation[RUN_ALONE] = {**evaluation.get(RUN_ALONE, {}), task: accuracy}
+    else:
+        evaluation[f"accuracy{' of the base' if reader == 'base' else ''}, `{task}`"] = accuracy
+    changed = replace(card, training={**card.training, "evaluation": evaluation})
+    (folder / CARD).write_text(json.dumps(asdict(changed), indent=2) + "\n")
     write_model_card(folder)
 
 

@@ -1,4 +1,4 @@
-"""Reads data sources record by record: .jsonl, .json and .parquet files, globs, and reasoning-gym tasks.
+"""Reads data sources record by record: .jsonl, .json and .parquet files, globs, reasoning-gym tasks and BFCL's categories.
 
 `read_source` yields every record with its line (JSONL), element (JSON), row (Parquet) or item number, all from 1; a
 record that cannot even be read comes as `Broken`. Faults of a whole file are PshareErrors.
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from pshare_jax.errors import PshareError
+from pshare_jax.training.bfcl import BFCL, BfclVerifier, fetch_wheel, read_questions, right_answer
 
 GYM = "reasoning_gym:"
 
@@ -26,7 +27,7 @@ class Broken(NamedTuple):
 
 
 class Record(NamedTuple):
-    """One record: the name of its source (a file, or a reasoning-gym task), its number there, its content."""
+    """One record: the name of its source (a file, a reasoning-gym task, a BFCL category), its number there, its content."""
 
     source: str
     line: int
@@ -34,13 +35,17 @@ class Record(NamedTuple):
 
 
 def read_source(path: str) -> Iterator[Record]:
-    """All records of a file, of all files of a glob (sorted by name) or of `reasoning_gym:<task>?key=value&...`.
+    """All records of a file, of all files of a glob (sorted by name), of `reasoning_gym:<task>?key=value&...` or of
+    `bfcl:<category>`.
 
     Raises:
         PshareError: no such file, an unknown kind of file, or a file that is broken as a whole.
     """
     if path.startswith(GYM):
         yield from _read_gym(path)
+        return
+    if path.startswith(BFCL):
+        yield from _read_bfcl(path)
         return
     for file in _files(path):
         reader = _READERS.get(file.suffix)
@@ -226,3 +231,18 @@ def _gym_value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+# --- BFCL ------------------------------------------------------------------------------------------------------------
+
+
+def _read_bfcl(path: str) -> Iterator[Record]:
+    """Its questions as `pshare-evaluate` asks them, each with an answer that its checker accepts."""
+    wheel = fetch_wheel()
+    with BfclVerifier(wheel) as verifier:
+        for number, question in enumerate(read_questions(path.removeprefix(BFCL), wheel), start=1):
+            answer = right_answer(question["ground_truth"])
+            messages = [*question["messages"], {"role": "assistant", "content": answer}]
+            right = verifier(answer, question)
+            content = {"messages": messages} if right else Broken("no answer that BFCL accepts", question["id"])
+            yield Record(path, number, content)

@@ -11,7 +11,7 @@ from training_data import chat, write_jsonl
 
 import pshare_jax as ps
 from pshare_jax.errors import PshareError
-from pshare_jax.modules import CARD
+from pshare_jax.modules import CARD, DecodeModule, save_module
 from pshare_jax.training import eval_tasks
 from pshare_jax.training.bfcl import tool_messages
 from pshare_jax.training.data_config import DataConfig, SourceConfig
@@ -205,6 +205,32 @@ def test_command_line(folder, module_folder, tmp_path, capsys):
     assert result["wrong"][1]["expected"] == "d"
 
 
+def test_a_card_tells_what_was_evaluated(folder, base, tmp_path, capsys):
+    module = DecodeModule(base.architecture, base.params, base.mesh)
+    training = {"base": "b", "method": "prefillshare", "module": {"kind": "full"}, "data": [], "applied_steps": 1}
+    training |= {"trained_tokens": 2, "learning_rate": 0.1}
+    save_module(tmp_path / "m", module, base, training=training)
+    save_module(tmp_path / "bare", module, base)
+    data = write_jsonl(tmp_path / "data.jsonl", [{"messages": chat("a", "b")}])
+    common = ("--base", folder, "--task", data, "--max-new-tokens", 2, "--card", tmp_path / "m")
+    assert run(*common, "--module", tmp_path / "m") == 0
+    assert run(*common, "--module", tmp_path / "m", "--sharing-ratio", 0) == 0
+    assert run(*common, "--module", "base") == 0
+    text = (tmp_path / "m" / "README.md").read_text()
+    assert f"What it scores run alone is: {data} 0." in text
+    assert f"| accuracy, `{data}` | 0 |" in text
+    assert f"| accuracy of the base, `{data}` | 0 |" in text
+    assert run(*common, "--module", tmp_path / "m", "--sharing-ratio", 0.5) == 2
+    assert run(*common, "--module", tmp_path / "bare") == 2
+    assert run(*common[:-1], tmp_path / "bare", "--module", "base") == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [one.partition("--card")[2] for one in told[1:]] == [
+        f" {tmp_path / 'm'} is not the folder of --module {tmp_path / 'bare'}.",
+        f" {tmp_path / 'bare'} does not say how it was trained, so there is no model card to tell it in.",
+    ]
+    assert "leave --sharing-ratio out" in told[0]
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -213,6 +239,7 @@ def test_command_line(folder, module_folder, tmp_path, capsys):
         ({"--module": "missing"}, "there is no decode module folder missing."),
         ({"--output": "missing/results.json"}, "--output: there is no folder missing."),
         ({"--sharing-ratio": "2"}, "sharing_ratio must be from 0 to 1, but is 2.0."),
+        ({"--card": "missing"}, "there is no decode module folder missing."),
         ({"--max-new-tokens": "1024"}, "maximum context length is 1024 tokens"),
     ],
 )

@@ -5,9 +5,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import assert_close, hf_logits, load_hf, load_peft, random_tokens
+from safetensors.flax import load_file
 from tiny_runs import FULL, make_world, run_config
 
 import pshare_jax as ps
@@ -17,7 +19,7 @@ from pshare_jax.training.checkpoint import Checkpoints
 from pshare_jax.training.cli import export_main
 from pshare_jax.training.config import CheckpointConfig, EvaluationConfig
 from pshare_jax.training.export import export
-from pshare_jax.training.result import add_evaluation
+from pshare_jax.training.result import add_accuracy
 from pshare_jax.training.run import train
 
 TOKENS = random_tokens(5, 2, 19)
@@ -111,10 +113,13 @@ def test_the_card_says_first_what_the_module_is_for(lora, tmp_path):
     assert first.endswith("What it scores run alone is not measured.")
     assert f"| eval_loss | {outcome.evaluation['eval_loss']:.4g} |" in rest
     assert "| eval_parts | 6 |" in rest
-    add_evaluation(folder, {"accuracy": 0.75, "run_alone": {"accuracy": 0.5}})
+    for accuracy, reader in ((0.75, "module"), (0.5, "alone"), (0.25, "base"), (0.125, "alone")):
+        add_accuracy(folder, "sums.jsonl", accuracy, reader)
+    add_accuracy(folder, "more.jsonl", 0.0, "alone")
     first, *rest = (folder / "README.md").read_text().splitlines()
-    assert first.endswith("What it scores run alone is: accuracy 0.5.")
-    assert "| accuracy | 0.75 |" in rest
+    assert first.endswith("What it scores run alone is: sums.jsonl 0.125, more.jsonl 0.")
+    assert "| accuracy, `sums.jsonl` | 0.75 |" in rest
+    assert "| accuracy of the base, `sums.jsonl` | 0.25 |" in rest
     assert f"| eval_loss | {outcome.evaluation['eval_loss']:.4g} |" in rest
     ps.load_module(folder, ps.load(config.base))
 
@@ -157,6 +162,8 @@ def test_any_checkpoint_can_be_exported(lora, world, tmp_path):
         (export(run, step="best", output=tmp_path / "best", merge=False), best),
     ):
         assert read_card(folder).training["steps"] == step
+    small = export(run, output=tmp_path / "small", merge=False, dtype="bfloat16")
+    assert {x.dtype for x in load_file(small / "adapter_model.safetensors").values()} == {jnp.dtype("bfloat16")}
     module = ps.load_module(tmp_path / "2", base)
     path = "layers.0.attention.q.lora_b"
     assert np.abs(np.asarray(module.params[path]) - np.asarray(outcome.state.trainable[path])).max() > 1e-4

@@ -6,8 +6,8 @@ import pytest
 
 from pshare_jax.errors import PshareError
 from pshare_jax.training import bfcl
-from pshare_jax.training.bfcl import BfclVerifier, fetch_wheel, parse_calls, read_questions
-from pshare_jax.training.sources import open_reasoning_gym
+from pshare_jax.training.bfcl import BfclVerifier, fetch_wheel, parse_calls, read_questions, right_answer
+from pshare_jax.training.sources import Broken, open_reasoning_gym, read_source
 from pshare_jax.training.verifiers import exact_match, gym_verifier
 
 
@@ -90,6 +90,32 @@ def test_bfcl_accepts_its_own_answers_and_no_others(wheel, verify, category, cou
         assert [message["role"] for message in rest] == ["user"]
 
 
+def test_bfcl_is_training_data(wheel, verify):
+    """Asked as the evaluation asks, answered as the checker wants; what no answer of ours is right for is told."""
+    questions = read_questions("live_simple", wheel)
+    records = list(read_source("bfcl:live_simple"))
+    assert [record.line for record in records] == list(range(1, 259))
+    broken = [record.content for record in records if isinstance(record.content, Broken)]
+    assert broken == [
+        ("no answer that BFCL accepts", "live_simple_106-63-0"),
+        ("no answer that BFCL accepts", "live_simple_112-68-0"),
+    ]
+    for record, question in zip(records, questions, strict=True):
+        if not isinstance(record.content, Broken):
+            *prompt, answer = record.content["messages"]
+            assert prompt == question["messages"]
+            assert verify(answer["content"], question) == 1
+
+
+def test_an_answer_has_the_first_values_and_leaves_out_what_it_may():
+    """Choices inside of maps and lists of maps too."""
+    truth = [
+        {"f.g": {"a": [1, 2], "b": ["", "x"], "c": [[3, 4]], "d": [{"e": ["x"], "h": ["", 1]}], "i": [[{"j": [5]}]]}}
+    ]
+    want = [{"name": "f.g", "arguments": {"a": 1, "c": [3, 4], "d": {"e": "x"}, "i": [{"j": 5}]}}]
+    assert json.loads(right_answer(truth)) == want
+
+
 def answer_of(question) -> list[dict]:
     """Calls with the first possible value of every parameter that has one."""
     calls = []
@@ -150,5 +176,5 @@ def test_another_wheel_or_category_is_refused(wheel, tmp_path, monkeypatch):
     with pytest.raises(PshareError, match="is not the known one"):
         fetch_wheel(tmp_path)
     assert not list(tmp_path.rglob("*.whl"))
-    with pytest.raises(PshareError, match="'parallel' is not one of simple, multiple"):
-        read_questions("parallel", wheel)
+    with pytest.raises(PshareError, match="'java' is not one of simple, multiple, parallel"):
+        read_questions("java", wheel)
