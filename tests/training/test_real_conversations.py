@@ -1,0 +1,76 @@
+"""A real file of many-turn conversations: BFCL's multi-turn questions with the calls that answer each turn."""
+
+import json
+import zipfile
+
+import jax
+import pytest
+from tiny import tiny_folder
+from training_data import write_jsonl
+
+import pshare_jax as ps
+from pshare_jax.errors import PshareError
+from pshare_jax.model.decoder import Decoder
+from pshare_jax.training.bfcl import fetch_wheel
+from pshare_jax.training.config import ModuleConfig
+from pshare_jax.training.data_config import DataConfig, RowsConfig, SourceConfig
+from pshare_jax.training.pipeline import training_batches
+from pshare_jax.training.prepare import prepare
+from pshare_jax.training.trainee import make_trainee, nll
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return ps.load(tiny_folder("llama", tmp_path_factory.mktemp("base") / "base", num_hidden_layers=1))
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory) -> str:
+    """200 of 1 to 7 turns."""
+    try:
+        wheel = fetch_wheel()
+    except PshareError as error:
+        pytest.skip(f"bfcl-eval: {error}")
+
+    def lines(name: str) -> list[dict]:
+        with zipfile.ZipFile(wheel) as archive:
+            return [json.loads(line) for line in archive.read(f"bfcl_eval/data/{name}").decode().splitlines() if line]
+
+    records = []
+    answers = {line["id"]: line["ground_truth"] for line in lines("possible_answer/BFCL_v4_multi_turn_base.json")}
+    for question in lines("BFCL_v4_multi_turn_base.json"):
+        turns = zip(question["question"], answers[question["id"]], strict=True)
+        told = [[*asked, {"role": "assistant", "content": "\n".join(calls)}] for asked, calls in turns if calls]
+        records.append({"messages": [message for turn in told for message in turn]})
+    return write_jsonl(tmp_path_factory.mktemp("data") / "turns.jsonl", records)
+
+
+def test_rows_of_real_conversations_are_full_and_each_is_read_by_the_base_once(base, conversations, monkeypatch):
+    config = DataConfig([SourceConfig(conversations)], max_len=8192, batch=RowsConfig(rows=4))
+    data = prepare(config, base.tokenizer, base.stop_ids)
+    samples = [data.train.store[index] for index in range(len(data.train))]
+    assert len(samples) == 200
+    assert sum(len(sample.turns) for sample in samples) > 730
+    with training_batches(data.train, config, "two_stream") as batches:
+        assert batches.epochs.fill() >= 0.85
+        read = [next(batches).arrays for _ in range(batches.num_batches() or 0)]
+    # Of a conversation the base reads every token before the last answer's first target, once, whatever its turns.
+    real = sum(int((batch.context_segments > 0).sum()) for batch in read)
+    assert real == sum(sample.turns[-1][0] - 1 for sample in samples)
+    assert real + sum(int(batch.weights.sum()) for batch in read) >= 0.85 * sum(
+        batch.context_tokens.size + batch.targets.size for batch in read
+    )
+    passes = []
+    prefill = Decoder.prefill
+
+    def counted(self, tokens, *rest, **named):
+        passes.append(tokens.shape)
+        return prefill(self, tokens, *rest, **named)
+
+    monkeypatch.setattr(Decoder, "prefill", counted)
+    trainee = make_trainee(base, "prefillshare", ModuleConfig(), "float32", 0)
+    batch = read[0]
+    jax.eval_shape(
+        lambda trainable: nll(trainee, trainable, trainee.frozen, base.params, batch, None), trainee.trainable
+    )
+    assert passes == [batch.context_tokens.shape]
