@@ -26,7 +26,7 @@ from pshare_jax.bench import common
 from pshare_jax.training.batches import one_stream, two_stream
 from pshare_jax.training.config import ModuleConfig
 from pshare_jax.training.samples import Sample
-from pshare_jax.training.trainee import make_trainee, nll
+from pshare_jax.training.trainee import first_values, make_trainee, nll
 from pshare_jax.weights.sources import open_source
 
 RUNS, WARM_UPS = 5, 2
@@ -56,7 +56,7 @@ class Ours:
 
         self.name = f"{method}, {kind}"
         base = pshare_jax.load(source, dtype="float32")
-        trainee = make_trainee(base, method, ModuleConfig(kind=kind), "float32", 0)
+        trainee = make_trainee(base, method, ModuleConfig(kind=kind), "float32")
         rows = [[sample] for sample in shape.samples(base.config.vocab_size)]
         if trainee.layout == "two_stream":
             self._batch: Any = two_stream(rows, shape.prompt - 1, shape.answer)
@@ -75,7 +75,7 @@ class Ours:
 
         self._step = jax.jit(step, donate_argnums=(0, 1))
         # Copies, since every step donates them and they may be the base's.
-        self._params = jax.tree.map(jnp.copy, trainee.trainable)
+        self._params = jax.tree.map(jnp.copy, first_values(trainee, 0))
         self._state = optimizer.init(self._params)
         self._frozen = trainee.frozen, base.params
 

@@ -87,7 +87,10 @@ class Checkpoints:
         return self._plain(step)["applied"]
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state at `step`, in the shapes, dtypes and shardings of `like`, on whatever mesh it was saved."""
+        """The state at `step`, in the shapes, dtypes and shardings of `like`, on whatever mesh it was saved.
+
+        `like` may hold `ShapeDtypeStruct`s, and should: its arrays would only take memory beside the restored ones.
+        """
         items = ocp.args.Composite(
             trainable=ocp.args.StandardRestore(_abstract(like.trainable)),
             optimizer=ocp.args.StandardRestore(_abstract(like.optimizer)),
@@ -99,9 +102,9 @@ class Checkpoints:
         }
         return TrainState(restored["trainable"], restored["optimizer"], **counters)
 
-    def restore_trainable(self, step: int, like: Params) -> Params:
+    def restore_trainable(self, step: int, like: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
         """The trained parameters alone."""
-        items = ocp.args.Composite(trainable=ocp.args.StandardRestore(_abstract(like)))
+        items = ocp.args.Composite(trainable=ocp.args.StandardRestore(_abstract(dict(like))))
         return self._restored(step, items)["trainable"]
 
     def wait(self) -> None:

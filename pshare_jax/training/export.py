@@ -37,8 +37,10 @@ def export(
         base = load(config.base, dtype=dtype or (None if config.dtype == "auto" else config.dtype))
         if base.fingerprint != progress.base:
             raise PshareError(f"The base {config.base} is not the one of the run in {root}: its weights differ.")
-        trainee = make_trainee(base, config.method, config.module, base.architecture.dtype, config.seed)
-        module = decode_module(trainee, checkpoints.restore_trainable(chosen, trainee.trainable))
+        # What the module holds of the base is in the trainee; the rest would only take memory.
+        trainee = make_trainee(base, config.method, config.module, base.architecture.dtype).without_base()
+        base = trainee.base
+        module = decode_module(trainee, checkpoints.restore_trainable(chosen, trainee.trained))
     evaluation = {} if progress.eval_loss is None else {"eval_loss": progress.eval_loss}
     info = training_info(config, chosen, applied, progress.tokens, evaluation, merged=merge)
     folder = output or root / ("module-merged" if merge else run.module.name)

@@ -61,7 +61,7 @@ def train(
     if config.evaluation.every is not None and not len(data.evaluation):
         raise PshareError("evaluation.every is set, but no evaluation sample is left; see data.eval_sources.")
     say(f"data:\n{data.report}")
-    trainee = make_trainee(base, config.method, config.module, base.architecture.dtype, config.seed)
+    trainee = make_trainee(base, config.method, config.module, base.architecture.dtype)
     with (
         training_batches(data.train, config.data, config.layout) as batches,
         Checkpoints(run.checkpoints, config.checkpoint) as checkpoints,
@@ -74,8 +74,9 @@ def train(
             evaluation=_held_out(config, data),
             evaluate_module=evaluate_module,
         )
-        # The trainer has a copy in its state; the first values are not needed again.
+        # Full fine-tuning does not read the base's weights again: nothing may keep them.
         trainee = trainer.trainee
+        base = trainee.base
         run_folder.start(run, config, f"{data.report}\n", trainer.step)
         for line in _plan(config, trainer, batches):
             say(line)

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from pshare_jax.mesh import parameter_sharding, replicated
+from pshare_jax.mesh import replicated
 from pshare_jax.model.params import Params
 from pshare_jax.training.trainee import Tallies, Trainee, nll
 
@@ -53,12 +53,17 @@ class StepResult(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainSteps:
-    """Compiled on first use. `accumulate` and `apply` take their `Sums` (and `apply` its state) over: they are donated."""
+    """Compiled on first use; `state` is the shapes and shardings of what `init` gives.
 
+    `accumulate` takes the `Sums` and `apply` the state that they get over: they are donated. Where a step has one
+    micro-batch, `accumulate` is given None, so that no second copy of the gradients is ever made.
+    """
+
+    state: TrainState
     init: Callable[[Params], TrainState]
     no_sums: Callable[[], Sums]
-    accumulate: Callable[[Sums, Params, Params, Params, Any, int | np.int32], Sums]
-    apply: Callable[[TrainState, Sums], tuple[TrainState, Sums, StepResult]]
+    accumulate: Callable[[Sums | None, Params, Params, Params, Any, int | np.int32], Sums]
+    apply: Callable[[TrainState, Sums], tuple[TrainState, StepResult]]
     evaluate: Callable[[Params, Params, Params, Any], tuple[Array, Tallies]]
 
 
@@ -69,24 +74,25 @@ def train_steps(
 
     `accumulate` takes the number of its micro-batch in the run, which with `seed` decides what dropout draws.
     """
-    shardings = state_shardings(trainee, optimizer)
-    shapes = {path: x.shape for path, x in trainee.trainable.items()}
+    state_shapes = _state_shapes(trainee, optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, state_shapes)
     whole = replicated(trainee.base.mesh)
-    # Nobody needs the first values once they are in a state.
-    trainee = replace(trainee, trainable={})
+    # The compiled steps must not keep weights alive that their callers let go.
+    trainee = replace(trainee.without_base(), frozen={})
     sums_out = Sums._make([shardings.trainable, whole, whole, whole])
 
     def init(trainable: Params) -> TrainState:
         zero = jnp.int32(0)
         # Arrays of its own: the state is donated step by step, and these may be the base's.
-        return TrainState(jax.tree.map(jnp.copy, trainable), optimizer.init(trainable), zero, zero, zero)
+        masters = jax.tree.map(lambda x: jnp.copy(x).astype(jnp.float32), trainable)
+        return TrainState(masters, optimizer.init(masters), zero, zero, zero)
 
     def no_sums() -> Sums:
-        gradients = {path: jnp.zeros(shape, jnp.float32) for path, shape in shapes.items()}
+        gradients = {path: jnp.zeros(x.shape, jnp.float32) for path, x in trainee.trained.items()}
         return Sums(gradients, *(jnp.float32(0) for _ in range(3)))
 
     def accumulate(
-        sums: Sums, trainable: Params, frozen: Params, base_params: Params, batch: Any, number: Int[Array, ""]
+        sums: Sums | None, trainable: Params, frozen: Params, base_params: Params, batch: Any, number: Int[Array, ""]
     ) -> Sums:
         key = jax.random.fold_in(jax.random.key(seed), number)
 
@@ -94,10 +100,10 @@ def train_steps(
             return nll(trainee, trainable, frozen, base_params, batch, key)
 
         (value, tallies), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
-        gradients = jax.tree.map(jnp.add, sums.gradients, gradients)
-        return Sums(gradients, sums.nll + value, sums.tokens + tallies.tokens, sums.correct + tallies.correct)
+        new = Sums(gradients, value, tallies.tokens, tallies.correct)
+        return new if sums is None else jax.tree.map(jnp.add, sums, new)
 
-    def apply(state: TrainState, sums: Sums) -> tuple[TrainState, Sums, StepResult]:
+    def apply(state: TrainState, sums: Sums) -> tuple[TrainState, StepResult]:
         tokens = jnp.maximum(sums.tokens, 1)
         mean = jax.tree.map(lambda gradient: gradient / tokens, sums.gradients)
         loss, grad_norm = sums.nll / tokens, optax.tree.norm(mean)
@@ -125,30 +131,37 @@ def train_steps(
             after.bad,
             after.all_bad,
         )
-        return after, no_sums(), result
+        return after, result
 
     def evaluate(trainable: Params, frozen: Params, base_params: Params, batch: Any) -> tuple[Array, Tallies]:
         return nll(trainee, trainable, frozen, base_params, batch, None)
 
     return TrainSteps(
+        state=state_shapes,
         init=jax.jit(init, out_shardings=shardings),
         no_sums=jax.jit(no_sums, out_shardings=sums_out),
         accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=sums_out),
-        apply=jax.jit(apply, donate_argnums=(0, 1), out_shardings=(shardings, sums_out, whole)),
+        apply=jax.jit(apply, donate_argnums=0, out_shardings=(shardings, whole)),
         evaluate=jax.jit(evaluate, out_shardings=whole),
     )
 
 
-def state_shardings(trainee: Trainee, optimizer: optax.GradientTransformation) -> TrainState:
-    """A `TrainState` of shardings: the optimizer's moments lie as their parameters do."""
-    mesh = trainee.base.mesh
-    trainable = {path: parameter_sharding(path, trainee.architecture.config, mesh) for path in trainee.trainable}
-    state = jax.eval_shape(optimizer.init, trainee.trainable)
-    whole = replicated(mesh)
+def _state_shapes(trainee: Trainee, optimizer: optax.GradientTransformation) -> TrainState:
+    """A `TrainState` of shapes with shardings: the optimizer's moments are and lie as their parameters do."""
+
+    def whole(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(trainee.base.mesh))
+
+    trained = dict(trainee.trained)
     moments = optax.tree.map_params(
-        optimizer, lambda _, sharding: sharding, state, trainable, transform_non_params=lambda _: whole
+        optimizer,
+        lambda _, like: like,
+        jax.eval_shape(optimizer.init, trained),
+        trained,
+        transform_non_params=whole,
     )
-    return TrainState._make([trainable, moments, whole, whole, whole])
+    counter = whole(jax.ShapeDtypeStruct((), np.int32))
+    return TrainState._make([trained, moments, counter, counter, counter])
 
 
 def _all_finite(tree: Any) -> Bool[Array, ""]:

@@ -1,7 +1,7 @@
 """What is trained, and its loss: a decode module on the frozen base's KV (`prefillshare`), or the classic baseline (`full_ft`).
 
 `nll` is the objective: pure and jittable, the sum of negative log-likelihoods of a batch's answers (paper.md; design.md,
-two-stream objective). Only `Trainee.trainable` has gradients; the base is a constant.
+two-stream objective). Only `Trainee.trained` has gradients; the base is a constant.
 """
 
 import functools
@@ -37,16 +37,16 @@ class Tallies(NamedTuple):
 
 @dataclass(frozen=True)
 class Trainee:
-    """A decode module in training. `base` is frozen, in the compute dtype.
+    """A decode module in training, without its values. `base` is frozen, in the compute dtype.
 
-    `trainable` are the float32 masters: every parameter of the model (full), or A and B alone (lora); `frozen` is what the
-    module reads beside them, the base's own arrays.
+    `trained` are shapes and shardings of the float32 masters: every parameter of the model (full), or A and B alone (lora);
+    `frozen` is what the module reads beside them, the base's own arrays.
     """
 
     base: Model
     architecture: Architecture
     method: Method
-    trainable: Params
+    trained: Mapping[str, jax.ShapeDtypeStruct]
     frozen: Params
     compute_dtype: str
     dropout: float = 0.0
@@ -57,11 +57,15 @@ class Trainee:
         """The batches that `nll` takes."""
         return "two_stream" if self.method == "prefillshare" else "one_stream"
 
+    def without_base(self) -> "Trainee":
+        """The same, holding no weights of the base but those in `frozen`."""
+        return replace(self, base=replace(self.base, params={}))
+
 
 def make_trainee(
-    base: Model, method: Method, module: ModuleConfig, compute_dtype: str, seed: int, *, remat: bool = True
+    base: Model, method: Method, module: ModuleConfig, compute_dtype: str, *, remat: bool = True
 ) -> Trainee:
-    """A decode module at its start: a whole copy of the base, or the base and an adapter that does nothing yet.
+    """What is trained of a decode module: all of it, or an adapter.
 
     Raises:
         PshareError: the adapter's targets are no projections of the model.
@@ -70,16 +74,34 @@ def make_trainee(
         base, params=_cast(base.params, compute_dtype), architecture=_typed(base.architecture, compute_dtype)
     )
     architecture = _typed(base.architecture, "float32")
-    if module.kind == "full":
-        # In float32 these are the base's own arrays; the training state copies them (steps.py).
-        masters = _cast(base.params, "float32")
-        return Trainee(base, architecture, method, masters, {}, compute_dtype, remat=remat)
-    lora = LoraConfig(module.rank, module.alpha / module.rank, tuple(module.targets))
-    architecture = architecture.with_lora(lora)
-    masters = _fresh_lora(architecture, base, seed)
-    if not masters:
+    if module.kind == "lora":
+        lora = LoraConfig(module.rank, module.alpha / module.rank, tuple(module.targets))
+        architecture = architecture.with_lora(lora)
+    trained = {
+        path: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=parameter_sharding(path, base.config, base.mesh))
+        for path, x in architecture.shapes.items()
+        if module.kind == "full" or is_lora(path)
+    }
+    if not trained:
         raise PshareError(f"module.targets {module.targets} names no projection of the model.")
-    return Trainee(base, architecture, method, masters, base.params, compute_dtype, module.dropout, remat)
+    frozen = {} if module.kind == "full" else base.params
+    return Trainee(base, architecture, method, trained, frozen, compute_dtype, module.dropout, remat)
+
+
+def first_values(trainee: Trainee, seed: int) -> Params:
+    """What training starts from: the base's own arrays, in the compute dtype (full), or an adapter that does nothing yet.
+
+    A is PEFT's default (Kaiming uniform with a = sqrt 5: bound 1 / sqrt(in)), B zero.
+    """
+    if not trainee.frozen:
+        return trainee.base.params
+    draw = np.random.default_rng(seed)
+    values = {}
+    for path, like in trainee.trained.items():
+        bound = like.shape[0] ** -0.5 if path.endswith("lora_a") else 0.0
+        drawn = draw.uniform(-bound, bound, like.shape).astype(np.float32)
+        values[path] = jax.device_put(drawn, like.sharding)
+    return values
 
 
 def nll(
@@ -147,18 +169,6 @@ def decode_module(trainee: Trainee, trainable: Params) -> DecodeModule:
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _fresh_lora(architecture: Architecture, base: Model, seed: int) -> Params:
-    """A from PEFT's default (Kaiming uniform with a = sqrt 5: bound 1 / sqrt(in)), B zero, so that it starts as the base."""
-    draw = np.random.default_rng(seed)
-    masters = {}
-    for path, shape in architecture.shapes.items():
-        if is_lora(path):
-            bound = shape.shape[0] ** -0.5 if path.endswith("lora_a") else 0.0
-            values = draw.uniform(-bound, bound, shape.shape).astype(np.float32)
-            masters[path] = jax.device_put(values, parameter_sharding(path, base.config, base.mesh))
-    return masters
 
 
 def _set_dropout(decoder: Decoder, rate: float, key: PRNGKeyArray) -> None:

@@ -26,7 +26,7 @@ from pshare_jax.training.optimizer import make_optimizer, make_schedule
 from pshare_jax.training.pipeline import Batches
 from pshare_jax.training.progress import Reporter, StepReport
 from pshare_jax.training.steps import StepResult, TrainState, TrainSteps, train_steps
-from pshare_jax.training.trainee import Trainee
+from pshare_jax.training.trainee import Trainee, first_values
 
 MakeBatches = Callable[[], Batches]
 ModuleEvaluation = Callable[[Trainee, Params], Mapping[str, float]]
@@ -64,7 +64,7 @@ def num_steps(config: TrainConfig, num_batches: int | None) -> int:
 
 class Trainer:
     """One run, from its start or from the last checkpoint. `evaluation` makes one pass over the held-out data, if there are
-    any. `trainee` has no parameters to train any more: they are in the state.
+    any. Its own `trainee` holds no weights that are not read any more: full fine-tuning lets the base go.
     """
 
     def __init__(
@@ -85,8 +85,7 @@ class Trainer:
         schedule = make_schedule(config.optimizer, self.num_steps)
         self._steps: TrainSteps = train_steps(trainee, optimizer, schedule, config.seed)
         self._state = self._start(trainee)
-        self.trainee = replace(trainee, trainable={})
-        self._sums = self._steps.no_sums()
+        self.trainee = trainee.without_base() if config.method == "full_ft" else trainee
         self._pending: _Pending | None = None
         self._stop = False
 
@@ -132,12 +131,7 @@ class Trainer:
             if self._stop:
                 return False
             raise
-        first = self.step * self._config.accumulation
-        for number, batch in enumerate(window, start=first):
-            self._sums = self._steps.accumulate(
-                self._sums, self._state.trainable, *self._fixed(), self._put(batch), np.int32(number)
-            )
-        self._state, self._sums, result = self._steps.apply(self._state, self._sums)
+        result = self._computed(window)
         targets = sum(int(batch.arrays.weights.sum()) for batch in window)
         self._progress = replace(
             self._progress,
@@ -156,6 +150,17 @@ class Trainer:
         self._report_pending()
         self._pending = pending
         return True
+
+    def _computed(self, window: list[Batch]) -> StepResult:
+        """Gives a step to the device and returns at once."""
+        sums = None if self._config.accumulation == 1 else self._steps.no_sums()
+        for number, batch in enumerate(window, start=self.step * self._config.accumulation):
+            sums = self._steps.accumulate(
+                sums, self._state.trainable, *self._fixed(), self._put(batch), np.int32(number)
+            )
+        assert sums is not None
+        self._state, result = self._steps.apply(self._state, sums)
+        return result
 
     def _window(self) -> list[Batch]:
         window = []
@@ -243,11 +248,11 @@ class Trainer:
     # --- parts -------------------------------------------------------------------------------------------------------
 
     def _start(self, trainee: Trainee) -> TrainState:
-        state = self._steps.init(trainee.trainable)
-        if not all(bool(jnp.isfinite(x).all()) for x in state.trainable.values()):
-            raise PshareError(f"The weights of the base {self._config.base} have values that are not finite.")
         self._progress = Progress(0, self._batches.get_state(), 0, trainee.base.fingerprint)
         if not self._checkpoints.steps:
+            state = self._steps.init(first_values(trainee, self._config.seed))
+            if not all(bool(jnp.isfinite(x).all()) for x in state.trainable.values()):
+                raise PshareError(f"The weights of the base {self._config.base} have values that are not finite.")
             return state
         step = self._checkpoints.steps[-1]
         progress = self._checkpoints.progress(step)
@@ -257,7 +262,7 @@ class Trainer:
             )
         self._batches.set_state(progress.data)
         self._progress = progress
-        return self._checkpoints.restore(step, state)
+        return self._checkpoints.restore(step, self._steps.state)
 
     def _fixed(self) -> tuple[Params, Params]:
         return self.trainee.frozen, self.trainee.base.params

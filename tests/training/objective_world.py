@@ -4,6 +4,7 @@ The reference walks one turn after another with whole dense KV, masks nothing bu
 holds all logits: it has no packing, no segments, no blocks and no chunks.
 """
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from tiny import VOCAB, tiny_folder, tiny_module
 
 import pshare_jax as ps
 from pshare_jax.model.attention import cached_attend, fresh_attend
-from pshare_jax.model.params import is_lora
+from pshare_jax.model.params import Params, is_lora
 from pshare_jax.training.batches import one_stream, two_stream
 from pshare_jax.training.config import ModuleConfig
 from pshare_jax.training.samples import Sample
-from pshare_jax.training.trainee import Trainee
+from pshare_jax.training.trainee import Trainee, first_values, make_trainee
 
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 2},
@@ -34,6 +35,20 @@ def shape_of(kind: Any, **fields: Any) -> ModuleConfig:
     return ModuleConfig(**{"kind": kind, "rank": 4, "alpha": 6.0, "targets": ("q", "v", "down"), **fields})
 
 
+@dataclass(frozen=True)
+class Trained(Trainee):
+    """With values of what is trained."""
+
+    trainable: Params = field(default_factory=dict)
+
+
+def fresh(base: ps.Model, method: Any, module: ModuleConfig, dtype: str, seed: int = 0) -> Trained:
+    """At its start."""
+    trainee = make_trainee(base, method, module, dtype)
+    values = {path: x.astype(jnp.float32) for path, x in first_values(trainee, seed).items()}
+    return Trained(**trainee.__dict__, trainable=values)
+
+
 class World:
     """A base and a full and a LoRA module that differ from it."""
 
@@ -45,13 +60,15 @@ class World:
         for kind, module in self.modules.items():
             self.shared.add_task(kind, module)
 
-    def trainee(self, kind: str, method: Any = "prefillshare", **fields: Any) -> Trainee:
+    def trainee(self, kind: str, method: Any = "prefillshare", **fields: Any) -> Trained:
         """In training, as it is on disk."""
         module = self.shared.decode_modules.module(kind)
         whole = kind == "full"
         trainable = {path: x for path, x in module.params.items() if whole or is_lora(path)}
         frozen = {} if whole else self.base.params
-        return Trainee(self.base, module.architecture, method, trainable, frozen, "float32", **fields)
+        shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in trainable.items()}
+        fields |= {"trainable": trainable}
+        return Trained(self.base, module.architecture, method, shapes, frozen, "float32", **fields)
 
 
 def samples(seed: int = 0) -> list[Sample]:
@@ -68,7 +85,7 @@ def packed(layout: str, rows: list[list[Sample]]) -> Any:
     return two_stream(rows, 48, 24) if layout == "two_stream" else one_stream(rows, 64, 24)
 
 
-def reference_nll(trainee: Trainee, trainable: Any, sample: Sample) -> jax.Array:
+def reference_nll(trainee: Trained, trainable: Any, sample: Sample) -> jax.Array:
     """-log p of all answers of a sample, one turn after another, all logits at once."""
     config = trainee.base.config
     decoder = trainee.architecture.bind({**trainee.frozen, **trainable})

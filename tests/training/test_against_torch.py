@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from objective_world import World, samples, shape_of
+from objective_world import World, fresh, samples, shape_of
 from reference import load_hf
 
 import pshare_jax as ps
@@ -10,7 +10,7 @@ from pshare_jax.training.batches import one_stream
 from pshare_jax.training.config import OptimizerConfig
 from pshare_jax.training.optimizer import make_optimizer, make_schedule
 from pshare_jax.training.steps import train_steps
-from pshare_jax.training.trainee import decode_module, make_trainee
+from pshare_jax.training.trainee import decode_module
 
 RATE, DECAY, EPS = 1e-2, 0.1, 1e-3
 """With a small eps the first step of AdamW is the gradient's sign, which rounding turns around where it is near zero."""
@@ -38,7 +38,7 @@ def torch_step(model, found):
 def test_a_step_of_full_fine_tuning_equals_torchs(tmp_path):
     world = World("llama", tmp_path)
     found = samples(12)
-    trainee = make_trainee(world.base, "full_ft", shape_of("full"), "float32", 0)
+    trainee = fresh(world.base, "full_ft", shape_of("full"), "float32")
     config = OptimizerConfig(RATE, "constant", warmup_steps=0, eps=EPS, weight_decay=DECAY, clip_norm=None)
     steps = train_steps(trainee, make_optimizer(config, 1), make_schedule(config, 1), 0)
     # Two micro-batches with different numbers of tokens.
@@ -46,7 +46,7 @@ def test_a_step_of_full_fine_tuning_equals_torchs(tmp_path):
     for number, rows in enumerate(([found[:2], []], [[found[2]], [found[3]]])):
         batch = one_stream(rows, 64, 24)
         sums = steps.accumulate(sums, state.trainable, trainee.frozen, trainee.base.params, batch, number)
-    state, _, result = steps.apply(state, sums)
+    state, result = steps.apply(state, sums)
 
     theirs = load_hf(world.folder)
     loss = torch_step(theirs, found)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from objective_world import SMALL, World, assert_gradients_agree, packed, reference_nll, samples, shape_of
+from objective_world import SMALL, World, assert_gradients_agree, fresh, packed, reference_nll, samples, shape_of
 from tiny import FAMILIES, tiny_folder
 
 import pshare_jax as ps
@@ -150,8 +150,8 @@ def test_rematerialisation_changes_nothing(llama, kind):
 
 @pytest.mark.parametrize("kind", ["full"])
 def test_bfloat16_computes_with_float32_masters(llama, kind):
-    trainee = make_trainee(llama.base, "prefillshare", shape_of(kind), "bfloat16", 0)
-    exact = make_trainee(llama.base, "prefillshare", shape_of(kind), "float32", 0)
+    trainee = fresh(llama.base, "prefillshare", shape_of(kind), "bfloat16", 0)
+    exact = fresh(llama.base, "prefillshare", shape_of(kind), "float32", 0)
     batch = packed("two_stream", rows_of(samples(7)))
     (total, _, slopes), (expected, _, _) = both(trainee, batch), both(exact, batch)
     assert {str(one.dtype) for one in (*slopes.values(), *trainee.trainable.values())} == {"float32"}
@@ -162,13 +162,13 @@ def test_bfloat16_computes_with_float32_masters(llama, kind):
 def test_a_fresh_module_is_the_base(llama):
     """Full: its weights; LoRA: B is zero, so that only B has a slope."""
     batch = packed("two_stream", rows_of(samples(8)))
-    full = make_trainee(llama.base, "prefillshare", shape_of("full"), "float32", 0)
-    lora = make_trainee(llama.base, "prefillshare", shape_of("lora"), "float32", 0)
+    full = fresh(llama.base, "prefillshare", shape_of("full"), "float32", 0)
+    lora = fresh(llama.base, "prefillshare", shape_of("lora"), "float32", 0)
     first, second = both(full, batch), both(lora, batch)
     assert first[0] == pytest.approx(second[0], rel=1e-6)
     assert all((float(jnp.abs(one).max()) > 0) == path.endswith("lora_b") for path, one in second[2].items())
-    again = make_trainee(llama.base, "prefillshare", shape_of("lora"), "float32", 0)
-    other = make_trainee(llama.base, "prefillshare", shape_of("lora"), "float32", 1)
+    again = fresh(llama.base, "prefillshare", shape_of("lora"), "float32", 0)
+    other = fresh(llama.base, "prefillshare", shape_of("lora"), "float32", 1)
     path = "layers.0.attention.q.lora_a"
     assert (again.trainable[path] == lora.trainable[path]).all()
     assert (other.trainable[path] != lora.trainable[path]).any()
@@ -288,4 +288,4 @@ def test_logits_never_exist_whole(llama):
 def test_a_module_without_targets_is_refused(tmp_path):
     base = ps.load(tiny_folder("llama", tmp_path, **SMALL["llama"]))
     with pytest.raises(ps.PshareError, match="targets"):
-        make_trainee(base, "prefillshare", shape_of("lora", targets=("nothing",)), "float32", 0)
+        make_trainee(base, "prefillshare", shape_of("lora", targets=("nothing",)), "float32")

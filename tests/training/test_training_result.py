@@ -1,15 +1,18 @@
 """What a run leaves: module folders that we, transformers and PEFT load, their card, and pshare-export."""
 
+import gc
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from reference import assert_close, hf_logits, load_hf, load_peft, random_tokens
 from safetensors.flax import load_file
+from tiny import VOCAB
 from tiny_runs import FULL, make_world, run_config
 
 import pshare_jax as ps
@@ -19,6 +22,7 @@ from pshare_jax.training.checkpoint import Checkpoints
 from pshare_jax.training.cli import export_main
 from pshare_jax.training.config import CheckpointConfig, EvaluationConfig
 from pshare_jax.training.export import export
+from pshare_jax.training.progress import Reporter
 from pshare_jax.training.result import add_accuracy
 from pshare_jax.training.run import train
 
@@ -45,10 +49,32 @@ def lora(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def full_ft(world, tmp_path_factory):
+    """A run of all weights. Between its steps there are the masters and their two moments, and nothing else."""
     config = run_config(
         world, tmp_path_factory.mktemp("full") / "run", method="full_ft", module=FULL, steps=2, accumulation=1
     )
-    return config, train(config)[1]
+    with pytest.MonkeyPatch.context() as patch:
+        found = counted_copies(patch, Reporter, "step")
+        outcome = train(config)[1]
+    assert found == [3, 3]
+    return config, outcome
+
+
+def counted_copies(patch, owner, name) -> list[int]:
+    """Grows by one with every call of a method: how many more arrays as large as the embedding there are than now."""
+    method, found = getattr(owner, name), []
+
+    def copies():
+        gc.collect()
+        return sum(x.shape == (VOCAB, 64) for x in jax.live_arrays())
+
+    def counted(*args, **kwargs):
+        found.append(copies() - before)
+        return method(*args, **kwargs)
+
+    before = copies()
+    patch.setattr(owner, name, counted)
+    return found
 
 
 def logits_of(module: ps.DecodeModule) -> np.ndarray:
@@ -103,6 +129,21 @@ def test_full_ft_is_an_ordinary_checkpoint(full_ft, world):
         ps.load_module(folder, base)
     with pytest.raises(PshareError, match="nothing to merge"):
         export(Path(config.output), merge=True)
+
+
+def test_going_on_and_export_make_no_values_beside_the_restored_ones(full_ft, tmp_path, monkeypatch):
+    config, outcome = full_ft
+    shutil.copytree(config.output, tmp_path / "run")
+    resumed = counted_copies(monkeypatch, Checkpoints, "restore")
+    exported = counted_copies(monkeypatch, Checkpoints, "restore_trainable")
+    again = train(replace(config, output=str(tmp_path / "run")), resume=True)[1]
+    # The base is there until training begins.
+    assert resumed == [1]
+    for path, array in outcome.state.trainable.items():
+        np.testing.assert_array_equal(np.asarray(again.state.trainable[path]), np.asarray(array))
+    del again
+    export(tmp_path / "run", merge=False)
+    assert exported == [0]
 
 
 def test_the_card_says_first_what_the_module_is_for(lora, tmp_path):

@@ -26,7 +26,7 @@ from pshare_jax.training.optimizer import make_optimizer, make_schedule
 from pshare_jax.training.run import train
 from pshare_jax.training.samples import Sample
 from pshare_jax.training.steps import train_steps
-from pshare_jax.training.trainee import make_trainee
+from pshare_jax.training.trainee import first_values, make_trainee
 
 ADAMW = OptimizerConfig(learning_rate=0.01, schedule="constant", warmup_steps=0, eps=1e-3, clip_norm=0.5)
 NAN_TARGET = 300
@@ -55,17 +55,19 @@ class Rig:
 
     def __init__(self, world, module, mesh=None, optimizer=ADAMW):
         base = ps.load(world[0], mesh=training_mesh(mesh or MeshConfig()))
-        trainee = make_trainee(base, "prefillshare", module, "float32", 0)
+        trainee = make_trainee(base, "prefillshare", module, "float32")
         self.steps = train_steps(trainee, make_optimizer(optimizer, 9), make_schedule(optimizer, 9), 0)
         self.fixed, self.mesh, self.base = (trainee.frozen, base.params), base.mesh, base
-        self.state = self.steps.init(trainee.trainable)
-        self.sums = self.steps.no_sums()
+        self.state = self.steps.init(first_values(trainee, 0))
 
-    def step(self, *batches):
+    def step(self, *batches, alone=False):
+        """`alone` ones need no sum."""
+        sums = None if alone else self.steps.no_sums()
         for number, batch in enumerate(batches):
             arrays = put_batch(batch, self.mesh)
-            self.sums = self.steps.accumulate(self.sums, self.state.trainable, *self.fixed, arrays, np.int32(number))
-        self.state, self.sums, result = self.steps.apply(self.state, self.sums)
+            sums = self.steps.accumulate(sums, self.state.trainable, *self.fixed, arrays, np.int32(number))
+        assert sums is not None
+        self.state, result = self.steps.apply(self.state, sums)
         return result
 
 
@@ -83,7 +85,7 @@ def assert_equal_steps(rig, result, other, expected, tolerance=1e-6):
 def one_big(world):
     rig = Rig(world, FULL)
     # Answers of 1 and 31 tokens: a mean of means would be far off.
-    return rig, rig.step(two_stream([[one] for one in drawn_samples(1, 31)], 8, 32))
+    return rig, rig.step(two_stream([[one] for one in drawn_samples(1, 31)], 8, 32), alone=True)
 
 
 def test_two_micro_batches_are_one_big_batch(world, one_big):
