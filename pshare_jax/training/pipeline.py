@@ -69,10 +69,8 @@ class Batches(Iterator[Batch]):
         return batch
 
     def num_batches(self) -> int | None:
-        """Batches of the whole run, from its start; None if it is endless."""
-        if self._num_epochs is None:
-            return None
-        return sum(self.epochs.num_batches(epoch) for epoch in range(self._num_epochs))
+        """Batches from here to the end; None if there is none."""
+        return None if self._num_epochs is None else len(self._rest())
 
     def get_state(self) -> dict[str, Any]:
         """Where the next batch is, and what it depends on: plain values, for JSON."""
@@ -105,11 +103,14 @@ class Batches(Iterator[Batch]):
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    def _rest(self) -> "_FromPlace":
+        return _FromPlace(self.epochs, *self._place, self._num_epochs)
+
     def _loader(self) -> Any:
         if not flags.FLAGS.is_parsed():
             # grain reads flags of its own when it starts workers; outside absl's main nobody has parsed any.
             flags.FLAGS.mark_as_parsed()
-        source = _FromPlace(self.epochs, *self._place, self._num_epochs)
+        source = self._rest()
         # No reading threads: a batch is a few copies, and workers overlap it with the training step.
         data = grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(num_threads=0))
         num_workers = min(self._num_workers, len(source))

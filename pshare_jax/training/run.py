@@ -39,7 +39,8 @@ def train(
 ) -> tuple[RunFolder, Outcome]:
     """Trains as `config` says, or goes on with it, and writes the decode module if the run came to its end.
 
-    SIGTERM and SIGINT end it after the step under way, with a checkpoint. `evaluate_module` adds to each evaluation.
+    SIGTERM and SIGINT end it after the step under way or in an evaluation, with a checkpoint; the result is written to its
+    end. `evaluate_module` adds to each evaluation.
 
     Raises:
         PshareError: anything wrong with the config, the base, the data, or the run folder.
@@ -80,16 +81,19 @@ def train(
         run_folder.start(run, config, f"{data.report}\n", trainer.step)
         for line in _plan(config, trainer, batches):
             say(line)
-        with Reporter(run, trainer.num_steps, trainer.step, console) as reporter, _stopped_by_signals(trainer):
-            outcome = trainer.run(reporter)
-    draw_loss(run.metrics, run.loss_figure)
-    if not outcome.finished:
-        say(f"stopped after step {outcome.step} of {trainer.num_steps}; go on with --resume")
-        return run, outcome
-    applied = int(outcome.state.applied)
-    info = training_info(config, outcome.step, applied, outcome.tokens, outcome.evaluation)
-    save_result(run.module, decode_module(trainee, outcome.state.trainable), base, config, info)
-    say(f"the decode module is in {run.module}")
+        # To the very end: a stop that comes while the result is written lets it be written.
+        with _stopped_by_signals(trainer):
+            with Reporter(run, trainer.num_steps, trainer.step, console) as reporter:
+                outcome = trainer.run(reporter)
+            draw_loss(run.metrics, run.loss_figure)
+            if outcome.finished:
+                info = training_info(
+                    config, outcome.step, int(outcome.state.applied), outcome.tokens, outcome.evaluation
+                )
+                save_result(run.module, decode_module(trainee, outcome.state.trainable), base, config, info)
+                say(f"the decode module is in {run.module}")
+            else:
+                say(f"stopped after step {outcome.step} of {trainer.num_steps}; go on with --resume")
     return run, outcome
 
 

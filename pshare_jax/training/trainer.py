@@ -1,7 +1,7 @@
 """The loop: batches in, steps on the device, reports, evaluations and checkpoints out.
 
 The host runs one step ahead of what it reports, so that it makes the next batch while the device computes. A stop (a signal)
-takes effect between two steps: everything is saved and the run can go on later.
+takes effect between two steps or two batches of an evaluation: everything is saved and the run can go on later.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ names starting with eval_."""
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: the state, steps done, whether that is all of them, and what the last evaluation gave."""
+    """How a run ended: the state, steps done, whether they and the last evaluation are all, and what that one gave."""
 
     state: TrainState
     step: int
@@ -56,9 +56,13 @@ class _Pending:
     input_tokens: int
 
 
-def num_steps(config: TrainConfig, num_batches: int | None) -> int:
-    """Steps of a whole run; the last one may have fewer batches than `accumulation`."""
-    available = None if num_batches is None else -(-num_batches // config.accumulation)
+def num_steps(config: TrainConfig, num_batches: int | None, done: int = 0) -> int:
+    """Steps of a whole run that has done `done` and has `num_batches` left (None: endless).
+
+    The last one may have fewer batches than `accumulation`; so may one of those done, where a run goes on that was at its
+    end before its data were made more.
+    """
+    available = None if num_batches is None else done + -(-num_batches // config.accumulation)
     return min(count for count in (config.steps, available) if count is not None)
 
 
@@ -78,9 +82,10 @@ class Trainer:
         evaluate_module: ModuleEvaluation | None = None,
     ) -> None:
         """Raises PshareError if the parameters are not finite, or a checkpoint does not fit the data or the base."""
-        self.num_steps = num_steps(config, batches.num_batches())
         self._config, self._batches, self._checkpoints = config, batches, checkpoints
         self._evaluation, self._evaluate_module = evaluation, evaluate_module
+        self._progress = self._reached(trainee)
+        self.num_steps = num_steps(config, batches.num_batches(), self.step)
         optimizer = make_optimizer(config.optimizer, self.num_steps)
         schedule = make_schedule(config.optimizer, self.num_steps)
         self._steps: TrainSteps = train_steps(trainee, optimizer, schedule, config.seed)
@@ -95,7 +100,7 @@ class Trainer:
         return self._progress.step
 
     def request_stop(self) -> None:
-        """Ends the run after the step that is being computed; may be called by a signal handler."""
+        """Ends the run after the step that is being computed, or in an evaluation; may be called by a signal handler."""
         self._stop = True
 
     def run(self, reporter: Reporter) -> Outcome:
@@ -105,7 +110,6 @@ class Trainer:
             PshareError: too many steps in a row were not finite, or the data loader failed.
         """
         self._reporter, self._clock = reporter, time.monotonic()
-        evaluation: Mapping[str, float] = {}
         while self.step < self.num_steps:
             if self._stop or not self._train_step():
                 break
@@ -113,12 +117,10 @@ class Trainer:
                 self._between_steps()
         self._report_pending()
         # Resumed with fewer steps than were done, a run has nothing left to do.
-        finished = self.step >= self.num_steps
-        if finished:
-            evaluation = self._evaluated()
-        self._save(evaluation.get("eval_loss"))
+        evaluation = self._evaluated() if self.step >= self.num_steps else None
+        self._save((evaluation or {}).get("eval_loss"))
         self._checkpoints.wait()
-        return Outcome(self._state, self.step, self._progress.tokens, finished, evaluation)
+        return Outcome(self._state, self.step, self._progress.tokens, evaluation is not None, evaluation or {})
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
@@ -209,7 +211,7 @@ class Trainer:
         every = self._config.evaluation.every
         loss = None
         if every is not None and self.step % every == 0:
-            loss = self._evaluated().get("eval_loss")
+            loss = (self._evaluated() or {}).get("eval_loss")
         improved = loss is not None and self._config.checkpoint.keep_best and self._is_best(loss)
         if improved or self.step % self._config.checkpoint.every == 0:
             self._save(loss)
@@ -218,14 +220,16 @@ class Trainer:
         best = self._checkpoints.best_loss
         return math.isfinite(loss) and (best is None or loss < best)
 
-    def _evaluated(self) -> Mapping[str, float]:
-        """The module as it is, on the held-out data; nothing where there are none."""
+    def _evaluated(self) -> Mapping[str, float] | None:
+        """The module as it is, on the held-out data; nothing where there are none, None if a stop broke into it."""
         self._report_pending()
         if self._evaluation is None:
             return {}
         nll, tokens, correct = 0.0, 0.0, 0.0
         with self._evaluation() as batches:
             for batch in batches:
+                if self._stop:
+                    return None
                 value, tallies = self._steps.evaluate(self._state.trainable, *self._fixed(), self._put(batch))
                 nll, tokens, correct = (
                     nll + float(value),
@@ -247,22 +251,25 @@ class Trainer:
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
-    def _start(self, trainee: Trainee) -> TrainState:
-        self._progress = Progress(0, self._batches.get_state(), 0, trainee.base.fingerprint)
+    def _reached(self, trainee: Trainee) -> Progress:
+        """Where the run is; the data go there, too."""
         if not self._checkpoints.steps:
-            state = self._steps.init(first_values(trainee, self._config.seed))
-            if not all(bool(jnp.isfinite(x).all()) for x in state.trainable.values()):
-                raise PshareError(f"The weights of the base {self._config.base} have values that are not finite.")
-            return state
-        step = self._checkpoints.steps[-1]
-        progress = self._checkpoints.progress(step)
+            return Progress(0, self._batches.get_state(), 0, trainee.base.fingerprint)
+        progress = self._checkpoints.progress(self._checkpoints.steps[-1])
         if progress.base != trainee.base.fingerprint:
             raise PshareError(
                 f"The base {self._config.base} is not the one that the run began with: its weights differ."
             )
         self._batches.set_state(progress.data)
-        self._progress = progress
-        return self._checkpoints.restore(step, self._steps.state)
+        return progress
+
+    def _start(self, trainee: Trainee) -> TrainState:
+        if self._checkpoints.steps:
+            return self._checkpoints.restore(self.step, self._steps.state)
+        state = self._steps.init(first_values(trainee, self._config.seed))
+        if not all(bool(jnp.isfinite(x).all()) for x in state.trainable.values()):
+            raise PshareError(f"The weights of the base {self._config.base} have values that are not finite.")
+        return state
 
     def _fixed(self) -> tuple[Params, Params]:
         return self.trainee.frozen, self.trainee.base.params

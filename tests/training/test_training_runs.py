@@ -1,6 +1,7 @@
 """Whole runs on tiny models: a resumed run is the straight one, whatever ended it; signals, checkpoints, folders."""
 
 import json
+import os
 import shutil
 import signal
 from dataclasses import replace
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_runs import (
+    LORA,
     all_metrics,
     assert_same_steps,
     killed,
@@ -21,6 +23,7 @@ from tiny_runs import (
     stop_after,
 )
 
+import pshare_jax.training.result as result_module
 import pshare_jax.training.run as run_module
 from pshare_jax.errors import PshareError
 from pshare_jax.modules import read_card
@@ -29,6 +32,7 @@ from pshare_jax.training.checkpoint import Checkpoints
 from pshare_jax.training.cli import main
 from pshare_jax.training.config import CheckpointConfig, EvaluationConfig, MeshConfig, TrainConfig
 from pshare_jax.training.data_config import DataConfig
+from pshare_jax.training.pipeline import evaluation_batches
 from pshare_jax.training.run import train
 from pshare_jax.training.trainer import num_steps
 
@@ -41,7 +45,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def straight(world, tmp_path_factory):
     """A run that nothing interrupts: its config, outcome and steps. Never written to."""
-    config = run_config(world, tmp_path_factory.mktemp("straight") / "run")
+    config = run_config(world, tmp_path_factory.mktemp("straight") / "run", module=replace(LORA, dropout=0.1))
     _, outcome = train(config)
     return config, outcome, metrics(config.output)
 
@@ -56,10 +60,9 @@ def test_a_run_and_its_folder(straight):
     run = Path(config.output)
     assert outcome.finished
     assert [line["step"] for line in steps] == list(range(1, outcome.step + 1))
-    # The premise of the tests below: epochs end inside of steps, and rows are packed.
-    assert any(line["epoch"] % 1 for line in steps)
-    assert steps[-1]["epoch"] == 3
-    assert len(steps) >= 6
+    # The premise of the tests below: three epochs of seven batches, two of them a step. So the first epoch ends inside of a
+    # step, and the last step has one batch.
+    assert [line["epoch"] for line in steps] == pytest.approx([*np.arange(2, 21, 2) / 7, 3], abs=1e-4)
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert set(steps[0]) == {
         *("step", "loss", "tokens", "input_tokens", "correct", "grad_norm", "learning_rate", "seconds"),
@@ -69,7 +72,7 @@ def test_a_run_and_its_folder(straight):
         *("config.yaml", "data_report.txt", "metrics.jsonl", "tensorboard", "checkpoints", "loss.png", "module")
     }
     assert load_settings(TrainConfig, run / "config.yaml") == config
-    assert "17 of 17 records used" in (run / "data_report.txt").read_text()
+    assert "19 of 19 records used" in (run / "data_report.txt").read_text()
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").glob("events.*"))
     evaluated = [line for line in all_metrics(run) if "eval_loss" in line]
@@ -111,7 +114,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(straight, tmp_path, monkey
                 assert main(["--config", str(tmp_path / "config.yaml"), *(["--resume"] if step > 1 else [])]) == 0
             # The signal comes while the next step is on its way, which is done first.
             told = capsys.readouterr().out
-            assert any(f"stopped after step {at} of 9; go on with --resume" in told for at in (step, step + 1))
+            assert any(f"stopped after step {at} of 11; go on with --resume" in told for at in (step, step + 1))
             assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
             assert not (tmp_path / "run" / "module").exists()
     finally:
@@ -122,6 +125,75 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(straight, tmp_path, monkey
     same_state(outcome.state, expected.state)
     assert outcome.tokens == expected.tokens
     assert outcome.evaluation == pytest.approx(expected.evaluation, rel=1e-6)
+
+
+class Endless:
+    """Held-out data of which a stop comes in the middle; it must end them."""
+
+    def __init__(self, batches):
+        self._batches = batches
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._batches.close()
+
+    def __iter__(self):
+        batch = next(self._batches)
+        yield batch
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+        raise AssertionError("the evaluation went on")
+
+
+def test_a_stop_ends_an_evaluation_and_the_step_is_saved(straight, tmp_path, monkeypatch):
+    """In the middle of a run, at a step that has a checkpoint of its own, and at its end, before the module is written."""
+    config, expected, lines = straight
+    config = replace(config, output=str(tmp_path / "run"), checkpoint=CheckpointConfig(every=3))
+    for step, resume in ((3, False), (expected.step, True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "evaluation_batches", lambda *args: Endless(evaluation_batches(*args)))
+            _, outcome = train(replace(config, evaluation=EvaluationConfig(None if resume else 3)), resume=resume)
+        assert (outcome.step, outcome.finished, outcome.evaluation) == (step, False, {})
+        with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+            assert checkpoints.steps[-1] == step
+            assert checkpoints.progress(step).eval_loss is None
+    assert all_metrics(config.output) == metrics(config.output)
+    assert not (tmp_path / "run" / "module").exists()
+    assert_same_steps(metrics(config.output), lines)
+
+
+def test_a_stop_while_the_result_is_written(straight, tmp_path, monkeypatch):
+    """It is written to its end: exit status 0 means that it is whole, or that the run can go on."""
+    config = replace(straight[0], output=str(tmp_path / "run"))
+    shutil.copytree(straight[0].output, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "module")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    monkeypatch.setattr(run_module, "prepare_jax", lambda config: None)
+    save = result_module.save_module
+
+    def save_and_stop(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(result_module, "save_module", save_and_stop)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["--config", str(tmp_path / "config.yaml"), "--resume"]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert read_card(tmp_path / "run" / "module").kind == "lora"
+
+
+def test_a_longer_run_after_a_short_step_leaves_no_batch_out(straight, tmp_path):
+    """The straight run's last step has one batch of two: that step stays, and all batches of the new epoch are used."""
+    config, expected, _ = straight
+    shutil.copytree(config.output, tmp_path / "run")
+    longer = replace(config, output=str(tmp_path / "run"), data=replace(config.data, epochs=4))
+    _, outcome = train(longer, resume=True)
+    assert outcome.tokens * 3 == expected.tokens * 4
+    assert metrics(tmp_path / "run")[-1]["epoch"] == 4
 
 
 def test_kill_9_in_the_middle_of_a_save(straight, tmp_path):
@@ -269,3 +341,4 @@ def test_a_run_that_fails_early_leaves_its_folder_free(world, tmp_path):
 def test_how_many_steps_a_run_has(world, tmp_path, steps, batches, accumulation, expected):
     config = run_config(world, tmp_path, steps=steps, accumulation=accumulation)
     assert num_steps(config, batches) == expected
+    assert num_steps(replace(config, steps=None), 3, done=7) == 7 + -(-3 // accumulation)

@@ -39,7 +39,7 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 
 
-def make_world(root: Path, num_layers: int = 2, records: int = 17) -> tuple[Path, str]:
+def make_world(root: Path, num_layers: int = 2, records: int = 19) -> tuple[Path, str]:
     """A tiny base and a data file with one and two answers a record."""
     base = tiny_folder("llama", root / "base", num_hidden_layers=num_layers)
     rng = np.random.default_rng(3)
