@@ -5,7 +5,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -42,11 +42,16 @@ class PreparedData:
 
 
 def prepare(
-    config: DataConfig, tokenizer: Tokenizer, stop_ids: frozenset[int], layout: Layout = "two_stream"
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    stop_ids: frozenset[int],
+    layout: Layout = "two_stream",
+    vocab_size: int | None = None,
 ) -> PreparedData:
     """Reads all sources of `config` and makes their samples, none larger than a row of `layout`.
 
-    `stop_ids` are the ids that end generation with the model.
+    `stop_ids` are the ids that end generation with the model, `vocab_size` is the number of its embeddings (None: as many
+    as the tokenizer can need).
 
     Raises:
         PshareError: a wrong setting, a source that cannot be read, or one of which no record can be used.
@@ -57,7 +62,8 @@ def prepare(
             "The model has no chat template; set data.format to text to train on prompts and completions."
         )
     chat = tokenizer.chat_template is not None if config.format is None else config.format == "chat"
-    reading = _Reading(RecordReader(tokenizer, stop_ids, chat, _limits(config, layout)), stop_ids)
+    limits = replace(_limits(config, layout), vocab_size=vocab_size)
+    reading = _Reading(RecordReader(tokenizer, stop_ids, chat, limits), stop_ids)
     store = SampleStore(reading.samples([*config.sources, *config.eval_sources]))
     split_at = len(config.sources)
     groups = [np.flatnonzero(np.array(reading.groups) == index) for index in range(split_at + len(config.eval_sources))]

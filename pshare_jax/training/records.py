@@ -48,7 +48,18 @@ class RecordReader:
         if not samples:
             reason = max(left_out, key=lambda name: left_out[name]) if left_out else "no assistant turn"
             raise Dropped(reason)
+        self._check_ids(max(max(sample.ids) for sample in samples))
         return samples, left_out
+
+    def _check_ids(self, largest: int) -> None:
+        """XLA would read the embedding's last row for a token that has none."""
+        size = self._limits.vocab_size
+        if size is not None and largest >= size:
+            text = self._tokenizer.decode([largest], skip_special_tokens=False)
+            raise Dropped(
+                "token that the model lacks",
+                f"The tokenizer makes token {largest} of {text!r}, but the model has tokens 0 to {size - 1}.",
+            )
 
     def _text_turns(self, record: Mapping[str, Any]) -> Iterator[Turn]:
         prompt, completion = record.get("prompt"), record.get("completion")

@@ -58,7 +58,7 @@ def train(
     say("reading the data")
     # The server refuses what is longer than the model's context, so nothing is gained by training it.
     data_config = replace(config.data, max_len=min(config.data.max_len, base.config.max_len))
-    data = prepare(data_config, base.tokenizer, base.stop_ids, config.layout)
+    data = prepare(data_config, base.tokenizer, base.stop_ids, config.layout, base.config.vocab_size)
     if config.evaluation.every is not None and not len(data.evaluation):
         raise PshareError("evaluation.every is set, but no evaluation sample is left; see data.eval_sources.")
     say(f"data:\n{data.report}")

@@ -42,11 +42,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Limits:
-    """Most ids of a sample, and most context and answer tokens that a row of a batch can hold (None: no limit)."""
+    """Most ids of a sample, most context and answer tokens that a row of a batch can hold, and how many ids the model has,
+    which may be fewer than the tokenizer's (None: no limit).
+    """
 
     max_len: int
     context_len: int | None = None
     answer_len: int | None = None
+    vocab_size: int | None = None
 
     def allow(self, turn: Turn, answers_before: int) -> bool:
         """Whether `turn` fits as the last of a sample that already trains `answers_before` tokens."""

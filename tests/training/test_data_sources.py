@@ -4,11 +4,15 @@ import json
 import sys
 
 import pytest
+from tiny import edit_json, tiny_folder
 from training_data import chat, tokenizers, write_jsonl
 
 from pshare_jax.errors import PshareError
+from pshare_jax.tokenizer import Tokenizer
+from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.data_config import DataConfig, RowsConfig, SourceConfig
 from pshare_jax.training.prepare import prepare
+from pshare_jax.training.run import train
 from pshare_jax.training.sources import Broken, open_reasoning_gym, read_source
 
 GOOD = {"messages": chat("question", "answer")}
@@ -25,6 +29,32 @@ def data(*paths, **kwargs) -> DataConfig:
 
 def prepared(tok, config):
     return prepare(config, tok, tok.eos_ids)
+
+
+@pytest.mark.parametrize("form", ["chat", "text"])
+def test_tokens_that_the_model_lacks_are_counted(tmp_path, form):
+    """An added token of the tokenizer for which the embedding has no row; XLA would take the last one."""
+    size = Tokenizer.from_folder(tiny_folder("llama", tmp_path / "other", num_hidden_layers=1)).vocab_size
+    base = tiny_folder("llama", tmp_path / "base", num_hidden_layers=1, vocab_size=size)
+    content = json.loads((base / "tokenizer.json").read_text())
+    new = {"id": size, "content": "<new>", "special": False}
+    new |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    edit_json(base / "tokenizer.json", added_tokens=[*content["added_tokens"], new])
+    answers = ["good", "a <new> one", "good again"]
+    lines = [
+        {"prompt": "q", "completion": text} if form == "text" else {"messages": chat("q", text)} for text in answers
+    ]
+    config = DataConfig([SourceConfig(write_jsonl(tmp_path / "a.jsonl", lines))], format=form)
+    tok = Tokenizer.from_folder(base)
+    found = prepare(config, tok, tok.eos_ids, vocab_size=size)
+    assert [sample.line for sample in found.train.store] == [1, 3]
+    told = f"1 x token that the model lacks (line 2): The tokenizer makes token {size} of '<new>', but"
+    assert f"{told} the model has tokens 0 to {size - 1}." in str(found.report)
+    assert len(prepare(config, tok, tok.eos_ids, vocab_size=size + 1).train) == 3
+    # A run knows its model.
+    only = DataConfig([SourceConfig(write_jsonl(tmp_path / "b.jsonl", lines[1:2]))], format=form)
+    with pytest.raises(PshareError, match=r"None of the 1 records .* token that the model lacks"):
+        train(TrainConfig(str(base), only, str(tmp_path / "run")))
 
 
 def ids(found) -> list:
