@@ -22,15 +22,19 @@ Attend = Callable[[int, Array | None, Array, Array, Any], tuple[Array | None, An
 
 
 class Embedding(nnx.Module):
-    """Token embeddings `[V, D]`, scaled where the family does so; also the head of tied models."""
+    """Token embeddings `[V, D]`, scaled where the family does so; also the head of tied models.
+
+    The weight may be wider than the model's dtype, which in training its gradients need: each of a token's many rows adds
+    to the same one.
+    """
 
     def __init__(self, config: ModelConfig, build: Build):
         self.weight = nnx.Param(jnp.zeros((config.vocab_size, config.hidden_size), build.dtype))
-        self.scale = config.embed_scale
+        self.scale, self.dtype = config.embed_scale, build.dtype
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Look tokens up."""
-        x = self.weight[...][tokens]
+        x = self.weight[...][tokens].astype(self.dtype)
         # The scale takes the weights' dtype first: in bfloat16 transformers rounds it too.
         return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)
 
@@ -117,7 +121,7 @@ class Decoder(nnx.Module):
     @property
     def head_weight(self) -> Float[Array, "D V"] | Float[Array, "V D"]:
         """What hidden states are multiplied with: the head `[D, V]`, or a tied model's embedding `[V, D]`."""
-        return self.embedding.weight[...] if self.head is None else self.head[...]
+        return self.embedding.weight[...].astype(self.embedding.dtype) if self.head is None else self.head[...]
 
     def _start(self, tokens: Array, positions: Array) -> tuple[Array, dict]:
         ropes = {layer.rope: None for layer in self.config.layers}

@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pshare_jax.model.layers import soft_cap
+from pshare_jax.training.mesh import row_axes
 
 CHUNK_LOGITS = 1 << 25
 """Most logits of a chunk (128 MiB in float32)."""
@@ -22,6 +24,42 @@ def chunk_tokens(num_tokens: int, vocab_size: int) -> int:
     most = max(1, CHUNK_LOGITS // vocab_size)
     num_chunks = -(-num_tokens // most)
     return -(-num_tokens // num_chunks)
+
+
+def rows_nll(
+    hidden: Float[Array, "B D size"],
+    weight: Array,
+    targets: Int[Array, "B D"],
+    real: Float[Array, "B D"],
+    *,
+    mesh: Mesh,
+    tied: bool,
+    softcap: float | None,
+    weight_grad: bool,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`head_nll` of all tokens. Where the mesh splits rows, every device walks over its own ones alone: left to the
+    partitioner, all devices would gather all hidden states and walk over all chunks.
+    """
+    axes = row_axes(mesh)
+
+    def own_rows(hidden: Array, weight: Array, targets: Array, real: Array) -> tuple[Array, Array]:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        options = {"tied": tied, "softcap": softcap, "weight_grad": weight_grad}
+        sums = head_nll(flat, weight, targets.reshape(-1), real.reshape(-1), **options)
+        return jax.lax.psum(sums, axes) if axes else sums
+
+    if not axes:
+        return own_rows(hidden, weight, targets, real)
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+    split = jax.shard_map(
+        own_rows,
+        mesh=mesh,
+        in_specs=(rows, whole, rows, rows),
+        out_specs=whole,
+        axis_names=set(axes),
+        check_vma=False,
+    )
+    return split(hidden, weight, targets, real)
 
 
 def head_nll(

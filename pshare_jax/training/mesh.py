@@ -30,6 +30,11 @@ def training_mesh(config: MeshConfig) -> Mesh:
     return Mesh(np.array(devices[: config.size]).reshape(shape), (DATA, FSDP, MODEL))
 
 
+def row_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes that split a batch's rows."""
+    return tuple(axis for axis in (DATA, FSDP) if mesh.shape.get(axis, 1) > 1)
+
+
 def put_batch(batch: TwoStreamBatch | OneStreamBatch, mesh: Mesh) -> TwoStreamBatch | OneStreamBatch:
     """A batch on the mesh, its rows split over `data` and `fsdp`."""
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec((DATA, FSDP))))

@@ -25,7 +25,9 @@ from pshare_jax.model.streams import ContextStream, DecodeStream, packed_attend,
 from pshare_jax.modules import DecodeModule
 from pshare_jax.training.batches import Layout, OneStreamBatch, TwoStreamBatch
 from pshare_jax.training.config import Method, ModuleConfig
-from pshare_jax.training.cross_entropy import head_nll
+from pshare_jax.training.cross_entropy import rows_nll
+
+EMBEDDING = "embedding.weight"
 
 
 class Tallies(NamedTuple):
@@ -73,7 +75,7 @@ def make_trainee(
     base = replace(
         base, params=_cast(base.params, compute_dtype), architecture=_typed(base.architecture, compute_dtype)
     )
-    architecture = _typed(base.architecture, "float32")
+    architecture = base.architecture
     if module.kind == "lora":
         lora = LoraConfig(module.rank, module.alpha / module.rank, tuple(module.targets))
         architecture = architecture.with_lora(lora)
@@ -117,6 +119,9 @@ def nll(
     With a `key` the adapter's inputs are dropped out as the config says; without (evaluation) nothing is.
     """
     params = {**frozen, **_cast(trainable, trainee.compute_dtype)}
+    if EMBEDDING in trainable:
+        # Its rows are cast when they are looked up, so that the slopes of a token's many rows are added in float32.
+        params[EMBEDDING] = trainable[EMBEDDING]
     decoder = trainee.architecture.bind(params)
     if key is not None and trainee.dropout:
         _set_dropout(decoder, trainee.dropout, key)
@@ -124,14 +129,13 @@ def nll(
         hidden = _decode_stream(trainee, decoder, base_params, batch)
     else:
         hidden = _picked(trainee, decoder, batch)
-    config = trainee.architecture.config
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    real = jnp.asarray(batch.weights).reshape(-1)
-    total, correct = head_nll(
-        flat,
+    real, config = jnp.asarray(batch.weights), trainee.architecture.config
+    total, correct = rows_nll(
+        hidden,
         decoder.head_weight,
-        jnp.asarray(batch.targets).reshape(-1),
+        jnp.asarray(batch.targets),
         real,
+        mesh=trainee.base.mesh,
         tied=config.tied,
         softcap=config.final_softcap,
         weight_grad=not frozen,
