@@ -11,6 +11,7 @@ from training_data import write_jsonl
 import pshare_jax as ps
 from pshare_jax.errors import PshareError
 from pshare_jax.model.decoder import Decoder
+from pshare_jax.training.batches import TwoStreamBatch
 from pshare_jax.training.bfcl import fetch_wheel
 from pshare_jax.training.config import ModuleConfig
 from pshare_jax.training.data_config import DataConfig, RowsConfig, SourceConfig
@@ -53,7 +54,8 @@ def test_rows_of_real_conversations_are_full_and_each_is_read_by_the_base_once(b
     assert sum(len(sample.turns) for sample in samples) > 730
     with training_batches(data.train, config, "two_stream") as batches:
         assert batches.epochs.fill() >= 0.85
-        read = [next(batches).arrays for _ in range(batches.num_batches() or 0)]
+        read = [batch.arrays for batch in batches if isinstance(batch.arrays, TwoStreamBatch)]
+    assert read
     # Of a conversation the base reads every token before the last answer's first target, once, whatever its turns.
     real = sum(int((batch.context_segments > 0).sum()) for batch in read)
     assert real == sum(sample.turns[-1][0] - 1 for sample in samples)
@@ -63,14 +65,11 @@ def test_rows_of_real_conversations_are_full_and_each_is_read_by_the_base_once(b
     passes = []
     prefill = Decoder.prefill
 
-    def counted(self, tokens, *rest, **named):
+    def counted(self, tokens, positions, attend, kv):
         passes.append(tokens.shape)
-        return prefill(self, tokens, *rest, **named)
+        return prefill(self, tokens, positions, attend, kv)
 
     monkeypatch.setattr(Decoder, "prefill", counted)
-    trainee = make_trainee(base, "prefillshare", ModuleConfig(), "float32", 0)
-    batch = read[0]
-    jax.eval_shape(
-        lambda trainable: nll(trainee, trainable, trainee.frozen, base.params, batch, None), trainee.trainable
-    )
-    assert passes == [batch.context_tokens.shape]
+    trainee = make_trainee(base, "prefillshare", ModuleConfig(), "float32")
+    jax.eval_shape(lambda params: nll(trainee, params, trainee.frozen, base.params, read[0], None), trainee.trained)
+    assert passes == [read[0].context_tokens.shape]

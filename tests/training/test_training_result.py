@@ -154,8 +154,10 @@ def test_the_card_says_first_what_the_module_is_for(lora, tmp_path):
     assert first.endswith("What it scores run alone is not measured.")
     assert f"| eval_loss | {outcome.evaluation['eval_loss']:.4g} |" in rest
     assert "| eval_parts | 6 |" in rest
-    for accuracy, reader in ((0.75, "module"), (0.5, "alone"), (0.25, "base"), (0.125, "alone")):
-        add_accuracy(folder, "sums.jsonl", accuracy, reader)
+    add_accuracy(folder, "sums.jsonl", 0.75, "module")
+    add_accuracy(folder, "sums.jsonl", 0.5, "alone")
+    add_accuracy(folder, "sums.jsonl", 0.25, "base")
+    add_accuracy(folder, "sums.jsonl", 0.125, "alone")
     add_accuracy(folder, "more.jsonl", 0.0, "alone")
     first, *rest = (folder / "README.md").read_text().splitlines()
     assert first.endswith("What it scores run alone is: sums.jsonl 0.125, more.jsonl 0.")
