@@ -102,6 +102,29 @@ def load(
     )
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What a source says of its model without any weights. `tokenizer` is None, and `stop_ids` empty, where it has none."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    stop_ids: frozenset[int]
+
+
+def read_outline(source: str | Path) -> Outline:
+    """A model's outline; of a Hugging Face folder config.json is enough, and embeddings are tied where it says so.
+
+    Raises:
+        PshareError: anything wrong with the source.
+    """
+    checkpoint = open_source(source, weights=False)
+    config = ModelConfig.from_hf(checkpoint.config)
+    if not checkpoint.has_tokenizer:
+        return Outline(config, None, frozenset())
+    tokenizer = checkpoint.tokenizer()
+    return Outline(config, tokenizer, end_set(checkpoint, tokenizer))
+
+
 def default_dtype(mesh: Mesh) -> str:
     """float32 on CPU, where bfloat16 products are slow, bfloat16 on accelerators."""
     return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pshare_jax.errors import PshareError
 from pshare_jax.model.config import ModelConfig
@@ -64,7 +64,7 @@ def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
         raise PshareError(f"tp {tp} does not divide the model's MLP size {config.ffn_size}.")
 
 
-def parameter_sharding(path: str, config: ModelConfig, mesh: Mesh) -> NamedSharding:
+def parameter_sharding(path: str, config: ModelConfig, mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of the parameter at `path` ("layers.0.attention.q.kernel")."""
     spec = next((spec for pattern, spec in PARAMETER_RULES if re.fullmatch(pattern, path)), None)
     if spec is None:
@@ -76,7 +76,7 @@ def parameter_sharding(path: str, config: ModelConfig, mesh: Mesh) -> NamedShard
     return NamedSharding(mesh, _also_fsdp(path, config, mesh, REPLICATED if replicated_kv or odd_vocab else spec))
 
 
-def _also_fsdp(path: str, config: ModelConfig, mesh: Mesh, spec: PartitionSpec) -> PartitionSpec:
+def _also_fsdp(path: str, config: ModelConfig, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> PartitionSpec:
     """`spec` with the side of a matrix that is `hidden_size` long split over `fsdp`, where the mesh has that axis."""
     parts = mesh.shape.get(FSDP, 1)
     if parts == 1 or config.hidden_size % parts:
@@ -105,7 +105,7 @@ def content_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, REPLICATED if config.num_kv_heads % mesh.shape[MODEL] else CONTENT_SPEC)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of tokens, positions and logits: every device has all."""
     return NamedSharding(mesh, REPLICATED)
 

@@ -62,11 +62,11 @@ class Ours:
             self._batch: Any = two_stream(rows, shape.prompt - 1, shape.answer)
         else:
             self._batch = one_stream(rows, shape.prompt + shape.answer - 1, shape.answer)
-        optimizer = optax.adamw(LEARNING_RATE)
+        optimizer, objective = optax.adamw(LEARNING_RATE), trainee.objective
 
         def step(params: Any, state: Any, frozen: Any, base_params: Any, batch: Any) -> Any:
             def mean(params: Any) -> Any:
-                total, tallies = nll(trainee, params, frozen, base_params, batch, None)
+                total, tallies = nll(objective, params, frozen, base_params, batch, None)
                 return total / tallies.tokens
 
             loss, slopes = jax.value_and_grad(mean)(params)

@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load_settings(TrainConfig, options.config, options.overrides)
         check_train_config(config)
         print(to_yaml(config), end="", flush=True)
-        if not options.print_config:
+        if options.dry_run:
+            _dry_run(config, options.resume)
+        elif not options.print_config:
             _train(config, options.resume)
     except PshareError as error:
         print(f"pshare-train: {error}", file=sys.stderr)
@@ -58,10 +60,21 @@ def _train(config: TrainConfig, resume: bool) -> None:
     run.train(config, resume=resume)
 
 
+def _dry_run(config: TrainConfig, resume: bool) -> None:
+    if resume:
+        raise PshareError("--dry-run is of a whole run, from its start; leave --resume out.")
+    from pshare_jax.training.dry_run import dry_run
+
+    dry_run(config)
+
+
 def _train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pshare-train", description="Train a decode module on a frozen base.")
     parser.add_argument("--config", required=True, type=Path, help="a YAML file, such as configs/train/example.yaml")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and end")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print sizes, tokens, memory and time of the run and end; writes nothing"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in output")
     parser.add_argument(
         "overrides", nargs="*", metavar="a.b=c", help="config values, such as optimizer.learning_rate=2e-5"

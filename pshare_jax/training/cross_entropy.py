@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pshare_jax.model.layers import soft_cap
@@ -32,7 +32,7 @@ def rows_nll(
     targets: Int[Array, "B D"],
     real: Float[Array, "B D"],
     *,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     tied: bool,
     softcap: float | None,
     weight_grad: bool,

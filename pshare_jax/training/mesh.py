@@ -5,7 +5,7 @@ Parameters follow the one table of `pshare_jax/mesh.py`; XLA's partitioner deriv
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pshare_jax.errors import PshareError
 from pshare_jax.mesh import FSDP, MODEL
@@ -30,11 +30,21 @@ def training_mesh(config: MeshConfig) -> Mesh:
     return Mesh(np.array(devices[: config.size]).reshape(shape), (DATA, FSDP, MODEL))
 
 
-def row_axes(mesh: Mesh) -> tuple[str, ...]:
+def row_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The axes that split a batch's rows."""
     return tuple(axis for axis in (DATA, FSDP) if mesh.shape.get(axis, 1) > 1)
 
 
+def abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """The mesh without devices, of which there may be fewer here: enough for shardings and sizes."""
+    return AbstractMesh((config.data, config.fsdp, config.tensor), (DATA, FSDP, MODEL))
+
+
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """A batch's rows, split over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
+
+
 def put_batch(batch: TwoStreamBatch | OneStreamBatch, mesh: Mesh) -> TwoStreamBatch | OneStreamBatch:
-    """A batch on the mesh, its rows split over `data` and `fsdp`."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec((DATA, FSDP))))
+    """A batch on the mesh."""
+    return jax.device_put(batch, batch_sharding(mesh))

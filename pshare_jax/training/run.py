@@ -12,6 +12,8 @@ from pshare_jax.compilation_cache import cache_folder, keep_programs
 from pshare_jax.errors import PshareError
 from pshare_jax.load import load
 from pshare_jax.mesh import virtual_cpu_devices
+from pshare_jax.model.config import ModelConfig
+from pshare_jax.tokenizer import Tokenizer
 from pshare_jax.training import run_folder
 from pshare_jax.training.checkpoint import Checkpoints
 from pshare_jax.training.config import TrainConfig
@@ -56,11 +58,7 @@ def train(
     say(f"opening and loading the base {config.base}")
     base = load(config.base, dtype=None if config.dtype == "auto" else config.dtype, mesh=mesh)
     say("reading the data")
-    # The server refuses what is longer than the model's context, so nothing is gained by training it.
-    data_config = replace(config.data, max_len=min(config.data.max_len, base.config.max_len))
-    data = prepare(data_config, base.tokenizer, base.stop_ids, config.layout, base.config.vocab_size)
-    if config.evaluation.every is not None and not len(data.evaluation):
-        raise PshareError("evaluation.every is set, but no evaluation sample is left; see data.eval_sources.")
+    data = read_data(config, base.tokenizer, base.stop_ids, base.config)
     say(f"data:\n{data.report}")
     trainee = make_trainee(base, config.method, config.module, base.architecture.dtype)
     with (
@@ -95,6 +93,20 @@ def train(
             else:
                 say(f"stopped after step {outcome.step} of {trainer.num_steps}; go on with --resume")
     return run, outcome
+
+
+def read_data(config: TrainConfig, tokenizer: Tokenizer, stop_ids: frozenset[int], model: ModelConfig) -> PreparedData:
+    """The data of a run: samples that `model` can read.
+
+    Raises:
+        PshareError: anything wrong with them.
+    """
+    # The server refuses what is longer than the model's context, so nothing is gained by training it.
+    data_config = replace(config.data, max_len=min(config.data.max_len, model.max_len))
+    data = prepare(data_config, tokenizer, stop_ids, config.layout, model.vocab_size)
+    if config.evaluation.every is not None and not len(data.evaluation):
+        raise PshareError("evaluation.every is set, but no evaluation sample is left; see data.eval_sources.")
+    return data
 
 
 def _held_out(config: TrainConfig, data: PreparedData) -> MakeBatches | None:

@@ -5,7 +5,7 @@ is applied is decided on the device: a step with anything that is not finite lea
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pshare_jax.mesh import replicated
 from pshare_jax.model.params import Params
-from pshare_jax.training.trainee import Tallies, Trainee, nll
+from pshare_jax.training.trainee import Objective, Tallies, nll
 
 
 class TrainState(NamedTuple):
@@ -68,17 +68,15 @@ class TrainSteps:
 
 
 def train_steps(
-    trainee: Trainee, optimizer: optax.GradientTransformation, schedule: optax.Schedule, seed: int
+    objective: Objective, optimizer: optax.GradientTransformation, schedule: optax.Schedule, seed: int
 ) -> TrainSteps:
-    """The steps for a trainee on its base's mesh; all results keep the sharding of the parameter table.
+    """The steps for an objective on its mesh; all results keep the sharding of the parameter table.
 
     `accumulate` takes the number of its micro-batch in the run, which with `seed` decides what dropout draws.
     """
-    state_shapes = _state_shapes(trainee, optimizer)
-    shardings = jax.tree.map(lambda x: x.sharding, state_shapes)
-    whole = replicated(trainee.base.mesh)
-    # The compiled steps must not keep weights alive that their callers let go.
-    trainee = replace(trainee.without_base(), frozen={})
+    state = state_shapes(objective, optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    whole = replicated(objective.mesh)
     sums_out = Sums._make([shardings.trainable, whole, whole, whole])
 
     def init(trainable: Params) -> TrainState:
@@ -88,7 +86,7 @@ def train_steps(
         return TrainState(masters, optimizer.init(masters), zero, zero, zero)
 
     def no_sums() -> Sums:
-        gradients = {path: jnp.zeros(x.shape, jnp.float32) for path, x in trainee.trained.items()}
+        gradients = {path: jnp.zeros(x.shape, jnp.float32) for path, x in objective.trained.items()}
         return Sums(gradients, *(jnp.float32(0) for _ in range(3)))
 
     def accumulate(
@@ -97,7 +95,7 @@ def train_steps(
         key = jax.random.fold_in(jax.random.key(seed), number)
 
         def loss(trainable: Params) -> tuple[Array, Tallies]:
-            return nll(trainee, trainable, frozen, base_params, batch, key)
+            return nll(objective, trainable, frozen, base_params, batch, key)
 
         (value, tallies), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         new = Sums(gradients, value, tallies.tokens, tallies.correct)
@@ -134,10 +132,10 @@ def train_steps(
         return after, result
 
     def evaluate(trainable: Params, frozen: Params, base_params: Params, batch: Any) -> tuple[Array, Tallies]:
-        return nll(trainee, trainable, frozen, base_params, batch, None)
+        return nll(objective, trainable, frozen, base_params, batch, None)
 
     return TrainSteps(
-        state=state_shapes,
+        state=state,
         init=jax.jit(init, out_shardings=shardings),
         no_sums=jax.jit(no_sums, out_shardings=sums_out),
         accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=sums_out),
@@ -146,13 +144,13 @@ def train_steps(
     )
 
 
-def _state_shapes(trainee: Trainee, optimizer: optax.GradientTransformation) -> TrainState:
+def state_shapes(objective: Objective, optimizer: optax.GradientTransformation) -> TrainState:
     """A `TrainState` of shapes with shardings: the optimizer's moments are and lie as their parameters do."""
 
     def whole(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(trainee.base.mesh))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(objective.mesh))
 
-    trained = dict(trainee.trained)
+    trained = objective.trained
     moments = optax.tree.map_params(
         optimizer,
         lambda _, like: like,

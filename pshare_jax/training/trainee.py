@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from pshare_jax.errors import PshareError
 from pshare_jax.load import Model
 from pshare_jax.mesh import parameter_sharding
+from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.decoder import Decoder
 from pshare_jax.model.layers import LoraConfig, Projection
 from pshare_jax.model.params import Architecture, Params, is_lora
@@ -38,30 +40,73 @@ class Tallies(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Trainee:
-    """A decode module in training, without its values. `base` is frozen, in the compute dtype.
+class Objective:
+    """What the loss is, without any weights: the base's decoder and the module's, on one mesh.
 
-    `trained` are shapes and shardings of the float32 masters: every parameter of the model (full), or A and B alone (lora);
-    `frozen` is what the module reads beside them, the base's own arrays.
+    The mesh may be an abstract one where nothing is computed.
     """
 
-    base: Model
+    base: Architecture
     architecture: Architecture
-    method: Method
-    trained: Mapping[str, jax.ShapeDtypeStruct]
-    frozen: Params
+    mesh: Mesh | AbstractMesh
     compute_dtype: str
     dropout: float = 0.0
     remat: bool = True
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's config, which base and module share."""
+        return self.base.config
+
+    @property
+    def trained(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Path -> shape and sharding of the float32 masters: every parameter of the model (full), or A and B alone (lora)."""
+        whole = self.architecture.lora is None
+        return {
+            path: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=parameter_sharding(path, self.config, self.mesh))
+            for path, x in self.architecture.shapes.items()
+            if whole or is_lora(path)
+        }
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A decode module in training, without its values. `base` is frozen, in the compute dtype; `frozen` is what the module
+    reads beside what is trained, the base's own arrays.
+    """
+
+    base: Model
+    objective: Objective
+    method: Method
+    frozen: Params
 
     @property
     def layout(self) -> Layout:
         """The batches that `nll` takes."""
         return "two_stream" if self.method == "prefillshare" else "one_stream"
 
+    @property
+    def trained(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Path -> shape and sharding of the masters."""
+        return self.objective.trained
+
     def without_base(self) -> "Trainee":
         """The same, holding no weights of the base but those in `frozen`."""
         return replace(self, base=replace(self.base, params={}))
+
+
+def module_architecture(base: Architecture, module: ModuleConfig) -> Architecture:
+    """The decoder that is trained: the base's own, or with an adapter.
+
+    Raises:
+        PshareError: the adapter's targets are no projections of the model.
+    """
+    if module.kind == "full":
+        return base
+    architecture = base.with_lora(LoraConfig(module.rank, module.alpha / module.rank, tuple(module.targets)))
+    if not any(map(is_lora, architecture.shapes)):
+        raise PshareError(f"module.targets {module.targets} names no projection of the model.")
+    return architecture
 
 
 def make_trainee(
@@ -75,19 +120,9 @@ def make_trainee(
     base = replace(
         base, params=_cast(base.params, compute_dtype), architecture=_typed(base.architecture, compute_dtype)
     )
-    architecture = base.architecture
-    if module.kind == "lora":
-        lora = LoraConfig(module.rank, module.alpha / module.rank, tuple(module.targets))
-        architecture = architecture.with_lora(lora)
-    trained = {
-        path: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=parameter_sharding(path, base.config, base.mesh))
-        for path, x in architecture.shapes.items()
-        if module.kind == "full" or is_lora(path)
-    }
-    if not trained:
-        raise PshareError(f"module.targets {module.targets} names no projection of the model.")
-    frozen = {} if module.kind == "full" else base.params
-    return Trainee(base, architecture, method, trained, frozen, compute_dtype, module.dropout, remat)
+    architecture = module_architecture(base.architecture, module)
+    objective = Objective(base.architecture, architecture, base.mesh, compute_dtype, module.dropout, remat)
+    return Trainee(base, objective, method, {} if module.kind == "full" else base.params)
 
 
 def first_values(trainee: Trainee, seed: int) -> Params:
@@ -107,7 +142,7 @@ def first_values(trainee: Trainee, seed: int) -> Params:
 
 
 def nll(
-    trainee: Trainee,
+    objective: Objective,
     trainable: Params,
     frozen: Params,
     base_params: Params,
@@ -118,24 +153,24 @@ def nll(
 
     With a `key` the adapter's inputs are dropped out as the config says; without (evaluation) nothing is.
     """
-    params = {**frozen, **_cast(trainable, trainee.compute_dtype)}
+    params = {**frozen, **_cast(trainable, objective.compute_dtype)}
     if EMBEDDING in trainable:
         # Its rows are cast when they are looked up, so that the slopes of a token's many rows are added in float32.
         params[EMBEDDING] = trainable[EMBEDDING]
-    decoder = trainee.architecture.bind(params)
-    if key is not None and trainee.dropout:
-        _set_dropout(decoder, trainee.dropout, key)
+    decoder = objective.architecture.bind(params)
+    if key is not None and objective.dropout:
+        _set_dropout(decoder, objective.dropout, key)
     if isinstance(batch, TwoStreamBatch):
-        hidden = _decode_stream(trainee, decoder, base_params, batch)
+        hidden = _decode_stream(objective, decoder, base_params, batch)
     else:
-        hidden = _picked(trainee, decoder, batch)
-    real, config = jnp.asarray(batch.weights), trainee.architecture.config
+        hidden = _picked(objective, decoder, batch)
+    real, config = jnp.asarray(batch.weights), objective.config
     total, correct = rows_nll(
         hidden,
         decoder.head_weight,
         jnp.asarray(batch.targets),
         real,
-        mesh=trainee.base.mesh,
+        mesh=objective.mesh,
         tied=config.tied,
         softcap=config.final_softcap,
         weight_grad=not frozen,
@@ -144,23 +179,23 @@ def nll(
 
 
 def _decode_stream(
-    trainee: Trainee, decoder: Decoder, base_params: Params, batch: TwoStreamBatch
+    objective: Objective, decoder: Decoder, base_params: Params, batch: TwoStreamBatch
 ) -> Float[Array, "B D size"]:
-    config = trainee.base.config
+    config = objective.config
     segments, positions = jnp.asarray(batch.context_segments), jnp.asarray(batch.context_positions)
-    base = trainee.base.architecture.bind(jax.lax.stop_gradient(base_params))
+    base = objective.base.bind(jax.lax.stop_gradient(base_params))
     kv = base.prefill(jnp.asarray(batch.context_tokens), positions, packed_attend(config, segments, keep_kv=True), ())
     context = ContextStream(positions, segments, jax.lax.stop_gradient(kv))
     places = (batch.decode_positions, batch.decode_segments, batch.decode_turns, batch.decode_prefix)
     decode = DecodeStream(*(jnp.asarray(part) for part in places))
     attend = two_stream_attend(config, decode, context)
-    return decoder(jnp.asarray(batch.decode_tokens), decode.positions, attend, (), remat=trainee.remat)[0]
+    return decoder(jnp.asarray(batch.decode_tokens), decode.positions, attend, (), remat=objective.remat)[0]
 
 
-def _picked(trainee: Trainee, decoder: Decoder, batch: OneStreamBatch) -> Float[Array, "B R size"]:
-    attend = packed_attend(trainee.base.config, jnp.asarray(batch.segments), keep_kv=False)
+def _picked(objective: Objective, decoder: Decoder, batch: OneStreamBatch) -> Float[Array, "B R size"]:
+    attend = packed_attend(objective.config, jnp.asarray(batch.segments), keep_kv=False)
     tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
-    hidden, _ = decoder(tokens, positions, attend, (), remat=trainee.remat)
+    hidden, _ = decoder(tokens, positions, attend, (), remat=objective.remat)
     return jnp.take_along_axis(hidden, jnp.asarray(batch.picks)[:, :, None], axis=1)
 
 
@@ -169,7 +204,7 @@ def decode_module(trainee: Trainee, trainable: Params) -> DecodeModule:
     dtype, mesh, config = trainee.base.architecture.dtype, trainee.base.mesh, trainee.base.config
     shardings = {path: parameter_sharding(path, config, mesh) for path in trainable}
     params = {**trainee.frozen, **jax.device_put(_cast(trainable, dtype), shardings)}
-    return DecodeModule(_typed(trainee.architecture, dtype), params, mesh)
+    return DecodeModule(_typed(trainee.objective.architecture, dtype), params, mesh)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

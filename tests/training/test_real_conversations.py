@@ -71,5 +71,7 @@ def test_rows_of_real_conversations_are_full_and_each_is_read_by_the_base_once(b
 
     monkeypatch.setattr(Decoder, "prefill", counted)
     trainee = make_trainee(base, "prefillshare", ModuleConfig(), "float32")
-    jax.eval_shape(lambda params: nll(trainee, params, trainee.frozen, base.params, read[0], None), trainee.trained)
+    jax.eval_shape(
+        lambda params: nll(trainee.objective, params, trainee.frozen, base.params, read[0], None), trainee.trained
+    )
     assert passes == [read[0].context_tokens.shape]

@@ -56,7 +56,7 @@ class Rig:
     def __init__(self, world, module, mesh=None, optimizer=ADAMW):
         base = ps.load(world[0], mesh=training_mesh(mesh or MeshConfig()))
         trainee = make_trainee(base, "prefillshare", module, "float32")
-        self.steps = train_steps(trainee, make_optimizer(optimizer, 9), make_schedule(optimizer, 9), 0)
+        self.steps = train_steps(trainee.objective, make_optimizer(optimizer, 9), make_schedule(optimizer, 9), 0)
         self.fixed, self.mesh, self.base = (trainee.frozen, base.params), base.mesh, base
         self.state = self.steps.init(first_values(trainee, 0))
 
@@ -150,8 +150,8 @@ def poisoned(kind: str):
     """`nll` that is not finite where a batch has the target NAN_TARGET."""
     nll = steps_module.nll
 
-    def spoiled(trainee, trainable, frozen, base_params, batch, key):
-        value, tallies = nll(trainee, trainable, frozen, base_params, batch, key)
+    def spoiled(objective, trainable, frozen, base_params, batch, key):
+        value, tallies = nll(objective, trainable, frozen, base_params, batch, key)
         bad = (batch.targets == NAN_TARGET).any()
         if kind == "gradient":
             # Nothing in value, with an infinite slope.
@@ -200,9 +200,9 @@ def test_an_update_that_overflows_is_not_applied(world):
 def test_a_run_counts_bad_steps_and_ends_after_too_many(world, tmp_path, monkeypatch):
     nll = steps_module.nll
 
-    def ever_more(trainee, trainable, frozen, base_params, batch, key):
+    def ever_more(objective, trainable, frozen, base_params, batch, key):
         """Not finite once B has moved: after the first applied step every loss is NaN."""
-        value, tallies = nll(trainee, trainable, frozen, base_params, batch, key)
+        value, tallies = nll(objective, trainable, frozen, base_params, batch, key)
         moved = jnp.abs(trainable["layers.0.attention.q.lora_b"]).sum() > 0
         return value * jnp.where(moved, jnp.nan, 1.0), tallies
 
