@@ -3,6 +3,7 @@
 Of the base it reads config and tokenizer; of the data everything, as the run would. Called by the command line.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -112,13 +113,15 @@ def _planned(config: TrainConfig, outline: Outline) -> Planned:
         per_epoch, fill = epochs.num_batches(0), epochs.fill()
     targets, tokens = _epoch_tokens(data.train, config)
     steps = num_steps(config, num_batches)
+    # The last step may have fewer batches than the others.
+    read = min(steps * config.accumulation, num_batches or math.inf)
     per_batch = tokens / per_epoch
     told = [
         ("samples", f"{len(data.train):,}, and {len(data.evaluation):,} to evaluate on"),
         *_shape_lines(shape),
         ("an epoch", f"{per_epoch:,} batches, {tokens:,.0f} tokens, {targets:,.0f} of them targets"),
         ("places that hold tokens", f"{fill:.0%}"),
-        *_run_lines(steps, steps * config.accumulation * per_batch),
+        *_run_lines(steps, read * per_batch),
     ]
     return Planned(shape, per_batch, steps, told)
 

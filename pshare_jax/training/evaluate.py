@@ -197,7 +197,7 @@ def _run(options: argparse.Namespace) -> None:
         f"95 % interval {low:.1%} to {high:.1%}), {result.seconds:.1f} s"
     )
     if options.output:
-        asked = {key: value for key, value in vars(options).items() if key != "output"}
+        asked = {key: value for key, value in vars(options).items() if key not in ("output", "card")}
         dtype = base.architecture.dtype
         content = {**asked, "dtype": dtype, "device": base.mesh.devices.flat[0].device_kind, **result.summary()}
         options.output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

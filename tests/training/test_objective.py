@@ -41,8 +41,7 @@ STEPS: dict[Any, Any] = {}
 def compiled(trainee):
     """(forward, forward and backward) of everything but the arrays, compiled once for all that is equal."""
     blocks = attention.QUERY_BLOCK, cross_entropy.CHUNK_LOGITS
-    shape = trainee.base.architecture, trainee.architecture, trainee.method, trainee.dropout, trainee.remat
-    key = (*shape, trainee.base.mesh, trainee.compute_dtype, bool(trainee.frozen), *blocks)
+    key = (trainee.objective, trainee.method, bool(trainee.frozen), *blocks)
     if key not in STEPS:
 
         def step(trainable, frozen, base, batch, key):
@@ -95,7 +94,7 @@ def check_gradients(trainee, monkeypatch):
     found = [first, replace(second, turns=second.turns[:1])]
     total, _, slopes = both(trainee, packed(trainee.layout, [found, [], []]))
     reference = jax.jit(
-        jax.value_and_grad(lambda trainable: sum(reference_nll(trainee.objective, trainable, one) for one in found))
+        jax.value_and_grad(lambda trainable: sum(reference_nll(trainee, trainable, one) for one in found))
     )
     expected, wanted = reference(trainee.trainable)
     assert total == pytest.approx(float(expected), rel=1e-5)
@@ -199,7 +198,7 @@ def test_dropout_is_a_function_of_the_key(llama):
     assert with_key(1) == with_key(1)
     assert len({with_key(1), with_key(2), without}) == 3
     # A mask of its own for every adapter, of half the inputs, which are doubled.
-    layer = trainee.architecture.bind({**trainee.frozen, **trainee.trainable}).layers[0].attention
+    layer = trainee.objective.architecture.bind({**trainee.frozen, **trainee.trainable}).layers[0].attention
     from pshare_jax.training.trainee import _dropped
 
     dropped = _dropped(jax.random.key(0), 0.5, jnp.ones((4, 50, 50)))
