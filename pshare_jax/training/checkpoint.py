@@ -4,7 +4,8 @@ One holds the trained parameters, the optimizer's state, and a small JSON of cou
 is in none. A folder becomes a checkpoint by a rename at the end of the save, so one that a kill cut short is not seen.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ class Checkpoints:
             progress=ocp.args.JsonSave({**progress.__dict__, **counters}),
         )
         self._eval_losses[progress.step] = progress.eval_loss
-        self._manager.save(progress.step, args=items)
+        with self._writing():
+            self._manager.save(progress.step, args=items)
 
     def progress(self, step: int) -> Progress:
         """The plain values of a checkpoint."""
@@ -102,18 +104,31 @@ class Checkpoints:
         }
         return TrainState(restored["trainable"], restored["optimizer"], **counters)
 
-    def restore_trainable(self, step: int, like: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+    def restore_trainable(self, step: int, like: Mapping[str, jax.ShapeDtypeStruct | jax.Array]) -> Params:
         """The trained parameters alone."""
         items = ocp.args.Composite(trainable=ocp.args.StandardRestore(_abstract(dict(like))))
         return self._restored(step, items)["trainable"]
 
     def wait(self) -> None:
         """Until all that was saved is complete on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and ends orbax's threads."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What goes wrong in the background comes up with the next save or wait."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            # What tensorstore says ends with the system's reason, behind a chain of files.
+            told = str(error).strip().split("\n")[0].rsplit(": ", 1)[-1].split(" [")[0]
+            reason = getattr(error, "strerror", None) or told
+            raise PshareError(f"A checkpoint cannot be written to {self._folder}: {reason}.") from error
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -1,5 +1,6 @@
 """From a config to a decode module: loads the base, prepares the data, trains, writes the result. Called by the command line."""
 
+import logging
 import signal
 import time
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ def prepare_jax(config: TrainConfig) -> None:
     keep_freed_memory()
     virtual_cpu_devices(config.mesh.size)
     keep_programs(cache_folder())
+    # Orbax and grain print tracebacks of what they also raise, which ends in one sentence.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def train(
@@ -47,13 +50,18 @@ def train(
     Raises:
         PshareError: anything wrong with the config, the base, the data, or the run folder.
     """
+    run = run_folder.claim(config, resume)
+    with run_folder.held(run):
+        return run, _train_in(run, config, evaluate_module)
+
+
+def _train_in(run: RunFolder, config: TrainConfig, evaluate_module: ModuleEvaluation | None) -> Outcome:
     started = time.monotonic()
     console = Console()
 
     def say(line: str) -> None:
         console.print(f"[{time.monotonic() - started:5.1f} s] {line}", markup=False, highlight=False, soft_wrap=True)
 
-    run = run_folder.claim(config, resume)
     mesh = training_mesh(config.mesh)
     say(f"opening and loading the base {config.base}")
     base = load(config.base, dtype=None if config.dtype == "auto" else config.dtype, mesh=mesh)
@@ -92,7 +100,7 @@ def train(
                 say(f"the decode module is in {run.module}")
             else:
                 say(f"stopped after step {outcome.step} of {trainer.num_steps}; go on with --resume")
-    return run, outcome
+    return outcome
 
 
 def read_data(config: TrainConfig, tokenizer: Tokenizer, stop_ids: frozenset[int], model: ModelConfig) -> PreparedData:

@@ -7,10 +7,14 @@ tensorboard/     the same as TensorBoard event files
 checkpoints/     step by step, for --resume and pshare-export
 loss.png         the loss over the steps
 module/          the trained decode module
+.lock            held by the process that trains in it
 """
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +96,30 @@ def claim(config: TrainConfig, resume: bool) -> RunFolder:
     return run
 
 
+@contextmanager
+def held(run: RunFolder) -> Iterator[None]:
+    """Makes the folder and keeps other processes from training in it, until the end of the `with` or of this process.
+
+    Raises:
+        PshareError: another process trains in it, or it cannot be written to.
+    """
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        file = (run.root / ".lock").open("w")
+    except OSError as error:
+        raise _cannot_write(run, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PshareError(
+                f"Another process trains in {run.root}; wait for its end, or give another output."
+            ) from None
+        except OSError as error:
+            raise _cannot_write(run, error) from None
+        yield
+
+
 def start(run: RunFolder, config: TrainConfig, data_report: str, step: int) -> None:
     """Makes it the folder of a run that goes on after `step`: config and data report are there, later metrics gone.
 
@@ -104,7 +132,11 @@ def start(run: RunFolder, config: TrainConfig, data_report: str, step: int) -> N
         _write(run.data_report, data_report)
         _write(run.config, to_yaml(config))
     except OSError as error:
-        raise PshareError(f"Cannot write to the run folder {run.root}: {error.strerror or error}.") from None
+        raise _cannot_write(run, error) from None
+
+
+def _cannot_write(run: RunFolder, error: OSError) -> PshareError:
+    return PshareError(f"Cannot write to the run folder {run.root}: {error.strerror or error}.")
 
 
 def _forget_after(metrics: Path, step: int) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints by themselves: which stay, on which mesh they come back, what is in them."""
 
+import resource
 from pathlib import Path
 
 import jax
@@ -105,6 +106,33 @@ def test_one_that_is_not_of_this_shape_is_refused(tmp_path):
         checkpoints.wait()
         with pytest.raises(PshareError, match="3 cannot be read"):
             checkpoints.restore_trainable(3, {"other": state.trainable["head"]})
+
+
+def save_without_room(folder: Path, notices: str) -> None:
+    """Here the system lets no file grow beyond 10 kB."""
+    # Noise does not compress.
+    noise = jnp.asarray(np.random.default_rng(0).normal(size=(64, 512)), jnp.float32)
+    state = state_on(training_mesh(MeshConfig()), ())._replace(trainable={"head": noise})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with Checkpoints(folder, CheckpointConfig()) as checkpoints:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+            checkpoints.save(state, Progress(3, DATA, 9, "base"))
+            if notices == "wait":
+                checkpoints.wait()
+            if notices == "save":
+                checkpoints.save(state, Progress(4, DATA, 9, "base"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("notices", ["wait", "save", "close"])
+def test_a_disk_without_room_is_one_sentence(tmp_path, notices):
+    """The save is in the background; whatever comes next tells."""
+    with pytest.raises(PshareError, match=r"^A checkpoint cannot be written to .*: File too large\.$"):
+        save_without_room(tmp_path, notices)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == []
 
 
 def test_more_devices_than_there_are():

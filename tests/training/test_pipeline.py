@@ -59,6 +59,7 @@ def test_every_sample_is_used_once_an_epoch_in_an_order_of_its_own(data, layout)
     capacity = (128, 48)
     with Batches(epochs_of(data, layout, capacity=capacity), 3, 0) as loader:
         count = loader.num_batches()
+        assert count is not None
         batches = [next(loader)]
         assert loader.num_batches() == count - 1
         batches += loader

@@ -15,6 +15,7 @@ from tiny_runs import (
     LORA,
     all_metrics,
     assert_same_steps,
+    exported_alone,
     killed,
     make_world,
     metrics,
@@ -34,6 +35,7 @@ from pshare_jax.training.config import CheckpointConfig, EvaluationConfig, MeshC
 from pshare_jax.training.data_config import DataConfig
 from pshare_jax.training.pipeline import evaluation_batches
 from pshare_jax.training.run import train
+from pshare_jax.training.run_folder import RunFolder, claim, held
 from pshare_jax.training.trainer import num_steps
 
 
@@ -48,6 +50,10 @@ def straight(world, tmp_path_factory):
     config = run_config(world, tmp_path_factory.mktemp("straight") / "run", module=replace(LORA, dropout=0.1))
     _, outcome = train(config)
     return config, outcome, metrics(config.output)
+
+
+def with_workers(config: TrainConfig, count: int) -> TrainConfig:
+    return replace(config, data=replace(config.data, num_workers=count))
 
 
 def same_state(ours, theirs) -> None:
@@ -69,7 +75,8 @@ def test_a_run_and_its_folder(straight):
         *("tokens_per_second", "epoch", "applied", "bad_steps", "samples"),
     }
     assert {path.name for path in run.iterdir()} == {
-        *("config.yaml", "data_report.txt", "metrics.jsonl", "tensorboard", "checkpoints", "loss.png", "module")
+        *("config.yaml", "data_report.txt", "metrics.jsonl", "tensorboard", "checkpoints", "loss.png", "module"),
+        ".lock",
     }
     assert load_settings(TrainConfig, run / "config.yaml") == config
     assert "19 of 19 records used" in (run / "data_report.txt").read_text()
@@ -197,16 +204,20 @@ def test_a_longer_run_after_a_short_step_leaves_no_batch_out(straight, tmp_path)
 
 
 def test_kill_9_in_the_middle_of_a_save(straight, tmp_path):
-    """The command line with two workers is killed at a random step; it goes on here with none, and is the straight run."""
+    """The command line is killed at a random step, in a save or a step after it; it goes on here with another number of
+    workers, and is the straight run: over the border of an epoch inside of a step, with packed rows and dropout.
+    """
     config, expected, lines = straight
+    draw = np.random.default_rng()
+    step, in_save, workers = int(draw.choice([4, 6, 8])), bool(draw.integers(2)), int(draw.choice([0, 2]))
+    print(f"{step=}, {in_save=}, {workers=}")
     config = replace(config, output=str(tmp_path / "run"))
-    step = int(np.random.default_rng().choice([4, 6]))
-    died = killed(replace(config, data=replace(config.data, num_workers=2)), tmp_path, step)
+    died = killed(with_workers(config, workers), tmp_path, step, in_save)
     assert died.returncode == -signal.SIGKILL, died.stderr
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         # As a rule the kill cuts this save short. The one before it is whole: orbax saves one after the other.
         assert step - 2 <= checkpoints.steps[-1] <= step
-    _, outcome = train(config, resume=True)
+    _, outcome = train(with_workers(config, 2 - workers), resume=True)
     assert_same_steps(metrics(config.output), lines)
     same_state(outcome.state, expected.state)
 
@@ -283,6 +294,11 @@ def test_a_run_goes_on_on_another_mesh(straight, tmp_path):
             assert len(one.sharding.device_set) == 4
             assert one.addressable_shards[0].data.size * parts == one.size, path
     assert read_card(tmp_path / "run" / "module").kind == "lora"
+    # Four devices saved the last checkpoint; a process with one exports it (A5-14).
+    alone = exported_alone(tmp_path / "run", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "run" / "module" / name).read_bytes()
 
 
 def test_the_last_ones_and_the_best_are_kept(world, tmp_path, monkeypatch):
@@ -293,7 +309,9 @@ def test_the_last_ones_and_the_best_are_kept(world, tmp_path, monkeypatch):
 
     told = iter([float("nan"), 1.0, 2.0, float("nan"), float("inf")])
     evaluated = trainer_module.Trainer._evaluated
-    monkeypatch.setattr(trainer_module.Trainer, "_evaluated", lambda self: {**evaluated(self), "eval_loss": next(told)})
+    monkeypatch.setattr(
+        trainer_module.Trainer, "_evaluated", lambda self: {**(evaluated(self) or {}), "eval_loss": next(told)}
+    )
     config = run_config(
         world,
         tmp_path / "run",
@@ -331,7 +349,15 @@ def test_a_run_that_fails_early_leaves_its_folder_free(world, tmp_path):
     broken = replace(config, data=DataConfig([replace(config.data.sources[0], path=str(tmp_path / "none.jsonl"))]))
     with pytest.raises(PshareError, match=r"evaluation|none\.jsonl"):
         train(replace(broken, evaluation=EvaluationConfig()))
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    assert not claim(config, resume=False).config.exists()
+
+
+def test_one_process_at_a_time(straight):
+    config, _, lines = straight
+    with held(RunFolder(Path(config.output))), pytest.raises(PshareError, match="Another process trains in"):
+        train(config, resume=True)
+    assert metrics(config.output) == lines
 
 
 @pytest.mark.parametrize(

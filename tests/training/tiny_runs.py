@@ -22,20 +22,25 @@ ROOT = Path(__file__).parents[2]
 LORA = ModuleConfig("lora", rank=3, alpha=6.0, targets=("q", "v", "down"), dropout=0.0)
 FULL = ModuleConfig("full")
 
-# Kills itself just after the checkpoint of step argv[1] has begun, which orbax writes in the background; the rest is
-# pshare-train's.
+# Kills itself just after the checkpoint of step argv[1] has begun, which orbax writes in the background, or (argv[2]) when a
+# later step is told, while the one after it is computed; the rest is pshare-train's.
 KILLED = """
 import os, signal, sys
 from pshare_jax.training import cli
 from pshare_jax.training.checkpoint import Checkpoints
-step = int(sys.argv[1])
-save = Checkpoints.save
-def save_and_die(self, state, progress):
-    save(self, state, progress)
-    if progress.step == step:
-        os.kill(os.getpid(), signal.SIGKILL)
-Checkpoints.save = save_and_die
-sys.exit(cli.main(sys.argv[2:]))
+from pshare_jax.training.progress import Reporter
+step, in_save = int(sys.argv[1]), sys.argv[2] == "True"
+def dying(method, at):
+    def call(self, *values):
+        method(self, *values)
+        if values[-1].step == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return call
+if in_save:
+    Checkpoints.save = dying(Checkpoints.save, step)
+else:
+    Reporter.step = dying(Reporter.step, step + 1)
+sys.exit(cli.main(sys.argv[3:]))
 """
 
 
@@ -97,21 +102,26 @@ def stop_after(monkeypatch, step: int) -> None:
     monkeypatch.setattr(run_module.Reporter, "step", step_and_stop)
 
 
-def killed(config: TrainConfig, tmp_path: Path, step: int) -> subprocess.CompletedProcess:
-    """pshare-train in a process that is killed while it saves after `step`.
+def killed(config: TrainConfig, tmp_path: Path, step: int, in_save: bool) -> subprocess.CompletedProcess:
+    """pshare-train in a process that is killed while it saves after `step`, or at the end of the next step.
 
     Its pipes close when its workers, too, are gone: one that stays behind is a timeout.
     """
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
+    return _run(tmp_path, KILLED, str(step), str(in_save), "--config", str(path))
+
+
+def exported_alone(run: Path, output: Path) -> subprocess.CompletedProcess:
+    """pshare-export in a process that has one device."""
+    code = "import sys; from pshare_jax.training.cli import export_main; sys.exit(export_main())"
+    return _run(output.parent, code, "--run", str(run), "--output", str(output))
+
+
+def _run(tmp_path: Path, code: str, *arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    return subprocess.run(
-        [sys.executable, "-c", KILLED, str(step), "--config", str(path)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
 
 
 def moments(state: Any) -> Any:
