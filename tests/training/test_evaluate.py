@@ -212,7 +212,18 @@ def test_a_card_tells_what_was_evaluated(folder, base, tmp_path, capsys):
     save_module(tmp_path / "m", module, base, training=training)
     save_module(tmp_path / "bare", module, base)
     data = write_jsonl(tmp_path / "data.jsonl", [{"messages": chat("a", "b")}])
-    common = ("--base", folder, "--task", data, "--max-new-tokens", 2, "--output", tmp_path / "o", "--card", tmp_path / "m")
+    common = (
+        "--base",
+        folder,
+        "--task",
+        data,
+        "--max-new-tokens",
+        2,
+        "--output",
+        tmp_path / "o",
+        "--card",
+        tmp_path / "m",
+    )
     assert run(*common, "--module", tmp_path / "m") == 0
     assert run(*common, "--module", tmp_path / "m", "--sharing-ratio", 0) == 0
     assert run(*common, "--module", "base") == 0

@@ -9,18 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from objective_world import SMALL, World, assert_gradients_agree, fresh, packed, reference_nll, samples, shape_of
 from tiny import FAMILIES, tiny_folder
 
 import pshare_jax as ps
 from pshare_jax.mesh import parameter_sharding
 from pshare_jax.model import attention
+from pshare_jax.model.layers import Projection
 from pshare_jax.training import cross_entropy
 from pshare_jax.training.batches import two_stream
 from pshare_jax.training.config import MeshConfig
 from pshare_jax.training.mesh import put_batch, training_mesh
 from pshare_jax.training.samples import Sample
-from pshare_jax.training.trainee import decode_module, make_trainee, nll
+from pshare_jax.training.trainee import _set_dropout, decode_module, make_trainee, nll
 
 KINDS = ("full", "lora")
 
@@ -38,6 +40,11 @@ def llama(tmp_path_factory):
 STEPS: dict[Any, Any] = {}
 
 
+def quick_jit(function):
+    """The same program in machine code that nobody tried to make fast: compiling is what these tests wait for."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def compiled(trainee):
     """(forward, forward and backward) of everything but the arrays, compiled once for all that is equal."""
     blocks = attention.QUERY_BLOCK, cross_entropy.CHUNK_LOGITS
@@ -47,7 +54,7 @@ def compiled(trainee):
         def step(trainable, frozen, base, batch, key):
             return nll(trainee.objective, trainable, frozen, base, batch, key)
 
-        STEPS[key] = jax.jit(step), jax.jit(jax.value_and_grad(step, has_aux=True))
+        STEPS[key] = quick_jit(step), quick_jit(jax.value_and_grad(step, has_aux=True))
     return STEPS[key]
 
 
@@ -93,7 +100,7 @@ def check_gradients(trainee, monkeypatch):
     first, second = samples(2)[:2]
     found = [first, replace(second, turns=second.turns[:1])]
     total, _, slopes = both(trainee, packed(trainee.layout, [found, [], []]))
-    reference = jax.jit(
+    reference = quick_jit(
         jax.value_and_grad(lambda trainable: sum(reference_nll(trainee, trainable, one) for one in found))
     )
     expected, wanted = reference(trainee.trainable)
@@ -150,6 +157,10 @@ def test_rematerialisation_changes_nothing(llama, kind):
     again = both(llama.trainee(kind, remat=True), batch)
     assert kept[0] == pytest.approx(again[0], rel=1e-6)
     assert_gradients_agree(again[2], kept[2], 1e-6)
+    for remat, layers in ((True, llama.base.config.num_layers), (False, 0)):
+        trainee = llama.trainee(kind, remat=remat)
+        arrays = trainee.trainable, trainee.frozen, trainee.base.params, batch, None
+        assert str(jax.make_jaxpr(compiled(trainee)[0])(*arrays)).count("remat2[") == layers
 
 
 @pytest.mark.parametrize("kind", ["full"])
@@ -197,14 +208,16 @@ def test_dropout_is_a_function_of_the_key(llama):
     without = loss(trainee, trainee.trainable, batch)
     assert with_key(1) == with_key(1)
     assert len({with_key(1), with_key(2), without}) == 3
-    # A mask of its own for every adapter, of half the inputs, which are doubled.
-    layer = trainee.objective.architecture.bind({**trainee.frozen, **trainee.trainable}).layers[0].attention
-    from pshare_jax.training.trainee import _dropped
-
-    dropped = _dropped(jax.random.key(0), 0.5, jnp.ones((4, 50, 50)))
-    assert set(np.unique(dropped)) == {0.0, 2.0}
-    assert abs(float(dropped.mean()) - 1) < 0.05
-    assert layer.q.drop is None
+    # Nothing but what goes into A is dropped out: without B it has no effect.
+    silent = {path: x * (not path.endswith("lora_b")) for path, x in trainee.trainable.items()}
+    assert loss(trainee, silent, batch, jax.random.key(1)) == pytest.approx(loss(trainee, silent, batch), rel=1e-6)
+    # Half the inputs, and the others doubled, by a mask of its own for every adapter.
+    decoder = trainee.objective.architecture.bind({**trainee.frozen, **trainee.trainable})
+    _set_dropout(decoder, 0.5, jax.random.key(0))
+    adapters = [one for _, one in nnx.iter_modules(decoder) if isinstance(one, Projection) and one.lora_a is not None]
+    dropped = [np.asarray(one.drop(jnp.ones((4, 50, 50)))) for one in adapters if one.drop]
+    assert len({one.tobytes() for one in dropped}) == len(adapters) == 4 * llama.base.config.num_layers
+    assert all(set(np.unique(one)) == {0.0, 2.0} and abs(one.mean() - 1) < 0.05 for one in dropped)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2)], ids=str)
