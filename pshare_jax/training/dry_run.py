@@ -20,7 +20,6 @@ from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.epochs import sample_lengths
 from pshare_jax.training.estimate import (
     BatchShape,
-    StepShapes,
     counted_temporaries,
     counted_update,
     held_memory,
@@ -67,14 +66,18 @@ def dry_run(config: TrainConfig) -> None:
     _show("model", _model(objective, config))
     planned = _planned(config, outline)
     _show("data", planned.told)
-    _show(f"memory of a device, of {config.mesh.size}, in MiB", _memory(objective, config, planned.shape))
+    shapes = step_shapes(objective, make_optimizer(config.optimizer, 1), planned.shape, config.accumulation)
+    held = held_memory(shapes)
+    always, num_layers = sum(held.values()), outline.config.num_layers
+    temporaries = counted_temporaries(objective, shapes, planned.shape)
+    _show("memory of a device in MiB, counted from shapes", _counted(held, temporaries, counted_update(shapes)))
     if not enough:
         devices = "a CPU, which counts as one" if here == 1 else f"{here} devices"
         _show("time", [("not measured", f"the mesh has {config.mesh.size} devices, and here is {devices}")])
         return
     models = short_models(objective, config, planned.shape)
-    _show("memory as compiled for this device, in MiB", _compiled(models, objective, config, planned.shape))
-    _show("time", _times(models, planned, config, objective.config.num_layers))
+    _show("memory of this device in MiB, as XLA compiles the step", _compiled(models, always, num_layers))
+    _show("time", _times(models, planned, config, num_layers))
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -164,28 +167,17 @@ def _epoch_tokens(samples: SampleSet, config: TrainConfig) -> tuple[float, float
     return targets, tokens
 
 
-def _held(objective: Objective, config: TrainConfig, batch: BatchShape) -> tuple[StepShapes, dict[str, int]]:
-    shapes = step_shapes(objective, make_optimizer(config.optimizer, 1), batch, config.accumulation)
-    return shapes, held_memory(shapes)
-
-
-def _memory(objective: Objective, config: TrainConfig, batch: BatchShape) -> Lines:
-    shapes, held = _held(objective, config, batch)
-    temporaries, update = counted_temporaries(objective, shapes, batch), counted_update(shapes)
-    always, sometimes = sum(held.values()), max(sum(temporaries.values()), update)
+def _counted(held: dict[str, int], temporaries: dict[str, int], update: int) -> Lines:
+    peak = sum(held.values()) + max(sum(temporaries.values()), update)
     return [
         *((name, _mib(size)) for name, size in held.items()),
         *((f"in a batch: {name}", _mib(size)) for name, size in temporaries.items() if size),
         ("in the update: new state", _mib(update)),
-        (
-            "peak",
-            f"{_mib(always + sometimes)}  counted from shapes, where each layer's intermediates are freed at once",
-        ),
+        ("peak", f"{_mib(peak)}  on a device that frees each layer's intermediates at once"),
     ]
 
 
-def _compiled(models: dict[int, ShortModel], objective: Objective, config: TrainConfig, batch: BatchShape) -> Lines:
-    always, num_layers = sum(_held(objective, config, batch)[1].values()), objective.config.num_layers
+def _compiled(models: dict[int, ShortModel], always: int, num_layers: int) -> Lines:
     asked = {number: model.temporaries() for number, model in models.items()}
     in_batch, in_update = _extended(asked, num_layers)
     peak = always + max(in_batch, in_update)

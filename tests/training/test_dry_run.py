@@ -132,7 +132,7 @@ def test_what_it_tells_is_what_a_run_does(world, tmp_path, capsys):
     assert mib(out, "held all the time") == pytest.approx(held, abs=0.3)
     assert asked > 0
     # The rows of the compiled table come last.
-    assert mib(out.rpartition("as compiled")[2], "peak") == pytest.approx(held + asked, abs=0.4)
+    assert mib(out.rpartition("as XLA compiles")[2], "peak") == pytest.approx(held + asked, abs=0.4)
 
 
 @pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
