@@ -14,6 +14,7 @@ from pshare_jax.errors import PshareError
 from pshare_jax.settings import load_settings, to_yaml
 from pshare_jax.training import run_folder
 from pshare_jax.training.config import TrainConfig, check_train_config
+from pshare_jax.training.freed_memory import keep_freed_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,6 +66,8 @@ def _dry_run(config: TrainConfig, resume: bool) -> None:
         raise PshareError("--dry-run is of a whole run, from its start; leave --resume out.")
     from pshare_jax.training.dry_run import dry_run
 
+    # As a run does; it makes a step shorter.
+    keep_freed_memory()
     dry_run(config)
 
 
