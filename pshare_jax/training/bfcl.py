@@ -78,7 +78,7 @@ def read_questions(category: str, wheel: Path) -> list[dict[str, Any]]:
     if category not in CATEGORIES:
         raise PshareError(f"BFCL's category {category!r} is not one of {', '.join(CATEGORIES)}.")
     name = CATEGORIES[category]
-    truths = {line["id"]: line["ground_truth"] for line in _lines(wheel, f"possible_answer/BFCL_v4_{name}.json")}
+    truths = {line["id"]: line["ground_truth"] for line in read_lines(wheel, f"possible_answer/BFCL_v4_{name}.json")}
     return [
         {
             "id": line["id"],
@@ -87,11 +87,12 @@ def read_questions(category: str, wheel: Path) -> list[dict[str, Any]]:
             "functions": line["function"],
             "ground_truth": truths[line["id"]],
         }
-        for line in _lines(wheel, f"BFCL_v4_{name}.json")
+        for line in read_lines(wheel, f"BFCL_v4_{name}.json")
     ]
 
 
-def _lines(wheel: Path, name: str) -> list[dict[str, Any]]:
+def read_lines(wheel: Path, name: str) -> list[dict[str, Any]]:
+    """The objects of one of the wheel's data files."""
     with zipfile.ZipFile(wheel) as archive:
         text = archive.read(f"bfcl_eval/data/{name}").decode()
     return [json.loads(line) for line in text.split("\n") if line.strip()]

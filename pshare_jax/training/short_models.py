@@ -91,11 +91,13 @@ class ShortModel:
         shapes = self._shapes
         base = {path: _made_up(x) for path, x in shapes.base.items()}
         frozen = base if shapes.frozen else {}
-        state = TrainState._make([_filled(shapes.state.trainable, _made_up), *_filled(shapes.state[1:], _zeros)])
+        state = TrainState._make(
+            [jax.tree.map(_made_up, shapes.state.trainable), *jax.tree.map(_zeros, shapes.state[1:])]
+        )
         arrays = self._batch.arrays(self._vocab_size)
         batch = jax.device_put(arrays, jax.tree.map(lambda x: x.sharding, shapes.batch))
         while True:
-            before: Sums | None = None if shapes.alone else _filled(shapes.sums, _zeros)
+            before: Sums | None = None if shapes.alone else jax.tree.map(_zeros, shapes.sums)
             jax.block_until_ready(before)
             began = time.perf_counter()
             sums = self._accumulate(before, state.trainable, frozen, base, batch, np.int32(0))
@@ -143,10 +145,6 @@ def resident_memory() -> int | None:
 def _first_layers(architecture: Architecture, count: int) -> Architecture:
     config = architecture.config
     return replace(architecture, config=replace(config, layers=config.layers[:count]))
-
-
-def _filled(tree: Any, make: Any) -> Any:
-    return jax.tree.map(make, tree)
 
 
 def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:

@@ -201,8 +201,8 @@ def _picked(objective: Objective, decoder: Decoder, batch: OneStreamBatch) -> Fl
 
 def decode_module(trainee: Trainee, trainable: Params) -> DecodeModule:
     """The module as it is now, in the base's dtype and sharding, for serving, evaluation and saving."""
-    dtype, mesh, config = trainee.base.architecture.dtype, trainee.base.mesh, trainee.base.config
-    shardings = {path: parameter_sharding(path, config, mesh) for path in trainable}
+    dtype, mesh = trainee.base.architecture.dtype, trainee.base.mesh
+    shardings = {path: like.sharding for path, like in trainee.trained.items()}
     params = {**trainee.frozen, **jax.device_put(_cast(trainable, dtype), shardings)}
     return DecodeModule(_typed(trainee.objective.architecture, dtype), params, mesh)
 

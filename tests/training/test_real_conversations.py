@@ -1,8 +1,5 @@
 """A real file of many-turn conversations: BFCL's multi-turn questions with the calls that answer each turn."""
 
-import json
-import zipfile
-
 import jax
 import pytest
 from tiny import tiny_folder
@@ -12,7 +9,7 @@ import pshare_jax as ps
 from pshare_jax.errors import PshareError
 from pshare_jax.model.decoder import Decoder
 from pshare_jax.training.batches import TwoStreamBatch
-from pshare_jax.training.bfcl import fetch_wheel
+from pshare_jax.training.bfcl import fetch_wheel, read_lines
 from pshare_jax.training.config import ModuleConfig
 from pshare_jax.training.data_config import DataConfig, RowsConfig, SourceConfig
 from pshare_jax.training.pipeline import training_batches
@@ -33,13 +30,11 @@ def conversations(tmp_path_factory) -> str:
     except PshareError as error:
         pytest.skip(f"bfcl-eval: {error}")
 
-    def lines(name: str) -> list[dict]:
-        with zipfile.ZipFile(wheel) as archive:
-            return [json.loads(line) for line in archive.read(f"bfcl_eval/data/{name}").decode().splitlines() if line]
-
     records = []
-    answers = {line["id"]: line["ground_truth"] for line in lines("possible_answer/BFCL_v4_multi_turn_base.json")}
-    for question in lines("BFCL_v4_multi_turn_base.json"):
+    answers = {
+        line["id"]: line["ground_truth"] for line in read_lines(wheel, "possible_answer/BFCL_v4_multi_turn_base.json")
+    }
+    for question in read_lines(wheel, "BFCL_v4_multi_turn_base.json"):
         turns = zip(question["question"], answers[question["id"]], strict=True)
         told = [[*asked, {"role": "assistant", "content": "\n".join(calls)}] for asked, calls in turns if calls]
         records.append({"messages": [message for turn in told for message in turn]})
