@@ -144,7 +144,7 @@ def _held_out(config: TrainConfig) -> str:
     task, _, query = _training_task(config).partition("?")
     own = [part for part in query.split("&") if not part.startswith(("seed=", "size="))]
     # More than are asked: those that training has are left out.
-    return f"{task}?{'&'.join([f'seed={HELD_OUT_SEED}', f'size={NUM_QUESTIONS * 2}', *own])}"
+    return f"{task}?{'&'.join([f'seed={HELD_OUT_SEED}', f'size={NUM_QUESTIONS * 4}', *own])}"
 
 
 def _unseen(items: list[Item], config: TrainConfig) -> list[Item]:

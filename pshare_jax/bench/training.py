@@ -25,6 +25,7 @@ import pshare_jax
 from pshare_jax.bench import common
 from pshare_jax.training.batches import one_stream, two_stream
 from pshare_jax.training.config import ModuleConfig
+from pshare_jax.training.huge_pages import restart_with_huge_pages
 from pshare_jax.training.samples import Sample
 from pshare_jax.training.trainee import first_values, make_trainee, nll
 from pshare_jax.weights.sources import open_source
@@ -181,6 +182,9 @@ def report(results: dict[str, dict[str, float]], shape: Shape) -> dict[str, floa
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
+    if arguments is None:
+        # As pshare-train does.
+        restart_with_huge_pages()
     parser = common.parser("training", __doc__, "a GGUF source")
     parser.add_argument("--prompt", type=int, default=192, help="tokens of a prompt")
     parser.add_argument("--answer", type=int, default=64, help="tokens of an answer")

@@ -14,11 +14,16 @@ from pshare_jax.errors import PshareError
 from pshare_jax.settings import load_settings, to_yaml
 from pshare_jax.training import run_folder
 from pshare_jax.training.config import TrainConfig, check_train_config
-from pshare_jax.training.freed_memory import keep_freed_memory
+from pshare_jax.training.huge_pages import restart_with_huge_pages
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains; the exit status is 0 at the end or after a wanted stop, and 2 after a user's mistake."""
+    """Trains; the exit status is 0 at the end or after a wanted stop, and 2 after a user's mistake.
+
+    Without `arguments` it is this process's command, and starts the process anew, once (huge_pages.py).
+    """
+    if arguments is None:
+        restart_with_huge_pages()
     options = _train_parser().parse_intermixed_args(arguments)
     try:
         config = load_settings(TrainConfig, options.config, options.overrides)
@@ -66,8 +71,6 @@ def _dry_run(config: TrainConfig, resume: bool) -> None:
         raise PshareError("--dry-run is of a whole run, from its start; leave --resume out.")
     from pshare_jax.training.dry_run import dry_run
 
-    # As a run does; it makes a step shorter.
-    keep_freed_memory()
     dry_run(config)
 
 

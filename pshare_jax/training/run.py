@@ -19,7 +19,6 @@ from pshare_jax.training import run_folder
 from pshare_jax.training.checkpoint import Checkpoints
 from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.figure import draw_loss
-from pshare_jax.training.freed_memory import keep_freed_memory
 from pshare_jax.training.mesh import training_mesh
 from pshare_jax.training.pipeline import Batches, evaluation_batches, training_batches
 from pshare_jax.training.prepare import PreparedData, prepare
@@ -31,8 +30,7 @@ from pshare_jax.training.trainer import MakeBatches, ModuleEvaluation, Outcome, 
 
 
 def prepare_jax(config: TrainConfig) -> None:
-    """Splits a CPU as the mesh needs, keeps compiled programs on disk and freed memory; must run before JAX starts."""
-    keep_freed_memory()
+    """Splits a CPU as the mesh needs, keeps compiled programs on disk; must run before JAX starts."""
     virtual_cpu_devices(config.mesh.size)
     keep_programs(cache_folder())
     # Orbax and grain print tracebacks of what they also raise, which ends in one sentence.

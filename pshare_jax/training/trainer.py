@@ -91,6 +91,7 @@ class Trainer:
         self._steps: TrainSteps = train_steps(trainee.objective, optimizer, schedule, config.seed)
         self._state = self._start(trainee)
         self.trainee = trainee.without_base() if config.method == "full_ft" else trainee
+        self._on_cpu = trainee.base.mesh.devices.flat[0].platform == "cpu"
         self._pending: _Pending | None = None
         self._stop = False
 
@@ -157,12 +158,21 @@ class Trainer:
         """Gives a step to the device and returns at once."""
         sums = None if self._config.accumulation == 1 else self._steps.no_sums()
         for number, batch in enumerate(window, start=self.step * self._config.accumulation):
+            self._settle(sums, self._state)
             sums = self._steps.accumulate(
                 sums, self._state.trainable, *self._fixed(), self._put(batch), np.int32(number)
             )
         assert sums is not None
+        self._settle(sums)
         self._state, result = self._steps.apply(self._state, sums)
         return result
+
+    def _settle(self, *arguments: Any) -> None:
+        """On CPU, waits for what a program is to be given: XLA takes its temporaries there when it is dispatched, so programs
+        on their way would all have theirs at once. Other devices take them when the program's turn comes.
+        """
+        if self._on_cpu:
+            jax.block_until_ready(arguments)
 
     def _window(self) -> list[Batch]:
         window = []

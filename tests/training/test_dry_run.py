@@ -69,12 +69,6 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"), num_layers=1)
 
 
-@pytest.fixture(autouse=True)
-def memory_as_it_is(monkeypatch):
-    """The tests' own process gives freed memory back."""
-    monkeypatch.setattr("pshare_jax.training.cli.keep_freed_memory", lambda: True)
-
-
 def without_weights(base: Path, folder: Path) -> Path:
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     return folder
