@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from pshare_jax.errors import PshareError
 from pshare_jax.load import Model
@@ -21,6 +21,7 @@ from pshare_jax.model.layers import LoraConfig
 from pshare_jax.model.params import Params, is_lora
 from pshare_jax.weights.load import place
 from pshare_jax.weights.names import PROJECTIONS, Entry, projection_sizes
+from pshare_jax.weights.safetensors import save_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.model."
@@ -101,7 +102,7 @@ def write_adapter(folder: Path, lora: LoraConfig, params: Params, config: ModelC
         entry.name: np.ascontiguousarray(np.asarray(params[entry.path]).T) for entry in adapter_entries(config, lora)
     }
     assert len(tensors) == sum(map(is_lora, params))
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_tensors(folder / WEIGHTS_FILE, tensors)
 
 
 def adapter_entries(config: ModelConfig, lora: LoraConfig) -> list[Entry]:

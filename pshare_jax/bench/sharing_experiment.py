@@ -13,25 +13,22 @@ import shutil
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from pshare_jax.bench.held_out import held_out, training_task
 from pshare_jax.compilation_cache import cache_folder, keep_programs
 from pshare_jax.load import Model, load
 from pshare_jax.settings import load_settings
 from pshare_jax.training.config import Method, TrainConfig
-from pshare_jax.training.data_config import paths_of
-from pshare_jax.training.eval_tasks import Item, Task, open_task
+from pshare_jax.training.eval_tasks import Task
 from pshare_jax.training.evaluate import evaluate, load_any_module, wilson
-from pshare_jax.training.sources import open_reasoning_gym
 
 NUM_QUESTIONS = 500
-# An item of reasoning-gym is drawn from seed + its number: far from any training seed.
-HELD_OUT_SEED = 1_000_000
 MAX_NEW_TOKENS = 16
 TRAIN = Path("train/main.py")
 
@@ -93,8 +90,7 @@ def main() -> None:
     config = load_settings(TrainConfig, options.config, [])
     rows = Rows(options.json, _setting(config))
     base = load(config.base, dtype=None if config.dtype == "auto" else config.dtype)
-    with open_task(_held_out(config), base.tokenizer, base.stop_ids, base.config.max_len) as task:
-        asked = replace(task, items=_unseen(task.items, config))
+    with held_out(config, base, NUM_QUESTIONS) as asked:
         _answer(rows, base, asked, "base", None, "base", (1,))
         for model, seed in MODELS:
             if all(rows.has(model.name, seed, ratio) for ratio in model.ratios):
@@ -126,34 +122,12 @@ def _setting(config: TrainConfig) -> dict[str, Any]:
     """What all rows have in common; rows of other settings are never mixed with them."""
     return {
         "base": config.base,
-        "task": _training_task(config),
+        "task": training_task(config),
         "questions": NUM_QUESTIONS,
         "learning_rate": config.optimizer.learning_rate,
         "rows": config.data.batch.rows,
         "dtype": config.dtype,
     }
-
-
-def _training_task(config: TrainConfig) -> str:
-    (source,) = config.data.sources
-    (path,) = paths_of(source)
-    return path
-
-
-def _held_out(config: TrainConfig) -> str:
-    task, _, query = _training_task(config).partition("?")
-    own = [part for part in query.split("&") if not part.startswith(("seed=", "size="))]
-    # More than are asked: those that training has are left out.
-    return f"{task}?{'&'.join([f'seed={HELD_OUT_SEED}', f'size={NUM_QUESTIONS * 4}', *own])}"
-
-
-def _unseen(items: list[Item], config: TrainConfig) -> list[Item]:
-    trained = open_reasoning_gym(_training_task(config))
-    seen = {trained[index]["question"] for index in range(len(trained))}
-    unseen = {item.record["question"]: item for item in items if item.record["question"] not in seen}
-    if len(unseen) < NUM_QUESTIONS:
-        raise SystemExit(f"the task has only {len(unseen)} questions that training does not have")
-    return list(unseen.values())[:NUM_QUESTIONS]
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------

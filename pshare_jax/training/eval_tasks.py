@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pshare_jax.load import Model
 from pshare_jax.tokenizer import Tokenizer
 from pshare_jax.training.bfcl import BFCL, BfclVerifier, fetch_wheel, read_questions
 from pshare_jax.training.data_config import DataConfig, SourceConfig
@@ -39,12 +40,13 @@ class Task:
 
 
 @contextlib.contextmanager
-def open_task(name: str, tokenizer: Tokenizer, stop_ids: frozenset[int], max_len: int) -> Iterator[Task]:
-    """The task of that name. Questions with answers of a file that have more than `max_len` tokens are left out.
+def open_task(name: str, base: Model) -> Iterator[Task]:
+    """The task of that name, asked in the base's chat template. Of a file, what the base cannot read is left out.
 
     Raises:
         PshareError: an unknown task or category, a source that cannot be read, or what the task needs is missing.
     """
+    tokenizer = base.tokenizer
     if name.startswith(GYM):
         dataset = open_reasoning_gym(name)
         items = [gym_item(name, index, dataset[index], tokenizer) for index in range(len(dataset))]
@@ -55,7 +57,8 @@ def open_task(name: str, tokenizer: Tokenizer, stop_ids: frozenset[int], max_len
         with BfclVerifier(wheel) as verifier:
             yield Task(items, verifier)
     else:
-        data = prepare(DataConfig([SourceConfig(name)], max_len=max_len), tokenizer, stop_ids)
+        config = DataConfig([SourceConfig(name)], max_len=base.config.max_len)
+        data = prepare(config, tokenizer, base.stop_ids, vocab_size=base.config.vocab_size)
         yield Task(sample_items(data.train, tokenizer), exact_match, data.report)
 
 

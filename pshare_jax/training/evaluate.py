@@ -187,7 +187,7 @@ def _run(options: argparse.Namespace) -> None:
     keep_programs(cache_folder())
     base = load(options.base, dtype=options.dtype)
     module = load_any_module(options.module, base)
-    with open_task(options.task, base.tokenizer, base.stop_ids, base.config.max_len) as task:
+    with open_task(options.task, base) as task:
         if task.report and any(source.dropped or source.left_out for source in task.report.sources):
             print("\n".join(map(str, task.report.sources)), file=sys.stderr)
         result = _shown(base, module, task, options)

@@ -216,6 +216,14 @@ def _read_header(file: Path, faults: list[str]) -> dict[str, _Entry]:
     }
 
 
+def save_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes one safetensors file, readable by whom the process's umask says; safetensors itself makes it the owner's alone."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(dict(tensors), file, metadata={"format": "pt"})
+    file.chmod(mode)
+
+
 def write_safetensors(
     folder: str | Path, tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int = 2_000_000_000
 ) -> None:
@@ -238,7 +246,7 @@ def write_safetensors(
         for number, shard in enumerate(_shards(tensors, max_shard_bytes)):
             part = folder / f".writing-{number}.safetensors"
             parts.append((part, list(shard)))
-            save_file(shard, part, metadata={"format": "pt"})
+            save_tensors(part, shard)
             total_bytes += sum(value.nbytes for value in shard.values())
     except BaseException:
         for part, _ in parts:

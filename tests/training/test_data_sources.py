@@ -8,9 +8,11 @@ from tiny import edit_json, tiny_folder
 from training_data import chat, tokenizers, write_jsonl
 
 from pshare_jax.errors import PshareError
+from pshare_jax.load import load
 from pshare_jax.tokenizer import Tokenizer
 from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.data_config import DataConfig, RowsConfig, SourceConfig
+from pshare_jax.training.eval_tasks import open_task
 from pshare_jax.training.prepare import prepare
 from pshare_jax.training.run import train
 from pshare_jax.training.sources import Broken, open_reasoning_gym, read_source
@@ -51,7 +53,9 @@ def test_tokens_that_the_model_lacks_are_counted(tmp_path, form):
     told = f"1 x token that the model lacks (line 2): The tokenizer makes token {size} of '<new>', but"
     assert f"{told} the model has tokens 0 to {size - 1}." in str(found.report)
     assert len(prepare(config, tok, tok.eos_ids, vocab_size=size + 1).train) == 3
-    # A run knows its model.
+    # A run knows its model, and so does an evaluation.
+    with open_task(str(tmp_path / "a.jsonl"), load(base)) as task:
+        assert [item.expected for item in task.items] == [answers[0], answers[2]]
     only = DataConfig([SourceConfig(write_jsonl(tmp_path / "b.jsonl", lines[1:2]))], format=form)
     with pytest.raises(PshareError, match=r"None of the 1 records .* token that the model lacks"):
         train(TrainConfig(str(base), only, str(tmp_path / "run")))

@@ -46,7 +46,7 @@ def module_folder(folder, root) -> Path:
 
 
 def opened(name: str, base: ps.Model) -> Any:
-    return open_task(str(name), base.tokenizer, base.stop_ids, base.config.max_len)
+    return open_task(str(name), base)
 
 
 def texts(base: ps.Model, items: list[Item]) -> list[str]:

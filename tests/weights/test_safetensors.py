@@ -1,6 +1,7 @@
 """Hugging Face folders: read strictly, written so that transformers loads them."""
 
 import json
+import os
 import shutil
 
 import ml_dtypes
@@ -227,6 +228,16 @@ def test_written_views_are_made_contiguous(tmp_path):
     value = np.arange(12, dtype=np.float32).reshape(3, 4)
     write_safetensors(tmp_path, [("t", value.T)])
     np.testing.assert_array_equal(load_file(tmp_path / SINGLE_FILE)["t"], value.T)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_written_files_are_for_whom_the_umask_says(mask, tmp_path):
+    before = os.umask(mask)
+    try:
+        write_safetensors(tmp_path, tensors().items())
+    finally:
+        os.umask(before)
+    assert (tmp_path / SINGLE_FILE).stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_writing_replaces_older_files(tmp_path):

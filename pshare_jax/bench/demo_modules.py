@@ -1,0 +1,130 @@
+"""What the demo modules score on questions that they were not trained on: over the base's KV, alone, and against the base.
+
+    python -m pshare_jax.bench.demo_modules [--demo demo] [--configs configs/train] [--json docs/demo.json]
+
+A module of `DEMOS` that is not there is left out. The numbers go into the modules' cards too. Run it from the repository's root.
+"""
+
+import argparse
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pshare_jax.bench.held_out import held_out, training_task
+from pshare_jax.compilation_cache import cache_folder, keep_programs
+from pshare_jax.load import Model, load
+from pshare_jax.settings import load_settings
+from pshare_jax.training.config import TrainConfig
+from pshare_jax.training.eval_tasks import Task, open_task
+from pshare_jax.training.evaluate import Answer, EvalResult, evaluate, load_any_module, wilson
+from pshare_jax.training.result import Reader, add_accuracy
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A module under the demo folder, trained by the config of its name; `task` None: unseen questions of its training task.
+
+    `spoken`: the right answer is a word or number that can be found in a sentence, too.
+    """
+
+    name: str
+    questions: int
+    max_new_tokens: int
+    spoken: bool
+    task: str | None = None
+
+
+DEMOS = (
+    Demo("arithmetic", 500, 32, spoken=True),
+    Demo("functions", 400, 128, spoken=False, task="bfcl:simple"),
+    Demo("reader", 500, 32, spoken=True),
+)
+
+
+def main() -> None:
+    """Asks all modules and the base; writes the numbers and the cards, and prints the table."""
+    options = _options()
+    keep_programs(cache_folder())
+    bases: dict[str, Model] = {}
+    rows = []
+    for demo in DEMOS:
+        if not (options.demo / demo.name).is_dir():
+            print(f"{options.demo / demo.name} is not there: left out")
+            continue
+        config = load_settings(TrainConfig, options.configs / f"{demo.name}.yaml", [])
+        base = bases.setdefault(config.base, load(config.base, dtype="float32"))
+        rows.append(_row(demo, config, base, options.demo / demo.name))
+    options.json.write_text(json.dumps(rows, indent=2) + "\n")
+    print(markdown(rows))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pshare_jax.bench.demo_modules", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--demo", type=Path, default=Path("demo"), help="the modules' folder")
+    parser.add_argument("--configs", type=Path, default=Path("configs/train"), help="the training configs' folder")
+    parser.add_argument("--json", type=Path, default=Path("docs/demo.json"), help="the numbers")
+    return parser.parse_args()
+
+
+def _row(demo: Demo, config: TrainConfig, base: Model, folder: Path) -> dict[str, Any]:
+    told = demo.task or f"{training_task(config).partition('?')[0]}, questions not trained on"
+    with _questions(demo, config, base) as task:
+        asked: dict[Reader, EvalResult] = {
+            "module": _asked(base, str(folder), task, demo.max_new_tokens, 1),
+            "alone": _asked(base, str(folder), task, demo.max_new_tokens, 0),
+            "base": _asked(base, "base", task, demo.max_new_tokens, 1),
+        }
+    for reader, result in asked.items():
+        add_accuracy(folder, told, result.accuracy, reader)
+    row = {"name": demo.name, "task": told, "questions": demo.questions}
+    row |= {reader: result.accuracy for reader, result in asked.items()}
+    if demo.spoken:
+        row["base, anywhere"] = sum(map(_spoken, asked["base"].answers)) / demo.questions
+    return row
+
+
+@contextlib.contextmanager
+def _questions(demo: Demo, config: TrainConfig, base: Model) -> Iterator[Task]:
+    if demo.task is None:
+        with held_out(config, base, demo.questions) as task:
+            yield task
+        return
+    with open_task(demo.task, base) as task:
+        assert len(task.items) == demo.questions
+        yield task
+
+
+def _asked(base: Model, source: str, task: Task, max_new_tokens: int, ratio: float) -> EvalResult:
+    module = load_any_module(source, base)
+    return evaluate(base, module, task.items, task.verifier, max_new_tokens=max_new_tokens, sharing_ratio=ratio)
+
+
+def _spoken(answer: Answer) -> bool:
+    """Whether the right answer stands anywhere in the text, as a word: generous, since a question's own words count too."""
+    return re.search(rf"(?<![\w-]){re.escape(answer.expected)}(?!\w)", answer.answer) is not None
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table of the README."""
+    lines = [
+        "| module | asked | over the base's KV | alone | the base | the base, right answer anywhere in its text |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        count = row["questions"]
+        low, high = wilson(round(row["module"] * count), count)
+        spoken = f"{row['base, anywhere']:.1%}" if "base, anywhere" in row else "-"
+        shared = f"**{row['module']:.1%}** ({low:.1%} to {high:.1%})"
+        asked = f"{count} of {row['task']}"
+        lines.append(f"| `{row['name']}` | {asked} | {shared} | {row['alone']:.1%} | {row['base']:.1%} | {spoken} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Held-out questions of a reasoning-gym task that a config trains on."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+from pshare_jax.load import Model
+from pshare_jax.training.config import TrainConfig
+from pshare_jax.training.data_config import paths_of
+from pshare_jax.training.eval_tasks import Item, Task, open_task
+from pshare_jax.training.sources import open_reasoning_gym
+
+# An item of reasoning-gym is drawn from seed + its number: far from any training seed.
+SEED = 1_000_000
+# More are drawn than are asked: those that training has are left out.
+DRAWN = 4
+
+
+def training_task(config: TrainConfig) -> str:
+    """The one source of the config's data."""
+    (source,) = config.data.sources
+    (path,) = paths_of(source)
+    return path
+
+
+@contextlib.contextmanager
+def held_out(config: TrainConfig, base: Model, count: int) -> Iterator[Task]:
+    """`count` different questions of the task that the config trains on, none of which its training data have."""
+    name, _, query = training_task(config).partition("?")
+    own = [part for part in query.split("&") if not part.startswith(("seed=", "size="))]
+    drawn = f"{name}?{'&'.join([f'seed={SEED}', f'size={count * DRAWN}', *own])}"
+    with open_task(drawn, base) as task:
+        yield replace(task, items=_unseen(task.items, config)[:count])
+
+
+def _unseen(items: list[Item], config: TrainConfig) -> list[Item]:
+    trained = open_reasoning_gym(training_task(config))
+    seen = {trained[index]["question"] for index in range(len(trained))}
+    unseen = {item.record["question"]: item for item in items if item.record["question"] not in seen}
+    if len(unseen) * DRAWN < len(items):
+        raise SystemExit(f"the task has only {len(unseen)} questions that training does not have")
+    return list(unseen.values())
