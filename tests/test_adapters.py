@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,15 @@ def refusal(folder: Path, model: ps.Model) -> str:
         read_adapter(folder, model)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_an_adapter_is_for_whom_the_umask_says(base, tmp_path):
+    before = os.umask(0o022)
+    try:
+        written(tmp_path, base[1])
+    finally:
+        os.umask(before)
+    assert (tmp_path / WEIGHTS_FILE).stat().st_mode & 0o777 == 0o644
 
 
 def test_ours_in_peft(base, tmp_path):

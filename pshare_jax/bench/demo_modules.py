@@ -1,8 +1,8 @@
 """What the demo modules score on questions that they were not trained on: over the base's KV, alone, and against the base.
 
-    python -m pshare_jax.bench.demo_modules [--demo demo] [--configs configs/train] [--json docs/demo.json]
+    python -m pshare_jax.bench.demo_modules [arithmetic] [functions] [reader] [--demo demo] [--json docs/demo.json]
 
-A module of `DEMOS` that is not there is left out. The numbers go into the modules' cards too. Run it from the repository's root.
+The numbers go into the modules' cards too. Run it from the repository's root.
 """
 
 import argparse
@@ -43,22 +43,18 @@ DEMOS = (
     Demo("functions", 400, 128, spoken=False, task="bfcl:simple"),
     Demo("reader", 500, 32, spoken=True),
 )
+DEMO_NAMES = [demo.name for demo in DEMOS]
 
 
 def main() -> None:
-    """Asks all modules and the base; writes the numbers and the cards, and prints the table."""
+    """Asks modules and base; writes the numbers and the cards, and prints the table of all modules asked so far."""
     options = _options()
     keep_programs(cache_folder())
-    bases: dict[str, Model] = {}
-    rows = []
-    for demo in DEMOS:
-        if not (options.demo / demo.name).is_dir():
-            print(f"{options.demo / demo.name} is not there: left out")
-            continue
+    rows: dict[str, dict[str, Any]] = json.loads(options.json.read_text()) if options.json.exists() else {}
+    for demo in [demo for demo in DEMOS if demo.name in (options.names or DEMO_NAMES)]:
         config = load_settings(TrainConfig, options.configs / f"{demo.name}.yaml", [])
-        base = bases.setdefault(config.base, load(config.base, dtype="float32"))
-        rows.append(_row(demo, config, base, options.demo / demo.name))
-    options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        rows[demo.name] = _row(demo, config, load(config.base, dtype="float32"), options.demo / demo.name)
+        options.json.write_text(json.dumps({name: rows[name] for name in DEMO_NAMES if name in rows}, indent=2) + "\n")
     print(markdown(rows))
 
 
@@ -66,10 +62,14 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pshare_jax.bench.demo_modules", description=(__doc__ or "").split("\n")[0]
     )
+    parser.add_argument("names", nargs="*", help="modules to ask; absent: all")
     parser.add_argument("--demo", type=Path, default=Path("demo"), help="the modules' folder")
     parser.add_argument("--configs", type=Path, default=Path("configs/train"), help="the training configs' folder")
-    parser.add_argument("--json", type=Path, default=Path("docs/demo.json"), help="the numbers")
-    return parser.parse_args()
+    parser.add_argument("--json", type=Path, default=Path("docs/demo.json"), help="the numbers, kept from run to run")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(DEMO_NAMES):
+        parser.error(f"no such module: {', '.join(sorted(unknown))}; there are {', '.join(DEMO_NAMES)}")
+    return options
 
 
 def _row(demo: Demo, config: TrainConfig, base: Model, folder: Path) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _row(demo: Demo, config: TrainConfig, base: Model, folder: Path) -> dict[str
         }
     for reader, result in asked.items():
         add_accuracy(folder, told, result.accuracy, reader)
-    row = {"name": demo.name, "task": told, "questions": demo.questions}
+    row: dict[str, Any] = {"task": told, "questions": demo.questions}
     row |= {reader: result.accuracy for reader, result in asked.items()}
     if demo.spoken:
         row["base, anywhere"] = sum(map(_spoken, asked["base"].answers)) / demo.questions
@@ -107,22 +107,22 @@ def _asked(base: Model, source: str, task: Task, max_new_tokens: int, ratio: flo
 
 def _spoken(answer: Answer) -> bool:
     """Whether the right answer stands anywhere in the text, as a word: generous, since a question's own words count too."""
-    return re.search(rf"(?<![\w-]){re.escape(answer.expected)}(?!\w)", answer.answer) is not None
+    return re.search(rf"(?<![\w.-]){re.escape(answer.expected)}(?!\w|\.\d)", answer.answer) is not None
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(rows: dict[str, dict[str, Any]]) -> str:
     """The table of the README."""
     lines = [
         "| module | asked | over the base's KV | alone | the base | the base, right answer anywhere in its text |",
         "|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for name, row in rows.items():
         count = row["questions"]
         low, high = wilson(round(row["module"] * count), count)
         spoken = f"{row['base, anywhere']:.1%}" if "base, anywhere" in row else "-"
         shared = f"**{row['module']:.1%}** ({low:.1%} to {high:.1%})"
         asked = f"{count} of {row['task']}"
-        lines.append(f"| `{row['name']}` | {asked} | {shared} | {row['alone']:.1%} | {row['base']:.1%} | {spoken} |")
+        lines.append(f"| `{name}` | {asked} | {shared} | {row['alone']:.1%} | {row['base']:.1%} | {spoken} |")
     return "\n".join(lines)
 
 

@@ -8,19 +8,19 @@ again, and a training that was cut short goes on from its last checkpoint. Run i
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
 
-from pshare_jax.bench.held_out import held_out, training_task
+from pshare_jax.bench.held_out import held_out
 from pshare_jax.compilation_cache import cache_folder, keep_programs
 from pshare_jax.load import Model, load
 from pshare_jax.settings import load_settings
@@ -88,18 +88,20 @@ def main() -> None:
     options = _options()
     keep_programs(cache_folder())
     config = load_settings(TrainConfig, options.config, [])
-    rows = Rows(options.json, _setting(config))
+    setting = _setting(config)
+    rows = Rows(options.json, setting)
+    runs = options.runs / hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:8]
     base = load(config.base, dtype=None if config.dtype == "auto" else config.dtype)
     with held_out(config, base, NUM_QUESTIONS) as asked:
         _answer(rows, base, asked, "base", None, "base", (1,))
         for model, seed in MODELS:
             if all(rows.has(model.name, seed, ratio) for ratio in model.ratios):
                 continue
-            run = options.runs / f"{model.name.replace(' ', '_')}_{seed}"
+            run = runs / f"{model.name.replace(' ', '_')}_{seed}"
             _train(options.config, model, seed, run)
             _answer(rows, base, asked, model.name, seed, str(run / "module"), model.ratios)
             shutil.rmtree(run)
-    Console().print(markdown(rows.rows))
+    print(markdown(rows.rows))
     draw(rows.rows, options.json.with_suffix(".png"))
 
 
@@ -119,15 +121,14 @@ def _options() -> argparse.Namespace:
 
 
 def _setting(config: TrainConfig) -> dict[str, Any]:
-    """What all rows have in common; rows of other settings are never mixed with them."""
-    return {
-        "base": config.base,
-        "task": training_task(config),
+    """All that rows come from, as JSON gives it back; rows of other settings are never mixed with them."""
+    setting = {
+        "config": asdict(config),
+        "models": [asdict(model) for model in (FULL_FT, SHARED, LORA)],
         "questions": NUM_QUESTIONS,
-        "learning_rate": config.optimizer.learning_rate,
-        "rows": config.data.batch.rows,
-        "dtype": config.dtype,
+        "max_new_tokens": MAX_NEW_TOKENS,
     }
+    return json.loads(json.dumps(setting))
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -175,15 +176,18 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], picture: Path) -> None:
-    """Accuracy over the sharing ratio: Full-FT's curve, and PrefillShare on base KV; points are seeds."""
+    """Accuracy over the sharing ratio: Full-FT's curve, and the other models where they were asked. A dot is the mean of the
+    seeds, a dash one seed.
+    """
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for index, model in enumerate(("Full-FT", "PrefillShare full", "PrefillShare LoRA", "base")):
+    for index, model in enumerate((FULL_FT.name, SHARED.name, LORA.name, "base")):
         points = sorted((ratio, accuracies) for (name, ratio), accuracies in _grouped(rows).items() if name == model)
         if not points:
             continue
         ratios = [ratio for ratio, _ in points]
-        axes.plot(ratios, [100 * statistics.fmean(each) for _, each in points], "o-", color=f"C{index}", label=model)
+        means = [100 * statistics.fmean(each) for _, each in points]
+        axes.plot(ratios, means, "o-" if model == FULL_FT.name else "o", color=f"C{index}", label=model)
         for ratio, each in points:
             axes.plot([ratio] * len(each), [100 * accuracy for accuracy in each], "_", color=f"C{index}", markersize=9)
     axes.set_xlabel("sharing ratio: share of the prompt whose KV is the base's")

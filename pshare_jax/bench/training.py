@@ -182,9 +182,6 @@ def report(results: dict[str, dict[str, float]], shape: Shape) -> dict[str, floa
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    if arguments is None:
-        # As pshare-train does.
-        restart_with_huge_pages()
     parser = common.parser("training", __doc__, "a GGUF source")
     parser.add_argument("--prompt", type=int, default=192, help="tokens of a prompt")
     parser.add_argument("--answer", type=int, default=64, help="tokens of an answer")
@@ -192,6 +189,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--alone", choices=SIDES, help="two steps of one side; prints the process's peak MiB")
     parser.add_argument("--shape", help="with --alone: prompt,answer,batch")
     options = parser.parse_args(arguments)
+    if arguments is None:
+        # As pshare-train does.
+        restart_with_huge_pages()
     if options.alone:
         side = SIDES[options.alone](options.source, Shape(*map(int, options.shape.split(","))))
         for _ in range(2):

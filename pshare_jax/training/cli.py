@@ -20,11 +20,11 @@ from pshare_jax.training.huge_pages import restart_with_huge_pages
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains; the exit status is 0 at the end or after a wanted stop, and 2 after a user's mistake.
 
-    Without `arguments` it is this process's command, and starts the process anew, once (huge_pages.py).
+    Without `arguments` it is this process's command, and to train starts the process anew, once (huge_pages.py).
     """
-    if arguments is None:
-        restart_with_huge_pages()
     options = _train_parser().parse_intermixed_args(arguments)
+    if arguments is None and not options.print_config:
+        restart_with_huge_pages()
     try:
         config = load_settings(TrainConfig, options.config, options.overrides)
         check_train_config(config)

@@ -1,6 +1,7 @@
 """The loop: batches in, steps on the device, reports, evaluations and checkpoints out.
 
-The host runs one step ahead of what it reports, so that it makes the next batch while the device computes. A stop (a signal)
+The host runs one step ahead of what it reports, so that it makes the next batch while the device computes (on CPU too, but
+there a step is given out only when the one before is done: `Trainer._settle`). A stop (a signal)
 takes effect between two steps or two batches of an evaluation: everything is saved and the run can go on later.
 """
 
@@ -155,7 +156,7 @@ class Trainer:
         return True
 
     def _computed(self, window: list[Batch]) -> StepResult:
-        """Gives a step to the device and returns at once."""
+        """Gives a step to the device and returns at once; on CPU, when the steps before it are done."""
         sums = None if self._config.accumulation == 1 else self._steps.no_sums()
         for number, batch in enumerate(window, start=self.step * self._config.accumulation):
             self._settle(sums, self._state)

@@ -4,6 +4,7 @@
 `write_safetensors`. All faults of a folder are told in one message, before any tensor is read.
 """
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -217,11 +218,21 @@ def _read_header(file: Path, faults: list[str]) -> dict[str, _Entry]:
 
 
 def save_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one safetensors file, readable by whom the process's umask says; safetensors itself makes it the owner's alone."""
-    file.touch()
-    mode = file.stat().st_mode
-    save_file(dict(tensors), file, metadata={"format": "pt"})
-    file.chmod(mode)
+    """Writes one safetensors file, whole or not at all, readable by whom the process's umask says; safetensors itself makes it
+    the owner's alone.
+    """
+    part = file.with_name(f".writing-{file.name}")
+    try:
+        part.touch()
+        mode = part.stat().st_mode
+        save_file(dict(tensors), part, metadata={"format": "pt"})
+        # Some file systems know no modes.
+        with contextlib.suppress(OSError):
+            part.chmod(mode)
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def write_safetensors(

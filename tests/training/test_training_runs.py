@@ -26,6 +26,7 @@ from tiny_runs import (
 
 import pshare_jax.training.result as result_module
 import pshare_jax.training.run as run_module
+import pshare_jax.training.trainer as trainer_module
 from pshare_jax.errors import PshareError
 from pshare_jax.modules import read_card
 from pshare_jax.settings import load_settings, to_yaml
@@ -358,6 +359,34 @@ def test_one_process_at_a_time(straight):
     with held(RunFolder(Path(config.output))), pytest.raises(PshareError, match="Another process trains in"):
         train(config, resume=True)
     assert metrics(config.output) == lines
+
+
+def test_on_a_cpu_a_program_waits_for_its_arguments(world, tmp_path, monkeypatch):
+    """XLA takes a program's temporaries there when it is dispatched, so two on their way would have theirs at once."""
+    waited, given = [], []
+    wait, make_steps = jax.block_until_ready, trainer_module.train_steps
+
+    def recorded(values):
+        waited.extend(jax.tree.leaves(values))
+        return wait(values)
+
+    def told(program):
+        def call(*values):
+            known = set(map(id, waited))
+            given.append(all(id(leaf) in known for leaf in jax.tree.leaves(values[:2])))
+            return program(*values)
+
+        return call
+
+    def told_steps(*arguments):
+        steps = make_steps(*arguments)
+        return replace(steps, accumulate=told(steps.accumulate), apply=told(steps.apply))
+
+    monkeypatch.setattr(jax, "block_until_ready", recorded)
+    monkeypatch.setattr(trainer_module, "train_steps", told_steps)
+    train(run_config(world, tmp_path / "run", steps=2, evaluation=EvaluationConfig()))
+    # Two batches and an update, twice.
+    assert given == [True] * 6
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pshare_jax.errors import PshareError
-from pshare_jax.weights.safetensors import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, write_safetensors
+from pshare_jax.weights.safetensors import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, save_tensors, write_safetensors
 
 SHARDS = ["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors"]
 
@@ -238,6 +238,15 @@ def test_written_files_are_for_whom_the_umask_says(mask, tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / SINGLE_FILE).stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_a_failed_save_leaves_the_older_file(tmp_path):
+    file = tmp_path / "a.safetensors"
+    save_tensors(file, {"a": np.ones(2, np.float32)})
+    with pytest.raises(Exception, match="object"):
+        save_tensors(file, {"a": np.array([object()])})
+    assert [each.name for each in tmp_path.iterdir()] == [file.name]
+    np.testing.assert_array_equal(load_file(file)["a"], 1)
 
 
 def test_writing_replaces_older_files(tmp_path):
