@@ -39,9 +39,9 @@ class Demo:
 
 
 DEMOS = (
-    Demo("arithmetic", 500, 32, spoken=True),
+    Demo("arithmetic", 300, 32, spoken=True),
     Demo("functions", 400, 128, spoken=False, task="bfcl:simple"),
-    Demo("reader", 500, 32, spoken=True),
+    Demo("reader", 300, 32, spoken=True),
 )
 DEMO_NAMES = [demo.name for demo in DEMOS]
 
