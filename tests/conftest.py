@@ -1,5 +1,6 @@
 """Test set-up: eight virtual CPU devices before JAX starts, shape types checked at run time, tiny models made once."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -23,8 +24,10 @@ from tiny import FAMILIES, tiny_folder  # noqa: E402
 import pshare_jax  # noqa: E402
 
 pshare_jax.virtual_cpu_devices(8)
-# Compiled programs are kept between runs; a cold cache only costs time.
-jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "pshare_jax" / "xla-tests"))
+# Compiled programs are kept between runs; a cold cache only costs time. JAX writes an entry in place, so another process could
+# read half of it: each of pytest-xdist's has a folder of its own.
+PROGRAMS = Path.home() / ".cache" / "pshare_jax" / "xla-tests" / os.environ.get("PYTEST_XDIST_WORKER", "alone")
+jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

@@ -34,10 +34,10 @@ class Served:
         for name, source in modules.items():
             self.shared.add_task(name, source)
         self.url = self._wait()
-        self.client = httpx.Client(base_url=self.url, timeout=60)
+        self.client = httpx.Client(base_url=self.url, timeout=120)
 
     def _wait(self):
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 240
         while not (found := re.search(r"^ready in [\d.]+ s: (http://\S+)$", self.output.read_text(), re.MULTILINE)):
             assert self.process.poll() is None, self.output.read_text()
             assert time.monotonic() < limit, self.output.read_text()
@@ -90,7 +90,7 @@ def serving(base, modules, folder, **config) -> Iterator[Served]:
         server.client.close()
         server.process.send_signal(signal.SIGTERM)
         try:
-            status = server.process.wait(timeout=20)
+            status = server.process.wait(timeout=60)
         finally:
             server.process.kill()
     output = server.output.read_text()
