@@ -1,4 +1,4 @@
-"""Where the base's part of a prompt ends and the decode module's begins (paper.md, our rule). Host code without jax."""
+"""Where the base's part of a prompt ends and the decode module's begins. Host code without jax."""
 
 from pshare_jax.errors import PshareError
 

@@ -1,6 +1,6 @@
 """The plain loop on a dense KV: the oracle of every test, and the notebook's tool.
 
-One sequence, one token at a time, no batching, no cache reuse. Our boundary rule (paper.md): the base encodes
+One sequence, one token at a time, no batching, no cache reuse. Our boundary rule: the base encodes
 x_1..x_{n-1}; the decode module consumes x_n as its first input and samples y_1.
 """
 
@@ -100,7 +100,7 @@ def rollout(
 def score(
     shared: SharedModel, task: str, ids: Sequence[int], *, response_start: int | None = None
 ) -> list[float | None]:
-    """The log-probability of every id but the first (None), the task's module given all before it (design.md, invariant 4).
+    """The log-probability of every id but the first (None), the task's module given all before it.
 
     Each id is scored as if it were the first of an answer: the base encodes all but the last of what is before it, and the
     module consumes that one. With `response_start` k, ids[k:] are scored as one answer, which is what training computes:

@@ -1,4 +1,4 @@
-"""Factorise a model (paper.md): one frozen prefill module makes the context's KV, decode modules generate from it.
+"""Factorise a model (PrefillShare, arXiv 2602.12029): a frozen prefill module makes the context's KV, from which others decode.
 
 `factorize` gives a `SharedModel` for notebooks, tests and offline use; the server composes the same two halves, one
 `PrefillModule` for each prefill worker and one `DecodeModules` for each decode worker.

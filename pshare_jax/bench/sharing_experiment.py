@@ -3,7 +3,7 @@
     python -m pshare_jax.bench.sharing_experiment [--config configs/train/chain_sum.yaml] [--json docs/sharing.json]
 
 Trains every model of `MODELS` with the config's data, steps and optimizer, and asks each the same held-out questions, on a
-share of base KV (the sharing ratio; paper.md). Every accuracy is written at once; rows that the file has are not made
+share of base KV (the sharing ratio). Every accuracy is written at once; rows that the file has are not made
 again, and a training that was cut short goes on from its last checkpoint. Run it from the repository's root.
 """
 

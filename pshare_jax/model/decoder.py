@@ -104,7 +104,7 @@ class Decoder(nnx.Module):
         return self.final_norm(x), kv
 
     def prefill(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend, kv: Any) -> Any:
-        """The new kv alone: no head, and in the last layer nothing but norm, k and v (paper.md: the base never samples)."""
+        """The new kv alone: no head, and in the last layer nothing but norm, k and v: the base never samples."""
         x, ropes = self._start(tokens, positions)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):

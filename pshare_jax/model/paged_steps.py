@@ -27,7 +27,7 @@ from pshare_jax.sampling import best_logprobs
 class ScoreRows(NamedTuple):
     """A scoring step's metadata: the rows, the token after each new one, and whether the new tokens are each `alone`.
 
-    Alone, a token is scored as the first of an answer (design.md, invariant 4): the module consumes the token before it
+    Alone, a token is scored as the first of an answer: the module consumes the token before it
     on the base's KV, and nothing is written. Else the module consumes the tokens one after another, on its own KV.
     """
 

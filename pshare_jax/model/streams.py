@@ -1,7 +1,7 @@
 """The two `attend` functions of training: over packed rows, and of a decode stream on the base's KV of its context.
 
 Rows hold several samples one after another, told apart by segments; a turn's decode stream sees the base at positions before
-its first input and its own turn (design.md, two-stream objective). Queries go in blocks, so that scores stay small.
+its first input and its own turn (the two-stream objective, training/trainee.py). Queries go in blocks, so that scores stay small.
 """
 
 from typing import Any, NamedTuple

@@ -163,7 +163,7 @@ class CompletionBody(_Body):
     """POST /v1/completions: `prompt` is text or token ids, or a list of one of the two.
 
     `echo` with `logprobs` scores the prompt; `response_start` says from which token on a prompt is a begun answer, one
-    number or one for each prompt (design.md, invariant 4).
+    number or one for each prompt.
     """
 
     prompt: str | list[int] | list[str] | list[list[int]]

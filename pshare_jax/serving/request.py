@@ -30,7 +30,7 @@ class Request:
     `cache_salt` parts the prefix cache between tenants, `session` names a growing context for the router. `logprobs` is
     how many alternatives to report with each token's log-probability (0: its own alone), None reports nothing;
     `scores_prompt` reports the prompt's tokens too. From `response_start` on, the prompt is a begun answer: the base encodes
-    what is before it but for one token, and the decode module goes on from its own KV of the rest (design.md, invariant 4).
+    what is before it but for one token, and the decode module goes on from its own KV of the rest.
     """
 
     id: str

@@ -64,7 +64,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices = data * fsdp * tensor. `data` and `fsdp` split a batch's rows, `fsdp` and `tensor` every weight."""
+    """Devices = data * fsdp * tensor. `data` and `fsdp` split a batch's rows, `fsdp` and `tensor` the
+    weights, where they divide."""
 
     data: int = 1
     fsdp: int = 1

@@ -1,7 +1,7 @@
 """Cross-entropy at the head without ever holding the logits of all tokens: chunk by chunk, gradients in the same pass.
 
 Each chunk's logits are made once and give loss and gradients together, so that the head costs three products in all, and
-`[tokens, vocab]` never exists whole.
+no more than `CHUNK_LOGITS` of `[tokens, vocab]` are there at once.
 """
 
 import functools

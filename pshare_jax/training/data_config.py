@@ -12,7 +12,8 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source: `path` is a file, a glob, a list of these, or `reasoning_gym:<task>?seed=1&size=1000`.
+    """One source: `path` is a file, a glob, a list of these, `reasoning_gym:<task>?seed=1&size=1000`, or
+    `bfcl:<category>`.
 
     `weight` is how often an epoch goes over it: 1 uses every sample once, 2 twice, 0.5 a half of them (the other half
     in the next epoch).
@@ -39,9 +40,9 @@ class DataConfig:
     """Sources, how they are read, split and put into batches.
 
     `format`: `chat` renders records with the model's chat template, `text` trains the completion right after the
-    prompt's own text; absent: chat if the model has a template. Samples over `max_len` tokens are not used. Without
-    `epochs` training never runs out of data. For evaluation `eval_fraction` of the records are kept out of training, or
-    `eval_sources` are read. `num_workers` processes build the batches (0: none).
+    prompt's own text; absent: chat if the model has a template. Answers that would end beyond `max_len` tokens are left
+    out. Without `epochs` training never runs out of data. For evaluation `eval_fraction` of the records are kept out of
+    training, or `eval_sources` are read. `num_workers` processes build the batches (0: none).
     """
 
     sources: list[SourceConfig]
@@ -82,7 +83,7 @@ def paths_of(source: SourceConfig) -> list[str]:
 
 def _check_source(key: str, source: SourceConfig) -> None:
     if not all(paths_of(source)) or not paths_of(source):
-        raise PshareError(f"{key}.path is empty; name a file, a glob or reasoning_gym:<task>.")
+        raise PshareError(f"{key}.path is empty; name a file, a glob, reasoning_gym:<task> or bfcl:<category>.")
     if not 0 < source.weight < math.inf:
         raise PshareError(f"{key}.weight must be more than 0 and finite, not {source.weight}.")
 

@@ -20,7 +20,7 @@ from pshare_jax.training.batches import Layout, OneStreamBatch, TwoStreamBatch, 
 from pshare_jax.training.cross_entropy import chunk_tokens
 from pshare_jax.training.mesh import DATA, batch_sharding
 from pshare_jax.training.samples import Sample
-from pshare_jax.training.steps import Sums, TrainState, state_shapes
+from pshare_jax.training.steps import Sums, TrainState, in_layer_order, state_shapes
 from pshare_jax.training.trainee import EMBEDDING, Objective
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -77,7 +77,7 @@ def step_shapes(
         base=base if batch.layout == "two_stream" else {},
         frozen={} if objective.architecture.lora is None else base,
         state=state,
-        sums=Sums._make([state.trainable, *[_placed(number, replicated(mesh))] * 3]),
+        sums=Sums._make([in_layer_order(state.trainable, objective), *[_placed(number, replicated(mesh))] * 3]),
         alone=accumulation == 1,
         batch=jax.tree.map(lambda x: _placed(x, batch_sharding(mesh)), arrays),
     )

@@ -1,7 +1,7 @@
 """Evaluation tasks by name: questions as the server would see them, and the verifier of their answers.
 
 `reasoning_gym:<task>?key=value` asks the items of a reasoning-gym task, `bfcl:<category>` those of BFCL; any other name is a
-data file or glob, where every answer that training would learn is asked for and compared word by word.
+data file or glob, where every answer that training would learn is asked for and compared as a whole.
 """
 
 import contextlib

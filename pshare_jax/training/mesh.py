@@ -1,4 +1,5 @@
-"""The training mesh: `data` and `fsdp` split the rows of a batch, `fsdp` and `model` every parameter and its state.
+"""The training mesh: `data` and `fsdp` split the rows of a batch, `fsdp` and `model` the parameters and
+their optimizer state.
 
 Parameters follow the one table of `pshare_jax/mesh.py`; XLA's partitioner derives all sums between devices.
 """
@@ -38,6 +39,14 @@ def row_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:
     """The mesh without devices, of which there may be fewer here: enough for shardings and sizes."""
     return AbstractMesh((config.data, config.fsdp, config.tensor), (DATA, FSDP, MODEL))
+
+
+def step_compiler_options(mesh: Mesh | AbstractMesh) -> dict[str, str]:
+    """How XLA compiles a training step. On CPU it would order the program so that idle cores start early, and hold the
+    intermediates of many layers at once, which rematerialisation is there to avoid: it is told to order for memory.
+    """
+    on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if on_cpu else {}
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:

@@ -6,7 +6,7 @@ evaluations gave; README.md is written from it, again whenever an evaluation add
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,8 @@ from pshare_jax.errors import PshareError
 from pshare_jax.load import Model
 from pshare_jax.mesh import parameter_sharding
 from pshare_jax.model.params import is_lora
-from pshare_jax.modules import CARD, DecodeModule, Prefill, read_card, save_module
+from pshare_jax.modules import CARD, Card, DecodeModule, Prefill, read_card, save_module
+from pshare_jax.training.bfcl import BFCL
 from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.data_config import paths_of
 
@@ -117,7 +118,7 @@ def write_model_card(folder: Path) -> None:
     training = card.training
     evaluation = dict(training.get("evaluation", {}))
     alone = evaluation.pop(RUN_ALONE, None)
-    lines = [*_purpose(card.prefill, training, alone), "", "# Decode module", ""]
+    lines = [*_purpose(card, training, alone), "", "# Decode module", ""]
     kind = "LoRA adapter in PEFT's format" if card.kind == "lora" else "full weights as a Hugging Face checkpoint"
     lines += [
         f"- Base: `{training['base']}`, fingerprint `{card.base_fingerprint[:16]}`",
@@ -126,6 +127,7 @@ def write_model_card(folder: Path) -> None:
         f"target tokens, learning rate {training['learning_rate']:g}",
         f"- Trained: {_told_module(training['module'])}",
         f"- Data: {', '.join(f'`{path}`' for path in training['data'])}",
+        *_told_prompts(training["data"]),
         "",
         "## Evaluation",
         "",
@@ -144,18 +146,27 @@ def write_model_card(folder: Path) -> None:
     (folder / CARD_TEXT).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _purpose(prefill: str, training: Mapping[str, Any], alone: Mapping[str, Any] | None) -> list[str]:
+def _purpose(card: Card, training: Mapping[str, Any], alone: Mapping[str, Any] | None) -> list[str]:
     base = training["base"]
-    if prefill == "own":
+    if card.prefill == "own":
         return [
             f"**This is an ordinary fine-tune of `{base}`: it is meant for its own KV cache, and answers wrongly on the "
             "base's.**"
         ]
+    loader = "PEFT" if card.kind == "lora" else "transformers"
     scores = "is not measured" if not alone else "is: " + ", ".join(f"{k} {_told(v)}" for k, v in alone.items())
     return [
         f"**This module is meant for the KV cache of its base `{base}`: the base reads the prompt, the module answers.** "
-        "transformers, PEFT and vLLM load the files, but run alone the module reads the prompt with its own weights, which "
-        f"is not what was trained. What it scores run alone {scores}."
+        f"{loader} loads the files, but run alone the module reads the prompt with its own weights, which is not what was "
+        f"trained. What it scores run alone {scores}."
+    ]
+
+
+def _told_prompts(data: Sequence[str]) -> list[str]:
+    if not any(path.startswith(BFCL) for path in data):
+        return []
+    return [
+        "- Prompts: functions stand in a system message of their own form, `pshare_jax.training.bfcl.tool_messages`"
     ]
 
 

@@ -4,7 +4,8 @@ A step's loss is the sum over its target tokens divided by their number, over al
 is applied is decided on the device: a step with anything that is not finite leaves parameters and optimizer as they were.
 """
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pshare_jax.mesh import replicated
 from pshare_jax.model.params import Params
+from pshare_jax.training.mesh import step_compiler_options
 from pshare_jax.training.trainee import Objective, Tallies, nll
 
 
@@ -30,9 +32,13 @@ class TrainState(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over the micro-batches of a step: gradients of the negative log-likelihood, itself, target tokens, argmax hits."""
+    """Sums over the micro-batches of a step: gradients of the negative log-likelihood, itself, target tokens, argmax hits.
 
-    gradients: Params
+    Gradients are in the order of the layers, which an `OrderedDict` keeps in a JAX program, unlike a dict. XLA on CPU orders
+    the program by it: with 1, 10, 2 ... it would hold the intermediates of most layers until the last one is done.
+    """
+
+    gradients: OrderedDict[str, Float[Array, "..."]]
     nll: Float[Array, ""]
     tokens: Float[Array, ""]
     correct: Float[Array, ""]
@@ -77,7 +83,8 @@ def train_steps(
     state = state_shapes(objective, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     whole = replicated(objective.mesh)
-    sums_out = Sums._make([shardings.trainable, whole, whole, whole])
+    sums_out = Sums._make([in_layer_order(shardings.trainable, objective), whole, whole, whole])
+    options = step_compiler_options(objective.mesh)
 
     def init(trainable: Params) -> TrainState:
         zero = jnp.int32(0)
@@ -87,7 +94,7 @@ def train_steps(
 
     def no_sums() -> Sums:
         gradients = {path: jnp.zeros(x.shape, jnp.float32) for path, x in objective.trained.items()}
-        return Sums(gradients, *(jnp.float32(0) for _ in range(3)))
+        return Sums(in_layer_order(gradients, objective), *(jnp.float32(0) for _ in range(3)))
 
     def accumulate(
         sums: Sums | None, trainable: Params, frozen: Params, base_params: Params, batch: Any, number: Int[Array, ""]
@@ -98,12 +105,12 @@ def train_steps(
             return nll(objective, trainable, frozen, base_params, batch, key)
 
         (value, tallies), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
-        new = Sums(gradients, value, tallies.tokens, tallies.correct)
+        new = Sums(in_layer_order(gradients, objective), value, tallies.tokens, tallies.correct)
         return new if sums is None else jax.tree.map(jnp.add, sums, new)
 
     def apply(state: TrainState, sums: Sums) -> tuple[TrainState, StepResult]:
         tokens = jnp.maximum(sums.tokens, 1)
-        mean = jax.tree.map(lambda gradient: gradient / tokens, sums.gradients)
+        mean = {path: gradient / tokens for path, gradient in sums.gradients.items()}
         loss, grad_norm = sums.nll / tokens, optax.tree.norm(mean)
         updates, optimizer_state = optimizer.update(mean, state.optimizer, state.trainable)
         changed = (optax.apply_updates(state.trainable, updates), optimizer_state)
@@ -138,8 +145,8 @@ def train_steps(
         state=state,
         init=jax.jit(init, out_shardings=shardings),
         no_sums=jax.jit(no_sums, out_shardings=sums_out),
-        accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=sums_out),
-        apply=jax.jit(apply, donate_argnums=0, out_shardings=(shardings, whole)),
+        accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=sums_out, compiler_options=options),
+        apply=jax.jit(apply, donate_argnums=0, out_shardings=(shardings, whole), compiler_options=options),
         evaluate=jax.jit(evaluate, out_shardings=whole),
     )
 
@@ -160,6 +167,11 @@ def state_shapes(objective: Objective, optimizer: optax.GradientTransformation) 
     )
     counter = whole(jax.ShapeDtypeStruct((), np.int32))
     return TrainState._make([trained, moments, counter, counter, counter])
+
+
+def in_layer_order(table: Mapping[str, Any], objective: Objective) -> OrderedDict[str, Any]:
+    """What is there for each trained parameter, in the order of `objective.trained`."""
+    return OrderedDict((path, table[path]) for path in objective.trained)
 
 
 def _all_finite(tree: Any) -> Bool[Array, ""]:

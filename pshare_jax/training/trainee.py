@@ -1,7 +1,8 @@
 """What is trained, and its loss: a decode module on the frozen base's KV (`prefillshare`), or the classic baseline (`full_ft`).
 
-`nll` is the objective: pure and jittable, the sum of negative log-likelihoods of a batch's answers (paper.md; design.md,
-two-stream objective). Only `Trainee.trained` has gradients; the base is a constant.
+`nll` is the objective: pure and jittable, the sum of negative log-likelihoods of a batch's answers given the
+base's KV of what is before each (two streams; PrefillShare, arXiv 2602.12029). Only `Trainee.trained` has gradients; the
+base is a constant.
 """
 
 import functools

@@ -237,6 +237,18 @@ def test_memory_and_time_of_all_layers_lie_on_a_line(world, tmp_path, monkeypatc
     assert isinstance(models[2].seconds(), Pair)
 
 
+def test_of_a_layer_nothing_stays_but_its_input(tmp_path):
+    """Of more than ten: with gradients in the order 1, 10, 2 ... all layers' intermediates stay on CPU."""
+    base, _ = make_world(tmp_path, num_layers=12, records=2)
+    config = run_config((base, "none"), tmp_path / "run")
+    loaded = ps.load(base, mesh=training_mesh(MeshConfig()))
+    objective = make_trainee(loaded, "full_ft", FULL, "float32").objective
+    batch = BatchShape("one_stream", 4, 128, 16)
+    few, whole = (short_models.ShortModel(objective, number, config, batch).temporaries() for number in (2, 12))
+    layer_input = 4 * 128 * loaded.config.hidden_size * 4
+    assert whole.accumulate - few.accumulate <= 10 * 2 * layer_input
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
