@@ -1,13 +1,13 @@
 """pshare_jax: many fine-tuned LLMs over one shared prefill (PrefillShare, arXiv 2602.12029), in JAX."""
 
 from pshare_jax.errors import PshareError
-from pshare_jax.generate import continue_from, generate, rollout, score
-from pshare_jax.load import Model, load
 from pshare_jax.mesh import make_mesh, virtual_cpu_devices
-from pshare_jax.modules import DecodeModule, load_module, save_module
-from pshare_jax.sampling import SamplingParams
-from pshare_jax.share import DecodeModules, PrefillModule, SharedModel, factorize
-from pshare_jax.weights.save import save_folder
+from pshare_jax.sampling.sample import SamplingParams
+from pshare_jax.share.decode_module import DecodeModule, load_module, save_module
+from pshare_jax.share.factorize import DecodeModules, PrefillModule, SharedModel, factorize
+from pshare_jax.share.generate import continue_from, generate, rollout, score
+from pshare_jax.share.model import Model, load
+from pshare_jax.share.save import save_folder
 
 __all__ = [
     "DecodeModule",

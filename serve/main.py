@@ -2,7 +2,7 @@
 
 import sys
 
-from pshare_jax.serving.cli import main
+from pshare_jax.server.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

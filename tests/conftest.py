@@ -1,7 +1,6 @@
 """Test set-up: eight virtual CPU devices before JAX starts, shape types checked at run time, tiny models made once."""
 
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-sys.path.insert(0, str(Path(__file__).parent))
 install_import_hook("pshare_jax", "beartype.beartype")
 
 with warnings.catch_warnings():

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pshare_jax.bench import sharing_experiment
-from pshare_jax.bench.demo_modules import DEMOS, markdown
-from pshare_jax.modules import read_card
-from pshare_jax.serving.config import ServeConfig
+from experiments import sharing_ratio as sharing_experiment
+from experiments.demo_modules import DEMOS, markdown
+from pshare_jax.server.config import ServeConfig
 from pshare_jax.settings import load_settings
+from pshare_jax.share.decode_module import read_card
 
 ROOT = Path(__file__).parents[1]
 ROWS = json.loads((ROOT / "docs" / "demo.json").read_text())

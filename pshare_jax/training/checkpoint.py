@@ -14,9 +14,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from pshare_jax.errors import PshareError
-from pshare_jax.model.params import Params
+from pshare_jax.model.architecture import Params
 from pshare_jax.training.config import CheckpointConfig
-from pshare_jax.training.steps import TrainState
+from pshare_jax.training.step.steps import TrainState
 
 _COUNTERS = ("applied", "bad", "all_bad")
 

@@ -69,7 +69,7 @@ def _train(config: TrainConfig, resume: bool) -> None:
 def _dry_run(config: TrainConfig, resume: bool) -> None:
     if resume:
         raise PshareError("--dry-run is of a whole run, from its start; leave --resume out.")
-    from pshare_jax.training.dry_run import dry_run
+    from pshare_jax.training.plan.dry_run import dry_run
 
     dry_run(config)
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pshare_jax.errors import PshareError
 from pshare_jax.settings import check_least
-from pshare_jax.training.batches import Layout
-from pshare_jax.training.data_config import MAX_SEED, DataConfig, check_data
+from pshare_jax.training.data.batches import Layout
+from pshare_jax.training.data.config import MAX_SEED, DataConfig, check_data
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 _TIED = ("embedding", "embed_tokens", "head", "lm_head")

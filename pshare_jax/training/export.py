@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Literal
 
 from pshare_jax.errors import PshareError
-from pshare_jax.load import load
+from pshare_jax.share.model import load
 from pshare_jax.training.checkpoint import Checkpoints
 from pshare_jax.training.result import merged, save_result, training_info
 from pshare_jax.training.run_folder import RunFolder
-from pshare_jax.training.trainee import decode_module, make_trainee
+from pshare_jax.training.step.objective import decode_module, make_trainee
 
 
 def export(

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from pshare_jax.errors import PshareError
-from pshare_jax.load import Model
 from pshare_jax.mesh import parameter_sharding
-from pshare_jax.model.params import is_lora
-from pshare_jax.modules import CARD, Card, DecodeModule, Prefill, read_card, save_module
-from pshare_jax.training.bfcl import BFCL
+from pshare_jax.model.architecture import is_lora
+from pshare_jax.share.decode_module import CARD, Card, DecodeModule, Prefill, read_card, save_module
+from pshare_jax.share.model import Model
 from pshare_jax.training.config import TrainConfig
-from pshare_jax.training.data_config import paths_of
+from pshare_jax.training.data.bfcl import BFCL
+from pshare_jax.training.data.config import paths_of
 
 CARD_TEXT = "README.md"
 RUN_ALONE = "run_alone"
@@ -166,7 +166,7 @@ def _told_prompts(data: Sequence[str]) -> list[str]:
     if not any(path.startswith(BFCL) for path in data):
         return []
     return [
-        "- Prompts: functions stand in a system message of their own form, `pshare_jax.training.bfcl.tool_messages`"
+        "- Prompts: functions stand in a system message of their own form, `pshare_jax.training.data.bfcl.tool_messages`"
     ]
 
 

@@ -11,21 +11,21 @@ from rich.console import Console
 
 from pshare_jax.compilation_cache import cache_folder, keep_programs
 from pshare_jax.errors import PshareError
-from pshare_jax.load import load
 from pshare_jax.mesh import virtual_cpu_devices
 from pshare_jax.model.config import ModelConfig
-from pshare_jax.tokenizer import Tokenizer
+from pshare_jax.share.model import load
+from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.training import run_folder
 from pshare_jax.training.checkpoint import Checkpoints
 from pshare_jax.training.config import TrainConfig
+from pshare_jax.training.data.loader import Batches, evaluation_batches, training_batches
+from pshare_jax.training.data.prepare import PreparedData, prepare
 from pshare_jax.training.figure import draw_loss
-from pshare_jax.training.mesh import training_mesh
-from pshare_jax.training.pipeline import Batches, evaluation_batches, training_batches
-from pshare_jax.training.prepare import PreparedData, prepare
 from pshare_jax.training.progress import Reporter
 from pshare_jax.training.result import save_result, training_info
 from pshare_jax.training.run_folder import RunFolder
-from pshare_jax.training.trainee import decode_module, make_trainee
+from pshare_jax.training.step.mesh import training_mesh
+from pshare_jax.training.step.objective import decode_module, make_trainee
 from pshare_jax.training.trainer import MakeBatches, ModuleEvaluation, Outcome, Trainer
 
 

@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from pshare_jax.errors import PshareError
-from pshare_jax.model.params import Params
-from pshare_jax.training.batches import OneStreamBatch, TwoStreamBatch
+from pshare_jax.model.architecture import Params
 from pshare_jax.training.checkpoint import Checkpoints, Progress
 from pshare_jax.training.config import TrainConfig
-from pshare_jax.training.epochs import Batch
-from pshare_jax.training.mesh import put_batch
-from pshare_jax.training.optimizer import make_optimizer, make_schedule
-from pshare_jax.training.pipeline import Batches
+from pshare_jax.training.data.batches import OneStreamBatch, TwoStreamBatch
+from pshare_jax.training.data.epochs import Batch
+from pshare_jax.training.data.loader import Batches
 from pshare_jax.training.progress import Reporter, StepReport
-from pshare_jax.training.steps import StepResult, TrainState, TrainSteps, train_steps
-from pshare_jax.training.trainee import Trainee, first_values
+from pshare_jax.training.step.mesh import put_batch
+from pshare_jax.training.step.objective import Trainee, first_values
+from pshare_jax.training.step.optimizer import make_optimizer, make_schedule
+from pshare_jax.training.step.steps import StepResult, TrainState, TrainSteps, train_steps
 
 MakeBatches = Callable[[], Batches]
 ModuleEvaluation = Callable[[Trainee, Params], Mapping[str, float]]

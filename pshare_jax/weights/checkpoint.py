@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 if TYPE_CHECKING:
-    from pshare_jax.tokenizer import Tokenizer
+    from pshare_jax.text.tokenizer import Tokenizer
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from pshare_jax.errors import PshareError
-from pshare_jax.tokenizer import Tokenizer
+from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.weights.gguf_config import build_config, read_architecture
 from pshare_jax.weights.gguf_header import GGUFTensor, read_header
 

@@ -1,6 +1,6 @@
 """Fill a model's parameters from a checkpoint, tensor by tensor straight to its sharding, and hash the values read.
 
-`read_parameters` is what `pshare_jax.load` and `modules.load_module` call. At most one tensor is in host memory beside
+`read_parameters` is what `pshare_jax.share.model` and `modules.load_module` call. At most one tensor is in host memory beside
 the parameters themselves.
 """
 
@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pshare_jax.mesh import parameter_sharding
+from pshare_jax.model.architecture import Params
 from pshare_jax.model.config import ModelConfig
-from pshare_jax.model.params import Params
 from pshare_jax.weights.checkpoint import Checkpoint
 from pshare_jax.weights.fingerprint import HashCache, tensor_hash
 from pshare_jax.weights.names import HEADS, Entry, plan

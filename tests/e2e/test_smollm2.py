@@ -6,7 +6,7 @@ import torch
 from server_process import CHAT, ROOT, TEXT, serving
 from transformers import AutoModelForCausalLM
 
-from pshare_jax.training.bfcl import tool_messages
+from pshare_jax.training.data.bfcl import tool_messages
 
 QUESTION = "What is the capital of France? Answer briefly."
 TEXT_PROMPT = (

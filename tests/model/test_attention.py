@@ -12,7 +12,7 @@ import torch
 from reference import assert_close
 from transformers.models.gemma3.modeling_gemma3 import eager_attention_forward
 
-from pshare_jax.model.attention import QUERY_BLOCK, Segment, attention, causal_attention, visible_keys
+from pshare_jax.model.attention.dense import QUERY_BLOCK, Segment, attention, causal_attention, visible_keys
 
 SIZES = {"B": 2, "N": 6, "K": 3, "H": 10}
 

@@ -8,9 +8,9 @@ from tiny import FAMILIES, tiny_folder
 
 import pshare_jax as ps
 from pshare_jax.mesh import make_mesh, pages_sharding
-from pshare_jax.model.paged_attention import Rows, blocked, gathered, paged_attend
+from pshare_jax.model.attention.paged import Rows, blocked, gathered, paged_attend
+from pshare_jax.model.kv.pages import empty_pages, place_content
 from pshare_jax.model.paged_steps import page_moves
-from pshare_jax.model.pages import empty_pages, place_content
 
 TOTAL = 70
 
@@ -57,7 +57,7 @@ def model(request, tmp_path_factory):
 @pytest.mark.parametrize(("look_up", "page_size"), [(gathered, 4), (blocked, 1), (blocked, 4), (blocked, 16)])
 def test_any_split_into_chunks_equals_the_plain_forward(model, look_up, page_size, monkeypatch):
     # Several blocks even at these lengths, so that the loop's borders matter.
-    monkeypatch.setattr("pshare_jax.model.paged_attention.BLOCK_TOKENS", 32)
+    monkeypatch.setattr("pshare_jax.model.attention.paged.BLOCK_TOKENS", 32)
     paged = Paged(model, page_size, look_up)
     expected = np.asarray(model.logits(paged.tokens))
     got = [[] for _ in range(3)]

@@ -13,7 +13,7 @@ from reference import CLOSE, assert_close, hf_logits, load_hf, random_tokens
 from tiny import FAMILIES, save_tiny, tiny_folder, tiny_model
 
 import pshare_jax as ps
-from pshare_jax.model.attention import QUERY_BLOCK, fresh_attend
+from pshare_jax.model.attention.dense import QUERY_BLOCK, fresh_attend
 from pshare_jax.model.rope import RopeConfig
 
 LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 777.0}

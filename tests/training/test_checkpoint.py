@@ -12,9 +12,9 @@ from pshare_jax.errors import PshareError
 from pshare_jax.mesh import replicated
 from pshare_jax.training.checkpoint import Checkpoints, Progress
 from pshare_jax.training.config import CheckpointConfig, MeshConfig, OptimizerConfig
-from pshare_jax.training.mesh import training_mesh
-from pshare_jax.training.optimizer import make_optimizer
-from pshare_jax.training.steps import TrainState
+from pshare_jax.training.step.mesh import training_mesh
+from pshare_jax.training.step.optimizer import make_optimizer
+from pshare_jax.training.step.steps import TrainState
 
 DATA = {"epoch": 1, "batch": 2, "samples": "abc", "weights": [0.5]}
 

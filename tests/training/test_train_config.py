@@ -12,7 +12,7 @@ from pshare_jax.errors import PshareError
 from pshare_jax.settings import load_settings, to_yaml
 from pshare_jax.training.cli import export_main, main
 from pshare_jax.training.config import OptimizerConfig, TrainConfig, changed_keys, check_train_config
-from pshare_jax.training.optimizer import decayed, make_optimizer, make_schedule
+from pshare_jax.training.step.optimizer import decayed, make_optimizer, make_schedule
 
 MINIMAL = "base: nowhere\noutput: out\ndata: {sources: [{path: x.jsonl}]}\n"
 

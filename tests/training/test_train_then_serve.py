@@ -1,19 +1,15 @@
 """A module that was trained on eight devices is served on any number of them (cases A5-14), as the plain loop answers."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_engine import Engines, placed
 from tiny_runs import LORA, make_world, run_config
 
 from pshare_jax.training.config import EvaluationConfig, MeshConfig
-from pshare_jax.training.data_config import RowsConfig
+from pshare_jax.training.data.config import RowsConfig
 from pshare_jax.training.run import train
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "serving"))
-from tiny_engine import Engines, placed
 
 
 @pytest.fixture(scope="module")

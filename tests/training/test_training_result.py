@@ -17,7 +17,7 @@ from tiny_runs import FULL, make_world, run_config
 
 import pshare_jax as ps
 from pshare_jax.errors import PshareError
-from pshare_jax.modules import read_card
+from pshare_jax.share.decode_module import read_card
 from pshare_jax.training.checkpoint import Checkpoints
 from pshare_jax.training.cli import export_main
 from pshare_jax.training.config import CheckpointConfig, EvaluationConfig

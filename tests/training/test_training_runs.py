@@ -28,13 +28,13 @@ import pshare_jax.training.result as result_module
 import pshare_jax.training.run as run_module
 import pshare_jax.training.trainer as trainer_module
 from pshare_jax.errors import PshareError
-from pshare_jax.modules import read_card
 from pshare_jax.settings import load_settings, to_yaml
+from pshare_jax.share.decode_module import read_card
 from pshare_jax.training.checkpoint import Checkpoints
 from pshare_jax.training.cli import main
 from pshare_jax.training.config import CheckpointConfig, EvaluationConfig, MeshConfig, TrainConfig
-from pshare_jax.training.data_config import DataConfig
-from pshare_jax.training.pipeline import evaluation_batches
+from pshare_jax.training.data.config import DataConfig
+from pshare_jax.training.data.loader import evaluation_batches
 from pshare_jax.training.run import train
 from pshare_jax.training.run_folder import RunFolder, claim, held
 from pshare_jax.training.trainer import num_steps

@@ -188,7 +188,7 @@ def test_bad_tokens(tokens, part, tiny_folders):
 LOAD_AND_MEASURE = """
 import sys
 import pshare_jax as ps
-from pshare_jax.model.params import nbytes
+from pshare_jax.model.architecture import nbytes
 
 def memory(kind):
     # ru_maxrss will not do: a new process inherits its parent's peak.

@@ -7,9 +7,9 @@ import pytest
 from tiny import FAMILIES, tiny_config, tiny_model
 
 from pshare_jax.errors import PshareError
+from pshare_jax.model.architecture import Architecture
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.layers import Build
-from pshare_jax.model.params import Architecture
 from pshare_jax.weights.names import file_name, plan, table
 
 VARIANTS = [

@@ -11,8 +11,8 @@ from tiny import tiny_folder
 from transformers import AutoTokenizer
 
 import pshare_jax as ps
+from pshare_jax.share.save import hf_config
 from pshare_jax.weights.safetensors import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, write_safetensors
-from pshare_jax.weights.save import hf_config
 
 GEMMA_LAYERS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 VARIANTS = {

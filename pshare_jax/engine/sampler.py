@@ -1,0 +1,84 @@
+"""Chooses the next token of every sequence of a decode step on the device (pshare_jax/sampling/sample.py), in one call.
+
+Each decode worker has one. Token histories (penalties, bias, bans) are kept on the host and cross over only for batches
+that need them.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pshare_jax.engine.request import Sequence as Running
+from pshare_jax.engine.request import TokenLogprobs
+from pshare_jax.mesh import replicated
+from pshare_jax.sampling.params import sampling_rows
+from pshare_jax.sampling.sample import Adjustments, sample_rows
+
+Choice = Callable[[int, Running], tuple[int, TokenLogprobs | None]]
+
+
+class Sampler:
+    """Samples on the devices of `mesh` from logits `[B, vocab_size]`."""
+
+    def __init__(self, mesh: Mesh, vocab_size: int):
+        self._mesh, self._vocab_size = mesh, vocab_size
+        self._sample = _jitted(mesh)
+        self._nothing: dict[int, Adjustments] = {}
+
+    def sample(self, logits: Any, batch: Sequence[Running]) -> Choice:
+        """The choice for each row of the batch: token id and, where asked for, log-probabilities."""
+        num_rows = logits.shape[0]
+        rows = sampling_rows([one.request.sampling for one in batch], [one.num_tokens for one in batch], num_rows)
+        adjusted = any(one.history.active for one in batch)
+        reported = any(one.request.logprobs is not None for one in batch)
+        drawn = any(not one.request.sampling.is_greedy for one in batch)
+        adjustments = self._adjustments(batch, num_rows) if adjusted else self.no_adjustments(num_rows)
+        sampled = self._sample(logits, rows, adjustments, np.array(drawn), np.array(adjusted), np.array(reported))
+        ids = np.asarray(sampled.ids).tolist()
+        if not reported:
+            return lambda row, sequence: (ids[row], None)
+        return functools.partial(_with_logprobs, ids, *(np.asarray(one) for one in sampled[2:]))
+
+    def no_adjustments(self, num_rows: int) -> Adjustments:
+        """Zeros on the device, which a batch without adjustments is given and does not read."""
+        if num_rows not in self._nothing:
+            shape = num_rows, self._vocab_size
+            self._nothing[num_rows] = self._placed(np.zeros(shape, np.float32), np.zeros(shape, bool))
+        return self._nothing[num_rows]
+
+    def lower(self, num_rows: int) -> Any:
+        """The call for this many rows, ready to be compiled."""
+        rows = sampling_rows([], [], num_rows)
+        logits = jax.ShapeDtypeStruct((num_rows, self._vocab_size), np.float32, sharding=replicated(self._mesh))
+        flag = np.array(False)
+        return self._sample.lower(logits, rows, self.no_adjustments(num_rows), flag, flag, flag)
+
+    def _adjustments(self, batch: Sequence[Running], num_rows: int) -> Adjustments:
+        bias = np.zeros((num_rows, self._vocab_size), np.float32)
+        repeated = np.zeros((num_rows, self._vocab_size), bool)
+        for row, sequence in enumerate(batch):
+            if sequence.history.active:
+                sequence.history.write(bias[row], repeated[row])
+        return self._placed(bias, repeated)
+
+    def _placed(self, bias: np.ndarray, repeated: np.ndarray) -> Adjustments:
+        # Arrays of the same placement as the resident zeros, or the call would be compiled a second time.
+        return jax.device_put(Adjustments(bias, repeated), replicated(self._mesh))
+
+
+@functools.cache
+def _jitted(mesh: Mesh) -> Any:
+    return jax.jit(sample_rows, out_shardings=replicated(mesh))
+
+
+def _with_logprobs(
+    ids: list[int], logprobs: np.ndarray, top_ids: np.ndarray, top_logprobs: np.ndarray, row: int, sequence: Running
+) -> tuple[int, TokenLogprobs | None]:
+    wanted = sequence.request.logprobs
+    if wanted is None:
+        return ids[row], None
+    return ids[row], TokenLogprobs.of(ids[row], logprobs[row], top_ids[row], top_logprobs[row], wanted)

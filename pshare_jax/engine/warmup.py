@@ -1,0 +1,208 @@
+"""Every program that a running engine calls, compiled ahead of time: the smallest before the server answers, then the rest.
+
+A program compiled here is the very one that the worker's first call uses. Called by startup.py.
+"""
+
+import functools
+import itertools
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from pshare_jax.engine import scoring
+from pshare_jax.engine.engine import DecodeSide, EngineSettings, PrefillSide
+from pshare_jax.engine.kv.device_pages import DevicePages
+from pshare_jax.engine.shapes import ReadyShapes, Shape, pages_for, prefill_shapes, row_buckets
+from pshare_jax.model.attention.paged import Rows
+from pshare_jax.model.paged_steps import page_moves
+
+logger = logging.getLogger(__name__)
+SMALL_TOKENS, SMALL_ROWS = 64, 1
+"""A server answers when chunks of so many tokens and decode steps of so many rows are compiled: longer prompts go in more
+chunks and more sequences take turns until the rest is there."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One program: what it is, whether the smallest start needs it, how it is lowered, and the step's shape that it is
+    for (None: pages are moved by it).
+    """
+
+    name: str
+    small: bool
+    lower: Callable[[], Any]
+    shape: Shape | None = None
+
+
+def variants(prefill: Sequence[PrefillSide], decode: Sequence[DecodeSide], settings: EngineSettings) -> list[Variant]:
+    """All programs of the engine's workers, each once, the small ones first."""
+    sources = {id(side.pool): DevicePages.of(side.pool) for side in prefill}
+    targets = {id(side.pool): DevicePages.of(side.pool) for side in decode}
+    programs = [
+        *(_prefill(side, settings) for side in prefill),
+        *(_decode(side, settings) for side in decode),
+        *(_score(side, settings) for side in decode),
+        *(_takes(store) for store in (sources | targets).values()),
+        *(_puts(store) for store in targets.values()),
+        *(_places(source, target) for source, target in itertools.product(sources.values(), targets.values())),
+    ]
+    found: dict[tuple, Variant] = {}
+    for key, variant in itertools.chain.from_iterable(programs):
+        found.setdefault(key, variant)
+    return sorted(found.values(), key=_turn)
+
+
+def _turn(variant: Variant) -> tuple[bool, int, Shape]:
+    """What is compiled first: what the start needs, moves and decode steps, scoring steps, prefill steps."""
+    shape = variant.shape or ()
+    kind = 1 if shape == scoring.SHAPE else 2 * (len(shape) == 2)
+    return not variant.small, kind, shape
+
+
+def decode_variants(side: DecodeSide, settings: EngineSettings) -> list[Variant]:
+    """The programs of a decode worker's steps, for all its tasks and shapes."""
+    return list(dict([*_decode(side, settings), *_score(side, settings)]).values())
+
+
+def _prefill(side: PrefillSide, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
+    step, store = side.weights.paged.prefill, DevicePages.of(side.pool)
+    for rows, tokens in prefill_shapes(settings.chunk_tokens):
+        small = rows == 1 and tokens == min(SMALL_TOKENS, settings.chunk_tokens)
+        shape = (rows, tokens)
+        yield (
+            ("prefill", step, shape, store.mesh, store.num_pages),
+            Variant(
+                f"prefill {rows}x{tokens}",
+                small,
+                _step_lowering(step, side.weights.params, store, shape, settings),
+                shape,
+            ),
+        )
+
+
+def _decode(side: DecodeSide, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
+    store = DevicePages.of(side.pool)
+    for rows in row_buckets(settings.max_rows):
+        small = rows == SMALL_ROWS
+        for weights in side.tasks.values():
+            step = weights.paged.decode
+            yield (
+                ("decode", step, rows, store.mesh, store.num_pages),
+                Variant(
+                    f"decode {rows}", small, _step_lowering(step, weights.params, store, (rows, 1), settings), (rows,)
+                ),
+            )
+        yield (
+            ("sample", rows, store.mesh),
+            Variant(f"sample {rows}", small, functools.partial(side.sampler.lower, rows), (rows,)),
+        )
+
+
+def _score(side: DecodeSide, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
+    store = DevicePages.of(side.pool)
+    tokens, rows = scoring.no_rows(pages_for(settings.max_len, store.page_size))
+    for weights in side.tasks.values():
+        step = weights.paged.score
+        lower = functools.partial(step.lower, _specs(weights.params), tokens, rows, store.spec)
+        yield ("score", step, store.mesh, store.num_pages), Variant("score", False, lower, scoring.SHAPE)
+
+
+def _takes(store: DevicePages) -> Iterator[tuple[tuple, Variant]]:
+    moves: Any = page_moves(store.config, store.mesh)
+    for num in store.move_buckets:
+        lower = functools.partial(moves.take.lower, store.spec, np.zeros(num, np.int32))
+        yield ("take", num, store.mesh, store.num_pages), Variant(f"take {num} pages", True, lower)
+
+
+def _puts(store: DevicePages) -> Iterator[tuple[tuple, Variant]]:
+    moves: Any = page_moves(store.config, store.mesh)
+    for num in store.move_buckets:
+        lower = functools.partial(moves.put.lower, store.spec, np.zeros(num, np.int32), store.content_spec(num))
+        yield ("put", num, store.mesh, store.num_pages), Variant(f"put {num} pages", True, lower)
+
+
+def _places(source: DevicePages, target: DevicePages) -> Iterator[tuple[tuple, Variant]]:
+    """Content that goes to more devices than it comes from is cut up by a program that JAX makes for each shape."""
+    if source.mesh.size == target.mesh.size:
+        return
+    for num in source.move_buckets:
+        lower = functools.partial(_Placing, source, target, num)
+        yield ("place", num, source.mesh, target.mesh), Variant(f"place {num} pages", True, lower)
+
+
+class _Placing:
+    """A move between two pools' devices; a `jax.device_put` cannot be lowered, so it is done once instead."""
+
+    def __init__(self, source: DevicePages, target: DevicePages, num: int):
+        self._spec, self._target = source.content_spec(num), target
+
+    def compile(self) -> None:
+        content = jax.device_put(np.zeros(self._spec.shape, self._spec.dtype), self._spec.sharding)
+        self._target.place(content).block_until_ready()
+
+
+def _step_lowering(
+    step: Any, params: Any, store: DevicePages, shape: tuple[int, int], settings: EngineSettings
+) -> Callable[[], Any]:
+    rows = Rows.empty(shape[0], pages_for(settings.max_len, store.page_size))
+    return functools.partial(step.lower, _specs(params), np.zeros(shape, np.int32), rows, store.spec)
+
+
+def _specs(params: Any) -> Any:
+    """Shapes alone: who waits to be compiled must not keep the weights of a task that goes meanwhile."""
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), params)
+
+
+def compile_all(programs: Iterable[Variant]) -> None:
+    """Compiles programs one after another."""
+    for program in programs:
+        program.lower().compile()
+
+
+class BackgroundCompiler:
+    """Compiles what is not small in a thread; each shape may be used once all its programs are there, and `wake` makes
+    the workers look at it. `stop` ends the thread.
+    """
+
+    def __init__(
+        self,
+        rest: Sequence[Variant],
+        ready: Sequence[ReadyShapes],
+        say: Callable[[str], None],
+        wake: Callable[[], None],
+    ):
+        self._rest, self._ready, self._say, self._wake = rest, ready, say, wake
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pshare-compile", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Returns when the thread has ended, after the program that it compiles now."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        left = Counter(variant.shape for variant in self._rest)
+        for variant in self._rest:
+            if self._stopping.is_set():
+                return
+            try:
+                variant.lower().compile()
+            except Exception:
+                # What cannot be compiled (want of memory) is not used; the server goes on with smaller shapes.
+                logger.exception("%s could not be compiled", variant.name)
+                continue
+            left[variant.shape] -= 1
+            if variant.shape is not None and not left[variant.shape]:
+                for ready in self._ready:
+                    ready.add(variant.shape)
+                self._wake()
+        for ready in self._ready:
+            ready.settle()
+        self._say("all programs are compiled")

@@ -1,0 +1,1 @@
+"""Scores of decode modules on tasks with verifiers."""

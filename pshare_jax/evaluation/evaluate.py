@@ -1,0 +1,253 @@
+"""Task accuracy of a decode module: batched greedy answers to a task's questions, each judged by the task's verifier.
+
+`pshare-evaluate`, or `python -m pshare_jax.evaluation.evaluate`; the trainer and experiments call `evaluate`. With a sharing
+ratio below 1 the module reads the rest of the prompt itself, which also shows what naive sharing does to a full fine-tune.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pshare_jax.compilation_cache import cache_folder, keep_programs
+from pshare_jax.errors import PshareError
+from pshare_jax.evaluation.generation import generate_each
+from pshare_jax.evaluation.tasks import Item, Task, open_task
+from pshare_jax.evaluation.verifiers import Verifier
+from pshare_jax.share.decode_module import DecodeModule, load_module, read_card
+from pshare_jax.share.model import DTYPES, Model, load
+from pshare_jax.training.result import Reader, add_accuracy
+
+Z95 = 1.959964
+"""Standard normal quantile of a two-sided 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answered question: texts, the verifier's score, and whether the answer was cut at max_new_tokens."""
+
+    name: str
+    prompt: str
+    answer: str
+    expected: str
+    score: float
+    cut: bool
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """All answers, in the items' order, the new tokens in them, and the seconds of generating and judging (compiling too)."""
+
+    answers: list[Answer]
+    num_tokens: int
+    seconds: float
+
+    @property
+    def num_right(self) -> int:
+        """Answers with the full score of 1."""
+        return sum(answer.score >= 1 for answer in self.answers)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of answers with the full score."""
+        return self.num_right / len(self.answers)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy."""
+        return wilson(self.num_right, len(self.answers))
+
+    @property
+    def mean_score(self) -> float:
+        """Mean of the scores, where parts of 1 count."""
+        return sum(answer.score for answer in self.answers) / len(self.answers)
+
+    def summary(self, num_samples: int = 5) -> dict[str, Any]:
+        """Plain values for JSON: the numbers, every score in order, and the first right and wrong answers."""
+        groups = {
+            "right": [answer for answer in self.answers if answer.score >= 1],
+            "wrong": [answer for answer in self.answers if answer.score < 1],
+        }
+        return {
+            "accuracy": self.accuracy,
+            "interval": list(self.interval),
+            "mean_score": self.mean_score,
+            "num_items": len(self.answers),
+            "num_cut": sum(answer.cut for answer in self.answers),
+            "num_tokens": self.num_tokens,
+            "seconds": self.seconds,
+            "scores": [answer.score for answer in self.answers],
+            **{name: [asdict(answer) for answer in group[:num_samples]] for name, group in groups.items()},
+        }
+
+
+def evaluate(
+    base: Model,
+    module: DecodeModule,
+    items: Sequence[Item],
+    verifier: Verifier,
+    *,
+    max_new_tokens: int,
+    sharing_ratio: float = 1.0,
+    rows: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> EvalResult:
+    """The module's greedy answers to all items (at least one), judged; see `generate_batch` for the other arguments.
+
+    `progress` is called with the number of items done.
+
+    Raises:
+        PshareError: no items, or as `generate_batch`.
+    """
+    if not items:
+        raise PshareError("there are no questions to evaluate on.")
+    started = time.perf_counter()
+    answers: dict[int, Answer] = {}
+    num_tokens = 0
+    generated = generate_each(
+        base,
+        module,
+        [item.prompt_ids for item in items],
+        max_new_tokens=max_new_tokens,
+        sharing_ratio=sharing_ratio,
+        rows=rows,
+    )
+    for index, ids in generated:
+        answers[index] = _judged(base, items[index], ids, verifier)
+        num_tokens += len(ids)
+        if progress:
+            progress(len(answers))
+    seconds = time.perf_counter() - started
+    return EvalResult([answers[index] for index in range(len(items))], num_tokens, seconds)
+
+
+def wilson(num_right: float | int, num_items: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927, the score interval without continuity correction)."""
+    share, weight = num_right / num_items, Z95**2 / num_items
+    centre = (share + weight / 2) / (1 + weight)
+    half = math.sqrt(weight * (share * (1 - share) + weight / 4)) / (1 + weight)
+    # Rounding must not leave the share itself outside.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
+
+
+def _judged(base: Model, item: Item, ids: list[int], verifier: Verifier) -> Answer:
+    ended = bool(ids) and ids[-1] in base.stop_ids
+    text = base.tokenizer.decode(ids[:-1] if ended else ids)
+    prompt = base.tokenizer.decode(item.prompt_ids, skip_special_tokens=False)
+    return Answer(item.name, prompt, text, item.expected, verifier(text, item.record), not ended)
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluates what the command line says and prints the accuracy; 2 after a user's mistake."""
+    options = _parser().parse_args(arguments)
+    try:
+        _run(options)
+    except PshareError as error:
+        print(f"pshare-evaluate: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pshare-evaluate", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--base", required=True, help="the base: a folder, .gguf, hub name or pypi:package")
+    parser.add_argument("--module", required=True, help="a decode module's folder, a full fine-tune's, or: base")
+    parser.add_argument(
+        "--task",
+        required=True,
+        help="reasoning_gym:<task>?size=500&seed=7, bfcl:simple, bfcl:multiple, or a data file such as data.jsonl",
+    )
+    parser.add_argument("--sharing-ratio", type=float, default=1.0, help="share of the prompt on base KV (default 1)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default 256)")
+    parser.add_argument("--rows", type=int, default=16, help="answers generated at a time (default 16)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 elsewhere")
+    parser.add_argument("--output", type=Path, help="also write the numbers and some answers to this JSON file")
+    parser.add_argument("--card", type=Path, help="a decode module's folder, in whose card the accuracy is told")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.output and not options.output.parent.is_dir():
+        raise PshareError(f"--output: there is no folder {options.output.parent}.")
+    if options.card:
+        _check_card(options)
+    keep_programs(cache_folder())
+    base = load(options.base, dtype=options.dtype)
+    module = load_any_module(options.module, base)
+    with open_task(options.task, base) as task:
+        if task.report and any(source.dropped or source.left_out for source in task.report.sources):
+            print("\n".join(map(str, task.report.sources)), file=sys.stderr)
+        result = _shown(base, module, task, options)
+    low, high = result.interval
+    print(
+        f"{options.task}: {result.accuracy:.1%} right ({result.num_right} of {len(result.answers)}; "
+        f"95 % interval {low:.1%} to {high:.1%}), {result.seconds:.1f} s"
+    )
+    if options.output:
+        asked = {key: value for key, value in vars(options).items() if key not in ("output", "card")}
+        dtype = base.architecture.dtype
+        content = {**asked, "dtype": dtype, "device": base.mesh.devices.flat[0].device_kind, **result.summary()}
+        options.output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if options.card:
+        add_accuracy(options.card, options.task, result.accuracy, _reader(options))
+
+
+def _check_card(options: argparse.Namespace) -> None:
+    """Before the work: the card must be there, and of the module that is asked, or the base's accuracy stands in it."""
+    if not read_card(options.card).training:
+        raise PshareError(
+            f"--card {options.card} does not say how it was trained, so there is no model card to tell it in."
+        )
+    if options.module != "base" and Path(options.module).resolve() != options.card.resolve():
+        raise PshareError(f"--card {options.card} is not the folder of --module {options.module}.")
+    if options.module != "base" and 0 < options.sharing_ratio < 1:
+        raise PshareError(
+            "a card tells what a module scores on base KV or alone; leave --sharing-ratio out, or give 0."
+        )
+
+
+def _reader(options: argparse.Namespace) -> Reader:
+    if options.module == "base":
+        return "base"
+    return "module" if options.sharing_ratio else "alone"
+
+
+def load_any_module(source: str, base: Model) -> DecodeModule:
+    """The module of a folder, also of a full fine-tune that was not made for the base's KV; "base" is the base itself."""
+    if source == "base":
+        return DecodeModule(base.architecture, base.params, base.mesh)
+    return load_module(source, base, prefill="own")
+
+
+def _shown(base: Model, module: DecodeModule, task: Task, options: argparse.Namespace) -> EvalResult:
+    console = Console(stderr=True)
+    columns = (TextColumn("Answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        shown = bar.add_task("", total=len(task.items))
+        return evaluate(
+            base,
+            module,
+            task.items,
+            task.verifier,
+            max_new_tokens=options.max_new_tokens,
+            sharing_ratio=options.sharing_ratio,
+            rows=options.rows,
+            progress=lambda done: bar.update(shown, completed=done),
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

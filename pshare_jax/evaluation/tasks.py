@@ -1,0 +1,89 @@
+"""Evaluation tasks by name: questions as the server would see them, and the verifier of their answers.
+
+`reasoning_gym:<task>?key=value` asks the items of a reasoning-gym task, `bfcl:<category>` those of BFCL; any other name is a
+data file or glob, where every answer that training would learn is asked for and compared as a whole.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pshare_jax.evaluation.verifiers import Verifier, exact_match, gym_verifier
+from pshare_jax.share.model import Model
+from pshare_jax.text.tokenizer import Tokenizer
+from pshare_jax.training.data.bfcl import BFCL, BfclVerifier, fetch_wheel, read_questions
+from pshare_jax.training.data.config import DataConfig, SourceConfig
+from pshare_jax.training.data.prepare import SampleSet, prepare
+from pshare_jax.training.data.report import Report
+from pshare_jax.training.data.sources import GYM, open_reasoning_gym
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question: where it is from, the prompt's ids, an answer that is right (for people), the verifier's record."""
+
+    name: str
+    prompt_ids: tuple[int, ...]
+    expected: str
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions and their verifier; of a data file also what became of its records."""
+
+    items: list[Item]
+    verifier: Verifier
+    report: Report | None = None
+
+
+@contextlib.contextmanager
+def open_task(name: str, base: Model) -> Iterator[Task]:
+    """The task of that name, asked in the base's chat template. Of a file, what the base cannot read is left out.
+
+    Raises:
+        PshareError: an unknown task or category, a source that cannot be read, or what the task needs is missing.
+    """
+    tokenizer = base.tokenizer
+    if name.startswith(GYM):
+        dataset = open_reasoning_gym(name)
+        items = [gym_item(name, index, dataset[index], tokenizer) for index in range(len(dataset))]
+        yield Task(items, gym_verifier(dataset))
+    elif name.startswith(BFCL):
+        wheel = fetch_wheel()
+        items = [bfcl_item(question, tokenizer) for question in read_questions(name.removeprefix(BFCL), wheel)]
+        with BfclVerifier(wheel) as verifier:
+            yield Task(items, verifier)
+    else:
+        config = DataConfig([SourceConfig(name)], max_len=base.config.max_len)
+        data = prepare(config, tokenizer, base.stop_ids, vocab_size=base.config.vocab_size)
+        yield Task(sample_items(data.train, tokenizer), exact_match, data.report)
+
+
+def sample_items(samples: SampleSet, tokenizer: Tokenizer) -> list[Item]:
+    """A question for every answer of the samples, the true conversation before it; for `exact_match`."""
+    items = []
+    for index in (int(index) for group in samples.members for index in group):
+        sample = samples.store[index]
+        for start, end in sample.turns:
+            answer = tokenizer.decode(sample.ids[start:end])
+            items.append(Item(f"{sample.source}:{sample.line}", sample.ids[:start], answer, {"answer": answer}))
+    return items
+
+
+def gym_item(name: str, index: int, entry: Mapping[str, Any], tokenizer: Tokenizer) -> Item:
+    """An item of a reasoning-gym task, asked as the source of that name trains it."""
+    question = entry["question"]
+    if tokenizer.chat_template is None:
+        ids = tokenizer.encode(question)
+    else:
+        ids = tokenizer.encode_chat([{"role": "user", "content": question}])
+    return Item(f"{name}:{index + 1}", tuple(ids), str(entry["answer"]), entry)
+
+
+def bfcl_item(question: Mapping[str, Any], tokenizer: Tokenizer) -> Item:
+    """A question of `read_questions`."""
+    ids = tokenizer.encode_chat(question["messages"])
+    return Item(question["id"], tuple(ids), json.dumps(question["ground_truth"]), question)

@@ -1,0 +1,1 @@
+"""Attention functions that callers hand to the decoder."""

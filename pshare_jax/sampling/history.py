@@ -1,0 +1,76 @@
+"""The tokens of one sequence as far as they change its next scores: penalties, biases and bans, kept up token by token.
+
+The decode worker owns one for each sequence and writes it into its row of the batch. Host-side, imports no jax.
+"""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from pshare_jax.sampling.params import SamplingParams
+
+
+class TokenHistory:
+    """What `SamplingParams` steps 1 to 3 do to the next token of a sequence.
+
+    Arrays as long as the vocabulary exist only for what the request asked for.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        vocab_size: int,
+        banned_ids: Collection[int] = (),
+        min_tokens: int = 0,
+    ):
+        """`banned_ids` cannot come while fewer than `min_tokens` tokens are out; those of no vocabulary are passed over.
+
+        Raises:
+            PshareError: `logit_bias` names a token that is not one.
+        """
+        sampling.check_vocabulary(vocab_size)
+        self._sampling = sampling
+        self._banned = np.array([token for token in banned_ids if 0 <= token < vocab_size], np.int64)
+        self._min_tokens = min_tokens
+        self._num_tokens = 0
+        self._counts: dict[int, int] = {}
+        self._logit_bias: dict[int, float] = {}
+        for token, bias in sampling.logit_bias:
+            self._logit_bias[token] = self._logit_bias.get(token, 0.0) + bias
+        self._bias: np.ndarray | None = None
+        self._repeated: np.ndarray | None = None
+        if sampling.penalizes_answer or sampling.logit_bias:
+            self._bias = np.zeros(vocab_size, np.float32)
+            for token, bias in self._logit_bias.items():
+                self._bias[token] = bias
+        if sampling.repetition_penalty != 1:
+            self._repeated = np.zeros(vocab_size, bool)
+            self._repeated[np.asarray(prompt, np.int64)] = True
+
+    @property
+    def active(self) -> bool:
+        """Whether the next token's scores may be changed; if not, `write` would write zeros."""
+        return bool(self._logit_bias or self._repeated is not None or self._banned_now or self._counts)
+
+    def push(self, token_id: int) -> None:
+        """Takes the answer's next token."""
+        self._num_tokens += 1
+        if self._repeated is not None:
+            self._repeated[token_id] = True
+        if self._bias is not None and self._sampling.penalizes_answer:
+            count = self._counts[token_id] = self._counts.get(token_id, 0) + 1
+            penalty = self._sampling.frequency_penalty * count + self._sampling.presence_penalty
+            # From the whole count, so that rounding does not add up over a long answer.
+            self._bias[token_id] = self._logit_bias.get(token_id, 0.0) - penalty
+
+    def write(self, bias_row: np.ndarray, repeated_row: np.ndarray) -> None:
+        """Fills a row of the batch's `Adjustments` (float32 `[V]` and bool `[V]`), whatever stood there."""
+        bias_row[:] = 0 if self._bias is None else self._bias
+        repeated_row[:] = False if self._repeated is None else self._repeated
+        if self._banned_now:
+            bias_row[self._banned] = -np.inf
+
+    @property
+    def _banned_now(self) -> bool:
+        return self._num_tokens < self._min_tokens and self._banned.size > 0

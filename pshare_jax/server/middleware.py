@@ -1,0 +1,106 @@
+"""What is done around every HTTP request: its id, the API key, a line in the log, an error object for a bug."""
+
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pshare_jax.engine.request import FAILED
+from pshare_jax.server.openai.schema import ApiError, error_body
+
+logger = logging.getLogger(__name__)
+request_log = logging.getLogger("pshare_jax.requests")
+OPEN_PATHS = ("/health", "/")
+"""Whoever watches over the process has no key; the live page holds no data and asks for it."""
+HUNG_UP = 499
+"""What the log says of a client that did not wait for its answer (nginx's number)."""
+
+
+class Around:
+    """ASGI middleware. Every answer carries x-request-id, the client's own if it sent a plain one."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None):
+        self._app, self._api_key = app, api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the call on. Handlers may add to `scope["state"]["told"]` what the log line shall say."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        headers = dict(scope["headers"])
+        sent = headers.get(b"x-request-id", b"")
+        request_id = sent if re.fullmatch(rb"[!-~]{1,128}", sent) else uuid.uuid4().hex.encode()
+        told: dict[str, Any] = {}
+        scope.setdefault("state", {})["told"] = told
+        began, status = time.monotonic(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            if _from_elsewhere(scope["method"], headers):
+                await _foreign()(scope, receive, send_with_id)
+            elif self._allowed(scope["path"], headers):
+                await self._app(scope, receive, send_with_id)
+            else:
+                await _no_key()(scope, receive, send_with_id)
+        except ClientDisconnect:
+            status = HUNG_UP
+        except Exception:
+            logger.exception("request %s failed", request_id.decode())
+            if not status:
+                error = ApiError(500, FAILED, kind="server_error").error
+                await JSONResponse(error_body(error), 500)(scope, receive, send_with_id)
+        finally:
+            _log(scope, request_id.decode(), status, time.monotonic() - began, told)
+
+    def _allowed(self, path: str, headers: dict[bytes, bytes]) -> bool:
+        if self._api_key is None or path in OPEN_PATHS:
+            return True
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        # Both are compared to the end, whatever the key: the time taken tells nothing of it.
+        return hmac.compare_digest(key.strip(), self._api_key.encode()) and scheme.lower() == b"bearer"
+
+
+def _from_elsewhere(method: str, headers: dict[bytes, bytes]) -> bool:
+    """Whether another site's page in a browser sends this: it could drive a server on its visitor's machine."""
+    origin = headers.get(b"origin")
+    return method == "POST" and origin is not None and origin.partition(b"://")[2] != headers.get(b"host")
+
+
+def _foreign() -> JSONResponse:
+    error = ApiError(403, "Pages of other sites may not call this server from a browser.", kind="permission_error")
+    return JSONResponse(error_body(error.error), 403)
+
+
+def _no_key() -> JSONResponse:
+    message = "This server needs an API key; send it as Authorization: Bearer KEY."
+    error = ApiError(401, message, kind="authentication_error", code="invalid_api_key")
+    return JSONResponse(error_body(error.error), 401, {"WWW-Authenticate": "Bearer"})
+
+
+def _log(scope: Scope, request_id: str, status: int, seconds: float, told: dict[str, Any]) -> None:
+    # What is polled would drown the rest.
+    if scope["method"] == "GET" and status == 200:
+        return
+    line = {
+        "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "request_id": request_id,
+        "method": scope["method"],
+        "path": scope["path"],
+        "status": status,
+        "seconds": round(seconds, 4),
+        **told,
+    }
+    request_log.info(json.dumps(line, ensure_ascii=False))

@@ -1,0 +1,166 @@
+"""From a config to a running engine: devices, weights on every worker's mesh, tasks, compiled programs, a first answer.
+
+Called by the command line only. Everything here happens before the server answers, so it tells its progress.
+"""
+
+import os
+import queue
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from pshare_jax.compilation_cache import keep_programs
+from pshare_jax.engine.build import Plan, Sides, assemble
+from pshare_jax.engine.compile_counter import compile_counter
+from pshare_jax.engine.engine import Engine
+from pshare_jax.engine.request import Event, Request
+from pshare_jax.engine.warmup import BackgroundCompiler, Variant, compile_all, variants
+from pshare_jax.engine.worker_thread import POLL_SECONDS
+from pshare_jax.errors import PshareError
+from pshare_jax.mesh import make_mesh, virtual_cpu_devices
+from pshare_jax.server.app import Served
+from pshare_jax.server.config import Placement, ServeConfig, num_cpu_devices, resolve_placement
+from pshare_jax.server.openai.to_requests import Limits
+from pshare_jax.server.tasks.loader import TaskLoader
+from pshare_jax.server.tasks.table import TaskTable
+from pshare_jax.share.model import load
+
+Say = Callable[[str], None]
+WARM_UP_LEN = 40
+"""Tokens of the warm-up prompt: a short chat's."""
+
+
+def prepare_jax(config: ServeConfig, cache_folder: Path) -> None:
+    """Splits the CPU as the placement needs and keeps compiled programs on disk; must run before JAX starts."""
+    virtual_cpu_devices(num_cpu_devices(config))
+    keep_programs(cache_folder)
+    compile_counter()
+
+
+def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:
+    """Loads the base once, puts it on every worker's mesh and adds the tasks; the engine is not started yet.
+
+    Raises:
+        PshareError: the placement, the base or a task cannot be served.
+    """
+    api_key = config.server.api_key or _key_from_environment()
+    modules_dir = _checked_modules_dir(config, api_key)
+    devices = jax.devices()
+    placement = resolve_placement(config, devices[0].platform, len(devices))
+    say(f"{len(devices)} {devices[0].platform} devices; {_told(placement)}")
+    say(f"opening and loading the base {config.base}")
+    dtype = None if config.dtype == "auto" else config.dtype
+    first = placement.prefill[0]
+    model = load(config.base, dtype=dtype, mesh=make_mesh(first.devices, len(first.devices)))
+    plan = Plan(
+        tasks=config.tasks,
+        placement=placement,
+        sharing=config.sharing,
+        kv=config.kv,
+        batch=config.batch,
+        policy=config.routing,
+        debug=config.debug,
+        max_requests=config.server.max_requests,
+        stall_seconds=config.server.stall_seconds,
+    )
+    sides = assemble(model, plan, say)
+    pools = {id(side.pool): side.pool for side in (*sides.prefill, *sides.decode)}.values()
+    say(
+        f"KV: {sum(pool.num_pages for pool in pools)} pages of {sides.settings.page_bytes:,} bytes in {len(pools)} pools"
+    )
+    engine = Engine(sides.prefill, sides.decode, model.tokenizer.detokenizer, sides.settings)
+    limits = Limits(sides.settings.max_len, model.config.vocab_size, model.stop_ids, config.server.max_requests)
+    say("clients need the API key" if api_key else "clients need no API key")
+    # A folder's place is nobody's business.
+    base, tasks = Path(config.base).name, list(config.tasks)
+    table = modules_dir and _task_table(config, placement, engine, tasks, modules_dir, sides)
+    served = Served(engine, tasks, model.tokenizer, limits, config.server.max_body_bytes, api_key, base, table)
+    return served, variants(sides.prefill, sides.decode, sides.settings)
+
+
+def _checked_modules_dir(config: ServeConfig, api_key: str | None) -> Path | None:
+    if config.server.modules_dir is None:
+        return None
+    folder = Path(config.server.modules_dir)
+    if not config.server.modules_dir or not folder.is_dir():
+        raise PshareError(f"server.modules_dir {config.server.modules_dir!r} is not a folder.")
+    if api_key is None:
+        raise PshareError(
+            "server.modules_dir lets clients change the tasks, so it needs an API key: set server.api_key or PSHARE_API_KEY."
+        )
+    return folder
+
+
+def _task_table(
+    config: ServeConfig, placement: Placement, engine: Engine, tasks: list[str], modules_dir: Path, sides: Sides
+) -> TaskTable:
+    open_workers = [index for index, worker in enumerate(placement.decode) if worker.tasks == "all"]
+    refusal = None
+    if config.sharing == "isolated":
+        refusal = (
+            "With sharing: isolated every task has a prefill worker of its own, so tasks cannot change at run time."
+        )
+    elif not open_workers:
+        refusal = "No decode worker in placement has tasks: all, so tasks cannot change at run time."
+    loader = TaskLoader(engine, sides)
+    return TaskTable(engine, tasks, modules_dir, open_workers, loader.load, refusal)
+
+
+def _key_from_environment() -> str | None:
+    key = os.environ.get("PSHARE_API_KEY")
+    if key is not None and not key.strip():
+        raise PshareError("The environment variable PSHARE_API_KEY is empty; give it a key or unset it.")
+    return key and key.strip()
+
+
+def warm_up(served: Served, programs: list[Variant], full: bool, say: Say) -> BackgroundCompiler:
+    """Compiles what a short chat needs, or with `full` everything, and lets every task on every worker of a started
+    engine answer once; the rest is compiled in the background.
+
+    Raises:
+        PshareError: a task's first answer failed, such as for want of memory.
+    """
+    now = [one for one in programs if full or one.small]
+    say(f"compiling {len(now)} of {len(programs)} programs")
+    compile_all(now)
+    # Known to be compiled only now: while no request is there, workers run such steps once.
+    engine = served.engine
+    ready = [worker.ready for worker in engine.workers]
+    for shapes in ready:
+        shapes.limit(one.shape for one in now if one.shape is not None)
+    # Its half is built on first use, which must not stall the streams of others.
+    served.tokenizer.encode("", allow_special=False)
+    first_answers(served)
+    while full and not engine.primed and engine.healthy:
+        time.sleep(POLL_SECONDS)
+    return BackgroundCompiler([one for one in programs if one not in now], ready, say, engine.wake)
+
+
+def first_answers(served: Served) -> None:
+    """Two tokens from every task on every worker.
+
+    Raises:
+        PshareError: an answer failed.
+    """
+    max_len = served.limits.max_len
+    prompt = (0,) * max(1, min(WARM_UP_LEN, max_len - 2))
+    for number, (route, task) in enumerate(served.engine.all_routes()):
+        done: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        # A salt of its own: no prompt of a user's shall hit what nobody asked for.
+        request = Request(
+            f"warm-up-{number}", task, prompt, min(2, max_len - len(prompt)), cache_salt=f"warm-up {number}"
+        )
+        served.engine.submit(request, done.put, route)
+        event = done.get()
+        while not event.last:
+            event = done.get()
+        if event.error is not None:
+            raise PshareError(f"The first answer of the task {task!r} failed; the log above says why.")
+
+
+def _told(placement: Placement) -> str:
+    prefill = ", ".join(str(worker.devices) for worker in placement.prefill)
+    decode = ", ".join(str(worker.devices) for worker in placement.decode)
+    return f"prefill on {prefill}, decode on {decode}"

@@ -1,0 +1,1 @@
+"""Tasks that are loaded and unloaded at run time."""

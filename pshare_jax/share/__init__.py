@@ -1,0 +1,1 @@
+"""A model factorised into a prefill module and decode modules."""

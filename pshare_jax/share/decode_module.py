@@ -1,0 +1,175 @@
+"""A decode module on disk: full weights as a Hugging Face checkpoint, LoRA in PEFT's format, each with decode_module.json.
+
+decode_module.json says which base the module was made for and whose KV it was trained on; `load_module` refuses what
+does not fit, since a wrong base or prefill would answer fluently and wrongly.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+from jax.sharding import Mesh
+
+from pshare_jax.errors import PshareError
+from pshare_jax.model.architecture import Architecture, Params
+from pshare_jax.model.config import ModelConfig
+from pshare_jax.model.dense_steps import Steps, steps
+from pshare_jax.model.paged_steps import PagedSteps, paged_steps
+from pshare_jax.share.lora import read_adapter, write_adapter
+from pshare_jax.share.model import Model
+from pshare_jax.share.save import save_folder
+from pshare_jax.weights.fingerprint import model_fingerprint
+from pshare_jax.weights.load import read_parameters, settle_tying
+from pshare_jax.weights.safetensors import SafetensorsFolder
+
+CARD = "decode_module.json"
+Kind = Literal["full", "lora"]
+Prefill = Literal["base", "own"]
+
+
+@dataclass(frozen=True)
+class DecodeModule:
+    """One task's weights on a mesh. A LoRA module's dict holds the base's own arrays beside its A and B."""
+
+    architecture: Architecture
+    params: Params
+    mesh: Mesh
+
+    @property
+    def steps(self) -> Steps:
+        """The jitted steps of this module's architecture on its mesh."""
+        return steps(self.architecture, self.mesh)
+
+    @property
+    def paged(self) -> PagedSteps:
+        """The jitted steps over pages of KV."""
+        return paged_steps(self.architecture, self.mesh)
+
+
+@dataclass(frozen=True)
+class Card:
+    """decode_module.json. `prefill` is whose KV the module was trained on; `training` is free text for people."""
+
+    kind: Kind
+    base_fingerprint: str
+    tokenizer: str
+    chat_template: str
+    prefill: Prefill = "base"
+    training: Mapping[str, Any] = field(default_factory=dict)
+    version: int = 1
+
+
+def save_module(
+    folder: str | Path,
+    module: DecodeModule,
+    base: Model,
+    *,
+    prefill: Prefill = "base",
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a decode module of `base` into `folder` (made if missing): weights, and decode_module.json last."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # An older card must not vouch for weights that are half written.
+    (folder / CARD).unlink(missing_ok=True)
+    lora = module.architecture.lora
+    if lora is None:
+        save_folder(folder, replace(base, architecture=module.architecture, params=module.params, mesh=module.mesh))
+    else:
+        write_adapter(folder, lora, module.params, base.config)
+    card = Card(
+        "full" if lora is None else "lora",
+        base.fingerprint,
+        base.tokenizer.fingerprint,
+        base.tokenizer.template_fingerprint,
+        prefill,
+        training or {},
+    )
+    (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
+
+
+def read_card(folder: Path) -> Card:
+    """Read and check decode_module.json; its absence is told as what it means for serving."""
+    if not folder.is_dir():
+        raise PshareError(f"there is no decode module folder {folder}.")
+    path = folder / CARD
+    if not path.is_file():
+        raise PshareError(
+            f"{folder} has no {CARD}: an ordinary fine-tune prefills with its own weights and would answer wrongly on "
+            "the base's KV, so only modules trained for it can be served."
+        )
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise PshareError(f"{path} is not a readable decode module card: {error}.") from error
+    if not isinstance(content, dict):
+        raise PshareError(f"{path} is not a readable decode module card: it must hold a JSON object.")
+    faults = _card_faults(content)
+    if faults:
+        raise PshareError(f"{path} is not a decode module card of version 1: {'; '.join(faults)}.")
+    return Card(**content)
+
+
+def _card_faults(content: Mapping[str, Any]) -> list[str]:
+    texts = ("base_fingerprint", "tokenizer", "chat_template")
+    choices = {"kind": get_args(Kind), "prefill": get_args(Prefill), "version": (1,)}
+    faults = [f"{name} is missing" for name in ("kind", *texts) if name not in content]
+    for name, value in content.items():
+        if name in choices and value not in choices[name]:
+            faults.append(f"{name} {value!r} is not one of {', '.join(map(str, choices[name]))}")
+        elif name in texts and not isinstance(value, str):
+            faults.append(f"{name} {value!r} is not a text")
+        elif name == "training" and not isinstance(value, dict):
+            faults.append(f"{name} {value!r} is not an object")
+        elif name not in (*choices, *texts, "training"):
+            faults.append(f"{name} is unknown")
+    return faults
+
+
+def load_module(folder: str | Path, base: Model, *, prefill: Prefill = "base") -> DecodeModule:
+    """The decode module in `folder` on the base's mesh; refused if made for another base, tokenizer or prefill.
+
+    With `prefill` "own" (the isolated baseline: the module's own weights make its KV) any full fine-tune of the base's
+    architecture will do, and so will a module that was trained on the base's KV.
+    """
+    folder = Path(folder)
+    if prefill == "own" and folder.is_dir() and not (folder / CARD).exists():
+        return _load_full(folder, base)
+    card = read_card(folder)
+    _check_card(card, folder, base, prefill)
+    if card.kind == "lora":
+        lora, params = read_adapter(folder, base)
+        return DecodeModule(base.architecture.with_lora(lora), {**base.params, **params}, base.mesh)
+    return _load_full(folder, base)
+
+
+def _check_card(card: Card, folder: Path, base: Model, prefill: Prefill) -> None:
+    expected = {
+        "base_fingerprint": (base.fingerprint, "another base"),
+        "tokenizer": (base.tokenizer.fingerprint, "a base with another tokenizer"),
+        "chat_template": (base.tokenizer.template_fingerprint, "another chat template"),
+    }
+    for name, (ours, what) in expected.items():
+        theirs = getattr(card, name)
+        if theirs != ours:
+            raise PshareError(f"{folder} was made for {what} ({name} {theirs[:12]}, this base has {ours[:12]}).")
+    if card.prefill == "own" and prefill == "base":
+        raise PshareError(
+            f"{folder} was trained with prefill 'own', but here the KV comes from the base: it would answer wrongly."
+        )
+
+
+def _load_full(folder: Path, base: Model) -> DecodeModule:
+    checkpoint = SafetensorsFolder(folder)
+    config = settle_tying(ModelConfig.from_hf(checkpoint.config), checkpoint)
+    if replace(config, tied=base.config.tied).layer_fields() != base.config.layer_fields():
+        raise PshareError(f"{folder}: its config.json describes another architecture than the base's.")
+    architecture = replace(base.architecture, config=replace(config, max_len=base.config.max_len))
+    params, hashes = read_parameters(checkpoint, architecture.config, base.mesh, base.architecture.dtype)
+    if model_fingerprint(config, hashes) == base.fingerprint:
+        # The same weights as the base: one copy on these devices is enough.
+        return DecodeModule(base.architecture, base.params, base.mesh)
+    return DecodeModule(architecture, jax.block_until_ready(params), base.mesh)

@@ -1,0 +1,117 @@
+"""Rows of samples to the arrays that training feeds its model: pure NumPy, one function a method.
+
+A row holds samples one after another; the packed ones are told apart by segments, counted from 1 in each row, 0 being
+padding. Positions are those inside the sample. Padding is zero everywhere.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32
+
+from pshare_jax.training.data.samples import Sample
+
+Layout = Literal["two_stream", "one_stream"]
+
+
+class TwoStreamBatch(NamedTuple):
+    """For `prefillshare`: the base reads the context stream, the decode module the decode stream.
+
+    Of a turn (start, end) the decode stream holds `ids[start-1 : end-1]` at these positions and predicts
+    `ids[start:end]`; it sees the context of its own segment at positions < `decode_prefix` (= start - 1) and its own
+    turn's decode stream. `decode_turns` counts the turns of a row from 1. `weights` is 1 for real targets.
+    """
+
+    context_tokens: Int32[np.ndarray, "B C"]
+    context_positions: Int32[np.ndarray, "B C"]
+    context_segments: Int32[np.ndarray, "B C"]
+    decode_tokens: Int32[np.ndarray, "B D"]
+    decode_positions: Int32[np.ndarray, "B D"]
+    decode_segments: Int32[np.ndarray, "B D"]
+    decode_turns: Int32[np.ndarray, "B D"]
+    decode_prefix: Int32[np.ndarray, "B D"]
+    targets: Int32[np.ndarray, "B D"]
+    weights: Float32[np.ndarray, "B D"]
+
+
+class OneStreamBatch(NamedTuple):
+    """For `full_ft`: one stream, whose logits at `picks` (indices into the row) predict `targets`."""
+
+    tokens: Int32[np.ndarray, "B T"]
+    positions: Int32[np.ndarray, "B T"]
+    segments: Int32[np.ndarray, "B T"]
+    picks: Int32[np.ndarray, "B R"]
+    targets: Int32[np.ndarray, "B R"]
+    weights: Float32[np.ndarray, "B R"]
+
+
+def two_stream(rows: Sequence[Sequence[Sample]], context_len: int, decode_len: int) -> TwoStreamBatch:
+    """The batch of `rows`, with C = context_len and D = decode_len.
+
+    Raises:
+        ValueError: a row holds more than that.
+    """
+    shape_c, shape_d = (len(rows), context_len), (len(rows), decode_len)
+    context = [np.zeros(shape_c, np.int32) for _ in range(3)]
+    decode = [np.zeros(shape_d, np.int32) for _ in range(6)]
+    batch = TwoStreamBatch._make([*context, *decode, np.zeros(shape_d, np.float32)])
+    for b, row in enumerate(rows):
+        context_at, decode_at, turn = _Cursor(context_len), _Cursor(decode_len), 0
+        for segment, sample in enumerate(row, start=1):
+            ids = np.asarray(sample.ids, np.int32)
+            at = context_at.take(sample.context_len)
+            batch.context_tokens[b, at] = ids[: sample.context_len]
+            batch.context_positions[b, at] = np.arange(sample.context_len)
+            batch.context_segments[b, at] = segment
+            for start, end in sample.turns:
+                turn += 1
+                at = decode_at.take(end - start)
+                batch.decode_tokens[b, at] = ids[start - 1 : end - 1]
+                batch.decode_positions[b, at] = np.arange(start - 1, end - 1)
+                batch.decode_segments[b, at] = segment
+                batch.decode_turns[b, at] = turn
+                batch.decode_prefix[b, at] = start - 1
+                batch.targets[b, at] = ids[start:end]
+                batch.weights[b, at] = 1
+    return batch
+
+
+def one_stream(rows: Sequence[Sequence[Sample]], length: int, answers_len: int) -> OneStreamBatch:
+    """The batch of `rows`, with T = length and R = answers_len; a sample's very last answer token is only a target.
+
+    Raises:
+        ValueError: a row holds more than that.
+    """
+    stream = [np.zeros((len(rows), length), np.int32) for _ in range(3)]
+    answers = [np.zeros((len(rows), answers_len), np.int32) for _ in range(2)]
+    batch = OneStreamBatch._make([*stream, *answers, np.zeros((len(rows), answers_len), np.float32)])
+    for b, row in enumerate(rows):
+        stream_at, answers_at = _Cursor(length), _Cursor(answers_len)
+        for segment, sample in enumerate(row, start=1):
+            num_tokens = sample.turns[-1][1] - 1
+            ids = np.asarray(sample.ids, np.int32)
+            at = stream_at.take(num_tokens)
+            batch.tokens[b, at] = ids[:num_tokens]
+            batch.positions[b, at] = np.arange(num_tokens)
+            batch.segments[b, at] = segment
+            for start, end in sample.turns:
+                picked = answers_at.take(end - start)
+                batch.picks[b, picked] = at.start + np.arange(start - 1, end - 1)
+                batch.targets[b, picked] = ids[start:end]
+                batch.weights[b, picked] = 1
+    return batch
+
+
+class _Cursor:
+    """The next free place of a row of `size`."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._at = size, 0
+
+    def take(self, count: int) -> slice:
+        place = slice(self._at, self._at + count)
+        if place.stop > self._size:
+            raise ValueError(f"the samples of a row need {place.stop} places of {self._size}")
+        self._at = place.stop
+        return place

@@ -1,0 +1,191 @@
+"""A record of a data file (`messages`, or `prompt` and `completion`) to samples; `prepare.py` calls it.
+
+Prompts are what the server would see: chats through `Tokenizer.encode_chat`, texts through `Tokenizer.encode`. What a
+record does wrong ends in `Dropped`, with the reason that the report counts.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pshare_jax.errors import PshareError
+from pshare_jax.text.chat_template import ROLES
+from pshare_jax.text.tokenizer import Tokenizer
+from pshare_jax.training.data.samples import Limits, Sample, Turn, joined
+
+_MARKS = ("train", "weight")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class Dropped(Exception):
+    """A record that cannot be trained on: `reason` is what the report counts, `detail` says more in one sentence."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+class RecordReader:
+    """Makes samples of records. `stop_ids` is the set of ids that end generation with the model."""
+
+    def __init__(self, tokenizer: Tokenizer, stop_ids: frozenset[int], chat: bool, limits: Limits) -> None:
+        self._tokenizer, self._chat, self._limits = tokenizer, chat, limits
+        self._ends = stop_ids & tokenizer.special_ids
+
+    def samples(self, record: Any, source: str, line: int) -> tuple[list[Sample], dict[str, int]]:
+        """The record's samples, at least one, and its turns that were left out, counted by reason.
+
+        Raises:
+            Dropped: nothing of the record can be trained on.
+        """
+        if not isinstance(record, dict):
+            raise Dropped("not an object", f"A record must be an object with fields, not {type(record).__name__}.")
+        left_out: dict[str, int] = {}
+        turns = list(self._chat_turns(record, left_out) if self._chat else self._text_turns(record))
+        samples, too_long = joined(turns, self._limits, source, line)
+        if too_long:
+            left_out["too long"] = too_long
+        if not samples:
+            reason = max(left_out, key=lambda name: left_out[name]) if left_out else "no assistant turn"
+            raise Dropped(reason)
+        self._check_ids(max(max(sample.ids) for sample in samples))
+        return samples, left_out
+
+    def _check_ids(self, largest: int) -> None:
+        """XLA would read the embedding's last row for a token that has none."""
+        size = self._limits.vocab_size
+        if size is not None and largest >= size:
+            text = self._tokenizer.decode([largest], skip_special_tokens=False)
+            raise Dropped(
+                "token that the model lacks",
+                f"The tokenizer makes token {largest} of {text!r}, but the model has tokens 0 to {size - 1}.",
+            )
+
+    def _text_turns(self, record: Mapping[str, Any]) -> Iterator[Turn]:
+        prompt, completion = record.get("prompt"), record.get("completion")
+        if not isinstance(prompt, str) or not isinstance(completion, str):
+            raise Dropped("wrong type", "With format: text, prompt and completion must be texts.")
+        if not completion:
+            raise Dropped("empty answer")
+        eos = self._eos()
+        try:
+            ids, answer = self._tokenizer.encode_completion(prompt, completion)
+        except PshareError as error:
+            raise Dropped("wrong text", str(error)) from None
+        if not ids:
+            raise Dropped("empty prompt")
+        yield Turn(ids, [*answer, eos])
+
+    def _chat_turns(self, record: Mapping[str, Any], left_out: dict[str, int]) -> Iterator[Turn]:
+        messages = _messages(record)
+        tools, kwargs = _json_field(record, "tools", list), _json_field(record, "chat_template_kwargs", dict)
+        chat = [{key: value for key, value in message.items() if key not in _MARKS} for message in messages]
+        answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        if not answers:
+            raise Dropped("no assistant turn")
+        for index in answers:
+            if not _is_trained(messages[index], index):
+                reason = "not to be trained"
+            elif index == 0:
+                reason = "no message before the answer"
+            elif turn := self._turn(chat, index, tools or None, kwargs):
+                yield turn
+                continue
+            else:
+                reason = "empty answer"
+            left_out[reason] = left_out.get(reason, 0) + 1
+
+    def _turn(self, chat: list[dict[str, Any]], index: int, tools: Any, kwargs: Any) -> Turn | None:
+        """The turn of message `index`, None if its answer is empty."""
+        if _is_empty(chat[index]):
+            return None
+        try:
+            prompt, tail = self._tokenizer.encode_turn(chat[:index], chat[index], tools=tools, template_kwargs=kwargs)
+        except (PshareError, RecursionError) as error:
+            raise Dropped("refused by the chat template", str(error)) from None
+        answer = self._ended(tail)
+        return Turn(prompt, answer) if prompt and len(answer) > 1 else None
+
+    def _ended(self, tail: list[int]) -> list[int]:
+        """`tail` up to the end-of-turn token: the first id that stops generation; for templates that write none of
+        these, their closing control token, or the eos token after the text.
+        """
+        for index, token in enumerate(tail):
+            if token in self._ends:
+                return tail[: index + 1]
+        controls = [index for index, token in enumerate(tail) if token in self._tokenizer.special_ids]
+        if controls and not self._tokenizer.decode(tail[controls[-1] + 1 :]).strip():
+            return tail[: controls[-1] + 1]
+        return [*tail, self._eos()]
+
+    def _eos(self) -> int:
+        if self._tokenizer.eos_id is None:
+            raise PshareError("The tokenizer has no eos token, so no answer could end; set eos_token in its config.")
+        return self._tokenizer.eos_id
+
+
+def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The record's conversation, roles checked."""
+    if record.get("messages") is not None:
+        messages = record["messages"]
+    elif record.get("prompt") is not None and record.get("completion") is not None:
+        messages = [*_as_messages(record, "prompt", "user"), *_as_messages(record, "completion", "assistant")]
+    else:
+        raise Dropped("no messages", "A record needs messages, or prompt and completion.")
+    if not isinstance(messages, list):
+        raise Dropped("wrong type", f"messages must be a list, not {type(messages).__name__}.")
+    if not messages:
+        raise Dropped("no messages", "The list of messages is empty.")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise Dropped("wrong type", f"Message {index} is not an object with a role and content.")
+        role = message.get("role")
+        if role is None:
+            raise Dropped("no role", f"Message {index} has no role.")
+        if role not in ROLES:
+            raise Dropped("unknown role", f"Message {index} has the role {role!r}; known are {', '.join(ROLES)}.")
+    return messages
+
+
+def _as_messages(record: Mapping[str, Any], field: str, role: str) -> list[Any]:
+    value = record[field]
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        raise Dropped("wrong type", f"{field} must be a text or a list of messages, not {type(value).__name__}.")
+    if field == "completion" and [isinstance(m, dict) and m.get("role") for m in value] != ["assistant"]:
+        raise Dropped("wrong type", "A completion given as messages must be one message of the assistant.")
+    if field == "prompt":
+        # Only the completion is trained, whatever the prompt quotes.
+        return [{**m, "train": False} if isinstance(m, dict) else m for m in value]
+    return value
+
+
+def _json_field(record: Mapping[str, Any], field: str, kind: type) -> Any:
+    """`tools` and the like, which table formats keep as JSON text."""
+    value = record.get(field)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise Dropped("wrong type", f"{field} is a text that is not JSON.") from None
+    if value is not None and not isinstance(value, kind):
+        raise Dropped("wrong type", f"{field} must be a {kind.__name__}, not {type(value).__name__}.")
+    return value
+
+
+def _is_trained(message: Mapping[str, Any], index: int) -> bool:
+    train, weight = message.get("train"), message.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise Dropped("wrong type", f"Message {index}: train must be true or false, not {train!r}.")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise Dropped("wrong type", f"Message {index}: weight must be 0 or 1, not {weight!r}.")
+    return train is not False and weight != 0
+
+
+def _is_empty(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    parts: Sequence[Any] = content if isinstance(content, list) else [content]
+    texts = [part.get("text") or part.get("refusal") if isinstance(part, dict) else part for part in parts]
+    said = any(not isinstance(text, str) or text.strip() for text in texts if text is not None)
+    return not said and not any(message.get(key) for key in ("tool_calls", "function_call", *_REASONING))

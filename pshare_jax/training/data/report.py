@@ -1,0 +1,105 @@
+"""What became of the records of the data sources: counts and first lines for each reason, in a few printed lines."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pshare_jax.training.data.samples import Sample
+
+_SHOWN_LINES = 5
+
+
+@dataclass
+class Reason:
+    """How often something happened, where first, and one sentence about the first time."""
+
+    count: int = 0
+    lines: list[int] = field(default_factory=list)
+    detail: str = ""
+
+    def add(self, line: int, detail: str, count: int = 1) -> None:
+        """Counts `count` more at `line`."""
+        self.count += count
+        if len(self.lines) < _SHOWN_LINES and line not in self.lines:
+            self.lines.append(line)
+        self.detail = self.detail or detail
+
+    def __str__(self) -> str:
+        more = ", ..." if self.count > len(self.lines) else ""
+        where = f"line{'s' if self.count > 1 else ''} {', '.join(map(str, self.lines))}{more}"
+        return f"({where}){': ' + self.detail if self.detail else ''}"
+
+
+@dataclass
+class SourceReport:
+    """One source. `read` = `kept` + the dropped records; kept ones gave `samples` samples, `split` of them beyond the
+    first of a record; `turns` trained answers with `answer_tokens` tokens, and `left_out` single answers. `unstopped` ones
+    end with a token that does not stop generation.
+    """
+
+    name: str
+    read: int = 0
+    kept: int = 0
+    samples: int = 0
+    split: int = 0
+    turns: int = 0
+    tokens: int = 0
+    answer_tokens: int = 0
+    dropped: dict[str, Reason] = field(default_factory=dict)
+    left_out: dict[str, Reason] = field(default_factory=dict)
+    unstopped: Reason = field(default_factory=Reason)
+
+    def drop(self, line: int, reason: str, detail: str = "") -> None:
+        """Counts a record that is not used."""
+        self.read += 1
+        self.dropped.setdefault(reason, Reason()).add(line, detail)
+
+    def keep(
+        self, line: int, samples: Sequence[Sample], left_out: Mapping[str, int], stop_ids: Collection[int]
+    ) -> None:
+        """Counts a record that is used, and what of it is not."""
+        self.read += 1
+        self.kept += 1
+        self.samples += len(samples)
+        self.split += len(samples) - 1
+        self.turns += sum(len(sample.turns) for sample in samples)
+        self.tokens += sum(len(sample.ids) for sample in samples)
+        self.answer_tokens += sum(sample.answer_len for sample in samples)
+        unstopped = sum(sample.ids[end - 1] not in stop_ids for sample in samples for _, end in sample.turns)
+        if unstopped:
+            self.unstopped.add(line, "", unstopped)
+        for reason, count in left_out.items():
+            self.left_out.setdefault(reason, Reason()).add(line, "", count)
+
+    @property
+    def main_reason(self) -> str:
+        """The reason that dropped most records, with its first lines."""
+        name, reason = max(self.dropped.items(), key=lambda item: item[1].count)
+        return f"{name} {reason}"
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.name}: {self.kept} of {self.read} records used, {self.samples} samples ({self.split} split off), "
+            f"{self.turns} answers, {self.answer_tokens} answer tokens of {self.tokens}"
+        ]
+        lines += [f"  dropped: {item.count} x {name} {item}" for name, item in self.dropped.items()]
+        lines += [f"  answers left out: {item.count} x {name} {item}" for name, item in self.left_out.items()]
+        if self.unstopped.count:
+            lines.append(f"  answers whose last token does not stop the model: {self.unstopped.count} {self.unstopped}")
+        return "\n".join(lines)
+
+
+@dataclass
+class Report:
+    """All sources, and the split. `leaked` counts evaluation answers that training also has, prompt and all."""
+
+    sources: list[SourceReport] = field(default_factory=list)
+    train_samples: int = 0
+    eval_samples: int = 0
+    leaked: int = 0
+
+    def __str__(self) -> str:
+        lines = [str(source) for source in self.sources]
+        lines.append(f"training samples: {self.train_samples}, evaluation samples: {self.eval_samples}")
+        if self.leaked:
+            lines.append(f"  {self.leaked} evaluation answers are also in training, with the same prompt")
+        return "\n".join(lines)

@@ -1,0 +1,161 @@
+"""The real training step of models with few layers, which says what all layers take: their cost is the same, one by one.
+
+The dry run compiles it for the memory that XLA asks for (`memory_analysis`) and runs it, on made-up weights, for the time.
+Both are linear in the number of layers, so two short models are enough: for layers of several kinds (sliding windows), as
+if all were like the first ones.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pshare_jax.model.architecture import Architecture
+from pshare_jax.training.config import TrainConfig
+from pshare_jax.training.plan.memory import BatchShape, StepShapes, held_memory, step_shapes
+from pshare_jax.training.step.objective import Objective
+from pshare_jax.training.step.optimizer import make_optimizer, make_schedule
+from pshare_jax.training.step.steps import Sums, TrainState, train_steps
+
+NUM_LAYERS = 2, 6
+"""Layers of the two models; a model that has no more than the second number is taken as it is."""
+RUNS, LEAST_RUNS, SECONDS = 9, 3, 30.0
+"""Steps that are timed, after two that warm up: fewer, but some, where they take long."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A number for the two device steps: gradients of a batch, and the update."""
+
+    accumulate: int | float
+    apply: int | float
+
+
+class ShortModel:
+    """The compiled steps of the first `num_layers` layers of a run's model."""
+
+    def __init__(self, objective: Objective, num_layers: int, config: TrainConfig, batch: BatchShape) -> None:
+        """Compiles, and allocates nothing on the device."""
+        objective = replace(
+            objective,
+            base=_first_layers(objective.base, num_layers),
+            architecture=_first_layers(objective.architecture, num_layers),
+        )
+        self._batch, self._vocab_size = batch, objective.config.vocab_size
+        optimizer, schedule = make_optimizer(config.optimizer, 1), make_schedule(config.optimizer, 1)
+        steps: Any = train_steps(objective, optimizer, schedule, config.seed)
+        self._shapes: StepShapes = step_shapes(objective, optimizer, batch, config.accumulation)
+        shapes = self._shapes
+        arguments = (
+            None if shapes.alone else shapes.sums,
+            shapes.state.trainable,
+            shapes.frozen,
+            shapes.base,
+            shapes.batch,
+            np.int32(0),
+        )
+        self._accumulate: Any = steps.accumulate.lower(*arguments).compile()
+        self._apply: Any = steps.apply.lower(shapes.state, shapes.sums).compile()
+        self.process = resident_memory()
+        """Bytes of the process once it had compiled them."""
+
+    def temporaries(self) -> Pair:
+        """Bytes on one device that the compiled steps ask for beside their arguments."""
+        return Pair(*(step.memory_analysis().temp_size_in_bytes for step in (self._accumulate, self._apply)))
+
+    def needs(self) -> int:
+        """Bytes on one device to run it."""
+        temporaries = self.temporaries()
+        return sum(held_memory(self._shapes).values()) + int(max(temporaries.accumulate, temporaries.apply))
+
+    def seconds(self) -> Pair:
+        """Median times of the steps."""
+        timed, spent = [], 0.0
+        for number, one in enumerate(self._timed()):
+            if number < 2:
+                continue
+            timed.append(one)
+            spent += one.accumulate + one.apply
+            if len(timed) >= RUNS or (len(timed) >= LEAST_RUNS and spent > SECONDS):
+                break
+        return Pair(median(one.accumulate for one in timed), median(one.apply for one in timed))
+
+    def _timed(self) -> Iterator[Pair]:
+        shapes = self._shapes
+        base = {path: _made_up(x) for path, x in shapes.base.items()}
+        frozen = base if shapes.frozen else {}
+        state = TrainState._make(
+            [jax.tree.map(_made_up, shapes.state.trainable), *jax.tree.map(_zeros, shapes.state[1:])]
+        )
+        arrays = self._batch.arrays(self._vocab_size)
+        batch = jax.device_put(arrays, jax.tree.map(lambda x: x.sharding, shapes.batch))
+        while True:
+            before: Sums | None = None if shapes.alone else jax.tree.map(_zeros, shapes.sums)
+            jax.block_until_ready(before)
+            began = time.perf_counter()
+            sums = self._accumulate(before, state.trainable, frozen, base, batch, np.int32(0))
+            jax.block_until_ready(sums)
+            between = time.perf_counter()
+            state, result = self._apply(state, sums)
+            jax.block_until_ready((state, result))
+            yield Pair(between - began, time.perf_counter() - between)
+
+
+def short_models(objective: Objective, config: TrainConfig, batch: BatchShape) -> dict[int, ShortModel]:
+    """Number of layers -> the model; one or two of them."""
+    all_layers = objective.config.num_layers
+    numbers = NUM_LAYERS if all_layers > NUM_LAYERS[1] else (all_layers,)
+    return {number: ShortModel(objective, number, config, batch) for number in numbers}
+
+
+def of_all_layers(values: Mapping[int, int | float], num_layers: int) -> int | float:
+    """What `num_layers` layers take, on the line through what few of them do."""
+    (first, low), (last, high) = min(values.items()), max(values.items())
+    return low if first == last else low + (num_layers - first) / (last - first) * (high - low)
+
+
+def free_memory() -> int:
+    """Bytes that are free on the first device; of a CPU those of the machine, or all where it does not tell (no /proc)."""
+    stats = jax.devices()[0].memory_stats()
+    if stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    told = Path("/proc/meminfo")
+    if not told.exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines = dict(line.split(":") for line in told.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def resident_memory() -> int | None:
+    """Bytes of this process in memory; None where the system does not tell (no /proc)."""
+    told = Path("/proc/self/statm")
+    return int(told.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if told.exists() else None
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _first_layers(architecture: Architecture, count: int) -> Architecture:
+    config = architecture.config
+    return replace(architecture, config=replace(config, layers=config.layers[:count]))
+
+
+def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(x.shape, x.dtype, device=x.sharding)
+
+
+def _made_up(x: jax.ShapeDtypeStruct) -> jax.Array:
+    """Small values of both signs, none of them zero: products with zeros or denormal numbers may take another time."""
+
+    def make() -> jax.Array:
+        places = jax.lax.iota(jnp.int32, x.size).reshape(x.shape)
+        return ((places % 1021 - 510.5) / 25_000).astype(x.dtype)
+
+    return jax.jit(make, out_shardings=x.sharding)()

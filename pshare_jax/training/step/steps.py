@@ -1,0 +1,178 @@
+"""The jitted device steps of training: add up a micro-batch, apply a step, evaluate. Pure functions over pytrees.
+
+A step's loss is the sum over its target tokens divided by their number, over all its micro-batches and devices. Whether it
+is applied is decided on the device: a step with anything that is not finite leaves parameters and optimizer as they were.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from pshare_jax.mesh import replicated
+from pshare_jax.model.architecture import Params
+from pshare_jax.training.step.mesh import step_compiler_options
+from pshare_jax.training.step.objective import Objective, Tallies, nll
+
+
+class TrainState(NamedTuple):
+    """What a step changes. `applied` counts applied steps, `bad` the steps since the last of them, `all_bad` all others."""
+
+    trainable: Params
+    optimizer: optax.OptState
+    applied: Int[Array, ""]
+    bad: Int[Array, ""]
+    all_bad: Int[Array, ""]
+
+
+class Sums(NamedTuple):
+    """Sums over the micro-batches of a step: gradients of the negative log-likelihood, itself, target tokens, argmax hits.
+
+    Gradients are in the order of the layers, which an `OrderedDict` keeps in a JAX program, unlike a dict. XLA on CPU orders
+    the program by it: with 1, 10, 2 ... it would hold the intermediates of most layers until the last one is done.
+    """
+
+    gradients: OrderedDict[str, Float[Array, "..."]]
+    nll: Float[Array, ""]
+    tokens: Float[Array, ""]
+    correct: Float[Array, ""]
+
+
+class StepResult(NamedTuple):
+    """What is told of a step: mean loss, target tokens, hits, global norm of the mean gradient before clipping."""
+
+    loss: Float[Array, ""]
+    tokens: Float[Array, ""]
+    correct: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    applied: Bool[Array, ""]
+    bad: Int[Array, ""]
+    all_bad: Int[Array, ""]
+
+
+@dataclass(frozen=True)
+class TrainSteps:
+    """Compiled on first use; `state` is the shapes and shardings of what `init` gives.
+
+    `accumulate` takes the `Sums` and `apply` the state that they get over: they are donated. Where a step has one
+    micro-batch, `accumulate` is given None, so that no second copy of the gradients is ever made.
+    """
+
+    state: TrainState
+    init: Callable[[Params], TrainState]
+    no_sums: Callable[[], Sums]
+    accumulate: Callable[[Sums | None, Params, Params, Params, Any, int | np.int32], Sums]
+    apply: Callable[[TrainState, Sums], tuple[TrainState, StepResult]]
+    evaluate: Callable[[Params, Params, Params, Any], tuple[Array, Tallies]]
+
+
+def train_steps(
+    objective: Objective, optimizer: optax.GradientTransformation, schedule: optax.Schedule, seed: int
+) -> TrainSteps:
+    """The steps for an objective on its mesh; all results keep the sharding of the parameter table.
+
+    `accumulate` takes the number of its micro-batch in the run, which with `seed` decides what dropout draws.
+    """
+    state = state_shapes(objective, optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    whole = replicated(objective.mesh)
+    sums_out = Sums._make([in_layer_order(shardings.trainable, objective), whole, whole, whole])
+    options = step_compiler_options(objective.mesh)
+
+    def init(trainable: Params) -> TrainState:
+        zero = jnp.int32(0)
+        # Arrays of its own: the state is donated step by step, and these may be the base's.
+        masters = jax.tree.map(lambda x: jnp.copy(x).astype(jnp.float32), trainable)
+        return TrainState(masters, optimizer.init(masters), zero, zero, zero)
+
+    def no_sums() -> Sums:
+        gradients = {path: jnp.zeros(x.shape, jnp.float32) for path, x in objective.trained.items()}
+        return Sums(in_layer_order(gradients, objective), *(jnp.float32(0) for _ in range(3)))
+
+    def accumulate(
+        sums: Sums | None, trainable: Params, frozen: Params, base_params: Params, batch: Any, number: Int[Array, ""]
+    ) -> Sums:
+        key = jax.random.fold_in(jax.random.key(seed), number)
+
+        def loss(trainable: Params) -> tuple[Array, Tallies]:
+            return nll(objective, trainable, frozen, base_params, batch, key)
+
+        (value, tallies), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
+        new = Sums(in_layer_order(gradients, objective), value, tallies.tokens, tallies.correct)
+        return new if sums is None else jax.tree.map(jnp.add, sums, new)
+
+    def apply(state: TrainState, sums: Sums) -> tuple[TrainState, StepResult]:
+        tokens = jnp.maximum(sums.tokens, 1)
+        mean = {path: gradient / tokens for path, gradient in sums.gradients.items()}
+        loss, grad_norm = sums.nll / tokens, optax.tree.norm(mean)
+        updates, optimizer_state = optimizer.update(mean, state.optimizer, state.trainable)
+        changed = (optax.apply_updates(state.trainable, updates), optimizer_state)
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(changed)
+        trainable, optimizer_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), changed, (state.trainable, state.optimizer)
+        )
+        counted = jnp.where(good, 0, 1)
+        after = TrainState(
+            trainable,
+            optimizer_state,
+            state.applied + 1 - counted,
+            jnp.where(good, 0, state.bad + 1),
+            state.all_bad + counted,
+        )
+        result = StepResult(
+            loss,
+            sums.tokens,
+            sums.correct,
+            grad_norm,
+            jnp.asarray(schedule(state.applied), jnp.float32),
+            good,
+            after.bad,
+            after.all_bad,
+        )
+        return after, result
+
+    def evaluate(trainable: Params, frozen: Params, base_params: Params, batch: Any) -> tuple[Array, Tallies]:
+        return nll(objective, trainable, frozen, base_params, batch, None)
+
+    return TrainSteps(
+        state=state,
+        init=jax.jit(init, out_shardings=shardings),
+        no_sums=jax.jit(no_sums, out_shardings=sums_out),
+        accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=sums_out, compiler_options=options),
+        apply=jax.jit(apply, donate_argnums=0, out_shardings=(shardings, whole), compiler_options=options),
+        evaluate=jax.jit(evaluate, out_shardings=whole),
+    )
+
+
+def state_shapes(objective: Objective, optimizer: optax.GradientTransformation) -> TrainState:
+    """A `TrainState` of shapes with shardings: the optimizer's moments are and lie as their parameters do."""
+
+    def whole(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(objective.mesh))
+
+    trained = objective.trained
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda _, like: like,
+        jax.eval_shape(optimizer.init, trained),
+        trained,
+        transform_non_params=whole,
+    )
+    counter = whole(jax.ShapeDtypeStruct((), np.int32))
+    return TrainState._make([trained, moments, counter, counter, counter])
+
+
+def in_layer_order(table: Mapping[str, Any], objective: Objective) -> OrderedDict[str, Any]:
+    """What is there for each trained parameter, in the order of `objective.trained`."""
+    return OrderedDict((path, table[path]) for path in objective.trained)
+
+
+def _all_finite(tree: Any) -> Bool[Array, ""]:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))

@@ -1,0 +1,100 @@
+"""Scores and begun answers of real engines equal the oracle's, for every family, task and placement (invariant 4)."""
+
+import numpy as np
+import pytest
+from exact_world import LOGPROB_TOLERANCE, TASKS, World
+from tiny import FAMILIES, VOCAB
+from tiny_engine import COLOCATED, MIN_GAP, SPLIT, placed, settle
+
+import pshare_jax as ps
+from pshare_jax.engine import scoring
+
+LENGTH, START = 27, 11
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def world(family, tmp_path_factory):
+    return World(family, tmp_path_factory.mktemp(family))
+
+
+def expected_scores(engines, request):
+    """The oracle's."""
+    return ps.score(engines.oracle(request.task), request.task, request.prompt, response_start=request.response_start)
+
+
+def assert_scored(engines, answer, request):
+    told = answer.events[0].prompt_logprobs
+    expected = expected_scores(engines, request)
+    assert [one is None for one in told] == [one is None for one in expected]
+    got = [one and one.logprob for one in told]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert theirs is None or abs(ours - theirs) < LOGPROB_TOLERANCE
+    assert [one.token_id for one in told if one] == [
+        token for token, one in zip(request.prompt, expected, strict=True) if one is not None
+    ]
+    for one in told:
+        if one is not None:
+            logprobs = [value for _, value in one.top]
+            assert logprobs == sorted(logprobs, reverse=True)
+            assert logprobs[0] >= one.logprob - 1e-6
+    for place in (START + 1, LENGTH - 1):
+        begun = {"response_start": request.response_start} if request.response_start else {}
+        best = ps.rollout(engines.oracle(request.task), request.task, request.prompt[:place], max_new_tokens=1, **begun)
+        if best.smallest_gap >= MIN_GAP:
+            assert told[place].top[0][0] == best.ids[0]
+            assert abs(told[place].top[0][1] - best.logprobs[0]) < LOGPROB_TOLERANCE
+
+
+def clear(engines, task, number, **fields):
+    """A request for scores whose answer has no near-tie."""
+    for seed in range(50):
+        prompt = np.random.default_rng((number, seed)).integers(0, VOCAB, LENGTH)
+        request = engines.request(task, prompt, 4, logprobs=3, scores_prompt=True, **fields)
+        if engines.expected(request).smallest_gap >= MIN_GAP:
+            return request
+    raise AssertionError("every prompt has a near-tie")
+
+
+PLACED = {"llama": (SPLIT, 4), "qwen3": (placed([[0]], [[2, 3]]), 1), "gemma3": (COLOCATED, 16)}
+"""Of each family one placement and page size: with pages of 16 base and begun answer share a page."""
+
+
+def test_scores_and_begun_answers_equal_the_oracle(family, world, monkeypatch):
+    monkeypatch.setattr(scoring, "SCORE_TOKENS", 8)
+    place, page_size = PLACED[family]
+    tasks = TASKS if family == "llama" else ("math",)
+    engines = world.engines(place, page_size=page_size)
+    for start in (None, START):
+        # Prompts that no request had before.
+        numbers = range(100 if start else 0, 200)
+        requests = [
+            clear(engines, task, index, response_start=start) for task, index in zip(tasks, numbers, strict=False)
+        ]
+        # A second time with a warm cache.
+        for again in (False, True):
+            asked = [engines.again(one) for one in requests] if again else requests
+            answers = engines.check(*asked)
+            for request, answer in zip(asked, answers, strict=True):
+                assert_scored(engines, answer, request)
+                base_pages = request.base_len // page_size * page_size
+                assert answer.cached_tokens == (base_pages if again else 0)
+    settle(engines.engine)
+
+
+def test_what_was_made_scores_as_it_was_made(family, world):
+    """The begun answer's scores are the sampled tokens' log-probabilities."""
+    engines = world.engines(*PLACED[family][:1], page_size=PLACED[family][1])
+    [request] = engines.some(LENGTH, tasks=("tools",), logprobs=0)
+    [made] = engines.check(request)
+    whole = engines.request(
+        "tools", (*request.prompt, *made.ids), 1, logprobs=0, scores_prompt=True, response_start=LENGTH
+    )
+    [scored] = engines.run(whole)
+    told = scored.events[0].prompt_logprobs[LENGTH:]
+    got = [event.logprobs.logprob for event in made.events if event.logprobs]
+    np.testing.assert_allclose([one.logprob for one in told if one], got, atol=LOGPROB_TOLERANCE)

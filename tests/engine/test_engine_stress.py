@@ -1,0 +1,155 @@
+"""Random traffic over fakes: small pools, shared beginnings, slow and failing copies, aborts; every answer must be right.
+
+Pages are erased when they are given back, so a page that is read too late or lent too early shows in an answer.
+"""
+
+import random
+from collections import Counter
+
+import pytest
+from fake_engine import Client, make_engine
+from serving_fakes import Echo, Gate
+
+from pshare_jax.engine.request import FAILED
+from pshare_jax.engine.router import Route
+
+TASKS = {name: Echo(name) for name in "tuv"}
+TASKS["w"] = TASKS["v"]
+PLACES = {
+    "split": {},
+    "colocated": {"colocated": True},
+    "two to one": {"num_prefill": 2},
+    "two to two": {"num_prefill": 2, "num_decode": 2},
+    "two colocated": {"num_prefill": 2, "num_decode": 2, "colocated": True},
+}
+
+
+class Traffic:
+    """Requests that begin like others or not, and what happens to them."""
+
+    def __init__(self, draw, fakes, moods):
+        self.draw, self.fakes, self.moods = draw, fakes, moods
+        self.client = Client(fakes)
+        self.beginnings = [[draw.randrange(200) for _ in range(25)] for _ in range(3)]
+        self.aborted = set()
+        for store in fakes.decode_stores:
+            store.gate_of = self.gate
+
+    def gate(self, tokens):
+        chance = self.draw.random()
+        if chance < self.moods.get("lose", 0):
+            return Gate(polls=self.draw.randrange(4), error=RuntimeError("lost on the way"))
+        return Gate(polls=self.draw.randrange(9)) if chance < 0.7 else None
+
+    def ask(self):
+        """A few requests at once with the same prompt, perhaps for other tasks."""
+        prompt = self.draw.choice(self.beginnings)[: self.draw.randrange(26)]
+        prompt = prompt + [self.draw.randrange(200) for _ in range(self.draw.randrange(1, 8))]
+        if self.client.sequences and self.draw.random() < 0.3:
+            # The next turn of a conversation.
+            past = self.draw.choice(list(self.client.sequences.values()))
+            prompt = [*past.request.prompt, *past.completion_ids, 7][:40]
+        places = [len(one) for one in (self.fakes.prefill, self.fakes.decode_stores)]
+        route = Route(*map(self.draw.randrange, places)) if self.draw.random() < 0.5 else None
+        salt = self.draw.choice(["", "", "s"])
+        for _ in range(self.draw.randrange(1, 4)):
+            task, count = self.draw.choice("tuvw"), self.draw.randrange(1, 16)
+            self.client.ask(prompt=prompt, task=task, max_tokens=count, cache_salt=salt, route=route)
+
+    def abort(self):
+        """Some request, rather one that others may wait for."""
+        live = [name for name in self.client.events if not self.client.ended(name)]
+        early = [name for name in live if not self.client.ids(name)]
+        if live:
+            self.aborted.add(name := self.draw.choice(early or live))
+            self.fakes.engine.abort(name)
+
+    def fail(self):
+        """The next step of some worker fails."""
+        weights = self.draw.choice([*self.fakes.prefill, *self.fakes.decode.values()])
+
+        def once():
+            weights.before = lambda: None
+            raise RuntimeError("made to fail")
+
+        weights.before = once
+
+    def run(self, num_requests):
+        while (more := len(self.client.events) < num_requests) or not self.fakes.engine.idle:
+            if more and self.draw.random() < 0.25:
+                self.ask()
+            if self.draw.random() < self.moods.get("abort", 0):
+                self.abort()
+            if self.draw.random() < self.moods.get("fail", 0):
+                self.fail()
+            self.fakes.engine.step()
+        self.fakes.check()
+
+    def check(self):
+        ends = Counter()
+        for name, sequence in self.client.sequences.items():
+            end, ids = self.client.end(name), self.client.ids(name)
+            right = TASKS[sequence.request.task].answer(sequence.request.prompt, sequence.request.max_tokens)
+            assert ids == right[: len(ids)], name
+            assert len(ids) == len(right) or end != "length"
+            assert end != "abort" or name in self.aborted
+            ends[end] += 1
+        return ends
+
+
+MOODS = {
+    "calm": {},
+    "aborts": {"abort": 0.15},
+    "losses": {"abort": 0.1, "lose": 0.1},
+    "failures": {"abort": 0.05, "lose": 0.05, "fail": 0.03},
+}
+
+
+def check_traffic(place, mood, seeds, num_requests):
+    """What was seen, and how the requests ended."""
+    seen = Counter()
+    for seed in seeds:
+        draw = random.Random(f"{place} {mood} {seed}")
+        sizes = {"pages": draw.randrange(17, 36), "decode_pages": draw.randrange(17, 36)}
+        fakes = make_engine(
+            TASKS, chunk=draw.choice([3, 8, 16]), rows=draw.choice([2, 3, 5]), moves=(1, 3), **sizes, **PLACES[place]
+        )
+        traffic = Traffic(draw, fakes, MOODS[mood])
+        traffic.run(num_requests)
+        seen.update(traffic.check())
+        engine = fakes.engine
+        preempted = sum(worker.num_preempted for worker in engine.decode_workers)
+        seen.update(preempted=preempted, restarts=engine.scheduler.num_restarts)
+        seen.update(inherited=engine.scheduler.num_inherited_copies)
+        for worker in (*engine.prefill_workers, *engine.decode_workers):
+            seen.update(evicted=worker.pool.allocator.num_evicted, cached=worker.pool.cache_stats.cached_tokens)
+        if mood == "calm":
+            # What was not cached was prefilled; more only for those who were preempted.
+            asked = sum(len(one.request.prompt) - 1 - one.cached_tokens for one in traffic.client.sequences.values())
+            fed = sum(prefill.num_tokens for prefill in fakes.prefill)
+            assert fed == asked or (preempted and fed > asked)
+            assert seen["restarts"] == 0
+    return seen
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("mood", MOODS)
+def test_every_answer_is_right_whatever_happens(place, mood, caplog):
+    caplog.set_level("CRITICAL")
+    seen = check_traffic(place, mood, range(2), 40)
+    assert seen["length"] > 10
+    assert seen["preempted"] > 0
+    assert seen["cached"] > 0
+    assert seen["evicted"] > 0 or mood == "failures"
+    assert (seen["abort"] > 0) == (mood != "calm")
+    assert (seen[FAILED] > 0) == (mood == "failures" or (mood == "losses" and place != "colocated"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("mood", MOODS)
+def test_it_stays_right_for_long(place, mood, caplog):
+    caplog.set_level("CRITICAL")
+    seen = check_traffic(place, mood, range(100, 110), 80)
+    assert (seen["restarts"] > 0) == (mood != "calm")
+    assert (seen["inherited"] > 0) == (mood != "calm" and place != "colocated")

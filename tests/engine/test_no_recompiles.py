@@ -1,0 +1,202 @@
+"""A warmed-up engine compiles nothing, whatever comes; its programs are few, and until all are there it uses those that are."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from faults import Counters, assert_restored, pools_of, shardings, task_sources, world_on
+from tiny import VOCAB
+from tiny_engine import Answer, Engines, placed
+
+import pshare_jax as ps
+from pshare_jax.engine.build import Plan, Sides, assemble
+from pshare_jax.engine.compile_counter import compile_counter
+from pshare_jax.engine.engine import Engine
+from pshare_jax.engine.request import Request, State
+from pshare_jax.engine.scoring import SCORE_TOKENS
+from pshare_jax.engine.shapes import prefill_shapes, row_buckets
+from pshare_jax.engine.warmup import BackgroundCompiler, Variant, variants
+from pshare_jax.model.architecture import is_lora
+from pshare_jax.model.layers import LoraConfig
+from pshare_jax.sampling.params import SamplingParams
+from pshare_jax.server.config import BatchConfig, KVConfig
+
+# Devices that no other test uses: what is compiled for them was compiled here.
+SPLIT, SPLIT_TP2 = placed([[4]], [[5]]), placed([[4]], [[6, 7]])
+TASKS = ("chat", "math", "lora")
+
+
+@pytest.fixture(scope="module")
+def sources(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    return task_sources(tiny_folders["llama"], tmp_path_factory.mktemp("compiles"))
+
+
+def parts(world: Engines) -> tuple[Engine, Sides]:
+    """A cold engine and what it is made of."""
+    sides = assemble(world.model, world.plan, lambda line: None)
+    return Engine(sides.prefill, sides.decode, world.tokenizer.detokenizer, sides.settings), sides
+
+
+def all_variants(sides: Sides) -> list[Variant]:
+    return variants(sides.prefill, sides.decode, sides.settings)
+
+
+def random_request(world: Engines, draw: np.random.Generator, most: int) -> Request:
+    """Any length, any way of sampling, any report."""
+    answer_len = int(draw.integers(1, 20))
+    length = int(draw.integers(1, most - answer_len + 1))
+    fields: dict[str, Any] = {"seed": int(draw.integers(1000))}
+    if draw.random() < 0.5:
+        fields |= {"temperature": 0.8, "top_p": float(draw.choice([1, 0.9])), "top_k": int(draw.choice([0, 5]))}
+    if draw.random() < 0.3:
+        fields |= {"presence_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": ((3, -1.0),)}
+    scores = length > 1 and draw.random() < 0.3
+    return world.request(
+        str(draw.choice(TASKS)),
+        draw.integers(0, VOCAB, length),
+        answer_len,
+        sampling=SamplingParams(**fields),
+        logprobs=int(draw.integers(0, 21)) if scores or draw.random() < 0.3 else None,
+        scores_prompt=scores,
+        response_start=int(draw.integers(1, length)) if scores and draw.random() < 0.5 else None,
+        stop_ids=frozenset(range(10)) if draw.random() < 0.3 else frozenset(),
+        min_tokens=int(draw.integers(0, 2)),
+        session=str(draw.integers(4)),
+    )
+
+
+def play(world: Engines, engine: Engine, draw: np.random.Generator, count: int) -> None:
+    """So many requests that come and go, some aborted, one to twelve at a time."""
+    live: list[Answer] = []
+    wanted = 1
+    while count or live:
+        if draw.random() < 0.05:
+            wanted = int(draw.integers(1, 13))
+        while count and len(live) < wanted:
+            live.append(Answer(engine, random_request(world, draw, engine.settings.max_len)))
+            count -= 1
+        engine.step()
+        if live and draw.random() < 0.01:
+            engine.abort(live[draw.integers(len(live))].sequence.request.id)
+        live = [one for one in live if not one.ended]
+
+
+def check_warm(world: Engines, count: int) -> None:
+    """After its variants are compiled, an engine compiles nothing and its pools keep their shardings."""
+    engine, sides = parts(world)
+    for variant in all_variants(sides):
+        variant.lower().compile()
+    before, given = compile_counter().count, shardings(engine)
+    for num_pages in range(1, 41):
+        world.run(world.request("chat", np.full(4 * num_pages, num_pages), 1), engine=engine)
+    assert compile_counter().count == before
+    play(world, engine, np.random.default_rng(8), count)
+    assert compile_counter().count == before
+    assert shardings(engine) == given
+    assert State.FAILED not in engine.num_ended
+    assert Counters.of(engine).preemptions > 0
+    colocated = sides.prefill[0].pool is sides.decode[0].pool
+    assert (Counters.of(engine).transfers > 100) is not colocated
+    assert_restored(engine)
+
+
+@pytest.mark.parametrize(("placement", "rows"), [(SPLIT, 4), (SPLIT_TP2, 2)], ids=["tp1", "tp2"])
+def test_a_warm_engine_compiles_nothing(sources, placement, rows):
+    check_warm(world_on(sources, placement, rows=rows), 120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", [SPLIT, SPLIT_TP2, placed([[6]], [[6]])], ids=["tp1", "tp2", "colocated"])
+def test_a_warm_engine_compiles_nothing_in_300_requests(sources, placement):
+    check_warm(world_on(sources, placement, chunk=64, rows=8), 300)
+
+
+def test_the_counter_sees_a_new_program():
+    before = compile_counter().count
+    jax.jit(lambda x: x * 3)(np.zeros(7))
+    assert compile_counter().count == before + 1
+
+
+def lora_of(base: ps.Model, rank: int) -> ps.DecodeModule:
+    """A decode module with an architecture of its own."""
+    architecture = base.architecture.with_lora(LoraConfig(rank=rank, scale=1.0, targets=("q", "v")))
+    new = {path: np.zeros(x.shape, np.float32) for path, x in architecture.shapes.items() if is_lora(path)}
+    return ps.DecodeModule(architecture, {**base.params, **jax.device_put(new)}, base.mesh)
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [((), 35), ((2,), 41), ((2, 5), 47)])
+def test_the_default_config_has_few_programs(sources, ranks, expected):
+    base = ps.load(sources[0])
+    tasks = {"chat": "base", **{f"lora{rank}": lora_of(base, rank) for rank in ranks}}
+    plan = Plan(tasks, placed([[1]], [[0]]), kv=KVConfig(pages=64), batch=BatchConfig())
+    sides = assemble(base, plan, lambda line: None)
+    assert (sides.settings.chunk_tokens, sides.settings.max_rows, plan.kv.page_size) == (512, 16, 16)
+    assert len(all_variants(sides)) == expected
+
+
+def test_an_engine_serves_with_the_small_programs_while_the_rest_is_compiled(sources):
+    world = world_on(sources, SPLIT, chunk=128)
+    engine, sides = parts(world)
+    programs = all_variants(sides)
+    workers = engine.workers
+    for worker in workers:
+        worker.ready.limit(one.shape for one in programs if one.small and one.shape is not None)
+    shapes: list[tuple[int, ...]] = []
+    for pool in pools_of(engine):
+        pool.run = noted(pool.run, shapes)
+    draw = np.random.default_rng(10)
+    requests = [world.clear(draw, "chat", length) for length in (3, 40, 130)]
+    world.check(*requests, engine=engine)
+    assert set(shapes) == {(1, 64), (1, 1)}
+    # No compiling here: each is told to be there, as the compiling thread would.
+    told: list[str] = []
+    rest = [dataclasses.replace(one, lower=Nothing) for one in programs if not one.small]
+    compiler = BackgroundCompiler(rest, [worker.ready for worker in workers], told.append, engine.wake)
+    compiler._thread.join()
+    assert len(told) == 1
+    for shape in [*prefill_shapes(128), *[(rows,) for rows in row_buckets(4)]]:
+        assert all(shape in worker.ready for worker in workers)
+
+
+def test_what_is_compiled_has_its_first_run_once_and_hurts_nobody(sources):
+    world = world_on(sources, SPLIT, chunk=128)
+    engine, sides = parts(world)
+    workers = engine.workers
+    assert engine.primed
+    assert not any(worker.prime() for worker in workers)
+    draw = np.random.default_rng(11)
+    requests = [world.clear(draw, "chat", length) for length in (3, 40, 130)]
+    world.check(*requests, engine=engine)
+    shapes = [one.shape for one in all_variants(sides) if one.shape is not None]
+    for worker in workers:
+        worker.ready.limit(shapes)
+    ran: list[tuple[int, ...]] = []
+    for worker in workers:
+        worker._ran.clear()
+        worker.pool.run = noted(worker.pool.run, ran)
+    assert not engine.primed
+    while any(worker.prime() for worker in workers):
+        pass
+    assert engine.primed
+    assert set(ran) == {*prefill_shapes(128), *((rows, 1) for rows in row_buckets(4)), (1, SCORE_TOKENS)}
+    assert len(ran) == sum(one.name.startswith(("prefill", "decode", "score")) for one in all_variants(sides))
+    # The same prompts hit what is cached, which the first runs have left alone.
+    world.check(*requests, engine=engine)
+
+
+class Nothing:
+    """A program that takes no time to compile."""
+
+    def compile(self) -> None:
+        pass
+
+
+def noted(run: Any, ran: list[tuple[int, ...]]) -> Any:
+    def running(step: Any, params: Any, tokens: np.ndarray, rows: Any) -> Any:
+        ran.append(tokens.shape)
+        return run(step, params, tokens, rows)
+
+    return running

@@ -1,0 +1,160 @@
+"""Engines put together from the fakes of serving_fakes.py, and a client that submits requests and keeps what comes up."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serving_fakes import (
+    EOS,
+    VOCAB,
+    ByteTokenizer,
+    Echo,
+    FakeDecode,
+    FakePrefill,
+    FakeSampler,
+    FakeStore,
+    Gate,
+    Script,
+)
+
+from pshare_jax.engine.engine import DecodeSide, Engine, EngineSettings, PrefillSide
+from pshare_jax.engine.kv.pool import Pool
+from pshare_jax.engine.request import Event, Request, State
+from pshare_jax.engine.request import Sequence as Running
+from pshare_jax.engine.router import Route
+
+PAGE = 4
+"""Tokens of a page, unless a test says otherwise."""
+
+
+@dataclass
+class Fakes:
+    """An engine and everything fake in it; `faults` must stay empty."""
+
+    engine: Engine
+    prefill: list[FakePrefill]
+    decode: dict[str, FakeDecode]
+    prefill_stores: list[FakeStore]
+    decode_stores: list[FakeStore]
+    faults: list[str]
+
+    def hold(self, token: int, **gate: Any) -> Gate:
+        """A gate for the copies that hold this token, on their way to any decode worker."""
+        made = Gate(**gate)
+        for store in self.decode_stores:
+            store.gates[token] = made
+        return made
+
+    def step(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.engine.step()
+
+    def step_until(self, reached: Callable[[], bool], limit: int = 500) -> None:
+        for _ in range(limit):
+            if reached():
+                return
+            self.engine.step()
+        raise AssertionError("that does not happen")
+
+    def run(self, limit: int = 5000) -> None:
+        """Steps until nothing is left to do, and proves that every page came back and no step read a wrong one."""
+        self.step_until(lambda: self.engine.idle, limit)
+        self.check()
+
+    def check(self) -> None:
+        self.engine.scheduler.check()
+        assert self.faults == []
+
+
+def make_engine(
+    tasks: Mapping[str, Sequence[int] | Echo],
+    *,
+    num_prefill: int = 1,
+    num_decode: int = 1,
+    colocated: bool = False,
+    devices: tuple[list[set[int]], list[set[int]]] | None = None,
+    prefill_tasks: list[list[str]] | None = None,
+    page_size: int = PAGE,
+    pages: int = 64,
+    decode_pages: int | None = None,
+    moves: Sequence[int] = (2, 4),
+    chunk: int = 16,
+    rows: int = 4,
+    debug: bool = True,
+    **settings: Any,
+) -> Fakes:
+    """An engine whose tasks say what their script or echo says; tasks with the very same one have the same weights.
+
+    All decode workers have all tasks. Colocated, the i-th prefill and the i-th decode worker have one pool.
+    """
+    faults: list[str] = []
+    made = {id(one): FakeDecode(one if isinstance(one, Echo) else Script(one), faults) for one in tasks.values()}
+    decode = {name: made[id(one)] for name, one in tasks.items()}
+    prefill = [FakePrefill(faults) for _ in range(num_prefill)]
+    stores = [FakeStore(pages, page_size, moves, faults) for _ in prefill]
+    others = [FakeStore(decode_pages or pages, page_size, moves, faults) for _ in range(num_decode)]
+    pools = [Pool(f"prefill pool {i}", store, debug) for i, store in enumerate(stores)]
+    decode_pools = pools if colocated else [Pool(f"decode pool {i}", store, debug) for i, store in enumerate(others)]
+    if devices is None:
+        first = 0 if colocated else num_prefill
+        devices = [{i} for i in range(num_prefill)], [{first + i} for i in range(num_decode)]
+    max_len = page_size * min(pool.num_usable for pool in (*pools, *decode_pools))
+    fields = {"key_of": lambda task: "base", "vocab_size": VOCAB, "max_len": max_len, "page_bytes": 10}
+    engine = Engine(
+        [
+            PrefillSide(weights, pool, on, None if prefill_tasks is None else prefill_tasks[i])
+            for i, (weights, pool, on) in enumerate(zip(prefill, pools, devices[0], strict=True))
+        ],
+        [DecodeSide(dict(decode), pool, FakeSampler(), on) for pool, on in zip(decode_pools, devices[1], strict=True)],
+        ByteTokenizer().detokenizer,
+        EngineSettings(**{**fields, "chunk_tokens": chunk, "max_rows": rows, **settings}),
+    )
+    return Fakes(engine, prefill, decode, stores, stores if colocated else others, faults)
+
+
+class Client:
+    """Submits requests and keeps what comes up."""
+
+    def __init__(self, fakes: Fakes):
+        self.fakes, self.engine = fakes, fakes.engine
+        self.events: dict[str, list[Event]] = {}
+        self.sequences: dict[str, Running] = {}
+        self._names = itertools.count()
+
+    def ask(
+        self,
+        name: str = "",
+        prompt: Sequence[int] = (1, 2, 3),
+        task: str = "t",
+        route: Route | None = None,
+        **fields: Any,
+    ) -> str:
+        name = name or f"request {next(self._names)}"
+        events = self.events[name] = []
+        room = self.engine.settings.max_len - len(prompt)
+        fields = {"max_tokens": min(50, room), "stop_ids": frozenset({EOS}), **fields}
+        self.engine.submit(Request(name, task, tuple(prompt), **fields), events.append, route)
+        self.sequences[name] = self.engine._live[name]
+        return name
+
+    def text(self, name: str) -> str:
+        return "".join(event.text for event in self.events[name])
+
+    def ids(self, name: str) -> list[int]:
+        return self.sequences[name].completion_ids
+
+    def state(self, name: str) -> State:
+        return self.sequences[name].state
+
+    def cached(self, name: str) -> int:
+        return self.events[name][-1].cached_tokens
+
+    def end(self, name: str) -> str | None:
+        """Why it ended: the finish reason or the error."""
+        last = self.events[name][-1]
+        assert [event.last for event in self.events[name]].count(True) == 1
+        return last.finish_reason or last.error
+
+    def ended(self, name: str) -> bool:
+        return bool(self.events[name]) and self.events[name][-1].last

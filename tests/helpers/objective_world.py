@@ -1,0 +1,119 @@
+"""What the tests of the objective share: trainees over tiny models, samples with several turns, and a plain reference.
+
+The reference walks one turn after another with whole dense KV, masks nothing but what dense attention masks itself, and
+holds all logits: it has no packing, no segments, no blocks and no chunks.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tiny import VOCAB, tiny_folder, tiny_module
+
+import pshare_jax as ps
+from pshare_jax.model.architecture import Params, is_lora
+from pshare_jax.model.attention.dense import cached_attend, fresh_attend
+from pshare_jax.training.config import ModuleConfig
+from pshare_jax.training.data.batches import one_stream, two_stream
+from pshare_jax.training.data.samples import Sample
+from pshare_jax.training.step.objective import Objective, Trainee, first_values, make_trainee
+
+SMALL: dict[str, dict[str, Any]] = {
+    "llama": {"num_hidden_layers": 2},
+    "qwen3": {"num_hidden_layers": 2, "use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1},
+    "gemma3": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+}
+# (length, turns): one turn and several, a one-token prompt, turns that touch, longer than gemma's window.
+SHAPES = [(23, ((9, 14), (17, 23))), (6, ((1, 3), (3, 6))), (31, ((28, 31),)), (12, ((2, 4), (6, 7), (9, 12)))]
+
+
+def shape_of(kind: Any, **fields: Any) -> ModuleConfig:
+    """What a config says of the module."""
+    return ModuleConfig(**{"kind": kind, "rank": 4, "alpha": 6.0, "targets": ("q", "v", "down"), **fields})
+
+
+@dataclass(frozen=True)
+class Trained(Trainee):
+    """With values of what is trained."""
+
+    trainable: Params = field(default_factory=dict)
+
+
+def fresh(base: ps.Model, method: Any, module: ModuleConfig, dtype: str, seed: int = 0) -> Trained:
+    """At its start."""
+    trainee = make_trainee(base, method, module, dtype)
+    values = {path: x.astype(jnp.float32) for path, x in first_values(trainee, seed).items()}
+    return Trained(**trainee.__dict__, trainable=values)
+
+
+class World:
+    """A base and a full and a LoRA module that differ from it."""
+
+    def __init__(self, family: str, folder: Path, **changes: Any):
+        base = tiny_folder(family, folder / "base", std=0.1, **{**SMALL[family], **changes})
+        self.modules = {kind: tiny_module(base, folder / kind, kind=kind, noise=0.3) for kind in ("full", "lora")}
+        self.family, self.folder, self.base = family, base, ps.load(base)
+        self.shared = ps.factorize(self.base)
+        for kind, module in self.modules.items():
+            self.shared.add_task(kind, module)
+
+    def trainee(self, kind: str, method: Any = "prefillshare", **fields: Any) -> Trained:
+        """In training, as it is on disk."""
+        module = self.shared.decode_modules.module(kind)
+        whole = kind == "full"
+        trainable = {path: x for path, x in module.params.items() if whole or is_lora(path)}
+        frozen = {} if whole else self.base.params
+        objective = Objective(self.base.architecture, module.architecture, self.base.mesh, "float32", **fields)
+        return Trained(self.base, objective, method, frozen, trainable)
+
+
+def samples(seed: int = 0) -> list[Sample]:
+    """One of each shape."""
+    draw = np.random.default_rng(seed)
+    return [
+        Sample(tuple(draw.integers(0, VOCAB, length).tolist()), turns, "test", line)
+        for line, (length, turns) in enumerate(SHAPES)
+    ]
+
+
+def packed(layout: str, rows: list[list[Sample]]) -> Any:
+    """A batch with some padding."""
+    return two_stream(rows, 48, 24) if layout == "two_stream" else one_stream(rows, 64, 24)
+
+
+def reference_nll(trainee: Trained, trainable: Any, sample: Sample) -> jax.Array:
+    """-log p of all answers of a sample, one turn after another, all logits at once."""
+    config = trainee.base.config
+    decoder = trainee.objective.architecture.bind({**trainee.frozen, **trainable})
+    ids, total = np.array(sample.ids, np.int32)[None], jnp.float32(0)
+    for start, end in sample.turns:
+        kv: Any = ()
+        if trainee.method == "prefillshare" and start > 1:
+            base = trainee.base.architecture.bind(trainee.base.params)
+            positions = np.arange(start - 1, dtype=np.int32)[None]
+            kv = base.prefill(jnp.asarray(ids[:, : start - 1]), jnp.asarray(positions), fresh_attend(config), ())
+            # The decode steps write into slots behind.
+            room = [(0, 0), (0, 0), (0, end - start), (0, 0)]
+            kv = tuple((jnp.pad(k, room), jnp.pad(v, room)) for k, v in kv)
+            attend = cached_attend(config, jnp.int32(start - 1))
+            first = start - 1
+        else:
+            attend, first = fresh_attend(config), 0
+        positions = jnp.arange(first, end - 1, dtype=jnp.int32)[None]
+        hidden, _ = decoder(jnp.asarray(ids[:, first : end - 1]), positions, attend, kv)
+        logprobs = jax.nn.log_softmax(decoder.logits(hidden)[0, start - 1 - first :])
+        total -= jnp.take_along_axis(logprobs, jnp.asarray(ids[0, start:end])[:, None], axis=1).sum()
+    return total
+
+
+def assert_gradients_agree(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:
+    """Each leaf's difference relative to the leaf's largest gradient."""
+    assert set(ours) == set(theirs)
+    assert any(float(jnp.abs(x).max()) > 0 for x in theirs.values())
+    for path, expected in theirs.items():
+        largest = float(jnp.abs(expected).max())
+        difference = float(jnp.abs(ours[path] - expected).max())
+        assert difference <= tolerance * max(largest, 1e-6), (path, difference, largest)

@@ -1,0 +1,187 @@
+"""Bad input of every kind, in one table: the status, OpenAI's error object, the field by name; and the server lives on."""
+
+import json
+from typing import Any
+
+import pytest
+from fake_server import PATHS, error_of, serving
+
+from pshare_jax.server.openai.fields import NEUTRAL
+
+TEXT, CHAT = PATHS
+BASE = {
+    TEXT: {"model": "abc", "prompt": "p", "max_tokens": 3},
+    CHAT: {"model": "abc", "messages": [{"role": "user", "content": "p"}], "max_tokens": 3},
+    "/tokenize": {"prompt": "p"},
+    "/detokenize": {"tokens": [65]},
+}
+MAX_LEN = 400
+USER = {"role": "user", "content": "p"}
+
+# (paths, field, wrong values, status)
+FIELDS: list[tuple[list[str], str, list[Any], int]] = [
+    (PATHS, "model", [None, 5, "", "typo", "ABC", ["abc"]], 404),
+    (PATHS, "max_tokens", ["5", 0, -1, 1.5, True, []], 400),
+    (PATHS, "max_completion_tokens", ["5", 0, -1, {}, 2], 400),
+    (PATHS, "temperature", ["1", -0.1, 2.1, [], True], 400),
+    (PATHS, "top_p", ["1", -0.1, 1.1], 400),
+    (PATHS, "top_k", [-2, 1.5, "3", 2**31], 400),
+    (PATHS, "min_p", [-0.1, 1.1, "x"], 400),
+    (PATHS, "seed", ["x", 1.5, 2**63], 400),
+    (PATHS, "n", [0, -1, 129, "2", 1.5], 400),
+    (PATHS, "stop", [5, [5], [""], "", ["a", "b", "c", "d", "e"], {}], 400),
+    (PATHS, "stop_token_ids", ["x", [-1], ["a"], 3], 400),
+    (PATHS, "stream", ["true", 1, []], 400),
+    (PATHS, "stream_options", [5, [], {"include_usage": "yes"}], 400),
+    (PATHS, "ignore_eos", ["no", 0], 400),
+    (PATHS, "min_tokens", [-1, "1", 4], 400),
+    (PATHS, "presence_penalty", [-2.1, 2.1, "x"], 400),
+    (PATHS, "frequency_penalty", [-2.1, 2.1, "x"], 400),
+    (PATHS, "repetition_penalty", [0, -1, 1000, "x"], 400),
+    (PATHS, "logit_bias", [[], {"a": 1}, {"-1": 1}, {"260": 1}, {"1": 101}, {"1": "x"}], 400),
+    (PATHS, "cache_salt", [5, []], 400),
+    (PATHS, "user", [5, {}], 400),
+    (PATHS, "prompt_cache_key", [5], 400),
+    ([TEXT], "prompt", [None, 5, {}, [], "", [[]], ["a", [1]], [1, "a"], [1.5], [-1], [260], [True], [["a"]]], 400),
+    ([TEXT], "logprobs", [-1, 21, True, "x"], 400),
+    ([TEXT], "echo", [1, "x"], 400),
+    ([TEXT], "response_start", [0, 1, -1, "x", [1, 1], 1.5, True], 400),
+    ([CHAT], "messages", [None, [], "p", {}, [5], [{}], [{"role": "user"}], [{**USER, "content": 5}]], 400),
+    ([CHAT], "messages", [[{"role": "assistant", "content": "p"}], [{**USER, "tool_calls": 5}]], 400),
+    ([CHAT], "logprobs", [1, "x"], 400),
+    ([CHAT], "top_logprobs", [-1, 21, 2, "x"], 400),
+    ([CHAT], "tools", [5, [5], {}], 400),
+    ([CHAT], "tool_choice", ["required", {"type": "function", "function": {"name": "f"}}, 5], 400),
+    ([CHAT], "chat_template_kwargs", [5, []], 400),
+    (["/tokenize"], "prompt", [None, 5, []], 400),
+    (["/tokenize"], "messages", [5, []], 400),
+    (["/tokenize"], "return_token_strs", ["x"], 400),
+    (["/detokenize"], "tokens", [None, "a", [-1], [260], [1.5], ["a"]], 400),
+]
+CASES = [(path, name, values, status) for paths, name, values, status in FIELDS for path in paths]
+WRONG_MODEL_TYPES = (None, 5, ["abc"])
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving(max_len=MAX_LEN) as running:
+        yield running
+
+
+def refused(server, path, body, status):
+    response = server.client.post(path, json=body)
+    return error_of(response, status)
+
+
+@pytest.mark.parametrize(("path", "name", "values", "status"), CASES)
+def test_a_wrong_value_is_refused_by_its_fields_name(server, path, name, values, status):
+    # A stream is refused in the same way, before its first byte.
+    streamed = [{}, {"stream": True}] if path in PATHS and name != "stream" else [{}]
+    for value in values:
+        expected = 400 if name == "model" and value in WRONG_MODEL_TYPES else status
+        for fields in streamed if value is values[0] else [{}]:
+            error = refused(server, path, {**BASE[path], **fields, name: value}, expected)
+            assert error["param"] == name
+            assert name in error["message"]
+            assert error["type"] == "invalid_request_error"
+
+
+UNOFFERED = {
+    "best_of": 2,
+    "suffix": "x",
+    "prompt_logprobs": 1,
+    "length_penalty": 2.0,
+    "bad_words": ["x"],
+    "allowed_token_ids": [1],
+    "response_format": {"type": "json_object"},
+    "functions": [{"name": "f"}],
+    "function_call": {"name": "f"},
+    "modalities": ["audio"],
+    "use_beam_search": True,
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
+    "add_generation_prompt": False,
+    "continue_final_message": True,
+    "chat_template": "x",
+    "documents": [{}],
+    "truncate_prompt_tokens": 5,
+    "structured_outputs": {},
+    "guided_json": {},
+    "guided_regex": "x",
+    "guided_choice": ["x"],
+    "guided_grammar": "x",
+    "echo": True,
+    "response_start": 1,
+}
+
+
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_what_is_not_offered_is_refused_by_name_and_its_neutral_values_pass(server, name):
+    for path in PATHS:
+        if path == TEXT and name in ("echo", "response_start"):
+            continue
+        error = refused(server, path, {**BASE[path], name: UNOFFERED[name]}, 400)
+        assert error["param"] == name
+        assert f"{name} is not offered" in error["message"]
+        for neutral in (None, *NEUTRAL[name]):
+            assert server.client.post(path, json={**BASE[path], name: neutral}).status_code == 200
+
+
+JSON = {"content-type": "application/json"}
+RAW = [
+    (b"", JSON, 400),
+    (b"{", JSON, 400),
+    (b"[]", JSON, 400),
+    (b"null", JSON, 400),
+    (b'"x"', JSON, 400),
+    (b'{"model": "abc", "prompt": NaN}', JSON, 400),
+    (b'{"model": "abc", "prompt": "p", "temperature": 1e999}', JSON, 400),
+    (b'{"model": "abc", "prompt": "\\ud800"}', JSON, 400),
+    (b'{"model": "abc", "prompt": "\xff"}', JSON, 400),
+    (b"[" * 90_000, JSON, 400),
+    (b'{"a":' * 200 + b"1" + b"}" * 200, JSON, 400),
+    (b"model=abc", {"content-type": "application/x-www-form-urlencoded"}, 415),
+    (b'{"model": "abc", "prompt": "p"}', {"content-type": "text/plain"}, 415),
+    (b"x" * 100_001, JSON, 413),
+    ((b"x" * 1000 for _ in range(101)), JSON, 413),
+]
+
+
+@pytest.mark.parametrize(("raw", "headers", "status"), RAW, ids=range(len(RAW)))
+def test_what_is_no_body_is_refused(server, raw, headers, status):
+    error_of(server.client.post(TEXT, content=raw, headers=headers), status)
+    assert server.post().status_code == 200
+
+
+ROUTES = [
+    ("GET", "/v1/nothing", 404),
+    ("POST", "/v1/responses", 404),
+    ("POST", "/v1/messages", 404),
+    ("POST", "/v1/embeddings", 404),
+    ("GET", "/v1/models/typo", 404),
+    ("GET", "/v1/models/..%2F..%2Fetc", 404),
+    ("GET", TEXT, 405),
+    ("DELETE", "/v1/models", 405),
+    ("PUT", "/tokenize", 405),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "status"), ROUTES)
+def test_what_is_no_route_is_refused(server, method, path, status):
+    error_of(server.client.request(method, path), status)
+
+
+def test_what_does_not_fit_is_refused_with_its_numbers(server):
+    long = "x" * (MAX_LEN + 5)
+    for path, prompt in ((TEXT, {"prompt": long}), (CHAT, {"messages": [{"role": "user", "content": long}]})):
+        error = refused(server, path, {**BASE[path], **prompt}, 400)
+        assert (error["code"], error["param"]) == ("context_length_exceeded", next(iter(prompt)))
+        assert f"maximum context length is {server.engine.settings.max_len} tokens" in error["message"]
+        assert f"{MAX_LEN + 5} tokens" in error["message"]
+
+
+def test_after_all_of_it_the_server_answers_and_holds_nothing(server):
+    assert server.post().json()["choices"][0]["text"] == "ABCDEFGH"
+    server.rest()
+    text = json.dumps(server.client.get("/openapi.json").json())
+    assert all(json.dumps(name) in text for _, name, _, _ in CASES)

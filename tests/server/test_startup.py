@@ -1,0 +1,355 @@
+"""startup.py and cli.py in this process: placements other than the default, and mistakes told before serving."""
+
+import logging
+import socket
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from tiny import tiny_module
+
+import pshare_jax as ps
+from pshare_jax.engine.engine import EngineSettings
+from pshare_jax.engine.request import Request
+from pshare_jax.engine.warmup import Variant
+from pshare_jax.server import cli, startup
+from pshare_jax.server.config import (
+    BatchConfig,
+    DecodePlacement,
+    KVConfig,
+    Placement,
+    PrefillPlacement,
+    ServeConfig,
+    ServerConfig,
+)
+from pshare_jax.settings import load_settings
+
+PROMPTS = [(5,), (5, 6, 7), tuple(range(40, 50))]
+KV, BATCH = KVConfig(page_size=4, pages=32), BatchConfig(prefill_tokens=16, decode_rows=2)
+
+
+def placed(prefill, decode):
+    return Placement(
+        [PrefillPlacement(devices) for devices in prefill], [DecodePlacement(devices) for devices in decode]
+    )
+
+
+def build(config):
+    return startup.build(config, lambda line: None)
+
+
+def answers(engine, task, route=None):
+    """The engine's ids for each prompt, stepped in turn."""
+    ids = []
+    for number, prompt in enumerate(PROMPTS):
+        events = []
+        request = Request(f"{task}-{number}", task, prompt, 5)
+        engine.submit(request, events.append, route)
+        sequence = engine._live[request.id]
+        while engine.num_live:
+            engine.step()
+        assert events[-1].finish_reason == "length", events
+        ids.append(sequence.completion_ids)
+    return ids
+
+
+@pytest.fixture(scope="module")
+def world(tiny_folders, tmp_path_factory):
+    """A config with a base and its tasks, and the oracle's ids for every task and prompt."""
+    base = tiny_folders["llama"]
+    tasks = {"chat": "base", "math": str(tiny_module(base, tmp_path_factory.mktemp("module") / "math"))}
+    shared = ps.factorize(ps.load(base))
+    for name, source in tasks.items():
+        shared.add_task(name, source)
+    oracle = {
+        name: [ps.generate(shared, name, prompt, max_new_tokens=5, stop_ids=()) for prompt in PROMPTS] for name in tasks
+    }
+    assert oracle["chat"] != oracle["math"]
+    return ServeConfig(str(base), tasks, kv=KV, batch=BATCH), oracle
+
+
+@pytest.mark.parametrize(
+    ("placement", "num_pools"),
+    [(None, 2), (placed([[0]], [[0]]), 1), (placed([[0, 1]], [[2]]), 2), (placed([[0], [1]], [[0], [1]]), 2)],
+    ids=["default", "colocated", "tp2-tp1", "two-each"],
+)
+def test_every_route_equals_the_oracle(world, placement, num_pools):
+    config, oracle = world
+    engine = build(replace(config, placement=placement))[0].engine
+    for route, task in engine.all_routes():
+        assert answers(engine, task, route) == oracle[task]
+    assert len({id(worker.pool) for worker in (*engine.prefill_workers, *engine.decode_workers)}) == num_pools
+    engine.scheduler.check()
+
+
+def test_isolated_tasks_prefill_with_their_own_weights(world):
+    """The oracle is the plain loop with a task's own weights on both sides; for the base's task nothing changes."""
+    config, oracle = world
+    engine = build(replace(config, sharing="isolated"))[0].engine
+    assert [(route.prefill, task) for route, task in engine.all_routes()] == [(0, "chat"), (1, "math")]
+    assert answers(engine, "chat") == oracle["chat"]
+    model = ps.load(config.base)
+    module = ps.load_module(config.tasks["math"], model)
+    own = replace(model, architecture=module.architecture, params=module.params)
+    alone = ps.factorize(own)
+    alone.add_task("math", "base")
+    right = [ps.generate(alone, "math", prompt, max_new_tokens=5, stop_ids=()) for prompt in PROMPTS]
+    assert answers(engine, "math") == right
+    assert right != oracle["math"]
+    # Together they have as many pages as the shared engine's one prefill worker, and nothing of each other's.
+    assert sum(worker.pool.num_pages for worker in engine.prefill_workers) == KV.pages
+    assert all(worker.pool.cache_stats.cached_tokens == 0 for worker in engine.prefill_workers)
+
+
+def devices(tree):
+    return {device for leaf in jax.tree.leaves(tree) for device in leaf.devices()}
+
+
+def test_by_default_prefill_and_decode_are_on_disjoint_devices(world):
+    """Invariant 8: weights, pages, and what is on its way."""
+    config, _ = world
+    engine = build(config)[0].engine
+    prefill, decode = engine.prefill_workers[0], engine.decode_workers[0]
+    first, second = jax.devices()[:2]
+    stores: list[Any] = [prefill.pool.store, decode.pool.store]
+    assert [devices(store.pages) for store in stores] == [{first}, {second}]
+    assert devices(prefill._weights.params) == {first}
+    assert devices([weights.params for weights in decode._tasks.values()]) == {second}
+    engine.submit(Request("r", "chat", tuple(range(30)), 5), lambda event: None)
+    prefill.step()
+    assert [devices(copy.content) for copy in engine.scheduler.copies[0]] == [{second}]
+    while engine.num_live:
+        engine.step()
+    assert [devices(store.pages) for store in stores] == [{first}, {second}]
+
+
+def test_what_the_config_says_reaches_the_engine(world):
+    config, _ = world
+    server = ServerConfig(max_requests=7, stall_seconds=9.0, max_body_bytes=1000)
+    served, _ = build(replace(config, routing="least_loaded", debug=True, server=server))
+    settings: EngineSettings = served.engine.settings
+    assert (settings.max_len, settings.chunk_tokens, settings.max_rows) == (31 * 4, 16, 2)
+    assert (settings.policy, settings.max_requests, settings.stall_seconds) == ("least_loaded", 7, 9.0)
+    assert (served.limits.max_len, served.limits.vocab_size, served.max_body_bytes) == (31 * 4, 320, 1000)
+    assert served.tasks == ["chat", "math"]
+    pools = {worker.pool for worker in (*served.engine.prefill_workers, *served.engine.decode_workers)}
+    assert all(pool._debug and (pool.num_pages, pool.page_size) == (32, 4) for pool in pools)
+
+
+# --- warm-up ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_warm_up_reaches_every_task_and_compiles_the_rest(world, full):
+    config, _ = world
+    told = []
+    served, programs = build(config)
+    assert 0 < sum(program.small for program in programs) < len(programs) <= 40
+    compiled = []
+    noted = [replace(program, lower=lambda program=program: _noted(program, compiled)) for program in programs]
+    served.engine.start()
+    compiler = startup.warm_up(served, noted, full, told.append)
+    small = [program for program in programs if program.small]
+    assert compiled[: len(small)] == small
+    assert told[0] == f"compiling {len(programs) if full else len(small)} of {len(programs)} programs"
+    compiler._thread.join()
+    compiler.stop()
+    assert served.engine.primed or not full
+    assert sorted(program.name for program in compiled) == sorted(program.name for program in programs)
+    assert told[1:] == ["all programs are compiled"]
+    served.engine.stop()
+    assert sum(worker.num_tokens for worker in served.engine.decode_workers) == 2 * len(config.tasks)
+    # Nothing of it is left in the way of users' prompts.
+    assert all(worker.pool.cache_stats.cached_tokens == 0 for worker in served.engine.prefill_workers)
+
+
+def _noted(program: Variant, compiled: list[Variant]) -> Any:
+    compiled.append(program)
+    return program.lower()
+
+
+def test_a_stopping_server_waits_for_one_program_at_most(world):
+    config, _ = world
+    served, programs = build(config)
+    begun, go, compiled = threading.Event(), threading.Event(), []
+
+    def slow(program):
+        begun.set()
+        assert go.wait(20)
+        return _noted(program, compiled)
+
+    noted = [one if one.small else replace(one, lower=lambda one=one: slow(one)) for one in programs]
+    served.engine.start()
+    compiler = startup.warm_up(served, noted, False, lambda line: None)
+    assert begun.wait(20)
+    threading.Timer(0.1, go.set).start()
+    compiler.stop()
+    served.engine.stop()
+    assert len(compiled) == 1
+
+
+def test_a_first_answer_that_fails_ends_the_start(world, monkeypatch, caplog):
+    config, _ = world
+    served, _ = build(config)
+    monkeypatch.setattr(served.engine.decode_workers[0], "_run", lambda batch: 1 / 0)
+    served.engine.start()
+    with (
+        caplog.at_level(logging.CRITICAL),
+        pytest.raises(ps.PshareError, match="first answer of the task 'chat' failed"),
+    ):
+        startup.first_answers(served)
+    served.engine.stop()
+
+
+def test_the_smallest_pools_that_are_offered(world):
+    """Two pages of one token: a prompt of one token and an answer of one."""
+    config, _ = world
+    served, _ = build(replace(config, kv=KVConfig(page_size=1, pages=3)))
+    assert served.limits.max_len == 2
+    served.engine.start()
+    startup.first_answers(served)
+    served.engine.stop()
+
+
+def test_what_cannot_be_served_is_one_sentence(world, tmp_path):
+    config, _ = world
+    for changes in (
+        {"base": str(tmp_path / "none")},
+        {"base": str(tmp_path)},
+        {"tasks": {"chat": str(tmp_path / "none")}},
+        {"tasks": {"chat": config.base}},
+        {"placement": placed([[0, 1, 2]], [[3]])},
+        {"placement": placed([[0]], [[99]])},
+        {"sharing": "isolated", "kv": KVConfig(page_size=4, pages=5)},
+    ):
+        with pytest.raises(ps.PshareError, match=r"^[^\n]*$"):
+            build(replace(config, **changes))
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "serve.yaml"
+    path.write_text("base: nothing\ntasks: {chat: base}\n")
+    return str(path)
+
+
+def test_print_config_prints_what_overrides_made_of_it(config_file, capsys):
+    arguments = ["tasks.a/b.c=base", "--config", config_file, "--print-config", "server.port=0"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "  chat: base\n  a/b.c: base\n" in printed
+    assert "  port: 0\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("server.prot=1", "Unknown key server.prot; server takes host, port"),
+        ("kv.pages=2", "kv.pages must be at least 3, not 2"),
+        ("kv.page=1", "Unknown key kv.page; kv takes page_size, pages"),
+        ("cache.pages=1", "Unknown key cache; the config takes base, tasks"),
+        ("server.port=x", "server.port must be a whole number"),
+        ("sharing=none", "sharing must be 'shared' or 'isolated'"),
+        ("server.stall_seconds=0", "server.stall_seconds must be more than 0"),
+        ("server.host=256.0.0.1", "server.host '256.0.0.1' is not an address of this machine"),
+        ("server.host=203.0.113.9", "Cannot listen on 203.0.113.9:8000: cannot assign requested address"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_status_2(config_file, capsys, override, sentence):
+    assert cli.main(["--config", config_file, override]) == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err
+    assert captured.err.startswith("pshare-serve: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_a_missing_config_file(capsys):
+    assert cli.main(["--config", "nowhere.yaml"]) == 2
+    assert capsys.readouterr().err == "pshare-serve: There is no config file nowhere.yaml.\n"
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded(config_file, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert cli.main(["--config", config_file, f"server.port={port}"]) == 2
+    assert f"Cannot listen on 127.0.0.1:{port}: address already in use; choose" in capsys.readouterr().err
+
+
+def test_the_api_key_comes_from_config_or_environment(world, monkeypatch):
+    config, _ = world
+    keyed = replace(config, server=replace(config.server, api_key="of the config"))
+    monkeypatch.delenv("PSHARE_API_KEY", raising=False)
+    assert [build(one)[0].api_key for one in (config, keyed)] == [None, "of the config"]
+    monkeypatch.setenv("PSHARE_API_KEY", "abc\n")
+    assert build(config)[0].api_key == "abc"
+    monkeypatch.setenv("PSHARE_API_KEY", " ")
+    with pytest.raises(ps.PshareError, match="PSHARE_API_KEY is empty"):
+        build(config)
+
+
+def test_the_key_is_not_printed(config_file, capsys):
+    assert cli.main(["--config", config_file, "--print-config", "server.api_key=secret"]) == 0
+    assert "secret" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "value", ["12345", "12345.5", "[12345]", "{a: 12345}", "*12345", "!12345 x", "'12345", "' 12345'"]
+)
+def test_a_mistaken_key_in_the_file_is_not_echoed(config_file, tmp_path, capsys, value):
+    file = tmp_path / "with_key.yaml"
+    file.write_text(Path(config_file).read_text() + f"\nserver:\n  api_key: {value}\n")
+    check_not_echoed(str(file), [], capsys)
+
+
+@pytest.mark.parametrize("override", ["server.api_key:12345", "server.api_key= 12345", "server.api_key 12345"])
+def test_a_mistaken_key_on_the_command_line_is_not_echoed(config_file, capsys, override):
+    check_not_echoed(config_file, [override], capsys)
+
+
+@pytest.mark.parametrize("override", ["server.api_key=", "server.api_key= "])
+def test_a_key_that_is_nothing_is_refused(config_file, capsys, override):
+    """An empty shell variable must not open the server."""
+    assert cli.main(["--config", config_file, override]) == 2
+    assert "server.api_key is empty" in capsys.readouterr().err
+
+
+def check_not_echoed(file, overrides, capsys):
+    assert cli.main(["--config", file, *overrides]) == 2
+    captured = capsys.readouterr()
+    assert "api_key" in captured.err or "as YAML" in captured.err
+    assert "12345" not in captured.err + captured.out
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "overrides", "sentence"),
+    [
+        (None, ["server.modules_dir=."], "server.modules_dir lets clients change the tasks, so it needs an API key"),
+        (" ", [], "The environment variable PSHARE_API_KEY is empty"),
+        (" ", ["server.modules_dir=."], "The environment variable PSHARE_API_KEY is empty"),
+        ("key", ["server.modules_dir=nowhere"], "server.modules_dir 'nowhere' is not a folder"),
+        ("key", ["server.modules_dir=''"], "server.modules_dir '' is not a folder"),
+        ("key", ["server.modules_dir=serve.yaml"], "server.modules_dir 'serve.yaml' is not a folder"),
+    ],
+)
+def test_what_the_tasks_at_run_time_need_is_asked_before_loading(
+    config_file, tmp_path, monkeypatch, key, overrides, sentence
+):
+    """The config's base does not exist, which would be told next."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PSHARE_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("PSHARE_API_KEY", key)
+    told = []
+    with pytest.raises(ps.PshareError) as caught:
+        startup.build(load_settings(ServeConfig, config_file, overrides), told.append)
+    assert sentence in str(caught.value)
+    assert told == []

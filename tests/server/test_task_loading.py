@@ -1,0 +1,363 @@
+"""Real weights that come, change and go: answers equal the oracle's on the weights that a request came for, what nobody
+needs any more is freed, and workers never compile.
+"""
+
+import functools
+import gc
+import json
+import threading
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from fake_server import answering
+from safetensors.numpy import load_file, save_file
+from task_world import LONG, PLACE, World
+from tiny import edit_json
+
+from pshare_jax.engine.compile_counter import compile_counter
+from pshare_jax.engine.request import State
+from pshare_jax.engine.warmup import BackgroundCompiler, Variant, compile_all, decode_variants
+from pshare_jax.server.config import BatchConfig, DecodePlacement, ServerConfig
+from pshare_jax.server.openai.schema import ApiError
+from pshare_jax.share.decode_module import CARD
+from pshare_jax.share.lora import CONFIG_FILE, WEIGHTS_FILE
+from pshare_jax.weights.safetensors import SINGLE_FILE
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def server(world):
+    """A server with a base task and a full one; every test leaves it as it was."""
+    stepped = world.serve({"chat": "base", "math": "full"})
+    yield stepped
+    stepped.table.stop()
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_tasks_of_every_kind_come_change_and_go_on_every_worker(world):
+    """A decode worker with two devices has all tasks, one has its own alone: a task is replaced where it is, and a new one
+    goes to those for all.
+    """
+    workers = [DecodePlacement([3], tasks=["chat"]), DecodePlacement([4, 5])]
+    batch = BatchConfig(prefill_tokens=16, decode_rows=1)
+    stepped = world.serve({"chat": "base", "math": "full"}, replace(PLACE, decode=workers), batch=batch)
+    for name, module in (("a", "lora"), ("b", "full")):
+        stepped.load(name, module)
+    stepped.check_everywhere(chat="base", math="full", a="lora", b="full")
+    for name, module in (("a", "full2"), ("chat", "lora2"), ("math", "full2")):
+        stepped.load(name, module, True)
+    stepped.check_everywhere(chat="lora2", math="full2", a="full2", b="full")
+    served = [list(worker.tasks) for worker in stepped.engine.decode_workers]
+    assert served == [["chat"], ["chat", "math", "a", "b"]]
+    for name in ("math", "b", "chat", "a"):
+        stepped.table.unload(name).result(10)
+    assert stepped.served.tasks == []
+    assert not any(worker.tasks for worker in stepped.engine.decode_workers)
+    stepped.table.stop()
+
+
+def test_what_runs_ends_on_the_old_weights(world, server):
+    """Replaced after a few tokens, and replaced again; one more waits all the time, since a step has two rows."""
+    expected = world.expected
+    server.load("x", "lora")
+    old = [server.ask("x"), server.ask("x"), server.ask("math")]
+    server.step_until(lambda: len(old[0].completion_ids) == 5)
+    server.load("x", "full2", True)
+    between = server.ask("x")
+    server.step_until(lambda: len(between.completion_ids) == 3)
+    server.load("x", "lora2", True)
+    new = server.ask("x")
+    assert all(0 < len(one.completion_ids) < LONG for one in (*old, between))
+    server.step_until(lambda: new.completion_ids)
+    server.table.unload("x").result(10)
+    made = server.ids(*old, between, new)
+    assert made == [expected("lora"), expected("lora"), expected("full"), expected("full2"), expected("lora2")]
+    server.check(chat="base", math="full")
+
+
+def test_a_preempted_one_comes_back_to_the_old_weights(world, server):
+    (worker,) = server.engine.decode_workers
+    taken = worker.pool.allocator.allocate(50)
+    server.load("x", "lora")
+    old = [server.ask("x"), server.ask("x")]
+    server.step_until(lambda: old[1].state is State.PREEMPTED)
+    assert old[1].completion_ids
+    server.load("x", "lora2", True)
+    new = server.ask("x")
+    server.step_until(lambda: new.final)
+    worker.pool.allocator.release(taken)
+    assert server.ids(*old, new) == [world.expected("lora")] * 2 + [world.expected("lora2")]
+    server.table.unload("x").result(10)
+
+
+def test_prompt_kv_is_the_bases_whatever_the_weights(world, server):
+    """A task that comes later hits what others had prefilled."""
+    server.check(math="full")
+    server.load("x", "lora")
+    sequence = server.ask("x")
+    assert server.ids(sequence) == [world.expected("lora")]
+    assert sequence.cached_tokens == 8
+    server.table.unload("x").result(10)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def without(path: Path, part: str) -> None:
+    tensors = load_file(path)
+    del tensors[next(name for name in tensors if part in name)]
+    save_file(tensors, path)
+
+
+def with_tensor(path: Path, name: str) -> None:
+    save_file({**load_file(path), name: np.zeros((2, 2), np.float32)}, path)
+
+
+def misshapen(path: Path, part: str) -> None:
+    tensors = load_file(path)
+    name = next(name for name in tensors if part in name)
+    save_file({**tensors, name: np.zeros((3, 5), np.float32)}, path)
+
+
+FAULTS = [
+    ("full", lambda folder: (folder / CARD).unlink(), "bad has no decode_module.json"),
+    ("lora", lambda folder: (folder / CARD).write_text("{"), "not a readable decode module card"),
+    ("full", lambda folder: edit_json(folder / CARD, base_fingerprint="0" * 64), "bad was made for another base"),
+    ("lora", lambda folder: edit_json(folder / CARD, base_fingerprint="0" * 64), "bad was made for another base"),
+    ("lora", lambda folder: edit_json(folder / CARD, tokenizer="0" * 64), "a base with another tokenizer"),
+    ("lora", lambda folder: edit_json(folder / CARD, prefill="own"), "trained with prefill 'own'"),
+    ("full", lambda folder: without(folder / SINGLE_FILE, "up_proj"), "layers.0.mlp.up_proj.weight is missing"),
+    ("lora", lambda folder: without(folder / WEIGHTS_FILE, "v_proj.lora_B"), "v_proj.lora_B.weight is missing"),
+    ("full", lambda folder: with_tensor(folder / SINGLE_FILE, "more"), "more belongs to no parameter"),
+    ("lora", lambda folder: with_tensor(folder / WEIGHTS_FILE, "more"), "more belongs to no projection"),
+    ("full", lambda folder: misshapen(folder / SINGLE_FILE, "model.norm"), "model.norm.weight has shape [3, 5]"),
+    ("lora", lambda folder: misshapen(folder / WEIGHTS_FILE, "q_proj.lora_A"), "lora_A.weight has shape [3, 5]"),
+    ("lora", lambda folder: edit_json(folder / CONFIG_FILE, use_dora=True), "use_dora: True, which is not supported"),
+    ("full", lambda folder: (folder / SINGLE_FILE).write_bytes(b"nothing"), "cut short or damaged"),
+    ("lora", lambda folder: (folder / WEIGHTS_FILE).unlink(), "adapter_model.safetensors cannot be read"),
+    ("full", lambda folder: [one.unlink() for one in folder.iterdir()], "bad has no decode_module.json"),
+]
+
+
+@pytest.mark.parametrize(("kind", "spoil", "sentence"), FAULTS)
+def test_what_does_not_fit_is_refused_by_name(world, server, kind, spoil, sentence):
+    folder = world.modules / "bad"
+    for file in (world.modules / kind).iterdir():
+        folder.mkdir(exist_ok=True)
+        (folder / file.name).write_bytes(file.read_bytes())
+    spoil(folder)
+    weights = server.engine.decode_workers[0].tasks
+    running = server.ask("math", 6)
+    for name, in_place in (("new", False), ("math", True)):
+        assert sentence in server.refusal(name, "bad", in_place)
+    assert server.served.tasks == ["chat", "math"]
+    assert server.engine.decode_workers[0].tasks is weights
+    assert server.ids(running) == [world.expected("full")[:6]]
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+
+
+def test_a_module_that_is_not_there(server):
+    assert server.refusal("new", "nowhere") == "there is no decode module folder nowhere."
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def live() -> int:
+    gc.collect()
+    return len(jax.live_arrays())
+
+
+def test_old_weights_are_freed_with_the_last_request_that_needs_them(world):
+    stepped = world.serve({"chat": "base", "math": "full", "tools": "lora2"})
+    stepped.check(math="full")
+    # What a sampler keeps for batches of any size.
+    compile_all(one for one in stepped.programs if one.name.startswith("sample"))
+    before = live()
+    (worker,) = stepped.engine.decode_workers
+    num_base, num_adapter = len(worker.tasks["chat"].params), 2 * 2 * 4
+    for module, num_new in (("full2", num_base), ("lora", num_adapter), ("same", 0)):
+        stepped.load("x", module)
+        assert live() == before + num_new, module
+        weights = weakref.ref(worker.tasks["x"])
+        sequence = stepped.ask("x", 6)
+        stepped.step_until(lambda sequence=sequence: len(sequence.completion_ids) == 2)
+        stepped.table.unload("x").result(10)
+        assert live() == before + num_new
+        assert weights() is not None
+        assert len(stepped.ids(sequence)[0]) == 6
+        del sequence
+        assert live() == before, module
+        assert weights() is None
+    # The start's own tasks are kept by nothing else either, not even by programs that wait to be compiled.
+    assert stepped.programs
+    old = weakref.ref(worker.tasks["math"])
+    stepped.load("math", "lora", True)
+    assert live() == before - num_base + num_adapter
+    assert old() is None
+    stepped.table.unload("tools").result(10)
+    assert live() == before - num_base
+    stepped.check(math="lora")
+    stepped.table.stop()
+
+
+def test_the_bases_weights_are_there_once(world, server):
+    (worker,) = server.engine.decode_workers
+    base = worker.tasks["chat"].params
+    for name, module in (("a", "lora"), ("b", "lora2"), ("c", "same")):
+        server.load(name, module)
+        params = worker.tasks[name].params
+        assert all(params[path] is array for path, array in base.items())
+        assert {device.id for array in params.values() for device in array.devices()} == {3}
+    assert worker.tasks["c"].params is base
+    for name in "abc":
+        server.table.unload(name).result(10)
+
+
+def test_a_failed_load_keeps_nothing(server, monkeypatch):
+    before = live()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: made to fail")
+
+    monkeypatch.setattr("pshare_jax.server.tasks.loader.decode_variants", fail)
+    # pytest would keep the log record, and with it all that the traceback has seen.
+    monkeypatch.setattr("pshare_jax.server.tasks.table.logger.exception", lambda *_: None)
+    with pytest.raises(ApiError, match="there is not enough memory for it") as caught:
+        server.load("x", "full2")
+    assert caught.value.status == 500
+    del caught
+    assert live() == before
+    server.check(chat="base", math="full")
+
+
+# --- compiling -------------------------------------------------------------------------------------------------------
+
+
+def test_workers_compile_nothing_for_a_new_task(world, server):
+    """New architectures (a LoRA's first one, other ranks and targets) are compiled before the task is there."""
+    compile_all(server.programs)
+    for name, num_new in (("odd", 3), ("lora2", None), ("full2", 0), ("same", 0)):
+        before = compile_counter().count
+        server.load("x", name)
+        # Steps of one row and of two, and a scoring step.
+        loaded = compile_counter().count
+        assert num_new is None or loaded == before + num_new
+        alone, *others = server.ask("x", 5), server.ask("chat", 5), server.ask("math", 5)
+        server.ids(alone, *others)
+        server.ids(*[server.ask("x", 5) for _ in range(3)])
+        assert compile_counter().count == loaded, name
+        server.table.unload("x").result(10)
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_no_shape_is_used_before_it_is_compiled_for_the_new_task(world, monkeypatch, settled):
+    """While the start still compiles, shapes to come count too; those that could not be compiled never do."""
+    compiled: list[str] = []
+
+    def noted(side: Any, settings: Any) -> list[Variant]:
+        return [replace(one, lower=functools.partial(Noted, one, compiled)) for one in decode_variants(side, settings)]
+
+    monkeypatch.setattr("pshare_jax.server.tasks.loader.decode_variants", noted)
+    stepped = world.serve({"chat": "base"})
+    (worker,) = stepped.engine.decode_workers
+    worker.ready.limit([(1,)])
+    if settled:
+        BackgroundCompiler([], [worker.ready], lambda line: None, lambda: None)._thread.join()
+    stepped.load("x", "lora")
+    one, two = ["decode 1", "sample 1"], ["decode 2", "sample 2", "score"]
+    assert sorted(compiled) == (one if settled else sorted(one + two))
+    assert (2,) not in worker.ready
+    stepped.table.stop()
+
+
+class Noted:
+    """A program whose compilation is only noted."""
+
+    def __init__(self, variant: Variant, compiled: list[str]):
+        self._variant, self._compiled = variant, compiled
+
+    def compile(self) -> None:
+        self._compiled.append(self._variant.name)
+
+
+def test_what_a_new_task_needs_has_its_first_run_while_nobody_is_there(world):
+    stepped = world.serve({"chat": "base"})
+    (worker,) = stepped.engine.decode_workers
+    worker.ready.limit([(1,), (2,)])
+    while worker.prime():
+        pass
+    stepped.load("x", "lora")
+    assert worker.never_run is not None
+    assert worker.never_run[0] is worker.tasks["x"]
+    while worker.prime():
+        pass
+    stepped.check(x="lora")
+    stepped.table.stop()
+
+
+# --- the whole server ------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_ends_on_the_old_weights_over_http(world):
+    """The swap comes in the middle of a stream whose steps wait for it."""
+    stepped = world.serve({"x": "lora"}, server=ServerConfig(modules_dir=str(world.modules), api_key="key"))
+    engine, served = stepped.engine, stepped.served
+    (worker,) = engine.decode_workers
+    reached, go, run = threading.Event(), threading.Event(), worker.pool.run
+
+    def paced(*args: Any) -> Any:
+        if any(len(one.completion_ids) == 5 for one in engine.scheduler.decoding[0]):
+            reached.set()
+            assert go.wait(60)
+        return run(*args)
+
+    worker.pool.run = paced
+    engine.start()
+    body = {"prompt": world.prompt, "max_tokens": LONG, "temperature": 0, "ignore_eos": True}
+    with answering(served) as (client, _):
+        assert client.post("/v1/completions", json={"model": "x", **body}).status_code == 401
+        client.headers["authorization"] = "Bearer key"
+        with client.stream("POST", "/v1/completions", json={"model": "x", **body, "stream": True}) as response:
+            assert reached.wait(30)
+            asked = {"lora_name": "x", "lora_path": "full", "load_inplace": True}
+            assert client.post("/v1/load_lora_adapter", json=asked).status_code == 200
+            assert client.post("/v1/load_lora_adapter", json={**asked, "lora_name": "y"}).status_code == 200
+            go.set()
+            lines = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+        text = "".join(json.loads(line)["choices"][0]["text"] for line in lines[:-1])
+        tokenizer = world.model.tokenizer
+        assert text == tokenizer.decode(world.expected("lora"))
+        for name in ("x", "y"):
+            new = client.post("/v1/completions", json={"model": name, **body, "n": 2}).json()["choices"]
+            assert [choice["text"] for choice in new] == [tokenizer.decode(world.expected("full"))] * 2
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "y"}).status_code == 200
+        assert client.post("/v1/completions", json={"model": "y", **body}).status_code == 404
+    stepped.table.stop()
+
+
+@pytest.mark.parametrize("kind", ["isolated", "no worker for all"])
+def test_servers_whose_tasks_cannot_change_say_why(world, kind):
+    named = replace(PLACE, decode=[DecodePlacement([3], tasks=["chat"])])
+    changes: dict[str, Any] = {"sharing": "isolated"} if kind == "isolated" else {"placement": named}
+    stepped = world.serve({"chat": "base"}, **changes)
+    sentence = "With sharing: isolated" if kind == "isolated" else "No decode worker in placement has tasks: all"
+    for change in (stepped.table.load("x", "lora", False), stepped.table.unload("chat")):
+        with pytest.raises(ApiError, match=sentence) as caught:
+            change.result(10)
+        assert caught.value.status == 400
+    stepped.check(chat="base")
+    stepped.table.stop()

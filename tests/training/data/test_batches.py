@@ -1,0 +1,206 @@
+"""Batch layouts and packing: every token in its place, nothing of one sample in another, rows within their limits."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from training_data import random_samples
+
+from pshare_jax.training.data.batches import one_stream, two_stream
+from pshare_jax.training.data.packing import WINDOW, choose_capacity, fill, pack
+from pshare_jax.training.data.samples import Sample
+
+SHAPES = st.tuples(st.integers(0, 1000), st.lists(st.integers(0, 4), min_size=1, max_size=4))
+
+
+def rows_of(shape):
+    seed, sizes = shape
+    return [random_samples(seed + row, size) for row, size in enumerate(sizes)]
+
+
+def needs(rows, layout):
+    first = (lambda s: s.context_len) if layout == "two_stream" else (lambda s: len(s.ids) - 1)
+    return max(sum(map(first, row)) for row in rows), max(sum(s.answer_len for s in row) for row in rows)
+
+
+def test_one_sample_spelled_out():
+    sample = Sample((10, 11, 12, 13, 14, 15, 16), ((2, 4), (5, 7)), "a", 1)
+    batch = two_stream([[sample]], 5, 5)
+    assert batch.context_tokens.tolist() == [[10, 11, 12, 13, 0]]
+    assert batch.context_positions.tolist() == [[0, 1, 2, 3, 0]]
+    assert batch.context_segments.tolist() == [[1, 1, 1, 1, 0]]
+    assert batch.decode_tokens.tolist() == [[11, 12, 14, 15, 0]]
+    assert batch.decode_positions.tolist() == [[1, 2, 4, 5, 0]]
+    assert batch.decode_segments.tolist() == [[1, 1, 1, 1, 0]]
+    assert batch.decode_turns.tolist() == [[1, 1, 2, 2, 0]]
+    assert batch.decode_prefix.tolist() == [[1, 1, 4, 4, 0]]
+    assert batch.targets.tolist() == [[12, 13, 15, 16, 0]]
+    assert batch.weights.tolist() == [[1, 1, 1, 1, 0]]
+    one = one_stream([[sample]], 7, 5)
+    assert one.tokens.tolist() == [[10, 11, 12, 13, 14, 15, 0]]
+    assert one.picks.tolist() == [[1, 2, 4, 5, 0]]
+    assert one.targets.tolist() == [[12, 13, 15, 16, 0]]
+    assert one.weights.tolist() == [[1, 1, 1, 1, 0]]
+    tokens = (*batch._asdict().values(), *one._asdict().values())
+    assert {array.dtype.name for array in tokens} == {"int32", "float32"}
+
+
+def test_one_token_prompts_have_an_empty_context():
+    sample = Sample((5, 6), ((1, 2),), "a", 1)
+    batch = two_stream([[sample, sample]], 1, 2)
+    assert not batch.context_segments.any()
+    assert batch.decode_prefix.tolist() == [[0, 0]]
+    assert batch.decode_segments.tolist() == [[1, 2]]
+
+
+@given(SHAPES, st.integers(0, 3), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_two_streams_hold_every_sample_once(shape, spare_context, spare_answers):
+    rows = rows_of(shape)
+    context, answers = needs(rows, "two_stream")
+    batch = two_stream(rows, context + spare_context, answers + spare_answers)
+    assert batch.context_tokens.shape == (len(rows), context + spare_context)
+    for b, row in enumerate(rows):
+        turn = 0
+        for segment, sample in enumerate(row, start=1):
+            at = batch.context_segments[b] == segment
+            assert batch.context_tokens[b, at].tolist() == list(sample.ids[: sample.turns[-1][0] - 1])
+            assert batch.context_positions[b, at].tolist() == list(range(sample.turns[-1][0] - 1))
+            for start, end in sample.turns:
+                turn += 1
+                at = batch.decode_turns[b] == turn
+                assert set(batch.decode_segments[b, at].tolist()) == {segment}
+                assert batch.decode_tokens[b, at].tolist() == list(sample.ids[start - 1 : end - 1])
+                assert batch.decode_positions[b, at].tolist() == list(range(start - 1, end - 1))
+                assert set(batch.decode_prefix[b, at].tolist()) == {start - 1}
+                assert batch.targets[b, at].tolist() == list(sample.ids[start:end])
+                assert batch.weights[b, at].tolist() == [1] * (end - start)
+        real = batch.decode_turns[b] > 0
+        assert real.sum() == batch.weights[b].sum() == sum(sample.answer_len for sample in row)
+        for array in batch[3:]:
+            assert not array[b, ~real].any()
+        for array in batch[:3]:
+            assert not array[b, batch.context_segments[b] == 0].any()
+    for short in ((context - 1, answers), (context, answers - 1)):
+        if min(short) >= 0:
+            with pytest.raises(ValueError, match="places"):
+                two_stream(rows, *short)
+
+
+@given(SHAPES)
+@settings(max_examples=60, deadline=None)
+def test_one_stream_picks_what_predicts_the_answers(shape):
+    rows = rows_of(shape)
+    length, answers = needs(rows, "one_stream")
+    batch = one_stream(rows, length + 2, answers + 1)
+    for b, row in enumerate(rows):
+        for segment, sample in enumerate(row, start=1):
+            at = batch.segments[b] == segment
+            assert batch.tokens[b, at].tolist() == list(sample.ids[:-1])
+            assert batch.positions[b, at].tolist() == list(range(len(sample.ids) - 1))
+        real = batch.weights[b] == 1
+        assert not batch.picks[b, ~real].any()
+        picked = batch.picks[b, real]
+        expected = [
+            (segment, start - 1 + k, sample.ids[start - 1 + k], sample.ids[start + k])
+            for segment, sample in enumerate(row, start=1)
+            for start, end in sample.turns
+            for k in range(end - start)
+        ]
+        found = (batch.segments[b, picked], batch.positions[b, picked], batch.tokens[b, picked], batch.targets[b, real])
+        assert list(zip(*(array.tolist() for array in found), strict=True)) == expected
+
+
+def test_masks_go_by_place_and_not_by_id():
+    """A5-04: ids that are also padding's or the end's are trained where they are answers, and only there."""
+    sample = Sample((2, 0, 2, 0, 2), ((1, 3), (4, 5)), "a", 1)
+    batch = two_stream([[sample]], 8, 8)
+    assert batch.targets[0, :3].tolist() == [0, 2, 2]
+    assert batch.weights[0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+
+
+# --- packing ---------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), max_size=60),
+    st.integers(30, 70),
+    st.integers(9, 30),
+    st.none() | st.integers(0, 99),
+)
+@settings(max_examples=150, deadline=None)
+def test_packing_uses_every_sample_once_within_both_limits(sizes, context, answers, seed):
+    lengths = np.array(sizes, np.int64).reshape(-1, 2)
+    rng = None if seed is None else np.random.PCG64(seed)
+    rows = pack(lengths, (context, answers), rng)
+    assert sorted(index for row in rows for index in row) == list(range(len(sizes)))
+    for row in rows:
+        assert row
+        assert (lengths[row].sum(axis=0) <= (context, answers)).all()
+    # First fit: no two rows of a window would fit into one.
+    totals = [lengths[row].sum(axis=0) for row in rows]
+    for i, one in enumerate(totals):
+        for two in totals[:i]:
+            assert (one + two > (context, answers)).any()
+
+
+def test_packing_refuses_what_no_row_holds():
+    for lengths in ([[5, 3]], [[1, 9]]):
+        with pytest.raises(ValueError, match="larger than a row"):
+            pack(np.array(lengths), (4, 8))
+
+
+def test_rows_come_in_random_order_and_stay_in_their_window():
+    rng = np.random.default_rng(0)
+    lengths = np.stack([rng.integers(1, 100, 3 * WINDOW), rng.integers(1, 30, 3 * WINDOW)], axis=1)
+    rows = pack(lengths, (200, 60), np.random.PCG64(0))
+    windows = [{index // WINDOW for index in row} for row in rows]
+    assert all(len(window) == 1 for window in windows)
+    sizes = np.array([lengths[row].max() for row in rows if max(row) < WINDOW])
+    half = len(sizes) // 2
+    assert abs(sizes[:half].mean() - sizes[half:].mean()) < 5
+    assert rows == pack(lengths, (200, 60), np.random.PCG64(0))
+    assert rows != pack(lengths, (200, 60), np.random.PCG64(1))
+
+
+def realistic(seed: int, kind: str) -> np.ndarray:
+    """Context and answer tokens of conversations: log-normal turns, as in public chat and tool-calling sets."""
+    rng = np.random.default_rng(seed)
+    question, answer, most_turns = {
+        "chat": ((3.5, 1.0), (5.2, 0.8), 6),
+        "math": ((4.2, 0.5), (5.0, 0.5), 1),
+        "tools": ((5.8, 0.6), (3.6, 0.5), 8),
+    }[kind]
+    lengths = []
+    while len(lengths) < 4000:
+        turns = int(rng.integers(1, most_turns + 1))
+        questions = rng.lognormal(*question, turns).astype(int) + 8
+        answers = rng.lognormal(*answer, turns).astype(int) + 2
+        if questions.sum() + answers.sum() <= 4096:
+            lengths.append((questions.sum() + answers[:-1].sum(), answers.sum()))
+    return np.array(lengths, np.int64)
+
+
+@pytest.mark.parametrize("kind", ["chat", "math", "tools"])
+def test_rows_are_at_least_85_percent_tokens(kind):
+    lengths = realistic(0, kind)
+    one = np.stack([lengths.sum(axis=1), lengths[:, 1]], axis=1)
+    for places in (lengths, one):
+        capacity = choose_capacity(places, None, None)
+        rows = pack(places, capacity, np.random.PCG64(0))
+        share = fill(places, len(rows), capacity)
+        print(kind, capacity, round(share, 3))
+        assert share >= 0.85
+        assert all(length % 32 == 0 for length in capacity)
+
+
+def test_given_lengths_stay():
+    lengths = realistic(1, "chat")
+    assert choose_capacity(lengths, 4100, 5000) == (4100, 5000)
+    context, answers = choose_capacity(lengths, 8192, None)
+    assert context == 8192
+    assert answers >= lengths[:, 1].max()
+    context, answers = choose_capacity(lengths, None, 5000)
+    assert answers == 5000
+    assert context >= lengths[:, 0].max()
+    assert choose_capacity(np.array([[0, 2]]), None, None) == (32, 32)
