@@ -1,11 +1,6 @@
-"""Devices -> meshes, and the one table that says how parameters and KV are sharded over a mesh's `model` axis.
-
-Tensor parallelism in the usual way: q, k, v, gate and up by columns, o and down by rows, embedding and head by vocabulary,
-KV by kv heads. XLA's partitioner derives everything between from these.
-"""
+"""Devices -> meshes with the axes `model` (tensor parallelism) and, in training, `fsdp` (model/sharding.py uses them)."""
 
 import math
-import re
 from collections.abc import Sequence
 
 import jax
@@ -13,27 +8,11 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from pshare_jax.errors import PshareError
-from pshare_jax.model.config import ModelConfig
 
 MODEL = "model"
 FSDP = "fsdp"
 """Training's second axis for parameters: each matrix is also split along its other dimension."""
-COLUMNS, ROWS, REPLICATED = PartitionSpec(None, MODEL), PartitionSpec(MODEL, None), PartitionSpec()
-
-# (parameter path, sharding): the first match counts; a path without a match is an error.
-PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"embedding\.weight", ROWS),
-    (r"head", COLUMNS),
-    (r".*norm\.weight", REPLICATED),
-    (r".*\.(q|k|v|gate|up)\.(kernel|lora_b)", COLUMNS),
-    (r".*\.(q|k|v|gate|up)\.bias", PartitionSpec(MODEL)),
-    (r".*\.(q|k|v|gate|up)\.lora_a", REPLICATED),
-    (r".*\.(o|down)\.(kernel|lora_a)", ROWS),
-    (r".*\.(o|down)\.(bias|lora_b)", REPLICATED),
-)
-KV_SPEC = PartitionSpec(None, MODEL, None, None)
-PAGES_SPEC = PartitionSpec(MODEL, None, None, None)
-CONTENT_SPEC = PartitionSpec(None, None, MODEL, None, None, None)
+REPLICATED = PartitionSpec()
 
 
 def virtual_cpu_devices(count: int) -> None:
@@ -50,59 +29,6 @@ def make_mesh(device_ids: Sequence[int], tp: int) -> Mesh:
     if len(set(device_ids)) != tp or len(device_ids) != tp:
         raise PshareError(f"tp {tp} needs {tp} different devices, but {list(device_ids)} were given.")
     return Mesh(np.array([devices[i] for i in device_ids]), (MODEL,))
-
-
-def check_tensor_parallel(config: ModelConfig, tp: int) -> None:
-    """Refuse a tensor-parallel degree that the model's heads or MLP cannot be divided by."""
-    if config.num_heads % tp:
-        raise PshareError(f"tp {tp} does not divide the model's {config.num_heads} query heads.")
-    if config.num_kv_heads % tp and tp % config.num_kv_heads:
-        raise PshareError(
-            f"tp {tp} neither divides the model's {config.num_kv_heads} kv heads nor is a multiple of them."
-        )
-    if config.ffn_size % tp:
-        raise PshareError(f"tp {tp} does not divide the model's MLP size {config.ffn_size}.")
-
-
-def parameter_sharding(path: str, config: ModelConfig, mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The sharding of the parameter at `path` ("layers.0.attention.q.kernel")."""
-    spec = next((spec for pattern, spec in PARAMETER_RULES if re.fullmatch(pattern, path)), None)
-    if spec is None:
-        raise AssertionError(f"no sharding rule for parameter {path}")
-    tp = mesh.shape[MODEL]
-    replicated_kv = config.num_kv_heads % tp and re.fullmatch(r".*\.(k|v)\.(kernel|lora_b|bias)", path)
-    # An odd vocabulary stays whole: padding it would put tokens into the logits that the model does not have.
-    odd_vocab = config.vocab_size % tp and path in ("embedding.weight", "head")
-    return NamedSharding(mesh, _also_fsdp(path, config, mesh, REPLICATED if replicated_kv or odd_vocab else spec))
-
-
-def _also_fsdp(path: str, config: ModelConfig, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> PartitionSpec:
-    """`spec` with the side of a matrix that is `hidden_size` long split over `fsdp`, where the mesh has that axis."""
-    parts = mesh.shape.get(FSDP, 1)
-    if parts == 1 or config.hidden_size % parts:
-        return spec
-    # Kernels are [in, out]; the residual stream is what q, k, v, gate and up read, and what o and down write.
-    reads = re.fullmatch(r"head|.*\.(q|k|v|gate|up)\.(kernel|lora_a)", path)
-    writes = re.fullmatch(r"embedding\.weight|.*\.(o|down)\.(kernel|lora_b)", path)
-    first, second = (*spec, None, None)[:2]
-    if reads:
-        return PartitionSpec(FSDP, second)
-    return PartitionSpec(first, FSDP) if writes else spec
-
-
-def kv_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
-    """The sharding of `[B, kv_heads, S, head_dim]` keys or values: by heads, or whole where tp is a multiple of them."""
-    return NamedSharding(mesh, REPLICATED if config.num_kv_heads % mesh.shape[MODEL] else KV_SPEC)
-
-
-def pages_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
-    """The sharding of `[kv_heads, pages, page_size, head_dim]` pages: by heads, as `kv_sharding`."""
-    return NamedSharding(mesh, REPLICATED if config.num_kv_heads % mesh.shape[MODEL] else PAGES_SPEC)
-
-
-def content_sharding(config: ModelConfig, mesh: Mesh) -> NamedSharding:
-    """The sharding of `[layers, 2, kv_heads, pages, page_size, head_dim]` content of pages: by heads, as the pages."""
-    return NamedSharding(mesh, REPLICATED if config.num_kv_heads % mesh.shape[MODEL] else CONTENT_SPEC)
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:

@@ -12,11 +12,12 @@ from tiny import FAMILIES, tiny_config, tiny_folder, tiny_module
 
 import pshare_jax as ps
 from pshare_jax.errors import PshareError
-from pshare_jax.mesh import check_tensor_parallel, kv_sharding, parameter_sharding, same_devices
+from pshare_jax.mesh import same_devices
 from pshare_jax.model.architecture import Architecture
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.kv.dense import DenseKV
 from pshare_jax.model.layers import ATTENTION_TARGETS, MLP_TARGETS, LoraConfig
+from pshare_jax.model.sharding import check_tensor_parallel, kv_sharding, parameter_sharding
 
 DEGREES = (1, 2, 4)
 NEW = 4

@@ -14,10 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from pshare_jax.mesh import kv_sharding, replicated
+from pshare_jax.mesh import replicated
 from pshare_jax.model.architecture import Architecture, Params
 from pshare_jax.model.attention.dense import cached_attend, fresh_attend
 from pshare_jax.model.kv.dense import LayerKV
+from pshare_jax.model.sharding import kv_sharding
 
 KVLayers = tuple[LayerKV, ...]
 Tokens = Int[Array, "B T"] | Int[np.ndarray, "B T"]

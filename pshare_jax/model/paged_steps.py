@@ -15,12 +15,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from pshare_jax.mesh import content_sharding, replicated
+from pshare_jax.mesh import replicated
 from pshare_jax.model.architecture import Architecture, Params
 from pshare_jax.model.attention.paged import PagedAttention, Rows, blocked, paged_attend
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.dense_steps import decode_architecture
 from pshare_jax.model.kv.pages import KVPages, PageContent, fill_pages, gather_pages, pages_out, scatter_pages
+from pshare_jax.model.sharding import content_sharding
 from pshare_jax.sampling.sample import best_logprobs
 
 

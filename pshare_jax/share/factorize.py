@@ -15,9 +15,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from pshare_jax.errors import PshareError
-from pshare_jax.mesh import kv_sharding, same_devices
+from pshare_jax.mesh import same_devices
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.kv.dense import DenseKV, bucket
+from pshare_jax.model.sharding import kv_sharding
 from pshare_jax.share.decode_module import DecodeModule, Prefill, load_module
 from pshare_jax.share.model import Model, checked_tokens
 

@@ -14,12 +14,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from pshare_jax.errors import PshareError
-from pshare_jax.mesh import MODEL, check_tensor_parallel, make_mesh, parameter_sharding, same_devices
+from pshare_jax.mesh import MODEL, make_mesh, same_devices
 from pshare_jax.model.architecture import Architecture, Params
 from pshare_jax.model.config import ModelConfig, text_config
 from pshare_jax.model.dense_steps import Steps, steps
 from pshare_jax.model.layers import Build
 from pshare_jax.model.paged_steps import PagedSteps, paged_steps
+from pshare_jax.model.sharding import check_tensor_parallel, parameter_sharding
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.weights.checkpoint import Checkpoint
 from pshare_jax.weights.fingerprint import model_fingerprint

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from pshare_jax.errors import PshareError
-from pshare_jax.mesh import parameter_sharding
 from pshare_jax.model.architecture import is_lora
+from pshare_jax.model.sharding import parameter_sharding
 from pshare_jax.share.decode_module import CARD, Card, DecodeModule, Prefill, read_card, save_module
 from pshare_jax.share.model import Model
 from pshare_jax.training.config import TrainConfig

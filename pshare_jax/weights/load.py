@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pshare_jax.mesh import parameter_sharding
 from pshare_jax.model.architecture import Params
 from pshare_jax.model.config import ModelConfig
+from pshare_jax.model.sharding import parameter_sharding
 from pshare_jax.weights.checkpoint import Checkpoint
 from pshare_jax.weights.fingerprint import HashCache, tensor_hash
 from pshare_jax.weights.names import HEADS, Entry, plan

@@ -35,8 +35,9 @@ from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.request import FAILED, TIMED_OUT, Request, State
 from pshare_jax.engine.router import Route
 from pshare_jax.engine.transfer import MAX_IN_FLIGHT
-from pshare_jax.mesh import content_sharding, make_mesh, pages_sharding
+from pshare_jax.mesh import make_mesh
 from pshare_jax.model.config import ModelConfig
+from pshare_jax.model.sharding import content_sharding, pages_sharding
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,11 @@ import pytest
 from tiny import FAMILIES, tiny_folder
 
 import pshare_jax as ps
-from pshare_jax.mesh import make_mesh, pages_sharding
+from pshare_jax.mesh import make_mesh
 from pshare_jax.model.attention.paged import Rows, blocked, gathered, paged_attend
 from pshare_jax.model.kv.pages import empty_pages, place_content
 from pshare_jax.model.paged_steps import page_moves
+from pshare_jax.model.sharding import pages_sharding
 
 TOTAL = 70
 

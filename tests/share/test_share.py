@@ -11,8 +11,8 @@ from tiny import tiny_folder, tiny_module
 
 import pshare_jax as ps
 from pshare_jax.errors import PshareError
-from pshare_jax.mesh import kv_sharding
 from pshare_jax.model.kv.dense import DenseKV, bucket
+from pshare_jax.model.sharding import kv_sharding
 from pshare_jax.share.factorize import CHUNK
 
 

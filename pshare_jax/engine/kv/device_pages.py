@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.shapes import bucket_of
-from pshare_jax.mesh import content_sharding, pages_sharding
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.kv.pages import KVPages, content_shape, empty_pages, place_content
 from pshare_jax.model.paged_steps import page_moves
+from pshare_jax.model.sharding import content_sharding, pages_sharding
 
 
 class DevicePages:

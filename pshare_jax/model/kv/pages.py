@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from pshare_jax.mesh import content_sharding, pages_sharding
 from pshare_jax.model.config import ModelConfig
+from pshare_jax.model.sharding import content_sharding, pages_sharding
 
 LayerPages = tuple[Float[Array, "K P page H"], Float[Array, "K P page H"]]
 KVPages = tuple[LayerPages, ...]

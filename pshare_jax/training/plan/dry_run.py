@@ -12,9 +12,10 @@ import jax
 from rich.console import Console
 
 from pshare_jax.errors import PshareError
-from pshare_jax.mesh import check_tensor_parallel, make_mesh
+from pshare_jax.mesh import make_mesh
 from pshare_jax.model.architecture import Architecture
 from pshare_jax.model.layers import Build
+from pshare_jax.model.sharding import check_tensor_parallel
 from pshare_jax.share.model import Outline, default_dtype, read_outline
 from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.data.epochs import sample_lengths

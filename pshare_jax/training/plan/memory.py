@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from pshare_jax.mesh import FSDP, MODEL, parameter_sharding, replicated
+from pshare_jax.mesh import FSDP, MODEL, replicated
 from pshare_jax.model.attention.dense import QUERY_BLOCK
+from pshare_jax.model.sharding import parameter_sharding
 from pshare_jax.training.data.batches import Layout, OneStreamBatch, TwoStreamBatch, one_stream, two_stream
 from pshare_jax.training.data.samples import Sample
 from pshare_jax.training.step.cross_entropy import chunk_tokens

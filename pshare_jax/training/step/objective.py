@@ -18,12 +18,12 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from pshare_jax.errors import PshareError
-from pshare_jax.mesh import parameter_sharding
 from pshare_jax.model.architecture import Architecture, Params, is_lora
 from pshare_jax.model.attention.two_stream import ContextStream, DecodeStream, packed_attend, two_stream_attend
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.decoder import Decoder
 from pshare_jax.model.layers import LoraConfig, Projection
+from pshare_jax.model.sharding import parameter_sharding
 from pshare_jax.share.decode_module import DecodeModule
 from pshare_jax.share.model import Model
 from pshare_jax.training.config import Method, ModuleConfig

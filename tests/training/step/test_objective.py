@@ -14,9 +14,9 @@ from objective_world import SMALL, World, assert_gradients_agree, fresh, packed,
 from tiny import FAMILIES, tiny_folder
 
 import pshare_jax as ps
-from pshare_jax.mesh import parameter_sharding
 from pshare_jax.model.attention import dense as attention
 from pshare_jax.model.layers import Projection
+from pshare_jax.model.sharding import parameter_sharding
 from pshare_jax.training.config import MeshConfig
 from pshare_jax.training.data.batches import two_stream
 from pshare_jax.training.data.samples import Sample

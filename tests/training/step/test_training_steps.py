@@ -14,10 +14,10 @@ from tiny_runs import FULL, LORA, all_metrics, make_world, metrics, moments, run
 import pshare_jax as ps
 import pshare_jax.training.step.steps as steps_module
 from pshare_jax.errors import PshareError
-from pshare_jax.mesh import parameter_sharding
 from pshare_jax.model.architecture import Architecture, is_lora
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.layers import LoraConfig
+from pshare_jax.model.sharding import parameter_sharding
 from pshare_jax.training.checkpoint import Checkpoints
 from pshare_jax.training.config import TARGETS, CheckpointConfig, EvaluationConfig, MeshConfig, OptimizerConfig
 from pshare_jax.training.data.batches import two_stream
