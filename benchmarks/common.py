@@ -9,9 +9,9 @@ from typing import Any
 from rich.table import Table
 
 from pshare_jax.engine.build import Plan, Sides, assemble
+from pshare_jax.engine.config import DecodePlacement, Placement, PrefillPlacement
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.warmup import compile_all, variants
-from pshare_jax.server.config import DecodePlacement, Placement, PrefillPlacement
 from pshare_jax.share.model import Model
 
 

@@ -23,6 +23,7 @@ from rich.console import Console
 import pshare_jax
 from benchmarks import common
 from pshare_jax.engine.build import Plan, Sides
+from pshare_jax.engine.config import KVConfig
 from pshare_jax.engine.engine import Engine, PrefillSide
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.kv.pool import Pool
@@ -30,7 +31,6 @@ from pshare_jax.engine.request import Event, Request
 from pshare_jax.engine.shapes import pages_for
 from pshare_jax.engine.worker_thread import POLL_SECONDS
 from pshare_jax.model.attention.paged import Rows
-from pshare_jax.server.config import KVConfig
 
 ROWS, STEPS, PROMPT, LONG, RUNS = 8, 64, 512, 2048, 5
 

@@ -21,11 +21,11 @@ from rich.console import Console
 import pshare_jax
 from benchmarks import common
 from pshare_jax.engine.build import Plan
+from pshare_jax.engine.config import KVConfig
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Event, Request
 from pshare_jax.model.architecture import is_lora
 from pshare_jax.model.layers import LoraConfig
-from pshare_jax.server.config import KVConfig
 
 TASKS, TURNS, INSTRUCTION, ANSWER, TOOL = 4, 3, 32, 16, 64
 Sharing = Literal["shared", "isolated"]

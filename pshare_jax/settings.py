@@ -25,7 +25,7 @@ def load_settings(cls: type[T], path: str | Path, overrides: Sequence[str] = ())
     """Reads a YAML file, applies overrides in order and builds `cls`.
 
     An override is `dotted.key=value`, its value parsed as YAML; it may add keys to maps (`tasks.math=base`) and index
-    existing list items (`placement.prefill.0.tp=2`). In a map of plain values everything after the map's name is the
+    existing list items (`placement.decode.0.tasks=all`). In a map of plain values everything after the map's name is the
     key, so names with dots work.
 
     Raises:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
+from pshare_jax.engine.config import BatchConfig, DecodePlacement, KVConfig, Placement, PrefillPlacement, worker_tasks
 from pshare_jax.engine.engine import DecodeSide, EngineSettings, PrefillSide
 from pshare_jax.engine.interfaces import Weights
 from pshare_jax.engine.kv.device_pages import DevicePages
@@ -20,7 +21,6 @@ from pshare_jax.engine.shapes import page_buckets, pages_for
 from pshare_jax.errors import PshareError
 from pshare_jax.mesh import make_mesh
 from pshare_jax.model.kv.pages import page_bytes
-from pshare_jax.server.config import BatchConfig, DecodePlacement, KVConfig, Placement, PrefillPlacement, worker_tasks
 from pshare_jax.share.decode_module import DecodeModule
 from pshare_jax.share.factorize import DecodeModules
 from pshare_jax.share.model import Model

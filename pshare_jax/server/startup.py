@@ -14,6 +14,7 @@ import jax
 from pshare_jax.compilation_cache import keep_programs
 from pshare_jax.engine.build import Plan, Sides, assemble
 from pshare_jax.engine.compile_counter import compile_counter
+from pshare_jax.engine.config import Placement, resolve_placement
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Event, Request
 from pshare_jax.engine.warmup import BackgroundCompiler, Variant, compile_all, variants
@@ -21,7 +22,7 @@ from pshare_jax.engine.worker_thread import POLL_SECONDS
 from pshare_jax.errors import PshareError
 from pshare_jax.mesh import make_mesh, virtual_cpu_devices
 from pshare_jax.server.app import Served
-from pshare_jax.server.config import Placement, ServeConfig, num_cpu_devices, resolve_placement
+from pshare_jax.server.config import ServeConfig, num_cpu_devices
 from pshare_jax.server.openai.to_requests import Limits
 from pshare_jax.server.tasks.loader import TaskLoader
 from pshare_jax.server.tasks.table import TaskTable
@@ -48,7 +49,7 @@ def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:
     api_key = config.server.api_key or _key_from_environment()
     modules_dir = _checked_modules_dir(config, api_key)
     devices = jax.devices()
-    placement = resolve_placement(config, devices[0].platform, len(devices))
+    placement = resolve_placement(config.placement, devices[0].platform, len(devices))
     say(f"{len(devices)} {devices[0].platform} devices; {_told(placement)}")
     say(f"opening and loading the base {config.base}")
     dtype = None if config.dtype == "auto" else config.dtype

@@ -14,6 +14,7 @@ from tiny_engine import Answer, Engines, placed
 import pshare_jax as ps
 from pshare_jax.engine.build import Plan, Sides, assemble
 from pshare_jax.engine.compile_counter import compile_counter
+from pshare_jax.engine.config import BatchConfig, KVConfig
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Request, State
 from pshare_jax.engine.scoring import SCORE_TOKENS
@@ -22,7 +23,6 @@ from pshare_jax.engine.warmup import BackgroundCompiler, Variant, variants
 from pshare_jax.model.architecture import is_lora
 from pshare_jax.model.layers import LoraConfig
 from pshare_jax.sampling.params import SamplingParams
-from pshare_jax.server.config import BatchConfig, KVConfig
 
 # Devices that no other test uses: what is compiled for them was compiled here.
 SPLIT, SPLIT_TP2 = placed([[4]], [[5]]), placed([[4]], [[6, 7]])

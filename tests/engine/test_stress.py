@@ -30,10 +30,10 @@ from faults import (
 from tiny import VOCAB
 from tiny_engine import MIN_GAP, Answer, Engines, placed
 
+from pshare_jax.engine.config import Placement
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Request, State
 from pshare_jax.sampling.params import SamplingParams
-from pshare_jax.server.config import Placement
 from pshare_jax.share.generate import Rollout
 
 TASKS = ("chat", "math", "lora")

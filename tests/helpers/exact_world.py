@@ -16,9 +16,9 @@ import numpy as np
 from tiny import VOCAB, tiny_folder, tiny_module
 from tiny_engine import COLOCATED, MIN_GAP, SPLIT, Answer, Engines, prefill_tokens, settle
 
+from pshare_jax.engine.config import Placement
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Request
-from pshare_jax.server.config import Placement
 from pshare_jax.share.factorize import SharedModel
 from pshare_jax.share.generate import Rollout, continue_from
 

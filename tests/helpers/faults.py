@@ -13,12 +13,12 @@ from tiny import tiny_module
 from tiny_engine import Answer, Engines, settle
 
 from pshare_jax.engine.build import assemble
+from pshare_jax.engine.config import Placement
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.page_copy import Copy
 from pshare_jax.engine.request import Sequence as Running
-from pshare_jax.server.config import Placement
 
 NEVER = 10**9
 """So many polls that content does not come within a test."""

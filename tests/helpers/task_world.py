@@ -11,13 +11,14 @@ from tiny import tiny_folder, tiny_module
 from tiny_engine import placed
 
 import pshare_jax as ps
+from pshare_jax.engine.config import BatchConfig, KVConfig
 from pshare_jax.engine.request import Request, State
 from pshare_jax.engine.router import Route
 from pshare_jax.model.architecture import is_lora
 from pshare_jax.model.layers import LoraConfig
 from pshare_jax.server import startup
 from pshare_jax.server.app import Served
-from pshare_jax.server.config import BatchConfig, KVConfig, ServeConfig, ServerConfig
+from pshare_jax.server.config import ServeConfig, ServerConfig
 from pshare_jax.server.openai.schema import ApiError
 
 # Devices that no other test of these shapes uses, so that what is compiled for them was compiled here.

@@ -9,11 +9,11 @@ import numpy as np
 
 import pshare_jax as ps
 from pshare_jax.engine.build import Plan, assemble
+from pshare_jax.engine.config import BatchConfig, DecodePlacement, KVConfig, Placement, PrefillPlacement
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Event, Request
 from pshare_jax.engine.router import Route
 from pshare_jax.sampling.params import SamplingParams
-from pshare_jax.server.config import BatchConfig, DecodePlacement, KVConfig, Placement, PrefillPlacement
 from pshare_jax.share.generate import Rollout
 from pshare_jax.text.tokenizer import Tokenizer
 

@@ -4,20 +4,17 @@ import math
 
 import pytest
 
-from pshare_jax.errors import PshareError
-from pshare_jax.server.config import (
+from pshare_jax.engine.config import (
     BatchConfig,
     DecodePlacement,
     KVConfig,
     Placement,
     PrefillPlacement,
-    ServeConfig,
-    ServerConfig,
-    check_config,
-    num_cpu_devices,
     resolve_placement,
     worker_tasks,
 )
+from pshare_jax.errors import PshareError
+from pshare_jax.server.config import ServeConfig, ServerConfig, check_config, num_cpu_devices
 from pshare_jax.settings import load_settings
 
 TASKS = {"qwen3:math": "base", "org/math-v1.5": "x", "mit Leerzeichen ü": "y"}
@@ -84,16 +81,16 @@ def test_values_of_another_kind(tmp_path, override, sentence):
     ("platform", "count", "prefill", "decode"),
     [
         ("cpu", 2, [[0]], [[1]]),
+        ("cpu", 1, [[0]], [[0]]),
         ("gpu", 1, [[0]], [[0]]),
         ("gpu", 2, [[0]], [[1]]),
         ("tpu", 5, [[0], [1]], [[2], [3], [4]]),
     ],
 )
 def test_default_placement(platform, count, prefill, decode):
-    placement = resolve_placement(ServeConfig("m", TASKS), platform, count)
+    placement = resolve_placement(None, platform, count)
     assert [worker.devices for worker in placement.prefill] == prefill
     assert [worker.devices for worker in placement.decode] == decode
-    assert all(worker.tp == 1 for worker in [*placement.prefill, *placement.decode])
     assert worker_tasks(placement.decode[0], list(TASKS)) == list(TASKS)
 
 
@@ -102,7 +99,7 @@ def test_a_cpu_shows_as_many_devices_as_are_named():
     check_config(config)
     assert num_cpu_devices(config) == 5
     assert num_cpu_devices(ServeConfig("m", TASKS)) == 2
-    assert resolve_placement(config, "cpu", 5).prefill[0].tp == 2
+    assert resolve_placement(config.placement, "cpu", 5) is config.placement
 
 
 def test_worker_tasks_keep_the_configs_order():
@@ -131,7 +128,6 @@ FAULTS = [
     (placed([P([])], [D([0])]), "placement.prefill.0.devices is empty"),
     (placed([P([-1])], [D([0])]), "placement.prefill.0.devices names device -1"),
     (placed([P([0, 0])], [D([1])]), "names a device twice"),
-    (placed([P([0])], [D([1, 2], tp=1)]), "placement.decode.0.tp is 1 but it has 2 devices"),
     (placed([P([0]), P([1, 0])], [D([2])]), "placement.prefill.0 and placement.prefill.1 both name device 0"),
     (placed([P([0])], [D([1], tasks=["typo"])]), "placement.decode.0.tasks names 'typo', which is not in tasks"),
     (placed([P([0])], [D([1], tasks=["qwen3:math"])]), "No decode worker serves the task 'org/math-v1.5'"),
@@ -149,7 +145,7 @@ def test_faults(config, sentence):
 
 def test_devices_that_do_not_exist():
     with pytest.raises(PshareError, match=r"placement.decode.0.devices names device 3, but there are 2 gpu devices"):
-        resolve_placement(placed([P([0])], [D([3])]), "gpu", 2)
+        resolve_placement(Placement([P([0])], [D([3])]), "gpu", 2)
     config = placed([P([0])], [D([1000000])])
     with pytest.raises(PshareError, match="names device 1000000, but there are 64 cpu devices"):
-        resolve_placement(config, "cpu", num_cpu_devices(config))
+        resolve_placement(config.placement, "cpu", num_cpu_devices(config))

@@ -12,19 +12,12 @@ import pytest
 from tiny import tiny_module
 
 import pshare_jax as ps
+from pshare_jax.engine.config import BatchConfig, DecodePlacement, KVConfig, Placement, PrefillPlacement
 from pshare_jax.engine.engine import EngineSettings
 from pshare_jax.engine.request import Request
 from pshare_jax.engine.warmup import Variant
 from pshare_jax.server import cli, startup
-from pshare_jax.server.config import (
-    BatchConfig,
-    DecodePlacement,
-    KVConfig,
-    Placement,
-    PrefillPlacement,
-    ServeConfig,
-    ServerConfig,
-)
+from pshare_jax.server.config import ServeConfig, ServerConfig
 from pshare_jax.settings import load_settings
 
 PROMPTS = [(5,), (5, 6, 7), tuple(range(40, 50))]

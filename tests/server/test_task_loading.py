@@ -20,9 +20,10 @@ from task_world import LONG, PLACE, World
 from tiny import edit_json
 
 from pshare_jax.engine.compile_counter import compile_counter
+from pshare_jax.engine.config import BatchConfig, DecodePlacement
 from pshare_jax.engine.request import State
 from pshare_jax.engine.warmup import BackgroundCompiler, Variant, compile_all, decode_variants
-from pshare_jax.server.config import BatchConfig, DecodePlacement, ServerConfig
+from pshare_jax.server.config import ServerConfig
 from pshare_jax.server.openai.schema import ApiError
 from pshare_jax.share.decode_module import CARD
 from pshare_jax.share.lora import CONFIG_FILE, WEIGHTS_FILE

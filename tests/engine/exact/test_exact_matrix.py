@@ -32,9 +32,9 @@ from memory_maps import drop_programs
 from tiny import FAMILIES, VOCAB
 from tiny_engine import Engines, placed, prefill_tokens
 
+from pshare_jax.engine.config import Placement
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.request import Request
-from pshare_jax.server.config import Placement
 from pshare_jax.share.factorize import SharedModel
 
 PAGE_SIZES = (1, 4, 16)
