@@ -18,8 +18,9 @@ from rich.console import Console
 
 import pshare_jax
 from benchmarks import common
-from pshare_jax.model.attention.paged import PagedAttention, Rows, blocked, gathered
+from pshare_jax.model.attention.paged import PagedAttention, blocked, gathered
 from pshare_jax.model.kv.pages import empty_pages
+from pshare_jax.model.paged_batch import PagedBatch
 from pshare_jax.model.paged_steps import paged_steps
 
 RUNS, PAGE, POOL_PAGES = 5, 16, 4 * 160 + 1
@@ -48,10 +49,10 @@ CASES = (
 class Side:
     """The model's paged steps with one form of attention, over a pool of its own."""
 
-    def __init__(self, model: pshare_jax.Model, look_up: PagedAttention):
-        self.name = getattr(look_up, "__name__", "")
+    def __init__(self, model: pshare_jax.Model, attention_fn: PagedAttention):
+        self.name = getattr(attention_fn, "__name__", "")
         self._params = model.params
-        self._steps = paged_steps(model.architecture, model.mesh, look_up)
+        self._steps = paged_steps(model.architecture, model.mesh, attention_fn)
         pages = empty_pages(model.config, POOL_PAGES, PAGE, model.architecture.dtype, model.mesh)
         keys = iter(jax.random.split(jax.random.key(0), 2 * len(pages)))
         self._pages: Any = jax.tree.map(lambda part: jax.random.normal(next(keys), part.shape, part.dtype), pages)
@@ -60,7 +61,7 @@ class Side:
         """Seconds of one call of the case."""
         width = POOL_PAGES // 4
         table = 1 + np.arange(case.rows * width, dtype=np.int32).reshape(case.rows, width)
-        rows = Rows(table, np.full(case.rows, case.context, np.int32), np.full(case.rows, case.tokens, np.int32))
+        rows = PagedBatch(table, np.full(case.rows, case.context, np.int32), np.full(case.rows, case.tokens, np.int32))
         tokens = np.full((case.rows, case.tokens), 7, np.int32)
         step = self._steps.decode if case.tokens == 1 else self._steps.prefill
         begin = time.perf_counter()

@@ -30,7 +30,7 @@ from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.request import Event, Request
 from pshare_jax.engine.shapes import pages_for
 from pshare_jax.engine.worker_thread import POLL_SECONDS
-from pshare_jax.model.attention.paged import Rows
+from pshare_jax.model.paged_batch import PagedBatch
 
 ROWS, STEPS, PROMPT, LONG, RUNS = 8, 64, 512, 2048, 5
 
@@ -115,12 +115,12 @@ def _chunk(engine: Engine, side: PrefillSide, context: int) -> float:
     return _timed(functools.partial(_bare, side.pool, side.weights.paged.prefill, side.weights.params, rows, PROMPT))
 
 
-def _rows(engine: Engine, num_rows: int) -> Rows:
-    return Rows.empty(num_rows, pages_for(engine.settings.max_len, engine.page_size))
+def _rows(engine: Engine, num_rows: int) -> PagedBatch:
+    return PagedBatch.empty(num_rows, pages_for(engine.settings.max_len, engine.page_size))
 
 
-def _bare(pool: Pool, step: Any, params: Any, rows: Rows, num_tokens: int) -> None:
-    tokens = np.ones((len(rows.lengths), num_tokens), np.int32)
+def _bare(pool: Pool, step: Any, params: Any, rows: PagedBatch, num_tokens: int) -> None:
+    tokens = np.ones((len(rows.context_lens), num_tokens), np.int32)
     pool.run(step, params, tokens, rows).block_until_ready()
 
 

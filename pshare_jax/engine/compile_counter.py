@@ -2,8 +2,6 @@
 
 import functools
 
-import jax
-
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -23,7 +21,15 @@ class CompileCounter:
 
 @functools.cache
 def compile_counter() -> CompileCounter:
+    """The process's counter, which stays at zero until `count_compilations`."""
+    return CompileCounter()
+
+
+@functools.cache
+def count_compilations() -> CompileCounter:
     """The process's counter; counting begins with the first call."""
-    counter = CompileCounter()
-    jax.monitoring.register_event_duration_secs_listener(counter.note)
-    return counter
+    # Imported here: the server's metrics read the counter on a Python without JAX too.
+    import jax
+
+    jax.monitoring.register_event_duration_secs_listener(compile_counter().note)
+    return compile_counter()

@@ -14,13 +14,12 @@ import numpy as np
 
 from pshare_jax.engine import scoring
 from pshare_jax.engine.admission import Scheduler
-from pshare_jax.engine.interfaces import Control, Weights
+from pshare_jax.engine.interfaces import Control, TokenSampler, Weights
 from pshare_jax.engine.preemption import restore, save
 from pshare_jax.engine.request import Event, Sequence, State
-from pshare_jax.engine.sampler import Sampler
 from pshare_jax.engine.shapes import ReadyShapes, Shape, bucket_of, row_buckets
 from pshare_jax.engine.transfer import KVTransfer
-from pshare_jax.model.attention.paged import Rows
+from pshare_jax.model.paged_batch import PagedBatch
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ class DecodeWorker:
         tasks: Mapping[str, Weights],
         scheduler: Scheduler,
         transfer: KVTransfer,
-        sampler: Sampler,
+        sampler: TokenSampler,
         control: Control,
         max_rows: int,
         table_len: int,
@@ -130,14 +129,14 @@ class DecodeWorker:
                 self._call_score(weights, *scoring.no_rows(self._table_len))
             else:
                 tokens = np.zeros((int(shape[0]), 1), np.int32)
-                logits = self._call(weights, tokens, Rows.empty(len(tokens), self._table_len))
+                logits = self._call(weights, tokens, PagedBatch.empty(len(tokens), self._table_len))
                 self._sampler.sample(logits, [])
         except Exception:
             self.ready.give_up(shape)
             self._failed()
         return True
 
-    def _call(self, weights: Weights, tokens: np.ndarray, rows: Rows) -> Any:
+    def _call(self, weights: Weights, tokens: np.ndarray, rows: PagedBatch) -> Any:
         self._ran.add((weights.paged.decode, (len(tokens),)))
         return self.pool.run(weights.paged.decode, weights.params, tokens, rows)
 
@@ -205,7 +204,7 @@ class DecodeWorker:
     def _run(self, batch: list[Sequence]) -> None:
         rows_len = bucket_of(len(batch), self._row_buckets())
         tokens = np.zeros((rows_len, 1), np.int32)
-        rows = Rows.empty(rows_len, self._table_len)
+        rows = PagedBatch.empty(rows_len, self._table_len)
         turn = next(self._turns)
         for row, sequence in enumerate(batch):
             held = sequence.decode_pages

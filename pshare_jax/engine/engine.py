@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 
 from pshare_jax.engine.admission import Scheduler
 from pshare_jax.engine.decode_worker import DecodeWorker
-from pshare_jax.engine.interfaces import Control, Weights
+from pshare_jax.engine.interfaces import Control, TokenSampler, Weights
 from pshare_jax.engine.kv.keys import PageKey, page_keys
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.prefill_worker import PrefillWorker
 from pshare_jax.engine.request import FAILED, LEGAL, TIMED_OUT, Event, Request, Sequence, State
 from pshare_jax.engine.router import Policy, Route, Router, Ticket
-from pshare_jax.engine.sampler import Sampler
 from pshare_jax.engine.shapes import pages_for
 from pshare_jax.engine.stop_strings import Pieces, TextOutput
 from pshare_jax.engine.transfer import KVTransfer
@@ -59,7 +58,7 @@ class DecodeSide:
 
     tasks: dict[str, Weights]
     pool: Pool
-    sampler: Sampler
+    sampler: TokenSampler
     devices: Collection[int]
 
 

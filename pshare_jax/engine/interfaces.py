@@ -2,11 +2,12 @@
 
 import threading
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from pshare_jax.engine.kv.pool import Pool
-from pshare_jax.engine.request import Event, Sequence, State
+from pshare_jax.engine.request import Event, Sequence, State, TokenLogprobs
 
 
 @runtime_checkable
@@ -21,6 +22,21 @@ class Weights(Protocol):
     @property
     def paged(self) -> Any:
         """The paged steps (model/paged_steps.py) of these parameters."""
+        ...
+
+
+@runtime_checkable
+class TokenSampler(Protocol):
+    """Chooses next tokens on a decode worker's devices (sampler.py)."""
+
+    def sample(
+        self, logits: Any, batch: Items[Sequence]
+    ) -> Callable[[int, Sequence], tuple[int, TokenLogprobs | None]]:
+        """The choice for each row of the batch: token id and, where requested, log-probabilities."""
+        ...
+
+    def lower(self, num_rows: int) -> Any:
+        """The call for this many rows, ready to be compiled."""
         ...
 
 

@@ -19,7 +19,7 @@ from pshare_jax.engine.prefill_speed import PrefillSpeed
 from pshare_jax.engine.request import Sequence
 from pshare_jax.engine.shapes import ReadyShapes, choose_rows, prefill_shapes
 from pshare_jax.engine.transfer import KVTransfer
-from pshare_jax.model.attention.paged import Rows
+from pshare_jax.model.paged_batch import PagedBatch
 
 logger = logging.getLogger(__name__)
 MAX_RUNNING = 2
@@ -97,13 +97,13 @@ class PrefillWorker:
         if (shape := self.never_run) is None:
             return False
         try:
-            self._call(np.zeros(shape, np.int32), Rows.empty(shape[0], self._table_len)).block_until_ready()
+            self._call(np.zeros(shape, np.int32), PagedBatch.empty(shape[0], self._table_len)).block_until_ready()
         except Exception:
             self.ready.give_up(shape)
             self._failed()
         return True
 
-    def _call(self, tokens: np.ndarray, rows: Rows) -> Any:
+    def _call(self, tokens: np.ndarray, rows: PagedBatch) -> Any:
         num_rows, bucket = tokens.shape
         self._ran.add((num_rows, bucket))
         return self.pool.run(self._weights.paged.prefill, self._weights.params, tokens, rows)
@@ -146,7 +146,7 @@ class PrefillWorker:
             # An abort then frees the device within two chunks, and a failed step is seen.
             self._wait_for(1)
         tokens = np.zeros((len(batch), bucket), np.int32)
-        rows = Rows.empty(len(batch), self._table_len)
+        rows = PagedBatch.empty(len(batch), self._table_len)
         counts = []
         for row, sequence in enumerate(batch):
             held, start = sequence.prefill_pages, sequence.num_prefilled

@@ -1,7 +1,7 @@
 """Scoring steps: a decode module reads prompt tokens, for their log-probabilities or to go on from a begun answer.
 
 The decode worker gives a sequence one step after another before it generates. What is computed is said in
-model/paged_steps.py (`ScoreRows`); here is what is fed to a step.
+model/paged_batch.py (`ScoreBatch`); here is what is fed to a step.
 """
 
 from typing import Any
@@ -10,8 +10,7 @@ import numpy as np
 
 from pshare_jax.engine.request import Sequence, TokenLogprobs
 from pshare_jax.engine.shapes import Shape
-from pshare_jax.model.attention.paged import Rows
-from pshare_jax.model.paged_steps import ScoreRows
+from pshare_jax.model.paged_batch import PagedBatch, ScoreBatch
 
 SCORE_TOKENS = 64
 """Tokens of a step: longer ones would hold up the answers that the worker makes meanwhile."""
@@ -21,13 +20,13 @@ UNAVAILABLE = (
 )
 
 
-def no_rows(table_len: int) -> tuple[np.ndarray, ScoreRows]:
+def no_rows(table_len: int) -> tuple[np.ndarray, ScoreBatch]:
     """Tokens `[1, SCORE_TOKENS]` and metadata of a step on no sequence."""
     tokens = np.zeros((1, SCORE_TOKENS), np.int32)
-    return tokens, ScoreRows(Rows.empty(1, table_len), np.zeros_like(tokens), np.array(False))
+    return tokens, ScoreBatch(PagedBatch.empty(1, table_len), np.zeros_like(tokens), np.array(False))
 
 
-def next_rows(sequence: Sequence, table_len: int) -> tuple[np.ndarray, ScoreRows, int]:
+def next_rows(sequence: Sequence, table_len: int) -> tuple[np.ndarray, ScoreBatch, int]:
     """Tokens, metadata and the number of real tokens of the sequence's next step."""
     start, end = sequence.to_score
     end = min(end, start + SCORE_TOKENS)
@@ -36,8 +35,8 @@ def next_rows(sequence: Sequence, table_len: int) -> tuple[np.ndarray, ScoreRows
     tokens, rows = no_rows(table_len)
     tokens[0, : end - start] = prompt[start:end]
     np.asarray(rows.targets)[0, : end - start] = prompt[start + 1 : end + 1]
-    rows.rows.fill(0, held.pages, start, end - start)
-    return tokens, rows._replace(alone=np.array(sequence.request.response_start is None)), end - start
+    rows.batch.fill(0, held.pages, start, end - start)
+    return tokens, rows._replace(independent=np.array(sequence.request.response_start is None)), end - start
 
 
 def reported(sequence: Sequence, scores: Any, num_tokens: int) -> list[TokenLogprobs]:

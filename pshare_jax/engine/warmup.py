@@ -19,7 +19,7 @@ from pshare_jax.engine import scoring
 from pshare_jax.engine.engine import DecodeSide, EngineSettings, PrefillSide
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.shapes import ReadyShapes, Shape, pages_for, prefill_shapes, row_buckets
-from pshare_jax.model.attention.paged import Rows
+from pshare_jax.model.paged_batch import PagedBatch
 from pshare_jax.model.paged_steps import page_moves
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class _Placing:
 def _step_lowering(
     step: Any, params: Any, store: DevicePages, shape: tuple[int, int], settings: EngineSettings
 ) -> Callable[[], Any]:
-    rows = Rows.empty(shape[0], pages_for(settings.max_len, store.page_size))
+    rows = PagedBatch.empty(shape[0], pages_for(settings.max_len, store.page_size))
     return functools.partial(step.lower, _specs(params), np.zeros(shape, np.int32), rows, store.spec)
 
 

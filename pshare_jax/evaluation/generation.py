@@ -17,9 +17,9 @@ import numpy as np
 
 from pshare_jax.errors import PshareError
 from pshare_jax.mesh import same_devices
-from pshare_jax.model.attention.paged import Rows
 from pshare_jax.model.kv.dense import bucket
 from pshare_jax.model.kv.pages import empty_pages
+from pshare_jax.model.paged_batch import PagedBatch
 from pshare_jax.share.decode_module import DecodeModule
 from pshare_jax.share.model import Model, checked_tokens
 
@@ -210,8 +210,8 @@ class _Batch:
         meta = self._rows(len(call), [row.slot for row, _, _ in call], [start for _, start, _ in call], counts)
         _, self._pages = weights.paged.prefill(weights.params, tokens, meta, self._pages)
 
-    def _rows(self, size: int, slots: Sequence[int], lengths: Sequence[int], counts: Sequence[int]) -> Rows:
-        rows = Rows.empty(size, self._pages_of_row)
+    def _rows(self, size: int, slots: Sequence[int], lengths: Sequence[int], counts: Sequence[int]) -> PagedBatch:
+        rows = PagedBatch.empty(size, self._pages_of_row)
         for line, (slot, length, count) in enumerate(zip(slots, lengths, counts, strict=True)):
             first = 1 + slot * self._pages_of_row
             rows.fill(line, range(first, first + self._pages_of_row), length, count)

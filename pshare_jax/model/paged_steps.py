@@ -1,7 +1,7 @@
 """The jitted steps over a pool of KV pages: prefill, decode, score, and pages in and out. Called by the serving workers.
 
 Pages are donated and keep their sharding, so a pool is written in place and steps of equal shapes share one compilation,
-whatever the rows' lengths. Metadata (`Rows`, page ids) is built in NumPy.
+whatever the rows' lengths. Metadata (`PagedBatch`, page ids) is built in NumPy.
 """
 
 import functools
@@ -11,30 +11,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pshare_jax.mesh import replicated
 from pshare_jax.model.architecture import Architecture, Params
-from pshare_jax.model.attention.paged import PagedAttention, Rows, blocked, paged_attend
+from pshare_jax.model.attention.paged import PagedAttention, blocked, paged_attend, positions_of
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.dense_steps import decode_architecture
 from pshare_jax.model.kv.pages import KVPages, PageContent, fill_pages, gather_pages, pages_out, scatter_pages
+from pshare_jax.model.paged_batch import PagedBatch, ScoreBatch
 from pshare_jax.model.sharding import content_sharding
 from pshare_jax.sampling.sample import best_logprobs
-
-
-class ScoreRows(NamedTuple):
-    """A scoring step's metadata: the rows, the token after each new one, and whether the new tokens are each `alone`.
-
-    Alone, a token is scored as the first of an answer: the module consumes the token before it
-    on the base's KV, and nothing is written. Else the module consumes the tokens one after another, on its own KV.
-    """
-
-    rows: Rows
-    targets: Int[Array, "B T"] | Int[np.ndarray, "B T"]
-    alone: Bool[ArrayLike, ""]
 
 
 class Scores(NamedTuple):
@@ -49,12 +37,12 @@ class Scores(NamedTuple):
 class PagedSteps:
     """Jitted on first use for each shape. All donate the pages they are given."""
 
-    prefill: Callable[[Params, Any, Rows, KVPages], tuple[Int[Array, ""], KVPages]]
-    """(params, tokens [B, T], rows, pages) -> (a number that is there when the step is done, pages)."""
-    decode: Callable[[Params, Any, Rows, KVPages], tuple[Float[Array, "B V"], KVPages]]
-    """(params, tokens [B, 1], rows, pages) -> (logits of the next token in float32, pages)."""
-    score: Callable[[Params, Any, ScoreRows, KVPages], tuple[Scores, KVPages]]
-    """(params, tokens [B, T], score rows, pages) -> (scores of the targets, pages)."""
+    prefill: Callable[[Params, Any, PagedBatch, KVPages], tuple[Int[Array, ""], KVPages]]
+    """(params, tokens [B, T], batch, pages) -> (a number that is there when the step is done, pages)."""
+    decode: Callable[[Params, Any, PagedBatch, KVPages], tuple[Float[Array, "B V"], KVPages]]
+    """(params, tokens [B, 1], batch, pages) -> (logits of the next token in float32, pages)."""
+    score: Callable[[Params, Any, ScoreBatch, KVPages], tuple[Scores, KVPages]]
+    """(params, tokens [B, T], score batch, pages) -> (scores of the targets, pages)."""
 
 
 @dataclass(frozen=True)
@@ -67,31 +55,29 @@ class PageMoves:
 
 
 @functools.cache
-def paged_steps(architecture: Architecture, mesh: Mesh, look_up: PagedAttention = blocked) -> PagedSteps:
+def paged_steps(architecture: Architecture, mesh: Mesh, attention_fn: PagedAttention = blocked) -> PagedSteps:
     """The steps of an architecture on a mesh, with this attention; equal arguments share their compilations."""
     config, whole = architecture.config, replicated(mesh)
     out = pages_out(config, mesh)
 
-    def prefill(params: Params, tokens: Int[Array, "B T"], rows: Rows, pages: KVPages) -> tuple[Array, KVPages]:
-        positions, attend = rows.positions(tokens.shape[1]), paged_attend(config, rows, look_up)
+    def prefill(params: Params, tokens: Int[Array, "B T"], batch: PagedBatch, pages: KVPages) -> tuple[Array, KVPages]:
+        positions, attend = positions_of(batch, tokens.shape[1]), paged_attend(config, batch, attention_fn)
         pages = architecture.bind(params).prefill(tokens, positions, attend, pages)
-        return jnp.sum(jnp.asarray(rows.counts)), pages
+        return jnp.sum(jnp.asarray(batch.query_lens)), pages
 
-    def decode(params: Params, tokens: Int[Array, "B 1"], rows: Rows, pages: KVPages) -> tuple[Array, KVPages]:
+    def decode(params: Params, tokens: Int[Array, "B 1"], batch: PagedBatch, pages: KVPages) -> tuple[Array, KVPages]:
         decoder = decode_architecture(architecture, mesh, tokens.size).bind(params)
-        hidden, pages = decoder(tokens, rows.positions(1), paged_attend(config, rows, look_up), pages)
+        hidden, pages = decoder(tokens, positions_of(batch, 1), paged_attend(config, batch, attention_fn), pages)
         return decoder.logits(hidden)[:, 0], pages
 
-    def score(
-        params: Params, tokens: Int[Array, "B T"], score_rows: ScoreRows, pages: KVPages
-    ) -> tuple[Scores, KVPages]:
-        rows, alone = score_rows.rows, jnp.asarray(score_rows.alone)
+    def score(params: Params, tokens: Int[Array, "B T"], scored: ScoreBatch, pages: KVPages) -> tuple[Scores, KVPages]:
+        batch, independent = scored.batch, jnp.asarray(scored.independent)
         decoder = architecture.bind(params)
-        attend = paged_attend(config, rows, look_up, alone)
-        hidden, pages = decoder(tokens, rows.positions(tokens.shape[1]), attend, pages)
+        attend = paged_attend(config, batch, attention_fn, independent)
+        hidden, pages = decoder(tokens, positions_of(batch, tokens.shape[1]), attend, pages)
         # Whole on every device, as the sampler gets them.
         logits = jax.lax.with_sharding_constraint(decoder.logits(hidden).reshape(tokens.size, -1), whole)
-        told = best_logprobs(logits, jnp.asarray(score_rows.targets).reshape(-1))
+        told = best_logprobs(logits, jnp.asarray(scored.targets).reshape(-1))
         return Scores(*(one.reshape(*tokens.shape, *one.shape[1:]) for one in told)), pages
 
     return PagedSteps(

@@ -13,7 +13,7 @@ import jax
 
 from pshare_jax.compilation_cache import keep_programs
 from pshare_jax.engine.build import Plan, Sides, assemble
-from pshare_jax.engine.compile_counter import compile_counter
+from pshare_jax.engine.compile_counter import count_compilations
 from pshare_jax.engine.config import Placement, resolve_placement
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Event, Request
@@ -37,7 +37,7 @@ def prepare_jax(config: ServeConfig, cache_folder: Path) -> None:
     """Splits the CPU as the placement needs and keeps compiled programs on disk; must run before JAX starts."""
     virtual_cpu_devices(num_cpu_devices(config))
     keep_programs(cache_folder)
-    compile_counter()
+    count_compilations()
 
 
 def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:

@@ -13,7 +13,7 @@ from tiny_engine import Answer, Engines, placed
 
 import pshare_jax as ps
 from pshare_jax.engine.build import Plan, Sides, assemble
-from pshare_jax.engine.compile_counter import compile_counter
+from pshare_jax.engine.compile_counter import count_compilations
 from pshare_jax.engine.config import BatchConfig, KVConfig
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Request, State
@@ -89,12 +89,12 @@ def check_warm(world: Engines, count: int) -> None:
     engine, sides = parts(world)
     for variant in all_variants(sides):
         variant.lower().compile()
-    before, given = compile_counter().count, shardings(engine)
+    before, given = count_compilations().count, shardings(engine)
     for num_pages in range(1, 41):
         world.run(world.request("chat", np.full(4 * num_pages, num_pages), 1), engine=engine)
-    assert compile_counter().count == before
+    assert count_compilations().count == before
     play(world, engine, np.random.default_rng(8), count)
-    assert compile_counter().count == before
+    assert count_compilations().count == before
     assert shardings(engine) == given
     assert State.FAILED not in engine.num_ended
     assert Counters.of(engine).preemptions > 0
@@ -115,9 +115,9 @@ def test_a_warm_engine_compiles_nothing_in_300_requests(sources, placement):
 
 
 def test_the_counter_sees_a_new_program():
-    before = compile_counter().count
+    before = count_compilations().count
     jax.jit(lambda x: x * 3)(np.zeros(7))
-    assert compile_counter().count == before + 1
+    assert count_compilations().count == before + 1
 
 
 def lora_of(base: ps.Model, rank: int) -> ps.DecodeModule:

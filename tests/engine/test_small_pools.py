@@ -122,7 +122,7 @@ def watch_prefill(engine: Engine) -> list[int]:
 
     def watching(step: Any, params: Any, tokens: np.ndarray, rows: Any) -> Any:
         if step is prefill:
-            fed.extend(int(one) for row, count in zip(tokens, rows.counts, strict=True) for one in row[:count])
+            fed.extend(int(one) for row, count in zip(tokens, rows.query_lens, strict=True) for one in row[:count])
         return run(step, params, tokens, rows)
 
     store.run = watching

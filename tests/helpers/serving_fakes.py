@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from pshare_jax.engine.request import TokenLogprobs
-from pshare_jax.engine.sampler import Sampler
 from pshare_jax.errors import PshareError
 
 VOCAB = 260
@@ -217,13 +216,13 @@ class FakePrefill(_Fake):
 
     def _prefill(self, params: Any, tokens: np.ndarray, rows: Any, pages: np.ndarray) -> tuple[Any, np.ndarray]:
         self.before()
-        chunks = [tuple(ids[:count].tolist()) for ids, count in zip(tokens, rows.counts, strict=True)]
+        chunks = [tuple(ids[:count].tolist()) for ids, count in zip(tokens, rows.query_lens, strict=True)]
         failed = self.fail_on is not None and any(self.fail_on in chunk for chunk in chunks)
         if failed and not self.fail_late:
             raise RuntimeError("made to fail")
         self.rows.append(len(chunks))
         self.chunks += chunks
-        for table, length, chunk in zip(rows.page_table, rows.lengths, chunks, strict=True):
+        for table, length, chunk in zip(rows.page_table, rows.context_lens, chunks, strict=True):
             context = self._read(pages, table, int(length))
             if (context[:, WRITER] != PREFILL).any():
                 self._fault("a prefill reads what prefill did not write", context)
@@ -250,10 +249,12 @@ class FakeDecode(_Fake):
         if params is not self.params:
             self.faults.append("a task was decoded with the parameters of another")
         logits = np.zeros((len(tokens), VOCAB), np.float32)
-        real = [row for row, count in enumerate(rows.counts) if count]
+        real = [row for row, count in enumerate(rows.query_lens) if count]
         self.rows.append(len(real))
         for row in real:
-            logits[row, self._next(int(tokens[row, 0]), rows.page_table[row], int(rows.lengths[row]), pages)] = 99.0
+            logits[row, self._next(int(tokens[row, 0]), rows.page_table[row], int(rows.context_lens[row]), pages)] = (
+                99.0
+            )
         return logits, pages
 
     def _score(self, params: Any, tokens: np.ndarray, rows: Any, pages: np.ndarray) -> tuple[Any, np.ndarray]:
@@ -261,10 +262,10 @@ class FakeDecode(_Fake):
         self.before()
         if params is not self.params:
             self.faults.append("a task was scored with the parameters of another")
-        (count,), (length,), (table,) = rows.rows.counts, rows.rows.lengths, rows.rows.page_table
+        (count,), (length,), (table,) = rows.batch.query_lens, rows.batch.context_lens, rows.batch.page_table
         logprobs, best = np.full(tokens.shape, -1.0), np.zeros((*tokens.shape, 1), np.int64)
         for index, token in enumerate(tokens[0, :count].tolist()):
-            best[0, index, 0] = self._scored(token, table, int(length) + index, pages, bool(rows.alone))
+            best[0, index, 0] = self._scored(token, table, int(length) + index, pages, bool(rows.independent))
             logprobs[0, index] = 0.0 if best[0, index, 0] == rows.targets[0, index] else -1.0
         self.scored += tokens[0, :count].tolist()
         return (logprobs, best, np.zeros(best.shape)), pages
@@ -294,11 +295,11 @@ class FakeDecode(_Fake):
         return self.answer.next_id(context[:, TOKEN].tolist(), made)
 
 
-class FakeSampler(Sampler):
+class FakeSampler:
     """Takes the best token, on the host; choice c > 0 of a request ends after c tokens."""
 
-    def __init__(self) -> None:
-        pass
+    def lower(self, num_rows: int) -> Any:
+        raise AssertionError("fakes are not compiled")
 
     def sample(self, logits: Any, batch: Any) -> Any:
         ids = logits.argmax(-1).tolist()

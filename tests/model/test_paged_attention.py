@@ -8,8 +8,9 @@ from tiny import FAMILIES, tiny_folder
 
 import pshare_jax as ps
 from pshare_jax.mesh import make_mesh
-from pshare_jax.model.attention.paged import Rows, blocked, gathered, paged_attend
+from pshare_jax.model.attention.paged import blocked, gathered, paged_attend, positions_of
 from pshare_jax.model.kv.pages import empty_pages, place_content
+from pshare_jax.model.paged_batch import PagedBatch
 from pshare_jax.model.paged_steps import page_moves
 from pshare_jax.model.sharding import pages_sharding
 
@@ -19,7 +20,7 @@ TOTAL = 70
 class Paged:
     """A pool filled with NaN, and three rows whose pages are dealt at random; tokens are fed chunk by chunk."""
 
-    def __init__(self, model, page_size, look_up, seed=0, num_tables=TOTAL):
+    def __init__(self, model, page_size, attention_fn, seed=0, num_tables=TOTAL):
         self.model, self.page_size = model, page_size
         draw = np.random.default_rng(seed)
         per_row = -(-num_tables // page_size)
@@ -33,7 +34,7 @@ class Paged:
         def step(params, tokens, pool, rows):
             decoder = model.architecture.bind(params)
             hidden, pool = decoder(
-                tokens, rows.positions(tokens.shape[1]), paged_attend(model.config, rows, look_up), pool
+                tokens, positions_of(rows, tokens.shape[1]), paged_attend(model.config, rows, attention_fn), pool
             )
             return decoder.logits(hidden), pool
 
@@ -45,7 +46,7 @@ class Paged:
         chunk = np.zeros((3, width), np.int32)
         for row, count in enumerate(counts):
             chunk[row, :count] = self.tokens[row, self.lengths[row] : self.lengths[row] + count]
-        logits, self.pool = self.step(self.model.params, chunk, self.pool, Rows(self.table, self.lengths, counts))
+        logits, self.pool = self.step(self.model.params, chunk, self.pool, PagedBatch(self.table, self.lengths, counts))
         self.lengths = self.lengths + counts
         return [np.asarray(logits)[row, :count] for row, count in enumerate(counts)]
 
@@ -55,11 +56,11 @@ def model(request, tmp_path_factory):
     return ps.load(tiny_folder(request.param, tmp_path_factory.mktemp("paged"), std=0.1))
 
 
-@pytest.mark.parametrize(("look_up", "page_size"), [(gathered, 4), (blocked, 1), (blocked, 4), (blocked, 16)])
-def test_any_split_into_chunks_equals_the_plain_forward(model, look_up, page_size, monkeypatch):
+@pytest.mark.parametrize(("attention_fn", "page_size"), [(gathered, 4), (blocked, 1), (blocked, 4), (blocked, 16)])
+def test_any_split_into_chunks_equals_the_plain_forward(model, attention_fn, page_size, monkeypatch):
     # Several blocks even at these lengths, so that the loop's borders matter.
     monkeypatch.setattr("pshare_jax.model.attention.paged.BLOCK_TOKENS", 32)
-    paged = Paged(model, page_size, look_up)
+    paged = Paged(model, page_size, attention_fn)
     expected = np.asarray(model.logits(paged.tokens))
     got = [[] for _ in range(3)]
     for counts, width in (([16, 1, 15], 16), ([16, 0, 16], 16), ([3, 16, 9], 16), ([1, 1, 1], 1), ([16, 16, 16], 16)):
@@ -81,8 +82,8 @@ def test_alone_a_token_sees_the_stored_keys_before_it_and_its_own(model):
     """Scored as the first of an answer: as a chunk of one token would be, and nothing is written."""
     draw = np.random.default_rng(5)
     results = []
-    for look_up in (gathered, blocked):
-        paged = Paged(model, 4, look_up)
+    for attention_fn in (gathered, blocked):
+        paged = Paged(model, 4, attention_fn)
         for counts in ([16, 16, 16], [16, 4, 1]):
             paged.feed(counts, 16)
         stored, tokens = paged.pool, draw.integers(0, model.config.vocab_size, (3, 8)).astype(np.int32)
@@ -90,18 +91,18 @@ def test_alone_a_token_sees_the_stored_keys_before_it_and_its_own(model):
         starts, counts = np.array([20, 12, 9], np.int32), np.array([8, 8, 8], np.int32)
 
         @jax.jit
-        def step(tokens, rows, pool, alone, look_up=look_up):
+        def step(tokens, rows, pool, alone, attention_fn=attention_fn):
             decoder = model.architecture.bind(model.params)
-            attend = paged_attend(model.config, rows, look_up, alone)
-            hidden, pool = decoder(tokens, rows.positions(tokens.shape[1]), attend, pool)
+            attend = paged_attend(model.config, rows, attention_fn, alone)
+            hidden, pool = decoder(tokens, positions_of(rows, tokens.shape[1]), attend, pool)
             return decoder.logits(hidden), pool
 
-        rows = Rows(paged.table, starts, counts)
+        rows = PagedBatch(paged.table, starts, counts)
         logits, after = step(tokens, rows, stored, np.array(True))
         for before, now in zip(jax.tree.leaves(stored), jax.tree.leaves(after), strict=True):
             np.testing.assert_array_equal(before[:, 1:], now[:, 1:])
         for index in range(8):
-            one = Rows(paged.table, starts + index, np.ones(3, np.int32))
+            one = PagedBatch(paged.table, starts + index, np.ones(3, np.int32))
             expected, _ = step(tokens[:, index : index + 1], one, stored, np.array(False))
             np.testing.assert_allclose(logits[:, index], expected[:, 0], atol=1e-4, rtol=0)
         results.append(np.asarray(logits))

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from task_world import LONG, PLACE, World
 from tiny import edit_json
 
-from pshare_jax.engine.compile_counter import compile_counter
+from pshare_jax.engine.compile_counter import count_compilations
 from pshare_jax.engine.config import BatchConfig, DecodePlacement
 from pshare_jax.engine.request import State
 from pshare_jax.engine.warmup import BackgroundCompiler, Variant, compile_all, decode_variants
@@ -252,15 +252,15 @@ def test_workers_compile_nothing_for_a_new_task(world, server):
     """New architectures (a LoRA's first one, other ranks and targets) are compiled before the task is there."""
     compile_all(server.programs)
     for name, num_new in (("odd", 3), ("lora2", None), ("full2", 0), ("same", 0)):
-        before = compile_counter().count
+        before = count_compilations().count
         server.load("x", name)
         # Steps of one row and of two, and a scoring step.
-        loaded = compile_counter().count
+        loaded = count_compilations().count
         assert num_new is None or loaded == before + num_new
         alone, *others = server.ask("x", 5), server.ask("chat", 5), server.ask("math", 5)
         server.ids(alone, *others)
         server.ids(*[server.ask("x", 5) for _ in range(3)])
-        assert compile_counter().count == loaded, name
+        assert count_compilations().count == loaded, name
         server.table.unload("x").result(10)
 
 

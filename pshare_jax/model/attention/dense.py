@@ -129,10 +129,10 @@ def cached_attend(config: ModelConfig, start: Int[Array, ""]) -> Attend:
         layer: int, q: Array | None, k: Array, v: Array, kv: tuple[LayerKV, ...]
     ) -> tuple[Array | None, tuple[LayerKV, ...]]:
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        out = None if q is None else look_up(layer, q, k, v, kv[layer])
+        out = None if q is None else attend_to(layer, q, k, v, kv[layer])
         return out, (*kv[:layer], write(kv[layer], start, k, v, after=out), *kv[layer + 1 :])
 
-    def look_up(layer: int, q: Array, k: Array, v: Array, old: LayerKV) -> Array:
+    def attend_to(layer: int, q: Array, k: Array, v: Array, old: LayerKV) -> Array:
         window = config.layers[layer].window
         positions, slots = start + jnp.arange(q.shape[1]), jnp.arange(old[0].shape[2])
         # Slots from `start` on hold padding or nothing yet.

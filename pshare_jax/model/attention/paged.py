@@ -1,15 +1,13 @@
 """Attention over paged KV: one function for prefill chunks and decode steps, the seam for GPU and TPU kernels.
 
-Rows of a batch have page tables and lengths of their own. `blocked` walks the pages in blocks with an online softmax and a
+PagedBatch of a batch have page tables and lengths of their own. `blocked` walks the pages in blocks with an online softmax and a
 run-time trip count, so one compilation serves all lengths; `gathered` materialises everything and is the tests' truth.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pshare_jax.model.attention.dense import Segment, attention, visible_keys
@@ -17,68 +15,52 @@ from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.decoder import Attend
 from pshare_jax.model.kv.pages import KVPages, LayerPages, slots_of, write_slots
 from pshare_jax.model.layers import soft_cap
+from pshare_jax.model.paged_batch import PagedBatch
 
 BLOCK_TOKENS = 256
 """Cached tokens a step of `blocked` looks at."""
 
 
-class Rows(NamedTuple):
-    """The metadata of a batch, built in NumPy: `page_table` `[B, M]`, `lengths` `[B]` and `counts` `[B]`, all int32.
-
-    Row b's pages hold lengths[b] tokens; its new ones are at positions lengths[b], lengths[b] + 1, ..., of which the
-    first counts[b] are written and the rest is padding.
-    """
-
-    page_table: Array | np.ndarray
-    lengths: Array | np.ndarray
-    counts: Array | np.ndarray
-
-    @classmethod
-    def empty(cls, num_rows: int, table_len: int) -> "Rows":
-        """Rows without pages in NumPy, all padding until they are filled."""
-        shapes = (num_rows, table_len), num_rows, num_rows
-        return cls(*(np.zeros(shape, np.int32) for shape in shapes))
-
-    def fill(self, row: int, pages: Sequence[int], length: int, count: int) -> None:
-        """Fills one of `empty`'s rows in: its pages, the tokens that they hold and the number of new ones."""
-        # NumPy's arrays are written in place; JAX's have no item assignment.
-        table, lengths, counts = (np.asarray(part) for part in self)
-        table[row, : len(pages)] = pages
-        lengths[row], counts[row] = length, count
-
-    def positions(self, num_tokens: int) -> Int[Array, "B T"]:
-        """Absolute positions of the new tokens."""
-        return jnp.asarray(self.lengths)[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
-
-    def slots(self, num_tokens: int, page_size: int, alone: Bool[Array, ""] | None = None) -> Int[Array, "B T"]:
-        """Slots of the new tokens; padding, and tokens that are `alone`, go to page 0."""
-        real = jnp.arange(num_tokens) < self.counts[:, None]
-        real = real if alone is None else real & ~alone
-        positions = jnp.where(real, self.positions(num_tokens), 0)
-        return jnp.where(real, slots_of(jnp.asarray(self.page_table), positions, page_size), 0)
+def positions_of(batch: PagedBatch, num_tokens: int) -> Int[Array, "B T"]:
+    """Absolute positions of the new tokens."""
+    return jnp.asarray(batch.context_lens)[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
 
 
-PagedAttention = Callable[[Array, Array, Array, LayerPages, Rows, int | None, float, float | None, Array | None], Array]
-"""(q, k, v, pages, rows, window, scale, softcap, alone) -> out: attention to the cached pages and to the new k, v.
+def _slots(
+    batch: PagedBatch, num_tokens: int, page_size: int, independent: Bool[Array, ""] | None
+) -> Int[Array, "B T"]:
+    """Slots of the new tokens; padding and independent tokens go to page 0."""
+    real = jnp.arange(num_tokens) < jnp.asarray(batch.query_lens)[:, None]
+    real = real if independent is None else real & ~independent
+    positions = jnp.where(real, positions_of(batch, num_tokens), 0)
+    return jnp.where(real, slots_of(jnp.asarray(batch.page_table), positions, page_size), 0)
 
-With `alone` each new token is by itself: it sees what the pages hold at the positions before its own, and its own k, v.
+
+PagedAttention = Callable[
+    [Array, Array, Array, LayerPages, PagedBatch, int | None, float, float | None, Array | None], Array
+]
+"""(q, k, v, pages, batch, window, scale, softcap, independent) -> out: attention to the cached pages and to the new k, v.
+
+With `independent` each new token is by itself: it sees what the pages hold at the positions before its own, and its own k, v.
 """
 
 
 def paged_attend(
-    config: ModelConfig, rows: Rows, look_up: PagedAttention, alone: Bool[Array, ""] | None = None
+    config: ModelConfig, batch: PagedBatch, attention_fn: PagedAttention, independent: Bool[Array, ""] | None = None
 ) -> Attend:
-    """`attend` over a pool: looks up through `look_up`, then writes the new tokens' keys and values into their slots.
+    """`attend` over a pool: looks up through `attention_fn`, then writes the new tokens' keys and values into their slots.
 
-    Tokens that are `alone` are not written: the pages hold other KV at their positions, that of the base.
+    Tokens that are `independent` are not written: the pages hold other KV at their positions, that of the base.
     """
 
     def attend(layer: int, q: Array | None, k: Array, v: Array, kv: KVPages) -> tuple[Array | None, KVPages]:
         pages, window = kv[layer], config.layers[layer].window
-        slots = rows.slots(k.shape[1], pages[0].shape[2], alone)
+        slots = _slots(batch, k.shape[1], pages[0].shape[2], independent)
         out = None
         if q is not None:
-            out = look_up(q, k, v, pages, rows, window, config.attention_scale, config.attention_softcap, alone)
+            out = attention_fn(
+                q, k, v, pages, batch, window, config.attention_scale, config.attention_softcap, independent
+            )
         written = write_slots(pages, slots, k, v, after=k if out is None else out)
         return out, (*kv[:layer], written, *kv[layer + 1 :])
 
@@ -90,27 +72,27 @@ def gathered(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     pages: LayerPages,
-    rows: Rows,
+    batch: PagedBatch,
     window: int | None,
     scale: float,
     softcap: float | None,
-    alone: Bool[Array, ""] | None = None,
+    independent: Bool[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
     """The plain form, row by row: all pages of the table laid out densely, one softmax."""
-    lengths, ends = jnp.asarray(rows.lengths), _stored_ends(rows, alone)
+    lengths, ends = jnp.asarray(batch.context_lens), _stored_ends(batch, independent)
 
     def one(q: Array, k: Array, v: Array, table: Array, length: Array, end: Array) -> Array:
         cached = [part[:, table].reshape(part.shape[0], -1, part.shape[3]) for part in pages]
         positions, slots = length + jnp.arange(q.shape[0]), jnp.arange(cached[0].shape[1])
         stored = slots < end
-        # What lies past the end may be anything, NaN included: zero weights alone would not silence it.
+        # What lies past the end may be anything, NaN included: zero weights independent would not silence it.
         cached_k, cached_v = (jnp.where(stored[:, None], part, 0)[None] for part in cached)
-        old = Segment(cached_k, cached_v, _visible_old(positions, slots, window, alone) & stored)
-        own = _visible_new(positions, window, alone)
+        old = Segment(cached_k, cached_v, _visible_old(positions, slots, window, independent) & stored)
+        own = _visible_new(positions, window, independent)
         new = Segment(k.swapaxes(0, 1)[None], v.swapaxes(0, 1)[None], own)
         return attention(q[None], [old, new], scale=scale, softcap=softcap)[0]
 
-    return jax.vmap(one)(q, k, v, jnp.asarray(rows.page_table), lengths, ends)
+    return jax.vmap(one)(q, k, v, jnp.asarray(batch.page_table), lengths, ends)
 
 
 def blocked(
@@ -118,18 +100,18 @@ def blocked(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     pages: LayerPages,
-    rows: Rows,
+    batch: PagedBatch,
     window: int | None,
     scale: float,
     softcap: float | None,
-    alone: Bool[Array, ""] | None = None,
+    independent: Bool[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Online softmax (FlashAttention, arXiv 2205.14135, alg. 1) over blocks of pages, begun with the new tokens."""
     B, T, N, H = q.shape
     K, page_size = k.shape[2], pages[0].shape[2]
     G = N // K
     grouped = q.reshape(B, T, K, G, H).transpose(2, 0, 3, 1, 4).reshape(K, B, G * T, H) * scale
-    positions = rows.positions(T)
+    positions = positions_of(batch, T)
 
     def scores(keys: Float[Array, "K B S H"], visible: Bool[Array, "B T S"]) -> Float[Array, "K B Q S"]:
         raw = jnp.einsum("KBQH,KBSH->KBQS", grouped, keys, preferred_element_type=jnp.float32)
@@ -149,14 +131,14 @@ def blocked(
         return new_highest, total * shrink + weights.sum(-1), out * shrink[..., None] + product
 
     # A query sees itself, so the highest score is finite from here on.
-    own = jax.vmap(_visible_new, in_axes=(0, None, None))(positions, window, alone)
+    own = jax.vmap(_visible_new, in_axes=(0, None, None))(positions, window, independent)
     start = (
         jnp.full((K, B, G * T), -jnp.inf, jnp.float32),
         jnp.zeros((K, B, G * T), jnp.float32),
         jnp.zeros((K, B, G * T, H), jnp.float32),
     )
     carry = add(start, k.transpose(2, 0, 1, 3), v.transpose(2, 0, 1, 3), own)
-    block = min(max(1, BLOCK_TOKENS // page_size), rows.page_table.shape[1])
+    block = min(max(1, BLOCK_TOKENS // page_size), batch.page_table.shape[1])
 
     def step(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         # Past the table's end dynamic_slice would shift the block; the table is padded to whole blocks below.
@@ -164,32 +146,32 @@ def blocked(
         keys, values = (part[:, ids].reshape(K, B, block * page_size, H) for part in pages)
         slots = index * block * page_size + jnp.arange(block * page_size)
         stored = slots < ends[:, None]
-        visible = jax.vmap(_visible_old, in_axes=(0, None, None, None))(positions, slots, window, alone)
+        visible = jax.vmap(_visible_old, in_axes=(0, None, None, None))(positions, slots, window, independent)
         visible &= stored[:, None]
         return add(carry, keys, jnp.where(stored[..., None], values, 0), visible)
 
-    table = jnp.pad(rows.page_table, ((0, 0), (0, -rows.page_table.shape[1] % block)))
-    ends = _stored_ends(rows, alone)
+    table = jnp.pad(batch.page_table, ((0, 0), (0, -batch.page_table.shape[1] % block)))
+    ends = _stored_ends(batch, independent)
     trips = (jnp.max(ends) + block * page_size - 1) // (block * page_size)
-    first = 0 if window is None else jnp.maximum(jnp.min(rows.lengths) - window + 1, 0) // (block * page_size)
+    first = 0 if window is None else jnp.maximum(jnp.min(batch.context_lens) - window + 1, 0) // (block * page_size)
     _, total, out = jax.lax.fori_loop(first, trips, step, carry)
     heads = (out / total[..., None]).astype(q.dtype).reshape(K, B, G, T, H)
     return heads.transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
 
 
-def _stored_ends(rows: Rows, alone: Array | None) -> Int[Array, "B"]:
-    """Where the KV ends that the new tokens may look at: tokens that are alone have base KV at their own positions too."""
-    lengths = jnp.asarray(rows.lengths)
-    return lengths if alone is None else lengths + jnp.where(alone, jnp.asarray(rows.counts), 0)
+def _stored_ends(batch: PagedBatch, independent: Array | None) -> Int[Array, "B"]:
+    """Where the KV ends that the new tokens may look at: tokens that are independent have base KV at their own positions too."""
+    lengths = jnp.asarray(batch.context_lens)
+    return lengths if independent is None else lengths + jnp.where(independent, jnp.asarray(batch.query_lens), 0)
 
 
-def _visible_old(positions: Array, slots: Array, window: int | None, alone: Array | None) -> Bool[Array, "T S"]:
-    """Which stored keys each new token may see; at its own position an alone one has a key of its own."""
+def _visible_old(positions: Array, slots: Array, window: int | None, independent: Array | None) -> Bool[Array, "T S"]:
+    """Which stored keys each new token may see; at its own position an independent one has a key of its own."""
     visible = visible_keys(positions, slots, window)
-    return visible if alone is None else visible & (~alone | (slots[None, :] != positions[:, None]))
+    return visible if independent is None else visible & (~independent | (slots[None, :] != positions[:, None]))
 
 
-def _visible_new(positions: Array, window: int | None, alone: Array | None) -> Bool[Array, "T T"]:
+def _visible_new(positions: Array, window: int | None, independent: Array | None) -> Bool[Array, "T T"]:
     """Which of the new keys each new token may see."""
     visible = visible_keys(positions, positions, window)
-    return visible if alone is None else visible & (~alone | (positions[None, :] == positions[:, None]))
+    return visible if independent is None else visible & (~independent | (positions[None, :] == positions[:, None]))

@@ -21,9 +21,9 @@ def packed_attend(config: ModelConfig, segments: Int[Array, "B T"], *, keep_kv: 
     def attend(layer: int, q: Array | None, k: Array, v: Array, kv: tuple) -> tuple[Array | None, tuple]:
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         kv = (*kv, (k, v)) if keep_kv else kv
-        return None if q is None else look_up(layer, q, k, v), kv
+        return None if q is None else attend_to(layer, q, k, v), kv
 
-    def look_up(layer: int, q: Array, k: Array, v: Array) -> Array:
+    def attend_to(layer: int, q: Array, k: Array, v: Array) -> Array:
         window = config.layers[layer].window
 
         def block(start: int, end: int) -> Array:
@@ -62,9 +62,9 @@ def two_stream_attend(config: ModelConfig, decode: DecodeStream, context: Contex
 
     def attend(layer: int, q: Array | None, k: Array, v: Array, kv: Any) -> tuple[Array | None, Any]:
         assert q is not None
-        return look_up(layer, q, k.swapaxes(1, 2), v.swapaxes(1, 2)), kv
+        return attend_to(layer, q, k.swapaxes(1, 2), v.swapaxes(1, 2)), kv
 
-    def look_up(layer: int, q: Array, k: Array, v: Array) -> Array:
+    def attend_to(layer: int, q: Array, k: Array, v: Array) -> Array:
         window = config.layers[layer].window
 
         def block(start: int, end: int) -> Array:
