@@ -78,7 +78,7 @@ def _decode_overhead(engine: Engine, sides: Sides, client: Client) -> dict[str, 
         rows = _rows(engine, ROWS)
         for row, sequence in enumerate(decoding):
             assert sequence.decode_pages is not None
-            rows.fill(row, sequence.decode_pages.pages, sequence.num_tokens - 1, 0)
+            rows.fill(row, sequence.decode_pages.pages, sequence.next_position, 0)
         bare.append(_timed(functools.partial(_bare, side.pool, weights.paged.decode, weights.params, rows, 1)))
     for one in ids:
         engine.abort(one)

@@ -23,6 +23,7 @@ from rich.console import Console
 
 import pshare_jax
 from benchmarks import common
+from pshare_jax.share.boundary import base_len, next_position
 from pshare_jax.training.config import ModuleConfig
 from pshare_jax.training.data.batches import one_stream, two_stream
 from pshare_jax.training.data.samples import Sample
@@ -60,9 +61,9 @@ class Ours:
         trainee = make_trainee(base, method, ModuleConfig(kind=kind), "float32")
         rows = [[sample] for sample in shape.samples(base.config.vocab_size)]
         if trainee.layout == "two_stream":
-            self._batch: Any = two_stream(rows, shape.prompt - 1, shape.answer)
+            self._batch: Any = two_stream(rows, base_len(shape.prompt), shape.answer)
         else:
-            self._batch = one_stream(rows, shape.prompt + shape.answer - 1, shape.answer)
+            self._batch = one_stream(rows, next_position(shape.prompt + shape.answer), shape.answer)
         schedule = optax.constant_schedule(LEARNING_RATE)
         self._steps = train_steps(trainee.objective, optax.adamw(LEARNING_RATE), schedule, 0)
         self._state = self._steps.init(first_values(trainee, 0))

@@ -210,7 +210,7 @@ class DecodeWorker:
             held = sequence.decode_pages
             assert held is not None
             tokens[row, 0] = sequence.next_input
-            rows.fill(row, held.pages, sequence.num_tokens - 1, 1)
+            rows.fill(row, held.pages, sequence.next_position, 1)
             sequence.last_turn = turn
         logits = self._call(batch[0].weights, tokens, rows)
         sampled = self._sampler.sample(logits, batch)

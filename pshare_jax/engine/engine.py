@@ -156,8 +156,8 @@ class Engine:
         self._submit(sequences, None)
 
     def _keys(self, request: Request) -> list[PageKey]:
-        context = request.prompt[: request.base_len + 1]
-        return page_keys(self.settings.key_of(request.task), request.cache_salt, context, self.page_size)
+        fingerprint = self.settings.key_of(request.task)
+        return page_keys(fingerprint, request.cache_salt, request.context, self.page_size)
 
     def _sequence(self, request: Request, on_event: Callable[[Event], None], keys: list[PageKey]) -> Sequence:
         history = TokenHistory(
@@ -178,7 +178,7 @@ class Engine:
                 raise EngineFull
             for sequence in sequences:
                 request = sequence.request
-                ticket = self._assigned(sequence) if route is None else self._router.take(route, len(request.prompt))
+                ticket = self._assigned(sequence) if route is None else self._router.take(route, request.base_len)
                 sequence.ticket = ticket
                 sequence.prefill_worker, sequence.decode_worker = ticket.route.prefill, ticket.route.decode
                 sequence.weights = self.decode_workers[sequence.decode_worker].tasks[request.task]
@@ -191,7 +191,7 @@ class Engine:
         return self._router.assign(
             request.task,
             request.session,
-            len(request.prompt),
+            request.base_len,
             sequence.keys,
             lambda worker: pools[worker].cache.num_cached(sequence.keys),
         )
@@ -363,7 +363,7 @@ class Engine:
 
     def _prefilled(self, sequence: Sequence) -> None:
         done = sequence.num_prefilled >= sequence.context_len
-        self._router.prefilled(sequence.ticket, len(sequence.request.prompt) if done else sequence.num_prefilled)
+        self._router.prefilled(sequence.ticket, sequence.request.base_len if done else sequence.num_prefilled)
 
     def _pool_failed(self, pool: Pool) -> None:
         """A step of the pool has failed: who has pages in it fails, all else goes on with an empty pool."""

@@ -33,4 +33,4 @@ def _private_pages(sequence: Sequence) -> tuple[Holding, list[int]]:
     """The pages behind the prompt's full ones, as far as they hold KV (that of all tokens but the last)."""
     held = sequence.decode_pages
     assert held is not None
-    return held, held.pages[len(sequence.keys) : pages_for(sequence.num_tokens - 1, held.pool.page_size)]
+    return held, held.pages[len(sequence.keys) : pages_for(sequence.next_position, held.pool.page_size)]

@@ -16,7 +16,7 @@ from pshare_jax.engine.kv.pool import Holding
 from pshare_jax.engine.stop_strings import TextOutput
 from pshare_jax.sampling.history import TokenHistory
 from pshare_jax.sampling.params import SamplingParams
-from pshare_jax.share.boundary import base_len
+from pshare_jax.share.boundary import base_len, next_position
 
 FAILED = "The server failed while it worked on this request; its log says why."
 ABORTED = "The server is stopping and has aborted this request."
@@ -53,11 +53,16 @@ class Request:
         return base_len(len(self.prompt), self.response_start)
 
     @property
+    def context(self) -> tuple[int, ...]:
+        """The tokens that the base encodes."""
+        return self.prompt[: self.base_len]
+
+    @property
     def score_start(self) -> int:
         """The first prompt token that a scoring step consumes; from the last one on, decode steps do."""
         if self.response_start is not None:
             return self.base_len
-        return 0 if self.scores_prompt else len(self.prompt) - 1
+        return 0 if self.scores_prompt else self.base_len
 
 
 @dataclass(frozen=True)
@@ -223,6 +228,11 @@ class Sequence:
         return len(self.request.prompt) + len(self.completion_ids)
 
     @property
+    def next_position(self) -> int:
+        """The position of the decode module's next input; the KV of all tokens before it is stored."""
+        return next_position(self.num_tokens)
+
+    @property
     def next_input(self) -> int:
         """The token that the decode module consumes next: the last prompt token, then its own."""
         return self.completion_ids[-1] if self.completion_ids else self.request.prompt[-1]
@@ -234,7 +244,7 @@ class Sequence:
     @property
     def to_score(self) -> tuple[int, int]:
         """The prompt tokens that scoring steps have yet to consume, from the first to before the last: (start, end)."""
-        return self.request.score_start + self.num_scored, len(self.request.prompt) - 1
+        return self.request.score_start + self.num_scored, next_position(len(self.request.prompt))
 
     def scored(self, num_tokens: int, scores: list[TokenLogprobs]) -> Event | None:
         """So many more tokens were consumed, with these scores of the tokens behind each; what is to be told, if anything."""

@@ -36,7 +36,7 @@ class Ticket:
     """A request that has not ended: where it is, and how many tokens its prefill worker still has to encode for it."""
 
     route: Route
-    num_to_prefill: int
+    context_len: int
     keys: Sequence[PageKey]
     outstanding: int = 0
     released: bool = False
@@ -72,7 +72,7 @@ class Router:
         self,
         task: str,
         session: str | None,
-        prompt_tokens: int,
+        context_len: int,
         keys: Sequence[PageKey],
         cached_pages: Callable[[int], int],
     ) -> Ticket:
@@ -81,7 +81,7 @@ class Router:
         Args:
             task: what both workers must be allowed to take; it is no part of the affinity.
             session: the client's key for calls that share a growing context; None or "" if it gave none.
-            prompt_tokens: the prompt's length; all but its last token are to be prefilled.
+            context_len: tokens of the prompt that the base encodes (share/boundary.py).
             keys: those of the prompt's full pages.
             cached_pages: prefill worker -> how many leading pages of the prompt its prefix cache has; only the policy
                 `prefix` asks, each worker at most once.
@@ -94,19 +94,17 @@ class Router:
         if not able or not decoders:
             raise PshareError(f"No {'decode' if able else 'prefill'} worker takes the task {task!r}.")
         decode = min(decoders, key=self.decode_load.__getitem__)
-        num_to_prefill = max(prompt_tokens - 1, 0)
         if self._policy == "prefix":
             known = cache(lambda worker: max(cached_pages(worker), self._coming(worker, keys)))
-            prompt = _Prompt(num_to_prefill, self._page_size, keys, known)
+            prompt = _Prompt(context_len, self._page_size, keys, known)
             prefill = self._affinity.choose(able, session, prompt)
-            return self._begin(Ticket(Route(prefill, decode), num_to_prefill, keys), prompt.uncached(prefill))
+            return self._begin(Ticket(Route(prefill, decode), context_len, keys), prompt.uncached(prefill))
         prefill = self._next(able) if self._policy == "round_robin" else min(able, key=self.prefill_load.__getitem__)
-        return self._begin(Ticket(Route(prefill, decode), num_to_prefill, ()), num_to_prefill)
+        return self._begin(Ticket(Route(prefill, decode), context_len, ()), context_len)
 
-    def take(self, route: Route, prompt_tokens: int) -> Ticket:
+    def take(self, route: Route, context_len: int) -> Ticket:
         """Counts a request on workers that the caller chose."""
-        ticket = Ticket(route, max(prompt_tokens - 1, 0), ())
-        return self._begin(ticket, ticket.num_to_prefill)
+        return self._begin(Ticket(route, context_len, ()), context_len)
 
     def prefilled(self, ticket: Ticket, tokens: int) -> None:
         """So many tokens, counted from the prompt's beginning, need no more work: cached, awaited from others or done.
@@ -114,7 +112,7 @@ class Router:
         Fewer than before if work is lost. Ignored after the release: a worker's report may cross an abort.
         """
         if not ticket.released:
-            self._owe(ticket, max(ticket.num_to_prefill - tokens, 0))
+            self._owe(ticket, max(ticket.context_len - tokens, 0))
 
     def release(self, ticket: Ticket) -> None:
         """The request has ended. Only once (AssertionError)."""
@@ -147,7 +145,7 @@ class Router:
 class _Prompt:
     """What a prompt would cost on each worker; `known` says how many leading pages are there or are coming."""
 
-    num_to_prefill: int
+    context_len: int
     page_size: int
     keys: Sequence[PageKey]
     known: Callable[[int], int]
@@ -160,7 +158,7 @@ class _Prompt:
 
     def uncached(self, worker: int) -> int:
         """The tokens that the worker would have to encode."""
-        return self.num_to_prefill - self.page_size * len(self.path(worker))
+        return self.context_len - self.page_size * len(self.path(worker))
 
 
 class _Affinity:

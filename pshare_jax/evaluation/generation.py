@@ -20,6 +20,7 @@ from pshare_jax.mesh import same_devices
 from pshare_jax.model.kv.dense import bucket
 from pshare_jax.model.kv.pages import empty_pages
 from pshare_jax.model.paged_batch import PagedBatch
+from pshare_jax.share.boundary import base_len, next_position
 from pshare_jax.share.decode_module import DecodeModule
 from pshare_jax.share.model import Model, checked_tokens
 
@@ -87,7 +88,7 @@ def generate_each(
 def num_shared(prompt_len: int, sharing_ratio: float) -> int:
     """Leading tokens of a prompt that the base encodes: floor(ratio * (n - 1)); the module consumes the last one always."""
     # 0.29 * 100 is 28.999999999999996.
-    return math.floor(sharing_ratio * (prompt_len - 1) + 1e-9)
+    return math.floor(sharing_ratio * base_len(prompt_len) + 1e-9)
 
 
 def _check(
@@ -133,7 +134,7 @@ class _Row:
     @property
     def num_stored(self) -> int:
         """Tokens before the next input."""
-        return len(self.prompt) - 1 + len(self.ids)
+        return next_position(len(self.prompt) + len(self.ids))
 
 
 def _generated(
@@ -173,7 +174,7 @@ class _Batch:
         """Fills the pages of new rows with the KV of all but their last token: first the base's part, then the module's."""
         borders = [num_shared(len(row.prompt), self._sharing_ratio) for row in rows]
         self._prefill(self._base, [(row, 0, border) for row, border in zip(rows, borders, strict=True)])
-        ends = [len(row.prompt) - 1 for row in rows]
+        ends = [base_len(len(row.prompt)) for row in rows]
         self._prefill(self._module, list(zip(rows, borders, ends, strict=True)))
 
     def next_tokens(self, rows: Sequence[_Row]) -> list[int]:

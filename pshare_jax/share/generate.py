@@ -13,7 +13,7 @@ from pshare_jax.errors import PshareError
 from pshare_jax.model.kv.dense import DenseKV
 from pshare_jax.sampling.params import GREEDY, SamplingParams
 from pshare_jax.sampling.sample import Adjustments, sample
-from pshare_jax.share.boundary import base_len
+from pshare_jax.share.boundary import base_len, next_position
 from pshare_jax.share.factorize import SharedModel
 
 
@@ -79,7 +79,8 @@ def rollout(
             f"the model's maximum context length is {shared.config.max_len} tokens, but the prompt has {len(prompt_ids)} "
             f"and {max_new_tokens} more were asked for."
         )
-    context = list(prompt_ids[:-1])
+    last = next_position(len(prompt_ids))
+    context = list(prompt_ids[:last])
     num_base = base_len(len(prompt_ids), response_start)
     kv = shared.transfer(shared.prefill([context[:num_base]]))
     if num_base < len(context):
@@ -88,7 +89,7 @@ def rollout(
         shared,
         task,
         kv,
-        prompt_ids[-1],
+        prompt_ids[last],
         max_new_tokens,
         sampling,
         stop_ids,
@@ -110,7 +111,7 @@ def score(
     kv = shared.prefill([list(ids[: 0 if response_start is None else base_len(len(ids), response_start)])])
     own = None if response_start is None else shared.transfer(kv)
     for index in range(response_start or 1, len(ids)):
-        before = [[ids[index - 1]]]
+        before = [[ids[base_len(index)]]]
         if own is None:
             logits, _ = shared.decode(task, before, shared.transfer(kv))
             kv = shared.prefill(before, kv)

@@ -4,17 +4,25 @@ import random
 from itertools import pairwise
 
 import pytest
+from fake_engine import make_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pshare_jax.engine import router as routing
 from pshare_jax.engine.kv.keys import page_keys
+from pshare_jax.engine.request import Request
 from pshare_jax.engine.router import OVERLOAD, SLACK_TOKENS, Policy, Route, Router
 from pshare_jax.errors import PshareError
+from pshare_jax.share.boundary import base_len
 
 PAGE = 16
 TASKS = ("plan", "code", "test", "sum")
 NUM_SESSIONS, TURNS = 40, 5
+
+
+def context_of(prompt):
+    """What the base encodes of it."""
+    return prompt[: base_len(len(prompt))]
 
 
 class World:
@@ -30,22 +38,22 @@ class World:
         return next((i for i, key in enumerate(keys) if key.digest not in self.caches[worker]), len(keys))
 
     def assign(self, prompt, session=None, task="plan", known=()):
-        keys = page_keys("base", "", prompt, PAGE, known)
+        keys = page_keys("base", "", context_of(prompt), PAGE, known)
         self.asked = []
 
         def cached_pages(worker):
             self.asked.append(worker)
             return self.hits(worker, keys)
 
-        return self.router.assign(task, session, len(prompt), keys, cached_pages)
+        return self.router.assign(task, session, base_len(len(prompt)), keys, cached_pages)
 
     def finish(self, ticket):
         """Prefills and ends a request; how many pages were found cached."""
         worker = ticket.route.prefill
         hits = self.hits(worker, ticket.keys)
-        self.encoded[worker] += ticket.num_to_prefill - PAGE * hits
+        self.encoded[worker] += ticket.context_len - PAGE * hits
         self.caches[worker].update(key.digest for key in ticket.keys)
-        self.router.prefilled(ticket, ticket.num_to_prefill)
+        self.router.prefilled(ticket, ticket.context_len)
         self.router.release(ticket)
         return hits
 
@@ -77,7 +85,7 @@ class Talk:
 
     def next_call(self):
         """Prompt and task: agents are called in turn, each with an instruction at the end that is not kept."""
-        self.keys = page_keys("base", "", self.context, PAGE, self.keys)
+        self.keys = page_keys("base", "", context_of(self.context), PAGE, self.keys)
         if not self.agents:
             return self.context, "plan"
         return [*self.context, *self.words(32)], TASKS[self.done % len(TASKS)]
@@ -189,7 +197,7 @@ def test_a_session_is_one_for_all_tasks():
 def test_a_session_key_outweighs_the_cache_and_an_idle_server_asks_one_cache():
     world = World(2)
     assert world.ask(prompt_of(4), "s") == 0
-    world.caches = [set(), {key.digest for key in page_keys("base", "", prompt_of(8), PAGE)}]
+    world.caches = [set(), {key.digest for key in page_keys("base", "", context_of(prompt_of(8)), PAGE)}]
     ticket = world.assign(prompt_of(8), "s")
     assert (ticket.route.prefill, world.asked) == (0, [0])
     assert world.assign(prompt_of(8)).route.prefill == 1
@@ -210,7 +218,7 @@ def test_equal_prompts_at_one_instant_meet_on_one_worker():
     tickets.append(world.assign(prompt_of(20, tail=32)))
     assert tickets[-1].outstanding == 15
     for ticket in tickets:
-        world.router.prefilled(ticket, ticket.num_to_prefill)
+        world.router.prefilled(ticket, ticket.context_len)
     assert world.assign(prompt_of(20, tail=32)).outstanding == 20 * PAGE + 31
 
 
@@ -233,7 +241,7 @@ def test_a_session_leaves_an_overloaded_worker_and_stays_where_it_went(session):
     context = prompt_of(4)
     assert world.ask(context, session) == 0
     for tokens, worker in ((SLACK_TOKENS, 0), (200, 1)):
-        busy = world.router.take(Route(0, 0), tokens)
+        busy = world.router.take(Route(0, 0), base_len(tokens))
         assert world.ask([*context, *prompt_of(1, 9000)], session) == worker
     world.router.release(busy)
     assert world.ask([*context, *prompt_of(2, 9000)], session) == 1
@@ -317,8 +325,8 @@ def test_the_decode_worker_is_the_first_with_the_fewest_requests_that_serves_the
 
 def test_progress_counts_down_and_lost_work_counts_up_again():
     router = World(2).router
-    ticket = router.take(Route(1, 0), 100)
-    for tokens in (0, 64, 99, 100, 32):
+    ticket = router.take(Route(1, 0), 99)
+    for tokens in (0, 64, 99, 32):
         router.prefilled(ticket, tokens)
         assert router.prefill_load == [0, max(99 - tokens, 0)]
     router.release(ticket)
@@ -329,10 +337,16 @@ def test_progress_counts_down_and_lost_work_counts_up_again():
     assert (router.prefill_load, router.decode_load) == ([0, 0], [0])
 
 
+def test_a_begun_answer_is_no_work_for_prefill():
+    fakes = make_engine({"t": [1]})
+    fakes.engine.submit(Request("r", "t", tuple(range(40)), 2, response_start=9), lambda event: None)
+    assert fakes.engine._router.prefill_load == [8]
+
+
 def test_a_cache_cannot_have_more_than_the_prompt():
     router = World(2).router
     with pytest.raises(AssertionError, match="5 pages of a prompt of 4 are cached"):
-        router.assign("plan", None, 65, page_keys("base", "", prompt_of(4), PAGE), lambda worker: 5)
+        router.assign("plan", None, 64, page_keys("base", "", context_of(prompt_of(4)), PAGE), lambda worker: 5)
 
 
 def test_what_is_remembered_is_bounded_and_the_longest_unused_goes_first(monkeypatch):
@@ -370,7 +384,7 @@ def test_the_books_are_right_after_anything_and_zero_at_the_end(policy, prefill_
         for worker in range(3):
             mine = [ticket for ticket in live if ticket.route.prefill == worker]
             assert router.prefill_load[worker] == sum(ticket.outstanding for ticket in mine)
-            assert all(0 <= ticket.outstanding <= ticket.num_to_prefill for ticket in mine)
+            assert all(0 <= ticket.outstanding <= ticket.context_len for ticket in mine)
         assert router.decode_load == [sum(ticket.route.decode == worker for ticket in live) for worker in (0, 1)]
     for ticket in live:
         router.release(ticket)

@@ -3,13 +3,14 @@
 from pshare_jax.engine.kv.allocator import PageAllocator
 from pshare_jax.engine.kv.keys import page_keys
 from pshare_jax.engine.kv.prefix_cache import PrefixCache, Reservation
+from pshare_jax.share.boundary import base_len
 
 SIZE = 2
 PROMPT = tuple(range(9))  # four full pages and the last prompt token
 
 
 def keys_of(prompt=PROMPT, salt="", fingerprint="base"):
-    return page_keys(fingerprint, salt, prompt, SIZE)
+    return page_keys(fingerprint, salt, prompt[: base_len(len(prompt))], SIZE)
 
 
 def new_cache(num_pages=21):

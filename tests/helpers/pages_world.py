@@ -13,6 +13,7 @@ from pages_model import PagesModel
 from pshare_jax.engine.kv.allocator import PageAllocator
 from pshare_jax.engine.kv.keys import page_keys
 from pshare_jax.engine.kv.prefix_cache import PrefixCache
+from pshare_jax.share.boundary import base_len
 
 SIZE = 2
 
@@ -48,7 +49,7 @@ class PagesWorld:
 
     def reserve(self, prompt, salt="", tail=1, lookup=True):
         """A request is admitted if it fits. Without lookup (scored prompts) it makes all pages itself."""
-        keys = page_keys("base", salt, prompt, SIZE)
+        keys = page_keys("base", salt, prompt[: base_len(len(prompt))], SIZE)
         prefixes = [(salt, *prompt[: SIZE * (index + 1)]) for index in range(len(keys))]
         asked, num = keys if lookup else [], len(keys) + tail
         name = f"sequence {self.seen['sequences']}"

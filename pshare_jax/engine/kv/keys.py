@@ -1,13 +1,15 @@
 """Names the full pages of a prompt by content: the one key function of every prefix cache and of the router.
 
 A key chains over what made the page's KV: whose weights (fingerprint), which tenant (salt), all tokens before and its
-own. Keys are SHA-256 over length-framed bytes, so they are equal in every process. Standard library only.
+own. Keys are SHA-256 over length-framed bytes, so they are equal in every process. Host code without jax.
 """
 
 import hashlib
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from pshare_jax.share.boundary import shareable_pages
 
 
 class PageKey(NamedTuple):
@@ -21,21 +23,20 @@ class PageKey(NamedTuple):
 
 
 def page_keys(
-    fingerprint: str, salt: str, prompt: Sequence[int], page_size: int, known: Sequence[PageKey] = ()
+    fingerprint: str, salt: str, context: Sequence[int], page_size: int, known: Sequence[PageKey] = ()
 ) -> list[PageKey]:
-    """The keys of the pages that the base fills for `prompt`: `(len(prompt) - 1) // page_size` of them.
+    """The keys of the full pages of `context`, the tokens of a prompt that the base encodes (share/boundary.py).
 
-    The base encodes `prompt[:-1]`, so the page that holds the last prompt token has no key: it can be neither hit nor
-    published, and at least that token is always left for the decode module. `known` are the keys of an earlier, shorter
-    prompt that this one extends (same fingerprint, salt and page size); only the keys beyond them are computed.
+    `known` are the keys of an earlier, shorter context that this one extends (same fingerprint, salt and page size); only
+    the keys beyond them are computed.
 
     Raises:
         struct.error: a token id is negative or needs more than 32 bits.
     """
-    num_pages = max(len(prompt) - 1, 0) // page_size
+    num_pages = shareable_pages(len(context), page_size)
     keys = list(known[:num_pages])
     for index in range(len(keys), num_pages):
-        tokens = prompt[index * page_size : (index + 1) * page_size]
+        tokens = context[index * page_size : (index + 1) * page_size]
         content = struct.pack(f"<{page_size}I", *tokens)
         if index == 0:
             content = _framed(_utf8(fingerprint), _utf8(salt), content)

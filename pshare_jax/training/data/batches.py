@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from pshare_jax.share.boundary import base_len, next_position
 from pshare_jax.training.data.samples import Sample
 
 Layout = Literal["two_stream", "one_stream"]
@@ -18,9 +19,10 @@ Layout = Literal["two_stream", "one_stream"]
 class TwoStreamBatch(NamedTuple):
     """For `prefillshare`: the base reads the context stream, the decode module the decode stream.
 
-    Of a turn (start, end) the decode stream holds `ids[start-1 : end-1]` at these positions and predicts
-    `ids[start:end]`; it sees the context of its own segment at positions < `decode_prefix` (= start - 1) and its own
-    turn's decode stream. `decode_turns` counts the turns of a row from 1. `weights` is 1 for real targets.
+    Of a turn (start, end) the decode stream holds the `end - start` tokens from the prompt's last one on, at their
+    positions, and predicts `ids[start:end]`; it sees the context of its own segment at positions < `decode_prefix`
+    (= base_len(start)) and its own turn's decode stream. `decode_turns` counts the turns of a row from 1. `weights` is 1
+    for real targets.
     """
 
     context_tokens: Int32[np.ndarray, "B C"]
@@ -66,12 +68,12 @@ def two_stream(rows: Sequence[Sequence[Sample]], context_len: int, decode_len: i
             batch.context_segments[b, at] = segment
             for start, end in sample.turns:
                 turn += 1
-                at = decode_at.take(end - start)
-                batch.decode_tokens[b, at] = ids[start - 1 : end - 1]
-                batch.decode_positions[b, at] = np.arange(start - 1, end - 1)
+                at, first, num = decode_at.take(end - start), base_len(start), end - start
+                batch.decode_tokens[b, at] = ids[first : first + num]
+                batch.decode_positions[b, at] = np.arange(first, first + num)
                 batch.decode_segments[b, at] = segment
                 batch.decode_turns[b, at] = turn
-                batch.decode_prefix[b, at] = start - 1
+                batch.decode_prefix[b, at] = first
                 batch.targets[b, at] = ids[start:end]
                 batch.weights[b, at] = 1
     return batch
@@ -89,7 +91,7 @@ def one_stream(rows: Sequence[Sequence[Sample]], length: int, answers_len: int) 
     for b, row in enumerate(rows):
         stream_at, answers_at = _Cursor(length), _Cursor(answers_len)
         for segment, sample in enumerate(row, start=1):
-            num_tokens = sample.turns[-1][1] - 1
+            num_tokens = next_position(sample.turns[-1][1])
             ids = np.asarray(sample.ids, np.int32)
             at = stream_at.take(num_tokens)
             batch.tokens[b, at] = ids[:num_tokens]
@@ -97,7 +99,7 @@ def one_stream(rows: Sequence[Sequence[Sample]], length: int, answers_len: int) 
             batch.segments[b, at] = segment
             for start, end in sample.turns:
                 picked = answers_at.take(end - start)
-                batch.picks[b, picked] = at.start + np.arange(start - 1, end - 1)
+                batch.picks[b, picked] = at.start + base_len(start) + np.arange(end - start)
                 batch.targets[b, picked] = ids[start:end]
                 batch.weights[b, picked] = 1
     return batch

@@ -7,6 +7,8 @@ samples as possible: all turns that the served prompts contain word for word sha
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pshare_jax.share.boundary import base_len
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -24,7 +26,7 @@ class Sample:
     @property
     def context_len(self) -> int:
         """Tokens that only the base reads: all before the last turn's first input, which is its prompt's last token."""
-        return self.turns[-1][0] - 1
+        return base_len(self.turns[-1][0])
 
     @property
     def answer_len(self) -> int:
@@ -55,7 +57,7 @@ class Limits:
         """Whether `turn` fits as the last of a sample that already trains `answers_before` tokens."""
         return (
             len(turn.prompt) + len(turn.answer) <= self.max_len
-            and (self.context_len is None or len(turn.prompt) - 1 <= self.context_len)
+            and (self.context_len is None or base_len(len(turn.prompt)) <= self.context_len)
             and (self.answer_len is None or answers_before + len(turn.answer) <= self.answer_len)
         )
 

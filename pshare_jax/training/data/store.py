@@ -14,6 +14,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from pshare_jax.share.boundary import base_len
 from pshare_jax.training.data.samples import Sample
 
 
@@ -48,7 +49,7 @@ class SampleStore(Sequence[Sample]):
         lengths = np.concatenate([[0], np.cumsum(self._turns[:, 1] - self._turns[:, 0])])
         self.answer_lens = np.diff(lengths[self._turn_ends])
         self.lens = np.diff(self._ends)
-        self.context_lens = self._turns[self._turn_ends[1:] - 1, 0].astype(np.int64) - 1
+        self.context_lens = base_len(self._turns[self._turn_ends[1:] - 1, 0].astype(np.int64))
         self._ids = self._mapped()
 
     def __len__(self) -> int:
