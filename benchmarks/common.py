@@ -49,7 +49,7 @@ def ready_engine(model: Model, plan: Plan) -> tuple[Engine, Sides]:
     compile_all(programs)
     engine = Engine(sides.prefill, sides.decode, model.tokenizer.detokenizer, sides.settings)
     for worker in engine.workers:
-        worker.ready.limit(one.shape for one in programs if one.shape is not None)
-        while worker.prime():
+        worker.compiled.limit(one.shape for one in programs if one.shape is not None)
+        while worker.warm_up():
             pass
     return engine, sides

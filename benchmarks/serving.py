@@ -24,7 +24,7 @@ import pshare_jax
 from benchmarks import common
 from pshare_jax.engine.build import Plan, Sides
 from pshare_jax.engine.config import KVConfig
-from pshare_jax.engine.engine import Engine, PrefillSide
+from pshare_jax.engine.engine import Engine, PrefillSpec
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.request import Event, Request
@@ -67,7 +67,7 @@ def overhead(model: pshare_jax.Model) -> dict[str, float]:
 
 def _decode_overhead(engine: Engine, sides: Sides, client: Client) -> dict[str, float]:
     ids = [client.submit(200, 4 * STEPS, lambda event: None) for _ in range(ROWS)]
-    worker, decoding = engine.decode_workers[0], engine.scheduler.decoding[0]
+    worker, decoding = engine.decode_workers[0], engine.admission.decoding[0]
     while len(decoding) < ROWS:
         engine.step()
     side, inside, bare = sides.decode[0], [], []
@@ -92,10 +92,10 @@ def _prefill_overhead(engine: Engine, sides: Sides, client: Client) -> dict[str,
         ended = threading.Event()
         client.submit(PROMPT + 1, 1, lambda event, ended=ended: ended.set())
         begin = time.perf_counter()
-        while not engine.scheduler.decoding[0]:
+        while not engine.admission.decoding[0]:
             done = [engine.prefill_workers[0].step(), engine.transfers[0].receive()]
             with engine.lock:
-                done.append(bool(engine.scheduler.start_decoding(0)))
+                done.append(bool(engine.admission.start_decoding(0)))
             if not any(done):
                 time.sleep(POLL_SECONDS)
         jax.block_until_ready(DevicePages.of(sides.decode[0].pool).pages)
@@ -107,7 +107,7 @@ def _prefill_overhead(engine: Engine, sides: Sides, client: Client) -> dict[str,
     return {"prefill_engine_s": statistics.median(inside), "prefill_bare_s": statistics.median(bare)}
 
 
-def _chunk(engine: Engine, side: PrefillSide, context: int) -> float:
+def _chunk(engine: Engine, side: PrefillSpec, context: int) -> float:
     """Seconds of a bare prefill chunk after so many tokens, in an idle pool whose content nobody asks for again."""
     rows = _rows(engine, 1)
     num_pages = pages_for(context + PROMPT, engine.page_size)

@@ -91,7 +91,7 @@ def measure(engine: Engine, tasks: list[str], vocab_size: int, context: int, ses
         thread.join()
     seconds = time.perf_counter() - begin
     engine.stop()
-    stats = [pool.cache_stats for pool in engine.scheduler.prefill_pools]
+    stats = [pool.cache_stats for pool in engine.admission.prefill_pools]
     prefill = [worker.stats for worker in engine.prefill_workers]
     return {
         "calls_per_s": len(agents.seconds) / seconds,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pshare_jax.mesh import make_mesh, virtual_cpu_devices
     from pshare_jax.sampling.params import SamplingParams
     from pshare_jax.share.decode_module import DecodeModule, load_module, save_module
-    from pshare_jax.share.factorize import DecodeModules, PrefillModule, SharedModel, factorize
+    from pshare_jax.share.factorize import PrefillModule, SharedModel, TaskModules, factorize
     from pshare_jax.share.generate import continue_from, generate, rollout, score
     from pshare_jax.share.model import Model, load
     from pshare_jax.share.save import save_folder
@@ -22,7 +22,7 @@ _HOMES = {
     "mesh": ("make_mesh", "virtual_cpu_devices"),
     "sampling.params": ("SamplingParams",),
     "share.decode_module": ("DecodeModule", "load_module", "save_module"),
-    "share.factorize": ("DecodeModules", "PrefillModule", "SharedModel", "factorize"),
+    "share.factorize": ("TaskModules", "PrefillModule", "SharedModel", "factorize"),
     "share.generate": ("continue_from", "generate", "rollout", "score"),
     "share.model": ("Model", "load"),
     "share.save": ("save_folder",),
@@ -31,7 +31,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "DecodeModule",
-    "DecodeModules",
+    "TaskModules",
     "Model",
     "PrefillModule",
     "PshareError",

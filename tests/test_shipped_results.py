@@ -11,7 +11,7 @@ from experiments import sharing_ratio as sharing_experiment
 from experiments.demo_modules import DEMOS, markdown
 from pshare_jax.server.config import ServeConfig
 from pshare_jax.settings import load_settings
-from pshare_jax.share.decode_module import read_card
+from pshare_jax.share.decode_module import read_manifest
 
 ROOT = Path(__file__).parents[1]
 ROWS = json.loads((ROOT / "docs" / "demo.json").read_text())
@@ -39,7 +39,7 @@ def test_a_module_is_small_and_beats_the_base(name):
     # Where the base's text may hold the answer among other words.
     assert row["module"] >= row.get("base, anywhere", 0) + 0.10
     assert sum(file.stat().st_size for file in folder.iterdir()) < 6_000_000
-    card = read_card(folder)
+    card = read_manifest(folder)
     assert (card.kind, card.prefill) == ("lora", "base")
     told = card.training["evaluation"]
     assert told[f"accuracy, `{row['task']}`"] == row["module"]

@@ -9,13 +9,13 @@ import bisect
 import time
 from collections.abc import Sequence as Items
 
-from pshare_jax.engine.kv.pool import Holding, Pool
-from pshare_jax.engine.page_copy import Copy
+from pshare_jax.engine.kv.pool import PageTable, Pool
+from pshare_jax.engine.page_transfer import PageTransfer
 from pshare_jax.engine.request import Sequence, State
 from pshare_jax.engine.shapes import pages_for
 
 
-class Scheduler:
+class Admission:
     """Waiting sequences of every prefill worker, admitted ones, and those that a decode worker will get or has.
 
     A prefill and a decode worker with the same pool are colocated: their sequences hold one page table, nothing moves.
@@ -27,7 +27,7 @@ class Scheduler:
         self.prefilling: list[list[Sequence]] = [[] for _ in prefill_pools]
         self.arriving: list[list[Sequence]] = [[] for _ in decode_pools]
         self.decoding: list[list[Sequence]] = [[] for _ in decode_pools]
-        self.copies: list[list[Copy]] = [[] for _ in decode_pools]
+        self.copies: list[list[PageTransfer]] = [[] for _ in decode_pools]
         self._may_admit = [True for _ in prefill_pools]
         self._next: dict[int, Sequence] = {}
         self.num_restarts = 0
@@ -125,12 +125,12 @@ class Scheduler:
             sequence.cached_tokens = sequence.num_prefilled
             pool.cache_stats.count(len(sequence.request.prompt), sequence.num_prefilled)
 
-    def _reserve(self, sequence: Sequence, pool: Pool, num_pages: int) -> Holding | None:
+    def _reserve(self, sequence: Sequence, pool: Pool, num_pages: int) -> PageTable | None:
         reservation = pool.cache.reserve(sequence, sequence.keys, num_pages)
         if reservation is None:
             return None
         pool.cache.pend(sequence, sequence.keys, reservation.pages, reservation.num_shared)
-        return Holding(pool, pool.cache, reservation.pages, reservation.num_shared)
+        return PageTable(pool, pool.cache, reservation.pages, reservation.num_shared)
 
     # --- prefill and transfer -------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ class Scheduler:
         sequence.progressed = time.monotonic()
         self._publish(sequence, held, first, sequence.num_prefilled // held.pool.page_size)
 
-    def next_copy(self, sequence: Sequence, most: int) -> Copy | None:
+    def next_copy(self, sequence: Sequence, most: int) -> PageTransfer | None:
         """The next pages, at most so many, that its decode pool lacks and that its prefill pool has; both sides pinned."""
         source, target = sequence.prefill_pages, sequence.decode_pages
         if source is None or target is None or source is target or not self._can_start(sequence):
@@ -162,7 +162,7 @@ class Scheduler:
         first, last = sequence.num_sent, min(available, sequence.num_sent + most)
         if first >= last:
             return None
-        copy = Copy(sequence, source, target, first, last)
+        copy = PageTransfer(sequence, source, target, first, last)
         source.cache.allocator.retain(copy.source_pages, "transfer")
         self.copies[sequence.decode_worker].append(copy)
         sequence.num_sent = last
@@ -186,7 +186,7 @@ class Scheduler:
             return True
         return sequence.num_sent * source.pool.page_size >= sequence.context_len
 
-    def arrived(self, copy: Copy) -> None:
+    def arrived(self, copy: PageTransfer) -> None:
         """The copy is written into the decode pool (dispatched): its full pages are published there."""
         if copy not in self.copies[copy.sequence.decode_worker]:
             return
@@ -201,7 +201,7 @@ class Scheduler:
         copy.inherited[copy.first : last] = pages
         copy.target.cache.allocator.release(copy.inherited, "transfer")
 
-    def copy_failed(self, copy: Copy) -> None:
+    def copy_failed(self, copy: PageTransfer) -> None:
         """The copy will not be written: who waits for it is told (its own sequence is the caller's to end)."""
         if copy not in self.copies[copy.sequence.decode_worker]:
             # Told before: its pool was rebuilt while it was being sent.
@@ -211,9 +211,9 @@ class Scheduler:
             self._lose(copy.target.cache.drop(copy))
             copy.target.cache.allocator.release(copy.inherited, "transfer")
 
-    def due_copies(self, worker: int) -> list[Copy]:
+    def due_copies(self, worker: int) -> list[PageTransfer]:
         """Copies that may be written as soon as they have come: of each sequence the first, if it waits for no other's."""
-        first: dict[Sequence, Copy] = {}
+        first: dict[Sequence, PageTransfer] = {}
         for copy in self.copies[worker]:
             first.setdefault(copy.sequence, copy)
         return [
@@ -233,11 +233,11 @@ class Scheduler:
             if copy.inherited is not None and copy.started < limit:
                 copy.unwanted = True
 
-    def _deserted(self, copy: Copy) -> bool:
+    def _deserted(self, copy: PageTransfer) -> bool:
         """Whether those for whom the copy outlived its sequence have gone too."""
         return copy.inherited is not None and not copy.target.cache.has_waiters(copy.target_pages)
 
-    def _finish(self, copy: Copy) -> None:
+    def _finish(self, copy: PageTransfer) -> None:
         self.copies[copy.sequence.decode_worker].remove(copy)
         copy.source.cache.allocator.release(copy.source_pages, "transfer")
         self.room_changed()
@@ -333,7 +333,7 @@ class Scheduler:
             if not live and not copies and pool.allocator.num_used:
                 raise AssertionError(f"{pool.name}: {pool.allocator.num_used} pages are held by nobody that lives")
 
-    def _publish(self, sequence: Sequence, held: Holding, first: int, last: int) -> None:
+    def _publish(self, sequence: Sequence, held: PageTable, first: int, last: int) -> None:
         last = min(last, len(sequence.keys))
         if first < last:
             held.pages[first:last] = held.cache.publish(sequence, sequence.keys, held.pages, first, last)
@@ -357,7 +357,7 @@ class Scheduler:
         self._lose(held.cache.drop(sequence))
         held.release()
 
-    def _leave_copies(self, sequence: Sequence, held: Holding) -> None:
+    def _leave_copies(self, sequence: Sequence, held: PageTable) -> None:
         """Copies in flight that others wait for go on for them, with the pages up to theirs; the rest is given up."""
         for copy in self.copies[sequence.decode_worker]:
             if copy.sequence is not sequence or copy.target is not held:
@@ -374,6 +374,6 @@ class Scheduler:
 
     def _lose(self, waiters: list) -> None:
         for waiter in waiters:
-            if isinstance(waiter, Copy):
+            if isinstance(waiter, PageTransfer):
                 raise AssertionError("a copy waits for nobody")
             waiter.lost = True

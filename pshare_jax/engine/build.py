@@ -11,7 +11,7 @@ from typing import Literal
 from jax.sharding import Mesh
 
 from pshare_jax.engine.config import BatchConfig, DecodePlacement, KVConfig, Placement, PrefillPlacement, worker_tasks
-from pshare_jax.engine.engine import DecodeSide, EngineSettings, PrefillSide
+from pshare_jax.engine.engine import DecodeSpec, EngineSettings, PrefillSpec
 from pshare_jax.engine.interfaces import Weights
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.kv.pool import Pool
@@ -22,7 +22,7 @@ from pshare_jax.errors import PshareError
 from pshare_jax.mesh import make_mesh
 from pshare_jax.model.kv.pages import page_bytes
 from pshare_jax.share.decode_module import DecodeModule
-from pshare_jax.share.factorize import DecodeModules
+from pshare_jax.share.factorize import TaskModules
 from pshare_jax.share.model import Model
 
 
@@ -45,8 +45,8 @@ class Plan:
 class Sides:
     """Everything that an `Engine` is made of."""
 
-    prefill: list[PrefillSide]
-    decode: list[DecodeSide]
+    prefill: list[PrefillSpec]
+    decode: list[DecodeSpec]
     settings: EngineSettings
     bases: list[Model]
     """The base as it lies with each decode worker."""
@@ -83,7 +83,7 @@ class _Maker:
     def __init__(self, model: Model, plan: Plan, say: Callable[[str], None]):
         self.model, self.plan, self.say = model, plan, say
         self._models: dict[tuple[int, ...], Model] = {}
-        self._loaded: dict[int, DecodeModules] = {}
+        self._loaded: dict[int, TaskModules] = {}
         self.bases: list[Model] = []
 
     def pool(self, name: str, mesh: Mesh, num_pages: int) -> Pool:
@@ -94,11 +94,11 @@ class _Maker:
         )
         return Pool(name, store, self.plan.debug)
 
-    def decode_side(self, worker: DecodePlacement, modules: DecodeModules, tasks: list[str], pool: Pool) -> DecodeSide:
+    def decode_side(self, worker: DecodePlacement, modules: TaskModules, tasks: list[str], pool: Pool) -> DecodeSpec:
         mesh = modules.model.mesh
         self.bases.append(modules.model)
         weights: dict[str, Weights] = {name: modules.module(name) for name in tasks}
-        return DecodeSide(weights, pool, Sampler(mesh, self.model.config.vocab_size), worker.devices)
+        return DecodeSpec(weights, pool, Sampler(mesh, self.model.config.vocab_size), worker.devices)
 
     def on(self, mesh: Mesh) -> Model:
         """The base on a mesh, one copy whatever the number of workers there."""
@@ -107,11 +107,11 @@ class _Maker:
             self._models[devices] = self.model.on(mesh)
         return self._models[devices]
 
-    def modules(self, mesh: Mesh, tasks: list[str]) -> DecodeModules:
+    def modules(self, mesh: Mesh, tasks: list[str]) -> TaskModules:
         """The tasks' modules on a mesh, each loaded once there."""
         base = self.on(mesh)
         if id(base) not in self._loaded:
-            self._loaded[id(base)] = DecodeModules(base, prefill="own" if self.plan.sharing == "isolated" else "base")
+            self._loaded[id(base)] = TaskModules(base, prefill="own" if self.plan.sharing == "isolated" else "base")
         modules = self._loaded[id(base)]
         for name in tasks:
             if name not in modules.tasks:
@@ -129,12 +129,12 @@ class _Shared(_Maker):
         fingerprint = self.model.fingerprint
         return lambda task: fingerprint
 
-    def sides(self) -> tuple[list[PrefillSide], list[DecodeSide]]:
+    def sides(self) -> tuple[list[PrefillSpec], list[DecodeSpec]]:
         placement, pages = self.plan.placement, self.plan.kv.pages
         prefill = []
         for index, worker in enumerate(placement.prefill):
             base = self.on(mesh_of(worker))
-            prefill.append(PrefillSide(base, self.pool(f"prefill pool {index}", base.mesh, pages), worker.devices))
+            prefill.append(PrefillSpec(base, self.pool(f"prefill pool {index}", base.mesh, pages), worker.devices))
         decode = []
         for index, worker in enumerate(placement.decode):
             tasks = worker_tasks(worker, list(self.plan.tasks))
@@ -154,16 +154,16 @@ class _Isolated(_Maker):
         fingerprint = self.model.fingerprint
         return lambda task: f"{fingerprint} {task}"
 
-    def sides(self) -> tuple[list[PrefillSide], list[DecodeSide]]:
+    def sides(self) -> tuple[list[PrefillSpec], list[DecodeSpec]]:
         placement, names = self.plan.placement, list(self.plan.tasks)
         hosts = {name: placement.prefill[i % len(placement.prefill)] for i, name in enumerate(names)}
-        prefill: list[PrefillSide] = []
+        prefill: list[PrefillSpec] = []
         for name in names:
             modules = self.modules(mesh_of(hosts[name]), [name])
             neighbours = sum(host is hosts[name] for host in hosts.values())
             pool = self.pool(f"prefill pool of {name}", modules.model.mesh, self.share(neighbours))
-            prefill.append(PrefillSide(modules.module(name), pool, hosts[name].devices, [name]))
-        decode: list[DecodeSide] = []
+            prefill.append(PrefillSpec(modules.module(name), pool, hosts[name].devices, [name]))
+        decode: list[DecodeSpec] = []
         for index, worker in enumerate(placement.decode):
             tasks = worker_tasks(worker, names)
             pairs = [one for one, name in zip(prefill, names, strict=True) if hosts[name].devices == worker.devices]

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from pshare_jax.engine import scoring
-from pshare_jax.engine.admission import Scheduler
-from pshare_jax.engine.interfaces import Control, TokenSampler, Weights
+from pshare_jax.engine.admission import Admission
+from pshare_jax.engine.interfaces import EngineHooks, TokenSampler, Weights
 from pshare_jax.engine.preemption import restore, save
 from pshare_jax.engine.request import Event, Sequence, State
-from pshare_jax.engine.shapes import ReadyShapes, Shape, bucket_of, row_buckets
+from pshare_jax.engine.shapes import CompiledShapes, Shape, bucket_of, row_buckets
 from pshare_jax.engine.transfer import KVTransfer
 from pshare_jax.model.paged_batch import PagedBatch
 
@@ -31,18 +31,18 @@ class DecodeWorker:
         self,
         index: int,
         tasks: Mapping[str, Weights],
-        scheduler: Scheduler,
+        admission: Admission,
         transfer: KVTransfer,
         sampler: TokenSampler,
-        control: Control,
+        hooks: EngineHooks,
         max_rows: int,
         table_len: int,
     ):
-        self.index, self.pool = index, scheduler.decode_pools[index]
-        self._tasks, self._scheduler, self._transfer, self._sampler = tasks, scheduler, transfer, sampler
-        self._control, self._max_rows, self._table_len = control, max_rows, table_len
+        self.index, self.pool = index, admission.decode_pools[index]
+        self._tasks, self._admission, self._transfer, self._sampler = tasks, admission, transfer, sampler
+        self._hooks, self._max_rows, self._table_len = hooks, max_rows, table_len
         self._turns = itertools.count(1)
-        self.ready = ReadyShapes()
+        self.compiled = CompiledShapes()
         self._ran: set[tuple[Any, Shape]] = set()
         self.num_preempted = 0
         self.num_steps = 0
@@ -72,12 +72,12 @@ class DecodeWorker:
         """Takes what has arrived and makes one token for each sequence of a group; False if there was nothing to do."""
         try:
             done = self._transfer.receive()
-            with self._control.lock:
-                done = self._scheduler.reap_decode(self.index) or done
-                started = self._scheduler.start_decoding(self.index)
+            with self._hooks.lock:
+                done = self._admission.reap_decode(self.index) or done
+                started = self._admission.start_decoding(self.index)
             if done or started:
                 # Pages have come free, on the prefill side too, and who waits for them may be asleep.
-                self._control.wake()
+                self._hooks.wake()
             for sequence in started:
                 if sequence.saved is not None:
                     restore(sequence)
@@ -88,9 +88,9 @@ class DecodeWorker:
 
     def _turn(self) -> bool:
         """One step: of a sequence that has prompt tokens to score, or of a group that generates."""
-        with self._control.lock:
-            waiting = [one for one in self._scheduler.decoding[self.index] if not one.final]
-        if scoring.SHAPE not in self.ready:
+        with self._hooks.lock:
+            waiting = [one for one in self._admission.decoding[self.index] if not one.final]
+        if scoring.SHAPE not in self.compiled:
             waiting = self._without_scoring(waiting)
         if not waiting:
             return False
@@ -105,23 +105,23 @@ class DecodeWorker:
 
     def _without_scoring(self, waiting: list[Sequence]) -> list[Sequence]:
         """Those that need no scoring step; the others wait for its program, or end if it will never be there."""
-        if not self.ready.may_be_used(scoring.SHAPE):
+        if not self.compiled.may_be_used(scoring.SHAPE):
             for sequence in waiting:
                 if not sequence.opened:
-                    self._control.end(sequence, State.FAILED, Event(error=scoring.UNAVAILABLE))
+                    self._hooks.end(sequence, State.FAILED, Event(error=scoring.UNAVAILABLE))
         return [one for one in waiting if one.opened]
 
     @property
-    def never_run(self) -> tuple[Weights, Shape] | None:
+    def next_cold(self) -> tuple[Weights, Shape] | None:
         """Weights and shape of a step that is compiled and never ran."""
         shapes: list[Shape] = [*((rows,) for rows in row_buckets(self._max_rows)), scoring.SHAPE]
-        compiled = [shape for shape in shapes if self.ready.knows(shape)]
+        compiled = [shape for shape in shapes if self.compiled.knows(shape)]
         steps = itertools.product(self._tasks.values(), compiled)
         return next((one for one in steps if (one[0].paged.decode, one[1]) not in self._ran), None)
 
-    def prime(self) -> bool:
+    def warm_up(self) -> bool:
         """Runs a step that never ran, on no sequence, since a first run is slow; False if there is none."""
-        if (step := self.never_run) is None:
+        if (step := self.next_cold) is None:
             return False
         weights, shape = step
         try:
@@ -132,7 +132,7 @@ class DecodeWorker:
                 logits = self._call(weights, tokens, PagedBatch.empty(len(tokens), self._table_len))
                 self._sampler.sample(logits, [])
         except Exception:
-            self.ready.give_up(shape)
+            self.compiled.give_up(shape)
             self._failed()
         return True
 
@@ -154,15 +154,15 @@ class DecodeWorker:
             if sequence.request.scores_prompt:
                 scores = scoring.reported(sequence, result, num_tokens)
         self.num_scored += num_tokens
-        with self._control.lock:
+        with self._hooks.lock:
             if not sequence.final and (event := sequence.scored(num_tokens, scores)) is not None:
                 self._give(sequence, event)
-            if self._scheduler.reap_decode(self.index):
-                self._control.wake()
+            if self._admission.reap_decode(self.index):
+                self._hooks.wake()
 
     def _failed(self) -> None:
         logger.exception("a decode step of %s failed", self.pool.name)
-        self._control.pool_failed(self.pool)
+        self._hooks.pool_failed(self.pool)
 
     def _next_batch(self, waiting: list[Sequence]) -> list[Sequence]:
         """Sequences of the first one's group, in this order, with room for their next token each."""
@@ -173,7 +173,7 @@ class DecodeWorker:
         return [one for one in group if one.state is State.DECODING and self._has_room(one)]
 
     def _row_buckets(self) -> list[int]:
-        return [rows for rows in row_buckets(self._max_rows) if (rows,) in self.ready]
+        return [rows for rows in row_buckets(self._max_rows) if (rows,) in self.compiled]
 
     def _has_room(self, sequence: Sequence) -> bool:
         held = sequence.decode_pages
@@ -182,24 +182,24 @@ class DecodeWorker:
     def _make_room(self, sequence: Sequence) -> None:
         """A page for its next token, if need be by preempting the youngest (perhaps this one)."""
         while sequence.state is State.DECODING:
-            with self._control.lock:
-                if self._scheduler.make_room(sequence):
+            with self._hooks.lock:
+                if self._admission.make_room(sequence):
                     return
-                victim = self._scheduler.victim(self.index)
+                victim = self._admission.victim(self.index)
             if victim is None:
                 return
             self._preempt(victim)
 
     def _preempt(self, sequence: Sequence) -> None:
         saved = save(sequence)
-        with self._control.lock:
+        with self._hooks.lock:
             if sequence.state is State.DECODING:
                 sequence.saved = saved
                 self.num_preempted += 1
-                self._scheduler.preempted(sequence)
+                self._admission.preempted(sequence)
             else:
-                self._scheduler.reap_decode(self.index)
-        self._control.wake()
+                self._admission.reap_decode(self.index)
+        self._hooks.wake()
 
     def _run(self, batch: list[Sequence]) -> None:
         rows_len = bucket_of(len(batch), self._row_buckets())
@@ -216,15 +216,15 @@ class DecodeWorker:
         sampled = self._sampler.sample(logits, batch)
         self.num_steps += 1
         self.num_tokens += len(batch)
-        with self._control.lock:
+        with self._hooks.lock:
             for row, sequence in enumerate(batch):
                 if not sequence.final:
                     self._give(sequence, sequence.accept(*sampled(row, sequence)))
-            if self._scheduler.reap_decode(self.index):
-                self._control.wake()
+            if self._admission.reap_decode(self.index):
+                self._hooks.wake()
 
     def _give(self, sequence: Sequence, event: Event) -> None:
         if event.last:
-            self._control.end(sequence, State.FINISHED, event)
+            self._hooks.end(sequence, State.FINISHED, event)
         else:
             sequence.on_event(event)

@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
-from pshare_jax.engine.admission import Scheduler
+from pshare_jax.engine.admission import Admission
 from pshare_jax.engine.decode_worker import DecodeWorker
-from pshare_jax.engine.interfaces import Control, TokenSampler, Weights
+from pshare_jax.engine.interfaces import EngineHooks, TokenSampler, Weights
 from pshare_jax.engine.kv.keys import PageKey, page_keys
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.prefill_worker import PrefillWorker
@@ -23,7 +23,7 @@ from pshare_jax.engine.router import Policy, Route, Router, Ticket
 from pshare_jax.engine.shapes import pages_for
 from pshare_jax.engine.stop_strings import Pieces, TextOutput
 from pshare_jax.engine.transfer import KVTransfer
-from pshare_jax.engine.worker_thread import Group, Owner, group_by_devices
+from pshare_jax.engine.worker_thread import WorkerGroup, WorkerThread, group_by_devices
 from pshare_jax.errors import PshareError
 from pshare_jax.sampling.history import TokenHistory
 
@@ -43,7 +43,7 @@ class UnknownTask(PshareError):
 
 
 @dataclass(frozen=True)
-class PrefillSide:
+class PrefillSpec:
     """What a prefill worker is made of: weights, pool, device indices, and the tasks it takes (None: any)."""
 
     weights: Weights
@@ -53,7 +53,7 @@ class PrefillSide:
 
 
 @dataclass(frozen=True)
-class DecodeSide:
+class DecodeSpec:
     """What a decode worker is made of: its tasks' weights, pool, sampler and device indices."""
 
     tasks: dict[str, Weights]
@@ -84,8 +84,8 @@ class Engine:
 
     def __init__(
         self,
-        prefill: list[PrefillSide],
-        decode: list[DecodeSide],
+        prefill: list[PrefillSpec],
+        decode: list[DecodeSpec],
         detokenizer: Callable[[], Pieces],
         settings: EngineSettings,
     ):
@@ -98,18 +98,18 @@ class Engine:
         self.num_ended: dict[State, int] = {}
         self.on_end: list[Callable[[Sequence], None]] = []
         """All are told of every sequence that has ended, under the lock."""
-        control = Control(self.lock, self.end, self._prefilled, self._pool_failed, self.wake)
-        self.scheduler = Scheduler([side.pool for side in prefill], [side.pool for side in decode])
+        hooks = EngineHooks(self.lock, self.end, self._prefilled, self._pool_failed, self.wake)
+        self.admission = Admission([side.pool for side in prefill], [side.pool for side in decode])
         self.page_size = decode[0].pool.page_size
         table_len = pages_for(settings.max_len, self.page_size)
-        self.transfers = [KVTransfer(self.scheduler, i, control, settings.page_bytes) for i in range(len(decode))]
+        self.transfers = [KVTransfer(self.admission, i, hooks, settings.page_bytes) for i in range(len(decode))]
         self.prefill_workers = [
-            PrefillWorker(i, side.weights, self.scheduler, self.transfers, control, settings.chunk_tokens, table_len)
+            PrefillWorker(i, side.weights, self.admission, self.transfers, hooks, settings.chunk_tokens, table_len)
             for i, side in enumerate(prefill)
         ]
         self.decode_workers = [
             DecodeWorker(
-                i, side.tasks, self.scheduler, self.transfers[i], side.sampler, control, settings.max_rows, table_len
+                i, side.tasks, self.admission, self.transfers[i], side.sampler, hooks, settings.max_rows, table_len
             )
             for i, side in enumerate(decode)
         ]
@@ -121,7 +121,7 @@ class Engine:
             None if prefill[0].tasks is None else [side.tasks or () for side in prefill],
         )
         self._groups = self._grouped([set(side.devices) for side in prefill], [set(side.devices) for side in decode])
-        self._owners = [Owner(group, self.fail_group, lambda: not self._live) for group in self._groups]
+        self._threads = [WorkerThread(group, self.fail_group, lambda: not self._live) for group in self._groups]
         self._watch = threading.Thread(target=self._run_watch, name="pshare-watch", daemon=True)
         self._stopped = threading.Event()
 
@@ -183,11 +183,11 @@ class Engine:
                 sequence.prefill_worker, sequence.decode_worker = ticket.route.prefill, ticket.route.decode
                 sequence.weights = self.decode_workers[sequence.decode_worker].tasks[request.task]
                 self._live[request.id] = sequence
-                self.scheduler.add(sequence)
+                self.admission.add(sequence)
         self.wake()
 
     def _assigned(self, sequence: Sequence) -> Ticket:
-        request, pools = sequence.request, self.scheduler.prefill_pools
+        request, pools = sequence.request, self.admission.prefill_pools
         return self._router.assign(
             request.task,
             request.session,
@@ -240,7 +240,7 @@ class Engine:
                 event = replace(event, completion_tokens=made, cached_tokens=sequence.cached_tokens)
             sequence.move(state)
             self.num_ended[state] = self.num_ended.get(state, 0) + 1
-            self.scheduler.take_out(sequence)
+            self.admission.take_out(sequence)
             del self._live[sequence.request.id]
             self._router.release(sequence.ticket)
             sequence.on_event(event)
@@ -270,7 +270,7 @@ class Engine:
     @property
     def pools(self) -> list[Pool]:
         """Every pool once."""
-        return list({id(pool): pool for pool in (*self.scheduler.prefill_pools, *self.scheduler.decode_pools)}.values())
+        return list({id(pool): pool for pool in (*self.admission.prefill_pools, *self.admission.decode_pools)}.values())
 
     @property
     def num_in_state(self) -> dict[State, int]:
@@ -292,8 +292,8 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether no request lives and no worker has anything left to give back."""
-        scheduler = self.scheduler
-        groups = (*scheduler.prefilling, *scheduler.arriving, *scheduler.decoding, *scheduler.copies)
+        admission = self.admission
+        groups = (*admission.prefilling, *admission.arriving, *admission.decoding, *admission.copies)
         return not self._live and not any(groups)
 
     # --- steps and threads ----------------------------------------------------------------------------------------
@@ -306,26 +306,26 @@ class Engine:
 
     def start(self) -> None:
         """Gives every group of workers its thread."""
-        for owner in self._owners:
-            owner.start()
+        for thread in self._threads:
+            thread.start()
         self._watch.start()
 
     def stop(self) -> None:
         """Ends all requests and the threads."""
         self.abort_all()
         self._stopped.set()
-        for owner in self._owners:
-            owner.stop()
+        for thread in self._threads:
+            thread.stop()
 
     def wake(self) -> None:
         """Makes every worker look for something to do."""
-        for owner in self._owners:
-            owner.wake.set()
+        for thread in self._threads:
+            thread.wake.set()
 
     @property
-    def primed(self) -> bool:
+    def warm(self) -> bool:
         """Whether every step that is compiled has had its first run."""
-        return all(worker.never_run is None for worker in self.workers)
+        return all(worker.next_cold is None for worker in self.workers)
 
     @property
     def accepting(self) -> bool:
@@ -335,7 +335,7 @@ class Engine:
     @property
     def healthy(self) -> bool:
         """Whether requests are taken, every worker's thread lives and none has been in one step for too long."""
-        return self._accepting and all(owner.alive and not owner.stalled for owner in self._owners)
+        return self._accepting and all(thread.alive and not thread.stalled for thread in self._threads)
 
     def expire(self) -> None:
         """Gives up the requests, and the copies that outlived theirs, that made no progress for too long."""
@@ -343,9 +343,9 @@ class Engine:
         with self.lock:
             for sequence in [one for one in self._live.values() if one.progressed < limit]:
                 self.end(sequence, State.FAILED, Event(error=TIMED_OUT))
-            self.scheduler.give_up_copies(limit)
+            self.admission.give_up_copies(limit)
 
-    def fail_group(self, group: Group) -> None:
+    def fail_group(self, group: WorkerGroup) -> None:
         """The thread that stepped these workers is dead: their requests fail and no new ones are taken."""
         with self.lock:
             self._accepting = False
@@ -356,9 +356,9 @@ class Engine:
                     self.end(sequence, State.FAILED, Event(error=FAILED))
             # Their thread is gone: somebody must give back what they hold on living workers' pools.
             for worker in group.prefill:
-                self.scheduler.reap_prefill(worker.index)
+                self.admission.reap_prefill(worker.index)
             for worker in group.decode:
-                self.scheduler.reap_decode(worker.index)
+                self.admission.reap_decode(worker.index)
         self.wake()
 
     def _prefilled(self, sequence: Sequence) -> None:
@@ -368,21 +368,21 @@ class Engine:
     def _pool_failed(self, pool: Pool) -> None:
         """A step of the pool has failed: who has pages in it fails, all else goes on with an empty pool."""
         with self.lock:
-            for sequence in self.scheduler.holders(pool):
+            for sequence in self.admission.holders(pool):
                 self.end(sequence, State.FAILED, Event(error=FAILED))
             pool.rebuild()
-            self.scheduler.room_changed()
+            self.admission.room_changed()
 
     def _run_watch(self) -> None:
         while not self._stopped.wait(0.5):
             self.expire()
 
-    def _grouped(self, prefill: Items[set[int]], decode: Items[set[int]]) -> list[Group]:
+    def _grouped(self, prefill: Items[set[int]], decode: Items[set[int]]) -> list[WorkerGroup]:
         num_prefill = len(prefill)
         groups = []
         for members in group_by_devices([*prefill, *decode]):
             groups.append(
-                Group(
+                WorkerGroup(
                     [self.prefill_workers[i] for i in members if i < num_prefill],
                     [self.decode_workers[i - num_prefill] for i in members if i >= num_prefill],
                 )

@@ -41,7 +41,7 @@ class TokenSampler(Protocol):
 
 
 @dataclass(frozen=True)
-class Control:
+class EngineHooks:
     """All books are read and written under `lock` (re-entrant); device work is dispatched outside it.
 
     `end(sequence, state, event)` ends a sequence once, from any thread; the worker that has it gives its pages back.

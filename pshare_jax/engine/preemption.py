@@ -6,7 +6,7 @@ into, exist once. Called by the decode worker, which owns the pool.
 
 import numpy as np
 
-from pshare_jax.engine.kv.pool import Holding
+from pshare_jax.engine.kv.pool import PageTable
 from pshare_jax.engine.request import Saved, Sequence
 from pshare_jax.engine.shapes import pages_for
 
@@ -16,7 +16,7 @@ def save(sequence: Sequence) -> Saved:
     held, private = _private_pages(sequence)
     most = held.pool.move_pages
     starts = range(0, len(private), most)
-    return Saved([np.asarray(held.pool.store.take(private[start : start + most])) for start in starts])
+    return Saved([np.asarray(held.pool.store.gather(private[start : start + most])) for start in starts])
 
 
 def restore(sequence: Sequence) -> None:
@@ -25,11 +25,11 @@ def restore(sequence: Sequence) -> None:
     assert sequence.saved is not None
     most = held.pool.move_pages
     for index, content in enumerate(sequence.saved.parts):
-        held.pool.put(private[index * most : (index + 1) * most], held.pool.store.place(content))
+        held.pool.scatter(private[index * most : (index + 1) * most], held.pool.store.device_put(content))
     sequence.saved = None
 
 
-def _private_pages(sequence: Sequence) -> tuple[Holding, list[int]]:
+def _private_pages(sequence: Sequence) -> tuple[PageTable, list[int]]:
     """The pages behind the prompt's full ones, as far as they hold KV (that of all tokens but the last)."""
     held = sequence.decode_pages
     assert held is not None

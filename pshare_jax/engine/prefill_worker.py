@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from pshare_jax.engine.admission import Scheduler
-from pshare_jax.engine.interfaces import Control, Weights
+from pshare_jax.engine.admission import Admission
+from pshare_jax.engine.interfaces import EngineHooks, Weights
 from pshare_jax.engine.prefill_speed import PrefillSpeed
 from pshare_jax.engine.request import Sequence
-from pshare_jax.engine.shapes import ReadyShapes, choose_rows, prefill_shapes
+from pshare_jax.engine.shapes import CompiledShapes, choose_rows, prefill_shapes
 from pshare_jax.engine.transfer import KVTransfer
 from pshare_jax.model.paged_batch import PagedBatch
 
@@ -42,64 +42,64 @@ class PrefillWorker:
         self,
         index: int,
         weights: Weights,
-        scheduler: Scheduler,
+        admission: Admission,
         transfers: list[KVTransfer],
-        control: Control,
+        hooks: EngineHooks,
         chunk_tokens: int,
         table_len: int,
     ):
-        self.index, self.pool = index, scheduler.prefill_pools[index]
-        self._weights, self._scheduler, self._transfers, self._control = weights, scheduler, transfers, control
+        self.index, self.pool = index, admission.prefill_pools[index]
+        self._weights, self._admission, self._transfers, self._hooks = weights, admission, transfers, hooks
         self._chunk_tokens, self._table_len = chunk_tokens, table_len
         self._running: deque[tuple[Any, int]] = deque()
         self._busy_since = 0.0
         self._generation = self.pool.generation
         self.stats = PrefillStats()
         self.speed = PrefillSpeed()
-        self.ready = ReadyShapes()
+        self.compiled = CompiledShapes()
         self._ran: set[tuple[int, int]] = set()
 
     @property
     def must_poll(self) -> bool:
         """Whether something can happen without a wake-up: a chunk ends or fails, a full way to a decode worker has room."""
-        return bool(self._running) or bool(self._scheduler.prefilling[self.index])
+        return bool(self._running) or bool(self._admission.prefilling[self.index])
 
     def step(self) -> bool:
         """Admits, sends what can be sent and runs one chunk; False if there was nothing to do."""
         try:
             self._look_at_running()
-            with self._control.lock:
-                done = self._scheduler.reap_prefill(self.index)
-                admitted = self._scheduler.admit(self.index)
+            with self._hooks.lock:
+                done = self._admission.reap_prefill(self.index)
+                admitted = self._admission.admit(self.index)
             if done or admitted:
                 # Pages have come free, on the decode side too, or a full decode pool has another next: they may be asleep.
-                self._control.wake()
+                self._hooks.wake()
             done = self._send() or done
-            with self._control.lock:
+            with self._hooks.lock:
                 batch, bucket = self._choose()
             if batch:
                 self._run(batch, bucket)
                 self._send()
-            with self._control.lock:
+            with self._hooks.lock:
                 return self._hand_on() or bool(batch) or done
         except Exception:
             self._failed()
             return True
 
     @property
-    def never_run(self) -> tuple[int, int] | None:
+    def next_cold(self) -> tuple[int, int] | None:
         """The shape of a step that is compiled and never ran."""
-        compiled = [shape for shape in prefill_shapes(self._chunk_tokens) if self.ready.knows(shape)]
+        compiled = [shape for shape in prefill_shapes(self._chunk_tokens) if self.compiled.knows(shape)]
         return next((shape for shape in compiled if shape not in self._ran), None)
 
-    def prime(self) -> bool:
+    def warm_up(self) -> bool:
         """Runs a step that never ran, on no sequence, since a first run is slow; False if there is none."""
-        if (shape := self.never_run) is None:
+        if (shape := self.next_cold) is None:
             return False
         try:
             self._call(np.zeros(shape, np.int32), PagedBatch.empty(shape[0], self._table_len)).block_until_ready()
         except Exception:
-            self.ready.give_up(shape)
+            self.compiled.give_up(shape)
             self._failed()
         return True
 
@@ -110,14 +110,14 @@ class PrefillWorker:
 
     def _failed(self) -> None:
         logger.exception("a prefill step of %s failed", self.pool.name)
-        self._control.pool_failed(self.pool)
+        self._hooks.pool_failed(self.pool)
 
     def _choose(self) -> tuple[list[Sequence], int]:
-        ready = self._scheduler.ready_to_prefill(self.index)
+        ready = self._admission.ready_to_prefill(self.index)
         if not ready:
             return [], 0
         remaining = [one.context_len - one.num_prefilled for one in ready]
-        chosen, bucket = choose_rows(remaining, self._chunk_tokens, self.ready)
+        chosen, bucket = choose_rows(remaining, self._chunk_tokens, self.compiled)
         return [ready[index] for index in chosen], bucket
 
     def _look_at_running(self) -> None:
@@ -137,7 +137,7 @@ class PrefillWorker:
         for done, _ in steps:
             done.block_until_ready()
         now = time.monotonic()
-        with self._control.lock:
+        with self._hooks.lock:
             self.speed.add([num_tokens for _, num_tokens in steps], now - self._busy_since)
         self._busy_since = now
 
@@ -161,33 +161,33 @@ class PrefillWorker:
         self.stats.calls += 1
         self.stats.tokens += sum(counts)
         self.stats.slots += tokens.size
-        with self._control.lock:
+        with self._hooks.lock:
             for sequence, count in zip(batch, counts, strict=True):
-                self._scheduler.prefilled(sequence, count)
-                self._control.prefilled(sequence)
+                self._admission.prefilled(sequence, count)
+                self._hooks.prefilled(sequence)
 
     def _send(self) -> bool:
         """Sends the next pages of every sequence, as far as their decode workers' ways have room."""
         sent = False
-        for sequence in list(self._scheduler.prefilling[self.index]):
+        for sequence in list(self._admission.prefilling[self.index]):
             transfer = self._transfers[sequence.decode_worker]
             while True:
-                with self._control.lock:
+                with self._hooks.lock:
                     most = self.pool.move_pages
-                    copy = self._scheduler.next_copy(sequence, most) if transfer.has_room(sequence) else None
+                    copy = self._admission.next_copy(sequence, most) if transfer.has_room(sequence) else None
                 if copy is None:
                     break
                 transfer.send(copy)
                 sent = True
         if sent:
             # A decode worker that had nothing to do does not look for copies by itself.
-            self._control.wake()
+            self._hooks.wake()
         return sent
 
     def _hand_on(self) -> bool:
-        gone = self._scheduler.leave_prefill(self.index)
+        gone = self._admission.leave_prefill(self.index)
         for sequence in gone:
-            self._control.prefilled(sequence)
+            self._hooks.prefilled(sequence)
         if gone:
-            self._control.wake()
+            self._hooks.wake()
         return bool(gone)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pshare_jax.engine.kv.keys import PageKey
-from pshare_jax.engine.kv.pool import Holding
+from pshare_jax.engine.kv.pool import PageTable
 from pshare_jax.engine.stop_strings import TextOutput
 from pshare_jax.sampling.history import TokenHistory
 from pshare_jax.sampling.params import SamplingParams
@@ -177,8 +177,8 @@ class Sequence:
     number: int = field(default_factory=lambda: next(_numbers))
     """Its age: sequences are served, and spared preemption, in the order of their coming."""
     completion_ids: list[int] = field(default_factory=list)
-    prefill_pages: Holding | None = None
-    decode_pages: Holding | None = None
+    prefill_pages: PageTable | None = None
+    decode_pages: PageTable | None = None
     context_len: int = 0
     """Leading tokens whose KV must come from the base before it can decode."""
     num_prefilled: int = 0

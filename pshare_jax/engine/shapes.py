@@ -43,7 +43,7 @@ Shape = tuple[int | str, ...]
 """Names the shape of a step: (rows, tokens) of a prefill, (rows,) of a decode step, ("score",) of a scoring step."""
 
 
-class ReadyShapes:
+class CompiledShapes:
     """Which shapes of steps may be used: all, or while the server still compiles only those that are ready.
 
     Read by workers, extended by the compiling thread.
@@ -90,7 +90,7 @@ def _kind(shape: Shape) -> tuple[int, type]:
     return len(shape), type(shape[0])
 
 
-def choose_rows(remaining: Sequence[int], most: int, ready: ReadyShapes) -> tuple[list[int], int]:
+def choose_rows(remaining: Sequence[int], most: int, ready: CompiledShapes) -> tuple[list[int], int]:
     """(indices, bucket) of the next prefill step over sequences with so many tokens to go, the oldest first.
 
     The oldest gives the bucket. Up to four sequences whose next chunk falls into the same one share the call, if it is

@@ -8,10 +8,10 @@ import logging
 import time
 from dataclasses import dataclass
 
-from pshare_jax.engine.admission import Scheduler
-from pshare_jax.engine.interfaces import Control
+from pshare_jax.engine.admission import Admission
+from pshare_jax.engine.interfaces import EngineHooks
 from pshare_jax.engine.kv.pool import Pool
-from pshare_jax.engine.page_copy import Copy
+from pshare_jax.engine.page_transfer import PageTransfer
 from pshare_jax.engine.request import FAILED, Event, Sequence, State
 
 logger = logging.getLogger(__name__)
@@ -33,16 +33,16 @@ class TransferStats:
 class KVTransfer:
     """The way to one decode worker."""
 
-    def __init__(self, scheduler: Scheduler, worker: int, control: Control, page_bytes: int):
-        self._scheduler, self._worker, self._control = scheduler, worker, control
+    def __init__(self, admission: Admission, worker: int, hooks: EngineHooks, page_bytes: int):
+        self._admission, self._worker, self._hooks = admission, worker, hooks
         self._page_bytes = page_bytes
-        self._pool: Pool = scheduler.decode_pools[worker]
+        self._pool: Pool = admission.decode_pools[worker]
         self.stats = TransferStats()
 
     @property
     def in_flight(self) -> int:
         """Copies on their way."""
-        return len(self._scheduler.copies[self._worker])
+        return len(self._admission.copies[self._worker])
 
     def has_room(self, sequence: Sequence) -> bool:
         """Whether one more copy of the sequence may be sent.
@@ -54,25 +54,25 @@ class KVTransfer:
         waits = held is not None and held.cache.waiting(sequence)
         return self.in_flight < (MAX_IN_FLIGHT // 2 if waits else MAX_IN_FLIGHT)
 
-    def send(self, copy: Copy) -> None:
+    def send(self, copy: PageTransfer) -> None:
         """Dispatches the copy (called by the owner of the prefill side); if that fails, so does its request."""
         try:
-            copy.content = self._pool.store.place(copy.source.pool.store.take(copy.source_pages))
+            copy.content = self._pool.store.device_put(copy.source.pool.store.gather(copy.source_pages))
         except Exception:
             logger.exception("the KV transfer of request %s failed", copy.sequence.request.id)
             self._fail(copy)
 
     def receive(self) -> bool:
         """Writes the copies that have come into the pool (called by its owner); whether any is on its way no more."""
-        with self._control.lock:
-            dropped = self._scheduler.drop_unwanted(self._worker)
-            due = [copy for copy in self._scheduler.due_copies(self._worker) if copy.content is not None]
+        with self._hooks.lock:
+            dropped = self._admission.drop_unwanted(self._worker)
+            due = [copy for copy in self._admission.due_copies(self._worker) if copy.content is not None]
         arrived = [copy for copy in due if copy.content.is_ready()]
         for copy in arrived:
             self._write(copy)
         return dropped or bool(arrived)
 
-    def _write(self, copy: Copy) -> None:
+    def _write(self, copy: PageTransfer) -> None:
         try:
             # It is there; this raises if what should have computed it has failed.
             copy.content.block_until_ready()
@@ -80,27 +80,27 @@ class KVTransfer:
             logger.exception("the KV transfer of request %s failed", copy.sequence.request.id)
             self._fail(copy)
             return
-        with self._control.lock:
+        with self._hooks.lock:
             if copy.unwanted or copy.target.lost:
                 return
             pages = copy.target_pages
         # Should the copy become unwanted just now, its pages' next holder writes after this: one thread writes the pool.
-        self._pool.put(pages, copy.content)
-        with self._control.lock:
+        self._pool.scatter(pages, copy.content)
+        with self._hooks.lock:
             self._count(copy)
             if copy.unwanted:
-                self._scheduler.copy_failed(copy)
+                self._admission.copy_failed(copy)
             else:
-                self._scheduler.arrived(copy)
+                self._admission.arrived(copy)
 
-    def _fail(self, copy: Copy) -> None:
-        with self._control.lock:
+    def _fail(self, copy: PageTransfer) -> None:
+        with self._hooks.lock:
             self.stats.failures += 1
-            self._scheduler.copy_failed(copy)
+            self._admission.copy_failed(copy)
             if not copy.unwanted and copy.inherited is None:
-                self._control.end(copy.sequence, State.FAILED, Event(error=FAILED))
+                self._hooks.end(copy.sequence, State.FAILED, Event(error=FAILED))
 
-    def _count(self, copy: Copy) -> None:
+    def _count(self, copy: PageTransfer) -> None:
         self.stats.count += 1
         self.stats.num_pages += copy.last - copy.first
         self.stats.num_bytes += (copy.last - copy.first) * self._page_bytes

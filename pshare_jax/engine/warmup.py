@@ -16,9 +16,9 @@ import jax
 import numpy as np
 
 from pshare_jax.engine import scoring
-from pshare_jax.engine.engine import DecodeSide, EngineSettings, PrefillSide
+from pshare_jax.engine.engine import DecodeSpec, EngineSettings, PrefillSpec
 from pshare_jax.engine.kv.device_pages import DevicePages
-from pshare_jax.engine.shapes import ReadyShapes, Shape, pages_for, prefill_shapes, row_buckets
+from pshare_jax.engine.shapes import CompiledShapes, Shape, pages_for, prefill_shapes, row_buckets
 from pshare_jax.model.paged_batch import PagedBatch
 from pshare_jax.model.paged_steps import page_moves
 
@@ -40,7 +40,7 @@ class Variant:
     shape: Shape | None = None
 
 
-def variants(prefill: Sequence[PrefillSide], decode: Sequence[DecodeSide], settings: EngineSettings) -> list[Variant]:
+def variants(prefill: Sequence[PrefillSpec], decode: Sequence[DecodeSpec], settings: EngineSettings) -> list[Variant]:
     """All programs of the engine's workers, each once, the small ones first."""
     sources = {id(side.pool): DevicePages.of(side.pool) for side in prefill}
     targets = {id(side.pool): DevicePages.of(side.pool) for side in decode}
@@ -65,12 +65,12 @@ def _turn(variant: Variant) -> tuple[bool, int, Shape]:
     return not variant.small, kind, shape
 
 
-def decode_variants(side: DecodeSide, settings: EngineSettings) -> list[Variant]:
+def decode_variants(side: DecodeSpec, settings: EngineSettings) -> list[Variant]:
     """The programs of a decode worker's steps, for all its tasks and shapes."""
     return list(dict([*_decode(side, settings), *_score(side, settings)]).values())
 
 
-def _prefill(side: PrefillSide, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
+def _prefill(side: PrefillSpec, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
     step, store = side.weights.paged.prefill, DevicePages.of(side.pool)
     for rows, tokens in prefill_shapes(settings.chunk_tokens):
         small = rows == 1 and tokens == min(SMALL_TOKENS, settings.chunk_tokens)
@@ -86,7 +86,7 @@ def _prefill(side: PrefillSide, settings: EngineSettings) -> Iterator[tuple[tupl
         )
 
 
-def _decode(side: DecodeSide, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
+def _decode(side: DecodeSpec, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
     store = DevicePages.of(side.pool)
     for rows in row_buckets(settings.max_rows):
         small = rows == SMALL_ROWS
@@ -104,7 +104,7 @@ def _decode(side: DecodeSide, settings: EngineSettings) -> Iterator[tuple[tuple,
         )
 
 
-def _score(side: DecodeSide, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
+def _score(side: DecodeSpec, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
     store = DevicePages.of(side.pool)
     tokens, rows = scoring.no_rows(pages_for(settings.max_len, store.page_size))
     for weights in side.tasks.values():
@@ -116,14 +116,14 @@ def _score(side: DecodeSide, settings: EngineSettings) -> Iterator[tuple[tuple, 
 def _takes(store: DevicePages) -> Iterator[tuple[tuple, Variant]]:
     moves: Any = page_moves(store.config, store.mesh)
     for num in store.move_buckets:
-        lower = functools.partial(moves.take.lower, store.spec, np.zeros(num, np.int32))
+        lower = functools.partial(moves.gather.lower, store.spec, np.zeros(num, np.int32))
         yield ("take", num, store.mesh, store.num_pages), Variant(f"take {num} pages", True, lower)
 
 
 def _puts(store: DevicePages) -> Iterator[tuple[tuple, Variant]]:
     moves: Any = page_moves(store.config, store.mesh)
     for num in store.move_buckets:
-        lower = functools.partial(moves.put.lower, store.spec, np.zeros(num, np.int32), store.content_spec(num))
+        lower = functools.partial(moves.scatter.lower, store.spec, np.zeros(num, np.int32), store.content_spec(num))
         yield ("put", num, store.mesh, store.num_pages), Variant(f"put {num} pages", True, lower)
 
 
@@ -144,7 +144,7 @@ class _Placing:
 
     def compile(self) -> None:
         content = jax.device_put(np.zeros(self._spec.shape, self._spec.dtype), self._spec.sharding)
-        self._target.place(content).block_until_ready()
+        self._target.device_put(content).block_until_ready()
 
 
 def _step_lowering(
@@ -173,7 +173,7 @@ class BackgroundCompiler:
     def __init__(
         self,
         rest: Sequence[Variant],
-        ready: Sequence[ReadyShapes],
+        ready: Sequence[CompiledShapes],
         say: Callable[[str], None],
         wake: Callable[[], None],
     ):

@@ -17,7 +17,7 @@ STALL_SECONDS = 60.0
 """A thread that is in one turn for so long is stalled; /health then says so."""
 
 
-class Group:
+class WorkerGroup:
     """Workers that share devices, stepped in turn."""
 
     def __init__(self, prefill: Sequence[PrefillWorker], decode: Sequence[DecodeWorker]):
@@ -41,16 +41,16 @@ class Group:
                 break
         return any(done)
 
-    def prime(self) -> bool:
+    def warm_up(self) -> bool:
         """The first run of one program that is compiled; False if all have run."""
-        return any(worker.prime() for worker in (*self.decode, *self.prefill))
+        return any(worker.warm_up() for worker in (*self.decode, *self.prefill))
 
 
-class Owner:
-    """The one thread that steps a group of workers; `on_death` is told if it dies. It primes if `may_prime` says so."""
+class WorkerThread:
+    """The one thread that steps a group of workers; `on_death` is told if it dies. It primes if `may_warm_up` says so."""
 
-    def __init__(self, group: Group, on_death: Callable[[Group], None], may_prime: Callable[[], bool]):
-        self._group, self._on_death, self._may_prime = group, on_death, may_prime
+    def __init__(self, group: WorkerGroup, on_death: Callable[[WorkerGroup], None], may_warm_up: Callable[[], bool]):
+        self._group, self._on_death, self._may_prime = group, on_death, may_warm_up
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="pshare-worker", daemon=True)
         self._started = False
@@ -85,7 +85,7 @@ class Owner:
             while not self._stopping:
                 self.wake.clear()
                 self._turn_began = time.monotonic()
-                done = self._group.step() or (self._may_prime() and self._group.prime())
+                done = self._group.step() or (self._may_prime() and self._group.warm_up())
                 self._turn_began = None
                 if not done:
                     self.wake.wait(POLL_SECONDS if self._group.must_poll else None)

@@ -22,7 +22,7 @@ from pshare_jax.errors import PshareError
 from pshare_jax.evaluation.generation import generate_each
 from pshare_jax.evaluation.tasks import Item, Task, open_task
 from pshare_jax.evaluation.verifiers import Verifier
-from pshare_jax.share.decode_module import DecodeModule, load_module, read_card
+from pshare_jax.share.decode_module import DecodeModule, load_module, read_manifest
 from pshare_jax.share.model import DTYPES, Model, load
 from pshare_jax.training.result import Reader, add_accuracy
 
@@ -207,7 +207,7 @@ def _run(options: argparse.Namespace) -> None:
 
 def _check_card(options: argparse.Namespace) -> None:
     """Before the work: the card must be there, and of the module that is asked, or the base's accuracy stands in it."""
-    if not read_card(options.card).training:
+    if not read_manifest(options.card).training:
         raise PshareError(
             f"--card {options.card} does not say how it was trained, so there is no model card to tell it in."
         )

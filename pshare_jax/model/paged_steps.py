@@ -47,10 +47,10 @@ class PagedSteps:
 
 @dataclass(frozen=True)
 class PageMoves:
-    """Pages out of a pool, into it, and (debug mode) overwritten. `put` and `fill` donate the pages they are given."""
+    """Pages out of a pool, into it, and (debug mode) overwritten. `scatter` and `fill` donate the pages they are given."""
 
-    take: Callable[[KVPages, Any], PageContent]
-    put: Callable[[KVPages, Any, PageContent], KVPages]
+    gather: Callable[[KVPages, Any], PageContent]
+    scatter: Callable[[KVPages, Any, PageContent], KVPages]
     fill: Callable[[KVPages, Any, Any], KVPages]
 
 
@@ -92,7 +92,7 @@ def page_moves(config: ModelConfig, mesh: Mesh) -> PageMoves:
     """The moves of pools of this config on a mesh."""
     out = pages_out(config, mesh)
     return PageMoves(
-        take=jax.jit(gather_pages, out_shardings=content_sharding(config, mesh)),
-        put=jax.jit(scatter_pages, out_shardings=out, donate_argnums=0),
+        gather=jax.jit(gather_pages, out_shardings=content_sharding(config, mesh)),
+        scatter=jax.jit(scatter_pages, out_shardings=out, donate_argnums=0),
         fill=jax.jit(fill_pages, out_shardings=out, donate_argnums=0),
     )

@@ -25,7 +25,7 @@ from pshare_jax.errors import PshareError
 from pshare_jax.server.dashboard.page import add_live_page
 from pshare_jax.server.dashboard.stats import Live
 from pshare_jax.server.metrics import Metrics
-from pshare_jax.server.middleware import HUNG_UP, Around
+from pshare_jax.server.middleware import HUNG_UP, Middleware
 from pshare_jax.server.openai.bodies import maybe_threaded, read_body
 from pshare_jax.server.openai.responses import Answer
 from pshare_jax.server.openai.schema import (
@@ -112,7 +112,7 @@ def make_app(served: Served) -> FastAPI:
     add_live_page(app, Live(served.engine, served.tasks, served.base))
     if served.task_table is not None:
         add_task_routes(app, served.task_table, served.max_body_bytes)
-    app.add_middleware(Around, api_key=served.api_key)
+    app.add_middleware(Middleware, api_key=served.api_key)
     _add_error_objects(app)
     return app
 
@@ -138,8 +138,8 @@ async def _answer(served: Served, http: Request, kind: type[ChatBody] | type[Com
         _raise_if_failed(event, events)
         if body.stream:
             streams = True
-            lines = _stream(answer, index, event, events, watcher, http.state.told)
-            return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            lines = _stream(answer, index, event, events, watcher, http.state.log_fields)
+            return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-EngineHooks": "no-cache"})
         answer.add(index, event)
         while not events.ended:
             index, event = await events.get()
@@ -148,7 +148,7 @@ async def _answer(served: Served, http: Request, kind: type[ChatBody] | type[Com
         return await maybe_threaded(answer.size, lambda: JSONResponse(answer.whole()))
     finally:
         if not streams:
-            _end(answer, events, watcher, http.state.told)
+            _end(answer, events, watcher, http.state.log_fields)
 
 
 def _submit(served: Served, requests: Sequence[Choice], events: "_Events") -> None:

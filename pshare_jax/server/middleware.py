@@ -24,21 +24,21 @@ HUNG_UP = 499
 """What the log says of a client that did not wait for its answer (nginx's number)."""
 
 
-class Around:
+class Middleware:
     """ASGI middleware. Every answer carries x-request-id, the client's own if it sent a plain one."""
 
     def __init__(self, app: ASGIApp, api_key: str | None):
         self._app, self._api_key = app, api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the call on. Handlers may add to `scope["state"]["told"]` what the log line shall say."""
+        """Passes the call on. Handlers may add to `scope["state"]["log_fields"]` what the log line shall say."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
         sent = headers.get(b"x-request-id", b"")
         request_id = sent if re.fullmatch(rb"[!-~]{1,128}", sent) else uuid.uuid4().hex.encode()
-        told: dict[str, Any] = {}
-        scope.setdefault("state", {})["told"] = told
+        log_fields: dict[str, Any] = {}
+        scope.setdefault("state", {})["log_fields"] = log_fields
         began, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:
@@ -63,7 +63,7 @@ class Around:
                 error = ApiError(500, FAILED, kind="server_error").error
                 await JSONResponse(error_body(error), 500)(scope, receive, send_with_id)
         finally:
-            _log(scope, request_id.decode(), status, time.monotonic() - began, told)
+            _log(scope, request_id.decode(), status, time.monotonic() - began, log_fields)
 
     def _allowed(self, path: str, headers: dict[bytes, bytes]) -> bool:
         if self._api_key is None or path in OPEN_PATHS:
@@ -90,7 +90,7 @@ def _no_key() -> JSONResponse:
     return JSONResponse(error_body(error.error), 401, {"WWW-Authenticate": "Bearer"})
 
 
-def _log(scope: Scope, request_id: str, status: int, seconds: float, told: dict[str, Any]) -> None:
+def _log(scope: Scope, request_id: str, status: int, seconds: float, log_fields: dict[str, Any]) -> None:
     # What is polled would drown the rest.
     if scope["method"] == "GET" and status == 200:
         return
@@ -101,6 +101,6 @@ def _log(scope: Scope, request_id: str, status: int, seconds: float, told: dict[
         "path": scope["path"],
         "status": status,
         "seconds": round(seconds, 4),
-        **told,
+        **log_fields,
     }
     request_log.info(json.dumps(line, ensure_ascii=False))

@@ -128,13 +128,13 @@ def warm_up(served: Served, programs: list[Variant], full: bool, say: Say) -> Ba
     compile_all(now)
     # Known to be compiled only now: while no request is there, workers run such steps once.
     engine = served.engine
-    ready = [worker.ready for worker in engine.workers]
+    ready = [worker.compiled for worker in engine.workers]
     for shapes in ready:
         shapes.limit(one.shape for one in now if one.shape is not None)
     # Its half is built on first use, which must not stall the streams of others.
     served.tokenizer.encode("", allow_special=False)
     first_answers(served)
-    while full and not engine.primed and engine.healthy:
+    while full and not engine.warm and engine.healthy:
         time.sleep(POLL_SECONDS)
     return BackgroundCompiler([one for one in programs if one not in now], ready, say, engine.wake)
 

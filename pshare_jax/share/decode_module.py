@@ -25,7 +25,7 @@ from pshare_jax.weights.fingerprint import model_fingerprint
 from pshare_jax.weights.load import read_parameters, settle_tying
 from pshare_jax.weights.safetensors import SafetensorsFolder
 
-CARD = "decode_module.json"
+MANIFEST = "decode_module.json"
 Kind = Literal["full", "lora"]
 Prefill = Literal["base", "own"]
 
@@ -50,7 +50,7 @@ class DecodeModule:
 
 
 @dataclass(frozen=True)
-class Card:
+class Manifest:
     """decode_module.json. `prefill` is whose KV the module was trained on; `training` is free text for people."""
 
     kind: Kind
@@ -73,14 +73,14 @@ def save_module(
     """Write a decode module of `base` into `folder` (made if missing): weights, and decode_module.json last."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # An older card must not vouch for weights that are half written.
-    (folder / CARD).unlink(missing_ok=True)
+    # An older manifest must not vouch for weights that are half written.
+    (folder / MANIFEST).unlink(missing_ok=True)
     lora = module.architecture.lora
     if lora is None:
         save_folder(folder, replace(base, architecture=module.architecture, params=module.params, mesh=module.mesh))
     else:
         write_adapter(folder, lora, module.params, base.config)
-    card = Card(
+    manifest = Manifest(
         "full" if lora is None else "lora",
         base.fingerprint,
         base.tokenizer.fingerprint,
@@ -88,32 +88,32 @@ def save_module(
         prefill,
         training or {},
     )
-    (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
 
 
-def read_card(folder: Path) -> Card:
+def read_manifest(folder: Path) -> Manifest:
     """Read and check decode_module.json; its absence is told as what it means for serving."""
     if not folder.is_dir():
         raise PshareError(f"there is no decode module folder {folder}.")
-    path = folder / CARD
+    path = folder / MANIFEST
     if not path.is_file():
         raise PshareError(
-            f"{folder} has no {CARD}: an ordinary fine-tune prefills with its own weights and would answer wrongly on "
+            f"{folder} has no {MANIFEST}: an ordinary fine-tune prefills with its own weights and would answer wrongly on "
             "the base's KV, so only modules trained for it can be served."
         )
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise PshareError(f"{path} is not a readable decode module card: {error}.") from error
+        raise PshareError(f"{path} is not a readable decode module manifest: {error}.") from error
     if not isinstance(content, dict):
-        raise PshareError(f"{path} is not a readable decode module card: it must hold a JSON object.")
-    faults = _card_faults(content)
+        raise PshareError(f"{path} is not a readable decode module manifest: it must hold a JSON object.")
+    faults = _manifest_faults(content)
     if faults:
-        raise PshareError(f"{path} is not a decode module card of version 1: {'; '.join(faults)}.")
-    return Card(**content)
+        raise PshareError(f"{path} is not a decode module manifest of version 1: {'; '.join(faults)}.")
+    return Manifest(**content)
 
 
-def _card_faults(content: Mapping[str, Any]) -> list[str]:
+def _manifest_faults(content: Mapping[str, Any]) -> list[str]:
     texts = ("base_fingerprint", "tokenizer", "chat_template")
     choices = {"kind": get_args(Kind), "prefill": get_args(Prefill), "version": (1,)}
     faults = [f"{name} is missing" for name in ("kind", *texts) if name not in content]
@@ -136,27 +136,27 @@ def load_module(folder: str | Path, base: Model, *, prefill: Prefill = "base") -
     architecture will do, and so will a module that was trained on the base's KV.
     """
     folder = Path(folder)
-    if prefill == "own" and folder.is_dir() and not (folder / CARD).exists():
+    if prefill == "own" and folder.is_dir() and not (folder / MANIFEST).exists():
         return _load_full(folder, base)
-    card = read_card(folder)
-    _check_card(card, folder, base, prefill)
-    if card.kind == "lora":
+    manifest = read_manifest(folder)
+    _check_manifest(manifest, folder, base, prefill)
+    if manifest.kind == "lora":
         lora, params = read_adapter(folder, base)
         return DecodeModule(base.architecture.with_lora(lora), {**base.params, **params}, base.mesh)
     return _load_full(folder, base)
 
 
-def _check_card(card: Card, folder: Path, base: Model, prefill: Prefill) -> None:
+def _check_manifest(manifest: Manifest, folder: Path, base: Model, prefill: Prefill) -> None:
     expected = {
         "base_fingerprint": (base.fingerprint, "another base"),
         "tokenizer": (base.tokenizer.fingerprint, "a base with another tokenizer"),
         "chat_template": (base.tokenizer.template_fingerprint, "another chat template"),
     }
     for name, (ours, what) in expected.items():
-        theirs = getattr(card, name)
+        theirs = getattr(manifest, name)
         if theirs != ours:
             raise PshareError(f"{folder} was made for {what} ({name} {theirs[:12]}, this base has {ours[:12]}).")
-    if card.prefill == "own" and prefill == "base":
+    if manifest.prefill == "own" and prefill == "base":
         raise PshareError(
             f"{folder} was trained with prefill 'own', but here the KV comes from the base: it would answer wrongly."
         )

@@ -1,7 +1,7 @@
 """Factorise a model (PrefillShare, arXiv 2602.12029): a frozen prefill module makes the context's KV, from which others decode.
 
 `factorize` gives a `SharedModel` for notebooks, tests and offline use; the server composes the same two halves, one
-`PrefillModule` for each prefill worker and one `DecodeModules` for each decode worker.
+`PrefillModule` for each prefill worker and one `TaskModules` for each decode worker.
 """
 
 from dataclasses import replace
@@ -64,7 +64,7 @@ class PrefillModule:
         return DenseKV(layers, length)
 
 
-class DecodeModules:
+class TaskModules:
     """All tasks of one decode mesh. The base's weights are there once, whatever the number of tasks that use them.
 
     `prefill` is whose KV the tasks decode from: the base's, or (the isolated baseline) each task's own.
@@ -136,8 +136,8 @@ class DecodeModules:
 class SharedModel:
     """A factorised model: one prefill module and its tasks' decode modules, on one mesh or on two."""
 
-    def __init__(self, prefill: PrefillModule, decode: DecodeModules):
-        self.prefill_module, self.decode_modules = prefill, decode
+    def __init__(self, prefill: PrefillModule, decode: TaskModules):
+        self.prefill_module, self.task_modules = prefill, decode
 
     @property
     def model(self) -> Model:
@@ -152,11 +152,11 @@ class SharedModel:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Task names in the order in which they were added."""
-        return self.decode_modules.tasks
+        return self.task_modules.tasks
 
     def add_task(self, name: str, source: str | Path | DecodeModule) -> None:
         """Add a task: "base", a decode module's folder, or a `DecodeModule`."""
-        self.decode_modules.add_task(name, source)
+        self.task_modules.add_task(name, source)
 
     def prefill(self, tokens: Any, kv: DenseKV | None = None) -> DenseKV:
         """The base's KV of int tokens `[B, T]`, after those in `kv` if given, on the prefill mesh."""
@@ -164,13 +164,13 @@ class SharedModel:
 
     def transfer(self, kv: DenseKV) -> DenseKV:
         """KV on the decode mesh, moved by one `jax.device_put`; a copy where both meshes are the same devices."""
-        return self.decode_modules.place(kv)
+        return self.task_modules.place(kv)
 
     def decode(
         self, task: str, tokens: Any, kv: DenseKV, *, donate: bool = False
     ) -> tuple[Float[Array, "B T V"], DenseKV]:
         """The task's logits `[B, T, V]` for int tokens `[B, T]` after `kv` (on the decode mesh), and the longer KV."""
-        return self.decode_modules.decode(task, tokens, kv, donate=donate)
+        return self.task_modules.decode(task, tokens, kv, donate=donate)
 
 
 def factorize(model: Model, *, prefill_mesh: Mesh | None = None, decode_mesh: Mesh | None = None) -> SharedModel:
@@ -178,7 +178,7 @@ def factorize(model: Model, *, prefill_mesh: Mesh | None = None, decode_mesh: Me
 
     Meshes default to the one that the model lies on; on another mesh it gets one copy, however many tasks there are.
     """
-    return SharedModel(PrefillModule(model, prefill_mesh), DecodeModules(model, decode_mesh))
+    return SharedModel(PrefillModule(model, prefill_mesh), TaskModules(model, decode_mesh))
 
 
 def check_fits(tokens: np.ndarray, kv: DenseKV, config: ModelConfig) -> None:

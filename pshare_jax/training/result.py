@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from pshare_jax.errors import PshareError
 from pshare_jax.model.architecture import is_lora
 from pshare_jax.model.sharding import parameter_sharding
-from pshare_jax.share.decode_module import CARD, Card, DecodeModule, Prefill, read_card, save_module
+from pshare_jax.share.decode_module import MANIFEST, DecodeModule, Manifest, Prefill, read_manifest, save_module
 from pshare_jax.share.model import Model
 from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.data.bfcl import BFCL
@@ -38,7 +38,7 @@ def save_result(
     Raises:
         PshareError: the folder holds something else.
     """
-    if folder.exists() and not (folder / CARD).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise PshareError(f"{folder} holds something that is no decode module; give another output.")
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -77,14 +77,14 @@ def training_info(
 
 def add_accuracy(folder: Path, task: str, accuracy: float, reader: Reader) -> None:
     """Tells a task's accuracy in a module's card: of the `module` on base KV, of it run `alone`, or of the `base`."""
-    card = read_card(folder)
+    card = read_manifest(folder)
     evaluation = dict(card.training.get("evaluation", {}))
     if reader == "alone":
         evaluation[RUN_ALONE] = {**evaluation.get(RUN_ALONE, {}), task: accuracy}
     else:
         evaluation[f"accuracy{' of the base' if reader == 'base' else ''}, `{task}`"] = accuracy
     changed = replace(card, training={**card.training, "evaluation": evaluation})
-    (folder / CARD).write_text(json.dumps(asdict(changed), indent=2) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(asdict(changed), indent=2) + "\n")
     write_model_card(folder)
 
 
@@ -114,7 +114,7 @@ def _added(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.A
 
 def write_model_card(folder: Path) -> None:
     """Writes README.md from decode_module.json."""
-    card = read_card(folder)
+    card = read_manifest(folder)
     training = card.training
     evaluation = dict(training.get("evaluation", {}))
     alone = evaluation.pop(RUN_ALONE, None)
@@ -122,7 +122,7 @@ def write_model_card(folder: Path) -> None:
     kind = "LoRA adapter in PEFT's format" if card.kind == "lora" else "full weights as a Hugging Face checkpoint"
     lines += [
         f"- Base: `{training['base']}`, fingerprint `{card.base_fingerprint[:16]}`",
-        f"- Files: {kind}, and `{CARD}`, by which pshare_jax knows base, tokenizer and chat template",
+        f"- Files: {kind}, and `{MANIFEST}`, by which pshare_jax knows base, tokenizer and chat template",
         f"- Training: method `{training['method']}`, {training['applied_steps']} steps, {training['trained_tokens']} "
         f"target tokens, learning rate {training['learning_rate']:g}",
         f"- Trained: {_told_module(training['module'])}",
@@ -146,7 +146,7 @@ def write_model_card(folder: Path) -> None:
     (folder / CARD_TEXT).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _purpose(card: Card, training: Mapping[str, Any], alone: Mapping[str, Any] | None) -> list[str]:
+def _purpose(card: Manifest, training: Mapping[str, Any], alone: Mapping[str, Any] | None) -> list[str]:
     base = training["base"]
     if card.prefill == "own":
         return [

@@ -178,8 +178,8 @@ def test_a_failed_transfer_fails_only_its_request(when, caplog, monkeypatch):
     elif when == "arrived":
         fakes.hold(FAIL, polls=3, error=RuntimeError("lost on the way"))
     else:
-        take = fakes.prefill_stores[0].take
-        fakes.prefill_stores[0].take = lambda ids: take(ids if 1 not in ids else [])
+        take = fakes.prefill_stores[0].gather
+        fakes.prefill_stores[0].gather = lambda ids: take(ids if 1 not in ids else [])
         monkeypatch.setattr(fakes.prefill_stores[0], "_check_ids", lambda ids: ids[0])
     client.ask("fails", [FAIL] * 30)
     for number in range(3):
@@ -230,16 +230,16 @@ def test_a_step_whose_first_run_fails_is_not_used():
     fakes = make_engine({"t": [*b"xy", EOS]}, chunk=64)
     client = Client(fakes)
     (worker,), (decoder,) = fakes.engine.prefill_workers, fakes.engine.decode_workers
-    worker.ready.limit([(1, 16), (1, 64)])
-    decoder.ready.limit([(1,), scoring.SHAPE])
+    worker.compiled.limit([(1, 16), (1, 64)])
+    decoder.compiled.limit([(1,), scoring.SHAPE])
 
     def no_memory():
         raise MemoryError
 
     fakes.prefill[0].before = fakes.decode["t"].before = no_memory
-    assert (worker.prime(), decoder.prime()) == (True, True)
-    assert ((1, 16) in worker.ready, (1, 64) in worker.ready) == (False, True)
-    assert ((1,) in decoder.ready, scoring.SHAPE in decoder.ready) == (True, True)
+    assert (worker.warm_up(), decoder.warm_up()) == (True, True)
+    assert ((1, 16) in worker.compiled, (1, 64) in worker.compiled) == (False, True)
+    assert ((1,) in decoder.compiled, scoring.SHAPE in decoder.compiled) == (True, True)
     fakes.prefill[0].before = fakes.decode["t"].before = lambda: None
     name = client.ask(prompt=[1] * 9)
     fakes.run()

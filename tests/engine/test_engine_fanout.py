@@ -38,7 +38,7 @@ def test_equal_prompts_are_prefilled_and_copied_once(colocated, apart):
     assert fakes.prefill[0].num_tokens == sum(len(PROMPT) - 1 - client.cached(name) for name in "tuvw")
     if not colocated:
         assert fakes.engine.transfers[0].stats.num_pages == FULL // PAGE + 4
-    assert fakes.engine.scheduler.num_restarts == 0
+    assert fakes.engine.admission.num_restarts == 0
 
 
 def test_a_prompt_of_full_pages_leaves_nothing_to_the_others():
@@ -116,7 +116,7 @@ def test_the_prefilling_owner_is_aborted_and_the_others_start_anew(colocated, st
     check_answers(client, "uvw")
     if steps < 4:
         # What was written and published is not computed again; one of the three does the rest.
-        assert fakes.engine.scheduler.num_restarts == 3
+        assert fakes.engine.admission.num_restarts == 3
     assert fakes.prefill[0].num_tokens == FULL + (3 if steps < 5 else 4) * TAIL
     # Hits are counted once, as they were when the request was first admitted.
     assert [client.cached(name) for name in "uvw"] == [FULL] * 3
@@ -131,15 +131,15 @@ def test_a_copy_that_others_wait_for_outlives_its_request():
     fakes.step_until(lambda: all(client.state(name) is State.TRANSFERRING for name in "tuvw"))
     fakes.engine.abort("t")
     fakes.step(3)
-    scheduler = fakes.engine.scheduler
-    assert (scheduler.num_inherited_copies, scheduler.num_restarts) == (1, 0)
+    admission = fakes.engine.admission
+    assert (admission.num_inherited_copies, admission.num_restarts) == (1, 0)
     assert not any(client.events[name] for name in "uvw")
-    fakes.engine.scheduler.check()
+    fakes.engine.admission.check()
     gate.open = True
     fakes.run()
     check_answers(client, "uvw")
     assert fakes.prefill[0].num_tokens == len(PROMPT) - 1 + 3 * TAIL
-    assert scheduler.num_restarts == 0
+    assert admission.num_restarts == 0
 
 
 def test_several_copies_outlive_their_request_in_order():
@@ -154,8 +154,8 @@ def test_several_copies_outlive_their_request_in_order():
     fakes.engine.abort("t")
     second.open = True
     fakes.step(5)
-    assert fakes.engine.scheduler.num_inherited_copies == 2
-    assert fakes.engine.scheduler.num_restarts == 0
+    assert fakes.engine.admission.num_inherited_copies == 2
+    assert fakes.engine.admission.num_restarts == 0
     first.open = True
     fakes.run()
     check_answers(client, "uvw")
@@ -169,7 +169,7 @@ def test_a_copy_that_nobody_waits_for_any_more_is_dropped():
     fakes.step(10)
     fakes.engine.abort("t")
     fakes.step(2)
-    assert fakes.engine.scheduler.num_inherited_copies >= 1
+    assert fakes.engine.admission.num_inherited_copies >= 1
     fakes.engine.abort("u")
     # It still may come, but it is needed by nobody and need not.
     fakes.step(3)
@@ -209,6 +209,6 @@ def test_a_chain_of_waiters():
     fakes.engine.abort("t")
     fakes.run()
     check_answers(client, "uv", longer)
-    assert fakes.engine.scheduler.num_restarts == 2
+    assert fakes.engine.admission.num_restarts == 2
     tail = (len(longer) - 1) % PAGE
     assert fakes.prefill[0].num_tokens == len(longer) - 1 + tail

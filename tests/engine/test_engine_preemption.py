@@ -60,14 +60,14 @@ def test_the_oldest_is_never_preempted_and_the_youngest_first():
     client = Client(fakes)
     names = [client.ask(prompt=[number] * 13, max_tokens=40) for number in range(4)]
     order = []
-    scheduler = fakes.engine.scheduler
-    preempted = scheduler.preempted
+    admission = fakes.engine.admission
+    preempted = admission.preempted
 
     def note(sequence):
-        order.append((names.index(sequence.request.id), [names.index(o.request.id) for o in scheduler.decoding[0]]))
+        order.append((names.index(sequence.request.id), [names.index(o.request.id) for o in admission.decoding[0]]))
         preempted(sequence)
 
-    scheduler.preempted = note
+    admission.preempted = note
     fakes.run()
     assert len(order) >= 3
     for victim, decoding in order:

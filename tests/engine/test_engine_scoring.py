@@ -119,7 +119,7 @@ def test_scoring_takes_turns_with_answers():
 
 def test_scoring_waits_for_its_program():
     fakes, client = engine_of()
-    ready = fakes.engine.decode_workers[0].ready
+    ready = fakes.engine.decode_workers[0].compiled
     ready.limit([(rows,) for rows in (1, 2, 4)])
     scored = client.ask(prompt=PROMPT[:9], max_tokens=1, logprobs=0, scores_prompt=True)
     other = client.ask(prompt=PROMPT[:9], max_tokens=3)
@@ -132,7 +132,7 @@ def test_scoring_waits_for_its_program():
 
 def test_scoring_that_will_never_be_compiled_is_an_error_at_once():
     fakes, client = engine_of()
-    ready = fakes.engine.decode_workers[0].ready
+    ready = fakes.engine.decode_workers[0].compiled
     ready.limit([(rows,) for rows in (1, 2, 4)])
     ready.settle()
     names = [client.ask(prompt=PROMPT[:9], logprobs=0, scores_prompt=True), client.ask(prompt=PROMPT, response_start=4)]

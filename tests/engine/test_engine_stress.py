@@ -119,8 +119,8 @@ def check_traffic(place, mood, seeds, num_requests):
         seen.update(traffic.check())
         engine = fakes.engine
         preempted = sum(worker.num_preempted for worker in engine.decode_workers)
-        seen.update(preempted=preempted, restarts=engine.scheduler.num_restarts)
-        seen.update(inherited=engine.scheduler.num_inherited_copies)
+        seen.update(preempted=preempted, restarts=engine.admission.num_restarts)
+        seen.update(inherited=engine.admission.num_inherited_copies)
         for worker in (*engine.prefill_workers, *engine.decode_workers):
             seen.update(evicted=worker.pool.allocator.num_evicted, cached=worker.pool.cache_stats.cached_tokens)
         if mood == "calm":

@@ -8,8 +8,7 @@ import pytest
 from fake_engine import Client, make_engine
 from serving_fakes import EOS, Echo
 
-from pshare_jax.engine import transfer
-from pshare_jax.engine import worker_thread as owners
+from pshare_jax.engine import transfer, worker_thread
 from pshare_jax.engine.engine import EngineDown
 from pshare_jax.engine.request import FAILED, TIMED_OUT, State
 from pshare_jax.engine.router import Route
@@ -255,7 +254,7 @@ def test_who_waits_for_a_dead_prefill_thread_fails_at_once(monkeypatch):
 
 
 def test_a_thread_that_stands_still_is_unhealthy_until_it_goes_on(monkeypatch):
-    monkeypatch.setattr(owners, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(worker_thread, "STALL_SECONDS", 0.3)
     fakes = make_engine({"t": [*b"xyz", EOS]})
     stop = fakes.decode["t"].before = Stop()
     with started(fakes) as client:

@@ -112,6 +112,6 @@ def test_a_copy_is_written_only_when_it_has_come():
     fakes = make_engine({"t": Echo("t")})
     store = fakes.decode_stores[0]
     fakes.hold(20)
-    content = store.place(Content(np.full((1, 4, 3), 20)))
-    store.put([1], content)
+    content = store.device_put(Content(np.full((1, 4, 3), 20)))
+    store.scatter([1], content)
     assert "before they had come" in fakes.faults[0]

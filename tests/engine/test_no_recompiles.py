@@ -143,7 +143,7 @@ def test_an_engine_serves_with_the_small_programs_while_the_rest_is_compiled(sou
     programs = all_variants(sides)
     workers = engine.workers
     for worker in workers:
-        worker.ready.limit(one.shape for one in programs if one.small and one.shape is not None)
+        worker.compiled.limit(one.shape for one in programs if one.small and one.shape is not None)
     shapes: list[tuple[int, ...]] = []
     for pool in pools_of(engine):
         pool.run = noted(pool.run, shapes)
@@ -154,33 +154,33 @@ def test_an_engine_serves_with_the_small_programs_while_the_rest_is_compiled(sou
     # No compiling here: each is told to be there, as the compiling thread would.
     told: list[str] = []
     rest = [dataclasses.replace(one, lower=Nothing) for one in programs if not one.small]
-    compiler = BackgroundCompiler(rest, [worker.ready for worker in workers], told.append, engine.wake)
+    compiler = BackgroundCompiler(rest, [worker.compiled for worker in workers], told.append, engine.wake)
     compiler._thread.join()
     assert len(told) == 1
     for shape in [*prefill_shapes(128), *[(rows,) for rows in row_buckets(4)]]:
-        assert all(shape in worker.ready for worker in workers)
+        assert all(shape in worker.compiled for worker in workers)
 
 
 def test_what_is_compiled_has_its_first_run_once_and_hurts_nobody(sources):
     world = world_on(sources, SPLIT, chunk=128)
     engine, sides = parts(world)
     workers = engine.workers
-    assert engine.primed
-    assert not any(worker.prime() for worker in workers)
+    assert engine.warm
+    assert not any(worker.warm_up() for worker in workers)
     draw = np.random.default_rng(11)
     requests = [world.clear(draw, "chat", length) for length in (3, 40, 130)]
     world.check(*requests, engine=engine)
     shapes = [one.shape for one in all_variants(sides) if one.shape is not None]
     for worker in workers:
-        worker.ready.limit(shapes)
+        worker.compiled.limit(shapes)
     ran: list[tuple[int, ...]] = []
     for worker in workers:
         worker._ran.clear()
         worker.pool.run = noted(worker.pool.run, ran)
-    assert not engine.primed
-    while any(worker.prime() for worker in workers):
+    assert not engine.warm
+    while any(worker.warm_up() for worker in workers):
         pass
-    assert engine.primed
+    assert engine.warm
     assert set(ran) == {*prefill_shapes(128), *((rows, 1) for rows in row_buckets(4)), (1, SCORE_TOKENS)}
     assert len(ran) == sum(one.name.startswith(("prefill", "decode", "score")) for one in all_variants(sides))
     # The same prompts hit what is cached, which the first runs have left alone.

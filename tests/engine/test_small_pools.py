@@ -109,7 +109,7 @@ def test_preempted_answers_are_not_recomputed(sources, draw, monkeypatch):
     # What the base is fed are prompt tokens: both contexts once, and at most the full pages again for each resume.
     assert set(fed) <= {token for one in requests for token in one.prompt[:-1]}
     assert 66 <= len(fed) <= 66 + 32 * preemptions
-    stats = world.engine.scheduler.prefill_pools[0].cache_stats
+    stats = world.engine.admission.prefill_pools[0].cache_stats
     assert (stats.num_requests, stats.prompt_tokens, stats.cached_tokens) == (2, 68, 0)
     assert_restored(world.engine)
 
@@ -146,7 +146,7 @@ def test_what_goes_to_the_host_comes_back(request, draw, which, monkeypatch):
         decode_restore(sequence)
         assert sequence.saved is None
         private = held.pages[len(sequence.keys) : -(-(sequence.num_tokens - 1) // 4)]
-        again = np.asarray(held.pool.store.take(private))[:, :, :, : len(private)]
+        again = np.asarray(held.pool.store.gather(private))[:, :, :, : len(private)]
         assert np.array_equal(again, saved.parts[0][:, :, :, : len(private)], equal_nan=True)
         moved["restored"].append((sequence.request.id, sequence.num_tokens, saved.parts))
 

@@ -137,7 +137,7 @@ class Storm:
                 asked.answer = Answer(self.engine, asked.request)
                 live.append(asked)
             random_turn(self.engine, self.draw)
-            self.engine.scheduler.check()
+            self.engine.admission.check()
             self._abort(live)
             self._break()
             live = [one for one in live if not one.answer.ended]
@@ -334,7 +334,7 @@ def threaded_storm(world: Engines, seed: int, count: int, limit: float, **pools:
                 to_abort.put((asked.request.id, float(draw.random()) * 0.02))
         _wait(engine, lambda: engine.idle, deadline)
         with engine.lock:
-            engine.scheduler.check()
+            engine.admission.check()
     finally:
         to_abort.put(None)
         aborter.join()

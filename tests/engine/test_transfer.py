@@ -12,18 +12,18 @@ ECHO = Echo("t")
 def noted_moves(fakes):
     """How many pages each copy into the decode pool has."""
     store, moves = fakes.decode_stores[0], []
-    put = store.put
+    scatter = store.scatter
 
     def note(ids, content):
         moves.append(len(ids))
-        put(ids, content)
+        scatter(ids, content)
 
-    store.put = note
+    store.scatter = note
     return moves
 
 
 def copies(fakes):
-    return fakes.engine.scheduler.copies[0]
+    return fakes.engine.admission.copies[0]
 
 
 def test_a_context_moves_in_parts_of_the_largest_bucket():

@@ -58,7 +58,7 @@ def draw() -> np.random.Generator:
 
 def held_back(engine: Engine) -> FaultyStore:
     """The decode pool's store, into which copies do not come until a test lets them."""
-    store = store_of(engine.scheduler.decode_pools[0])
+    store = store_of(engine.admission.decode_pools[0])
     store.polls = lambda: NEVER
     return store
 
@@ -118,7 +118,7 @@ def test_a_copy_that_fails_ends_its_request_alone(world, draw, when):
     waiting = world.request("lora", failing.prompt)
     stream = Answer(engine, running)
     step_until(engine, lambda: len(stream.ids) > 1)
-    store = store_of(engine.scheduler.decode_pools[0])
+    store = store_of(engine.admission.decode_pools[0])
     if when == "sent":
         store.place_fault = RuntimeError("no memory")
     else:
@@ -165,7 +165,7 @@ def test_an_inherited_copy_that_never_comes_is_given_up(world, draw):
     engine.step()
     engine.abort(first.id)
     engine.step()
-    assert engine.scheduler.num_inherited_copies == 1
+    assert engine.admission.num_inherited_copies == 1
     assert gone.ended
     store.polls = lambda: 0
     engine.settings = dataclasses.replace(engine.settings, stall_seconds=0.2)
@@ -187,7 +187,7 @@ def test_a_failed_prefill_step_ends_its_requests_and_frees_their_decode_pages(wo
     answers = [Answer(engine, one) for one in (failing, queued)]
     engine.prefill_workers[0].step()
     assert [one.sequence.state for one in answers] == [State.PREFILLING, State.WAITING]
-    store_of(engine.scheduler.prefill_pools[0]).fault = RuntimeError("no memory")
+    store_of(engine.admission.prefill_pools[0]).fault = RuntimeError("no memory")
     engine.prefill_workers[0].step()
     assert answers[0].error == FAILED
     held = answers[0].sequence.decode_pages
@@ -303,15 +303,15 @@ def test_pages_that_come_back_wake_every_worker(world, draw, what):
         engine.abort(request.id)
     returned = 0
     for worker in (engine.prefill_workers[0], *[engine.decode_workers[0]] * 3):
-        for owner in engine._owners:
-            owner.wake.clear()
+        for thread in engine._threads:
+            thread.wake.clear()
         before = [pool.allocator.num_used for pool in pools_of(engine)]
         worker.step()
         fewer = any(pool.allocator.num_used < used for pool, used in zip(pools_of(engine), before, strict=True))
         returned += fewer
-        assert not fewer or all(owner.wake.is_set() for owner in engine._owners)
+        assert not fewer or all(thread.wake.is_set() for thread in engine._threads)
     assert returned
-    assert engine.scheduler.prefill_pools[0].allocator.num_used == 0
+    assert engine.admission.prefill_pools[0].allocator.num_used == 0
     engine.abort(request.id)
     assert_restored(engine)
 
@@ -333,26 +333,26 @@ def test_every_pair_of_degrees_moves_the_same_arrays(draw, kv_heads):
         shape = source.content_spec(6).shape
         before = [part.sharding for part in jax.tree.leaves(source.pages)]
         content = draw.normal(size=shape).astype(np.float32)
-        source.put(range(1, 7), source.place(content))
+        source.scatter(range(1, 7), source.device_put(content))
         assert [part.sharding for part in jax.tree.leaves(source.pages)] == before
-        sent.append((content[:, :, :, [4, 0, 6 - 1]], source.take([5, 1, 6])))
+        sent.append((content[:, :, :, [4, 0, 6 - 1]], source.gather([5, 1, 6])))
     for tp in targets:
         target = store_on(config, range(4, 4 + tp))
         for content, taken in sent:
-            placed_content = target.place(taken)
+            placed_content = target.device_put(taken)
             assert placed_content.sharding == content_sharding(config, target.mesh)
-            target.put(given, placed_content)
+            target.scatter(given, placed_content)
             for part in jax.tree.leaves(target.pages):
                 assert part.sharding == pages_sharding(config, target.mesh)
                 parts = tp if kv_heads % tp == 0 else 1
                 assert all(shard.data.nbytes * parts == part.nbytes for shard in part.addressable_shards)
-            assert np.array_equal(np.asarray(target.take(given))[:, :, :, :3], content)
+            assert np.array_equal(np.asarray(target.gather(given))[:, :, :, :3], content)
 
 
 def published(pool: Pool) -> dict[bytes, np.ndarray]:
     """Digest -> content of every page that the pool's prefix cache offers."""
     entries = pool.cache._entries
-    return {digest: np.asarray(pool.store.take([entry.page]))[:, :, :, 0] for digest, entry in entries.items()}
+    return {digest: np.asarray(pool.store.gather([entry.page]))[:, :, :, 0] for digest, entry in entries.items()}
 
 
 def oracle_pages(world: Engines, request: Request) -> np.ndarray:

@@ -15,7 +15,7 @@ from pshare_jax.evaluation import tasks as eval_tasks
 from pshare_jax.evaluation.evaluate import evaluate, load_any_module, main, wilson
 from pshare_jax.evaluation.tasks import Item, open_task
 from pshare_jax.evaluation.verifiers import exact_match
-from pshare_jax.share.decode_module import CARD, DecodeModule, save_module
+from pshare_jax.share.decode_module import MANIFEST, DecodeModule, save_module
 from pshare_jax.training.data.bfcl import tool_messages
 from pshare_jax.training.data.config import DataConfig, SourceConfig
 from pshare_jax.training.data.prepare import prepare
@@ -188,7 +188,7 @@ def test_command_line(folder, module_folder, tmp_path, capsys):
     plain = tmp_path / "fine-tune"
     plain.mkdir()
     for file in module_folder.iterdir():
-        if file.name != CARD:
+        if file.name != MANIFEST:
             (plain / file.name).write_bytes(file.read_bytes())
     data = write_jsonl(
         tmp_path / "data.jsonl", [{"messages": chat("a", "b")}, {"messages": []}, {"messages": chat("c", "d")}]

@@ -40,7 +40,7 @@ class Made:
         return self.shared.model
 
     def module(self, task: str) -> ps.DecodeModule:
-        return self.shared.decode_modules.module(task)
+        return self.shared.task_modules.module(task)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -207,7 +207,7 @@ def finish(engine: Engine, answers: Sequence[Answer]) -> None:
 
 def assert_prefilled_once(engine: Engine, answers: Sequence[Answer]) -> None:
     """Tokens fed to the prefill call = those of all prompts but the last ones and the cached ones (design.md)."""
-    assert not engine.scheduler.num_restarts
+    assert not engine.admission.num_restarts
     assert not any(worker.num_preempted for worker in engine.decode_workers)
     prompts = sum(len(answer.sequence.request.prompt) - 1 - answer.cached_tokens for answer in answers)
     assert prefill_tokens(engine) == prompts

@@ -18,7 +18,7 @@ from serving_fakes import (
     Script,
 )
 
-from pshare_jax.engine.engine import DecodeSide, Engine, EngineSettings, PrefillSide
+from pshare_jax.engine.engine import DecodeSpec, Engine, EngineSettings, PrefillSpec
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.request import Event, Request, State
 from pshare_jax.engine.request import Sequence as Running
@@ -63,7 +63,7 @@ class Fakes:
         self.check()
 
     def check(self) -> None:
-        self.engine.scheduler.check()
+        self.engine.admission.check()
         assert self.faults == []
 
 
@@ -103,10 +103,10 @@ def make_engine(
     fields = {"key_of": lambda task: "base", "vocab_size": VOCAB, "max_len": max_len, "page_bytes": 10}
     engine = Engine(
         [
-            PrefillSide(weights, pool, on, None if prefill_tasks is None else prefill_tasks[i])
+            PrefillSpec(weights, pool, on, None if prefill_tasks is None else prefill_tasks[i])
             for i, (weights, pool, on) in enumerate(zip(prefill, pools, devices[0], strict=True))
         ],
-        [DecodeSide(dict(decode), pool, FakeSampler(), on) for pool, on in zip(decode_pools, devices[1], strict=True)],
+        [DecodeSpec(dict(decode), pool, FakeSampler(), on) for pool, on in zip(decode_pools, devices[1], strict=True)],
         ByteTokenizer().detokenizer,
         EngineSettings(**{**fields, "chunk_tokens": chunk, "max_rows": rows, **settings}),
     )

@@ -70,7 +70,7 @@ class Running:
             time.sleep(0.01)
         if live == 0:
             with self.engine.lock:
-                self.engine.scheduler.check()
+                self.engine.admission.check()
 
 
 def pieces(chunks):
@@ -118,7 +118,7 @@ def serving(
             yield running
             # A stop, if the test asked for one, ends the threads itself.
             stopped = server.should_exit or not engine.accepting
-            assert stopped or all(owner.alive for owner in engine._owners)
+            assert stopped or all(thread.alive for thread in engine._threads)
     finally:
         engine.stop()
         if table is not None:

@@ -17,7 +17,7 @@ from pshare_jax.engine.config import Placement
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.kv.pool import Pool
-from pshare_jax.engine.page_copy import Copy
+from pshare_jax.engine.page_transfer import PageTransfer
 from pshare_jax.engine.request import Sequence as Running
 
 NEVER = 10**9
@@ -79,11 +79,11 @@ class FaultyStore:
             raise raised
         return self.inner.run(step, params, tokens, rows)
 
-    def take(self, ids: Sequence[int]) -> Any:
-        return self.inner.take(ids)
+    def gather(self, ids: Sequence[int]) -> Any:
+        return self.inner.gather(ids)
 
-    def place(self, content: Any) -> Any:
-        placed = self.inner.place(content)
+    def device_put(self, content: Any) -> Any:
+        placed = self.inner.device_put(content)
         if isinstance(content, np.ndarray):
             return placed
         raised, self.place_fault = self.place_fault, None
@@ -92,8 +92,8 @@ class FaultyStore:
         self.late.append(Late(placed, self.polls()))
         return self.late[-1]
 
-    def put(self, ids: Sequence[int], content: Any) -> None:
-        self.inner.put(ids, content.content if isinstance(content, Late) else content)
+    def scatter(self, ids: Sequence[int], content: Any) -> None:
+        self.inner.scatter(ids, content.content if isinstance(content, Late) else content)
 
     def fill(self, ids: Sequence[int]) -> None:
         self.inner.fill(ids)
@@ -156,8 +156,8 @@ def decode_pages(answer: Answer) -> list[int]:
 
 def pools_of(engine: Engine) -> list[Pool]:
     """Every pool of the engine once."""
-    scheduler = engine.scheduler
-    return list({id(pool): pool for pool in (*scheduler.prefill_pools, *scheduler.decode_pools)}.values())
+    admission = engine.admission
+    return list({id(pool): pool for pool in (*admission.prefill_pools, *admission.decode_pools)}.values())
 
 
 def assert_restored(engine: Engine) -> None:
@@ -191,14 +191,14 @@ class Sent:
     """Notes every copy that an engine sends."""
 
     def __init__(self, engine: Engine):
-        self.copies: list[Copy] = []
+        self.copies: list[PageTransfer] = []
         self.num_delta = 0
         transfers: list[Any] = engine.transfers
         for transfer in transfers:
             transfer.send = self._noting(transfer.send)
 
-    def _noting(self, send: Callable[[Copy], None]) -> Callable[[Copy], None]:
-        def noting(copy: Copy) -> None:
+    def _noting(self, send: Callable[[PageTransfer], None]) -> Callable[[PageTransfer], None]:
+        def noting(copy: PageTransfer) -> None:
             self.copies.append(copy)
             self.num_delta += _is_delta(copy)
             send(copy)
@@ -206,7 +206,7 @@ class Sent:
         return noting
 
 
-def _is_delta(copy: Copy) -> bool:
+def _is_delta(copy: PageTransfer) -> bool:
     """Whether it is an admission's first copy, and leaves out pages that the decode pool had (not: awaits)."""
     found = copy.target.num_shared
     return copy.first == found > 0 and not copy.target.cache.waiting(copy.sequence)
@@ -238,7 +238,7 @@ class Counters:
             evictions=sum(pool.allocator.num_evicted for pool in pools),
             waits=sum(pool.cache_stats.num_waits for pool in pools),
             duplicates=sum(pool.cache_stats.num_duplicates for pool in pools),
-            restarts=engine.scheduler.num_restarts,
-            inherited=engine.scheduler.num_inherited_copies,
+            restarts=engine.admission.num_restarts,
+            inherited=engine.admission.num_inherited_copies,
             transfers=sum(transfer.stats.count for transfer in engine.transfers),
         )

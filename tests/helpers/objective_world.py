@@ -62,7 +62,7 @@ class World:
 
     def trainee(self, kind: str, method: Any = "prefillshare", **fields: Any) -> Trained:
         """In training, as it is on disk."""
-        module = self.shared.decode_modules.module(kind)
+        module = self.shared.task_modules.module(kind)
         whole = kind == "full"
         trainable = {path: x for path, x in module.params.items() if whole or is_lora(path)}
         frozen = {} if whole else self.base.params

@@ -92,12 +92,12 @@ class FakeStore:
         result, self.pages = step(params, tokens, rows, self.pages)
         return result
 
-    def take(self, ids: Sequence[int]) -> Content:
+    def gather(self, ids: Sequence[int]) -> Content:
         self._touch()
         self._check_ids(ids)
         return Content(self.pages[list(ids)])
 
-    def place(self, content: Any) -> Content:
+    def device_put(self, content: Any) -> Content:
         data = np.asarray(content)
         tokens = set(data[..., TOKEN].ravel().tolist())
         if tokens & self.refused:
@@ -105,7 +105,7 @@ class FakeStore:
         # What comes from host memory is written at once.
         return Content(data, self.gate_of(tokens) if isinstance(content, Content) else None)
 
-    def put(self, ids: Sequence[int], content: Content) -> None:
+    def scatter(self, ids: Sequence[int], content: Content) -> None:
         self._touch()
         self._check_ids(ids)
         if not content.there:

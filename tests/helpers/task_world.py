@@ -127,7 +127,7 @@ class Stepped:
     def ids(self, *sequences: Any) -> list[list[int]]:
         """What they say in the end."""
         self.step_until(lambda: self.engine.idle)
-        self.engine.scheduler.check()
+        self.engine.admission.check()
         assert all(one.state is State.FINISHED for one in sequences)
         return [one.completion_ids for one in sequences]
 

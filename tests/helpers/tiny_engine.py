@@ -65,9 +65,9 @@ class Engines:
             shared = ps.factorize(self.model)
             shared.add_task(task, self.plan.tasks[task])
             if self.sharing == "isolated":
-                module = shared.decode_modules.module(task)
+                module = shared.task_modules.module(task)
                 own = dataclasses.replace(self.model, architecture=module.architecture, params=module.params)
-                shared = ps.SharedModel(ps.PrefillModule(own), shared.decode_modules)
+                shared = ps.SharedModel(ps.PrefillModule(own), shared.task_modules)
             self._oracles[task] = shared
         return self._oracles[task]
 
@@ -154,7 +154,7 @@ def settle(engine: Engine) -> None:
             break
         engine.step()
     assert engine.idle
-    engine.scheduler.check()
+    engine.admission.check()
 
 
 def prefill_tokens(engine: Engine) -> int:

@@ -115,8 +115,8 @@ def test_pages_move_between_pools_of_other_tp_degrees(tiny_folders):
     empty, target = (empty_pages(model.config, 9, 4, "float32", mesh) for mesh in meshes)
     source = jax.tree.map(lambda x: jax.device_put(jax.random.normal(jax.random.key(7), x.shape), x.sharding), empty)
     ids, target_ids = np.array([3, 5, 0, 0], np.int32), np.array([7, 2, 0, 0], np.int32)
-    content = place_content(page_moves(model.config, meshes[0]).take(source, ids), model.config, meshes[1])
-    moved = page_moves(model.config, meshes[1]).put(target, target_ids, content)
+    content = place_content(page_moves(model.config, meshes[0]).gather(source, ids), model.config, meshes[1])
+    moved = page_moves(model.config, meshes[1]).scatter(target, target_ids, content)
     for before, after in zip(source, moved, strict=True):
         for part, moved_part in zip(before, after, strict=True):
             assert moved_part.sharding == pages_sharding(model.config, meshes[1])

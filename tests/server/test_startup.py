@@ -75,7 +75,7 @@ def test_every_route_equals_the_oracle(world, placement, num_pools):
     for route, task in engine.all_routes():
         assert answers(engine, task, route) == oracle[task]
     assert len({id(worker.pool) for worker in (*engine.prefill_workers, *engine.decode_workers)}) == num_pools
-    engine.scheduler.check()
+    engine.admission.check()
 
 
 def test_isolated_tasks_prefill_with_their_own_weights(world):
@@ -113,7 +113,7 @@ def test_by_default_prefill_and_decode_are_on_disjoint_devices(world):
     assert devices([weights.params for weights in decode._tasks.values()]) == {second}
     engine.submit(Request("r", "chat", tuple(range(30)), 5), lambda event: None)
     prefill.step()
-    assert [devices(copy.content) for copy in engine.scheduler.copies[0]] == [{second}]
+    assert [devices(copy.content) for copy in engine.admission.copies[0]] == [{second}]
     while engine.num_live:
         engine.step()
     assert [devices(store.pages) for store in stores] == [{first}, {second}]
@@ -150,7 +150,7 @@ def test_warm_up_reaches_every_task_and_compiles_the_rest(world, full):
     assert told[0] == f"compiling {len(programs) if full else len(small)} of {len(programs)} programs"
     compiler._thread.join()
     compiler.stop()
-    assert served.engine.primed or not full
+    assert served.engine.warm or not full
     assert sorted(program.name for program in compiled) == sorted(program.name for program in programs)
     assert told[1:] == ["all programs are compiled"]
     served.engine.stop()

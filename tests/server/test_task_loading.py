@@ -25,7 +25,7 @@ from pshare_jax.engine.request import State
 from pshare_jax.engine.warmup import BackgroundCompiler, Variant, compile_all, decode_variants
 from pshare_jax.server.config import ServerConfig
 from pshare_jax.server.openai.schema import ApiError
-from pshare_jax.share.decode_module import CARD
+from pshare_jax.share.decode_module import MANIFEST
 from pshare_jax.share.lora import CONFIG_FILE, WEIGHTS_FILE
 from pshare_jax.weights.safetensors import SINGLE_FILE
 
@@ -132,12 +132,12 @@ def misshapen(path: Path, part: str) -> None:
 
 
 FAULTS = [
-    ("full", lambda folder: (folder / CARD).unlink(), "bad has no decode_module.json"),
-    ("lora", lambda folder: (folder / CARD).write_text("{"), "not a readable decode module card"),
-    ("full", lambda folder: edit_json(folder / CARD, base_fingerprint="0" * 64), "bad was made for another base"),
-    ("lora", lambda folder: edit_json(folder / CARD, base_fingerprint="0" * 64), "bad was made for another base"),
-    ("lora", lambda folder: edit_json(folder / CARD, tokenizer="0" * 64), "a base with another tokenizer"),
-    ("lora", lambda folder: edit_json(folder / CARD, prefill="own"), "trained with prefill 'own'"),
+    ("full", lambda folder: (folder / MANIFEST).unlink(), "bad has no decode_module.json"),
+    ("lora", lambda folder: (folder / MANIFEST).write_text("{"), "not a readable decode module manifest"),
+    ("full", lambda folder: edit_json(folder / MANIFEST, base_fingerprint="0" * 64), "bad was made for another base"),
+    ("lora", lambda folder: edit_json(folder / MANIFEST, base_fingerprint="0" * 64), "bad was made for another base"),
+    ("lora", lambda folder: edit_json(folder / MANIFEST, tokenizer="0" * 64), "a base with another tokenizer"),
+    ("lora", lambda folder: edit_json(folder / MANIFEST, prefill="own"), "trained with prefill 'own'"),
     ("full", lambda folder: without(folder / SINGLE_FILE, "up_proj"), "layers.0.mlp.up_proj.weight is missing"),
     ("lora", lambda folder: without(folder / WEIGHTS_FILE, "v_proj.lora_B"), "v_proj.lora_B.weight is missing"),
     ("full", lambda folder: with_tensor(folder / SINGLE_FILE, "more"), "more belongs to no parameter"),
@@ -275,13 +275,13 @@ def test_no_shape_is_used_before_it_is_compiled_for_the_new_task(world, monkeypa
     monkeypatch.setattr("pshare_jax.server.tasks.loader.decode_variants", noted)
     stepped = world.serve({"chat": "base"})
     (worker,) = stepped.engine.decode_workers
-    worker.ready.limit([(1,)])
+    worker.compiled.limit([(1,)])
     if settled:
-        BackgroundCompiler([], [worker.ready], lambda line: None, lambda: None)._thread.join()
+        BackgroundCompiler([], [worker.compiled], lambda line: None, lambda: None)._thread.join()
     stepped.load("x", "lora")
     one, two = ["decode 1", "sample 1"], ["decode 2", "sample 2", "score"]
     assert sorted(compiled) == (one if settled else sorted(one + two))
-    assert (2,) not in worker.ready
+    assert (2,) not in worker.compiled
     stepped.table.stop()
 
 
@@ -298,13 +298,13 @@ class Noted:
 def test_what_a_new_task_needs_has_its_first_run_while_nobody_is_there(world):
     stepped = world.serve({"chat": "base"})
     (worker,) = stepped.engine.decode_workers
-    worker.ready.limit([(1,), (2,)])
-    while worker.prime():
+    worker.compiled.limit([(1,), (2,)])
+    while worker.warm_up():
         pass
     stepped.load("x", "lora")
-    assert worker.never_run is not None
-    assert worker.never_run[0] is worker.tasks["x"]
-    while worker.prime():
+    assert worker.next_cold is not None
+    assert worker.next_cold[0] is worker.tasks["x"]
+    while worker.warm_up():
         pass
     stepped.check(x="lora")
     stepped.table.stop()
@@ -321,7 +321,7 @@ def test_a_stream_ends_on_the_old_weights_over_http(world):
     reached, go, run = threading.Event(), threading.Event(), worker.pool.run
 
     def paced(*args: Any) -> Any:
-        if any(len(one.completion_ids) == 5 for one in engine.scheduler.decoding[0]):
+        if any(len(one.completion_ids) == 5 for one in engine.admission.decoding[0]):
             reached.set()
             assert go.wait(60)
         return run(*args)

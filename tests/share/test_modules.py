@@ -17,7 +17,7 @@ import pshare_jax as ps
 from pshare_jax.errors import PshareError
 from pshare_jax.model.architecture import is_lora
 from pshare_jax.model.layers import LoraConfig
-from pshare_jax.share.decode_module import CARD, read_card
+from pshare_jax.share.decode_module import MANIFEST, read_manifest
 from pshare_jax.weights.safetensors import SINGLE_FILE, SafetensorsFolder, write_safetensors
 
 SMALL = {"num_hidden_layers": 2}
@@ -105,7 +105,7 @@ def test_full_module_that_differs_shares_nothing(made):
 
 def test_base_is_there_once_for_each_mesh_not_for_each_task(made, tmp_path):
     ps.save_module(tmp_path / "same", base_module(made.base), made.base)
-    decode = ps.DecodeModules(made.base, ps.make_mesh([1, 2], 2))
+    decode = ps.TaskModules(made.base, ps.make_mesh([1, 2], 2))
     for name, source in (("base", "base"), ("same", tmp_path / "same"), ("a", made.lora), ("b", made.lora)):
         decode.add_task(name, source)
     assert decode.model.params["embedding.weight"] is not made.base.params["embedding.weight"]
@@ -116,7 +116,7 @@ def test_base_is_there_once_for_each_mesh_not_for_each_task(made, tmp_path):
 
 
 def test_card(made):
-    card = json.loads((made.full / CARD).read_text())
+    card = json.loads((made.full / MANIFEST).read_text())
     assert card == {
         "kind": "full",
         "base_fingerprint": made.base.fingerprint,
@@ -126,12 +126,12 @@ def test_card(made):
         "training": {},
         "version": 1,
     }
-    assert read_card(made.lora).kind == "lora"
+    assert read_manifest(made.lora).kind == "lora"
 
 
 def test_training_notes_are_kept(made, tmp_path):
     ps.save_module(tmp_path, base_module(made.base), made.base, training={"data": "x.jsonl", "steps": 3})
-    assert read_card(tmp_path).training == {"data": "x.jsonl", "steps": 3}
+    assert read_manifest(tmp_path).training == {"data": "x.jsonl", "steps": 3}
 
 
 def test_card_is_gone_while_weights_are_written(made, tmp_path, monkeypatch):
@@ -144,7 +144,7 @@ def test_card_is_gone_while_weights_are_written(made, tmp_path, monkeypatch):
     monkeypatch.setattr("pshare_jax.share.decode_module.save_folder", die)
     with pytest.raises(KeyboardInterrupt):
         ps.save_module(tmp_path, base_module(made.base), made.base)
-    assert not (tmp_path / CARD).exists()
+    assert not (tmp_path / MANIFEST).exists()
 
 
 def test_made_for_another_base(made, tmp_path):
@@ -163,9 +163,9 @@ def test_same_weights_under_another_rope_is_another_base(made, tmp_path):
 
 
 def test_another_tokenizer_or_template(made, full):
-    edit_json(full / CARD, tokenizer="0" * 64)
+    edit_json(full / MANIFEST, tokenizer="0" * 64)
     assert "another tokenizer" in refusal(full, made.base)
-    edit_json(full / CARD, tokenizer=made.base.tokenizer.fingerprint, chat_template="1" * 64)
+    edit_json(full / MANIFEST, tokenizer=made.base.tokenizer.fingerprint, chat_template="1" * 64)
     assert "another chat template" in refusal(full, made.base)
 
 
@@ -178,7 +178,7 @@ def test_trained_on_its_own_prefill(made, full):
         shared.add_task("own", full)
     assert shared.tasks == ()
     ps.load_module(full, made.base, prefill="own")
-    decode = ps.DecodeModules(made.base, prefill="own")
+    decode = ps.TaskModules(made.base, prefill="own")
     decode.add_task("own", full)
     assert decode.tasks == ("own",)
 
@@ -195,16 +195,16 @@ def test_own_prefill_takes_modules_of_the_bases_prefill_too(made):
 def test_own_prefill_takes_any_full_fine_tune(made, full):
     """An ordinary Hugging Face folder has no card; its weights make their own KV, so nothing can be wrong with it."""
     expected = ps.load_module(full, made.base).params
-    (full / CARD).unlink()
-    assert f"has no {CARD}" in refusal(full, made.base)
+    (full / MANIFEST).unlink()
+    assert f"has no {MANIFEST}" in refusal(full, made.base)
     loaded = ps.load_module(full, made.base, prefill="own")
     assert loaded.architecture == made.base.architecture
     for path, array in expected.items():
         np.testing.assert_array_equal(loaded.params[path], array)
-    decode = ps.DecodeModules(made.base, prefill="own")
+    decode = ps.TaskModules(made.base, prefill="own")
     decode.add_task("tuned", full)
-    with pytest.raises(PshareError, match=f"has no {CARD}"):
-        ps.DecodeModules(made.base).add_task("tuned", full)
+    with pytest.raises(PshareError, match=f"has no {MANIFEST}"):
+        ps.TaskModules(made.base).add_task("tuned", full)
     # The base's own folder is such a fine-tune as well, and costs no second copy.
     assert ps.load_module(made.folder, made.base, prefill="own").params is made.base.params
 
@@ -217,11 +217,11 @@ def test_own_prefill_still_refuses_what_does_not_fit(made, full, tmp_path):
     other = ps.load(tiny_folder("llama", tmp_path / "other", seed=1, **SMALL))
     assert "made for another base" in own(made.full, other)
     assert "another architecture" in own(tiny_folder("llama", tmp_path / "deeper", num_hidden_layers=3))
-    edit_json(full / CARD, tokenizer="0" * 64)
+    edit_json(full / MANIFEST, tokenizer="0" * 64)
     assert "another tokenizer" in own(full)
     # An adapter without a card does not say which base it belongs to.
     adapter = tiny_module(made.folder, tmp_path / "adapter", kind="lora")
-    (adapter / CARD).unlink()
+    (adapter / MANIFEST).unlink()
     assert str(adapter) in own(adapter)
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in own(tmp_path / "empty")
@@ -230,7 +230,7 @@ def test_own_prefill_still_refuses_what_does_not_fit(made, full, tmp_path):
 def test_ordinary_fine_tune(made):
     """It would answer fluently and wrongly on the base's KV."""
     message = refusal(made.folder, made.base)
-    assert f"has no {CARD}" in message
+    assert f"has no {MANIFEST}" in message
     assert "prefills with its own weights" in message
     assert "no decode module folder" in refusal("nowhere/to/be/found", made.base)
 
@@ -254,9 +254,9 @@ def test_ordinary_fine_tune(made):
 )
 def test_bad_cards(made, full, content, part):
     if isinstance(content, str):
-        (full / CARD).write_text(content)
+        (full / MANIFEST).write_text(content)
     else:
-        edit_json(full / CARD, **content)
+        edit_json(full / MANIFEST, **content)
     message = refusal(full, made.base)
     assert part in message
     assert str(full) in message

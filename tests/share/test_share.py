@@ -157,9 +157,9 @@ def test_meshes_apart(tiny_folders):
         return {device.id for leaf in jax.tree.leaves(tree) for device in leaf.devices()}
 
     assert devices(kv.layers) == devices(shared.model.params) == {2, 3}
-    assert devices(moved.layers) == devices(shared.decode_modules.module("base").params) == {5}
+    assert devices(moved.layers) == devices(shared.task_modules.module("base").params) == {5}
     assert {leaf.sharding for leaf in jax.tree.leaves(moved.layers)} == {
-        kv_sharding(model.config, shared.decode_modules.model.mesh)
+        kv_sharding(model.config, shared.task_modules.model.mesh)
     }
     logits, _ = shared.decode("base", [[3]], moved)
     assert devices(logits) == {5}
@@ -175,8 +175,8 @@ def test_base_is_there_once_for_each_mesh(tiny_folders):
     for name in ("one", "two"):
         here.add_task(name, "base")
         elsewhere.add_task(name, "base")
-    assert here.decode_modules.module("one").params is model.params
-    copies = [elsewhere.decode_modules.module(name).params for name in ("one", "two")]
+    assert here.task_modules.module("one").params is model.params
+    copies = [elsewhere.task_modules.module(name).params for name in ("one", "two")]
     assert copies[0] is copies[1]
     assert copies[0] is not model.params
 

@@ -17,7 +17,7 @@ from tiny_runs import FULL, make_world, run_config
 
 import pshare_jax as ps
 from pshare_jax.errors import PshareError
-from pshare_jax.share.decode_module import read_card
+from pshare_jax.share.decode_module import read_manifest
 from pshare_jax.training.checkpoint import Checkpoints
 from pshare_jax.training.cli import export_main
 from pshare_jax.training.config import CheckpointConfig, EvaluationConfig
@@ -111,7 +111,7 @@ def test_a_merged_module_is_what_transformers_loads(lora, world, tmp_path, capsy
     # Still a decode module of the same base.
     module = ps.load_module(tmp_path / "merged", base)
     assert_close(logits_of(module), expected)
-    card = read_card(tmp_path / "merged")
+    card = read_manifest(tmp_path / "merged")
     assert (card.kind, card.prefill, card.base_fingerprint) == ("full", "base", base.fingerprint)
     assert card.training["module"]["merged"]
     assert "merged into the base's weights" in (tmp_path / "merged" / "README.md").read_text()
@@ -122,7 +122,7 @@ def test_full_ft_is_an_ordinary_checkpoint(full_ft, world):
     base, folder = ps.load(world[0]), Path(config.output) / "module"
     expected = logits_of(module_of(config, outcome, base))
     assert_close(hf_logits(load_hf(folder), TOKENS), expected)
-    assert read_card(folder).prefill == "own"
+    assert read_manifest(folder).prefill == "own"
     first = (folder / "README.md").read_text().splitlines()[0]
     assert first.startswith("**This is an ordinary fine-tune of")
     with pytest.raises(PshareError, match="prefill 'own'"):
@@ -204,7 +204,7 @@ def test_any_checkpoint_can_be_exported(lora, world, tmp_path):
         (export(run, step=2, output=tmp_path / "2", merge=False), 2),
         (export(run, step="best", output=tmp_path / "best", merge=False), best),
     ):
-        assert read_card(folder).training["steps"] == step
+        assert read_manifest(folder).training["steps"] == step
     small = export(run, output=tmp_path / "small", merge=False, dtype="bfloat16")
     assert {x.dtype for x in load_file(small / "adapter_model.safetensors").values()} == {jnp.dtype("bfloat16")}
     module = ps.load_module(tmp_path / "2", base)

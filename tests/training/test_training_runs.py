@@ -29,7 +29,7 @@ import pshare_jax.training.run as run_module
 import pshare_jax.training.trainer as trainer_module
 from pshare_jax.errors import PshareError
 from pshare_jax.settings import load_settings, to_yaml
-from pshare_jax.share.decode_module import read_card
+from pshare_jax.share.decode_module import read_manifest
 from pshare_jax.training.checkpoint import Checkpoints
 from pshare_jax.training.cli import main
 from pshare_jax.training.config import CheckpointConfig, EvaluationConfig, MeshConfig, TrainConfig
@@ -191,7 +191,7 @@ def test_a_stop_while_the_result_is_written(straight, tmp_path, monkeypatch):
         assert main(["--config", str(tmp_path / "config.yaml"), "--resume"]) == 0
     finally:
         signal.signal(signal.SIGTERM, handler)
-    assert read_card(tmp_path / "run" / "module").kind == "lora"
+    assert read_manifest(tmp_path / "run" / "module").kind == "lora"
 
 
 def test_a_longer_run_after_a_short_step_leaves_no_batch_out(straight, tmp_path):
@@ -294,7 +294,7 @@ def test_a_run_goes_on_on_another_mesh(straight, tmp_path):
         for one in (array, moment):
             assert len(one.sharding.device_set) == 4
             assert one.addressable_shards[0].data.size * parts == one.size, path
-    assert read_card(tmp_path / "run" / "module").kind == "lora"
+    assert read_manifest(tmp_path / "run" / "module").kind == "lora"
     # Four devices saved the last checkpoint; a process with one exports it (A5-14).
     alone = exported_alone(tmp_path / "run", tmp_path / "alone")
     assert alone.returncode == 0, alone.stderr

@@ -36,17 +36,17 @@ class DevicePages:
         result, self.pages = step(params, tokens, rows, self.pages)
         return result
 
-    def take(self, ids: Sequence[int]) -> jax.Array:
+    def gather(self, ids: Sequence[int]) -> jax.Array:
         """The content of at most the largest bucket of pages, padded to a bucket."""
-        return self._moves.take(self.pages, self._padded(ids))
+        return self._moves.gather(self.pages, self._padded(ids))
 
-    def place(self, content: Any) -> jax.Array:
+    def device_put(self, content: Any) -> jax.Array:
         """Content of another pool, or from host memory, on its way to this pool's devices (dispatched)."""
         return place_content(content, self.config, self.mesh)
 
-    def put(self, ids: Sequence[int], content: jax.Array) -> None:
+    def scatter(self, ids: Sequence[int], content: jax.Array) -> None:
         """Writes placed content into pages."""
-        self.pages = self._moves.put(self.pages, self._padded(ids), content)
+        self.pages = self._moves.scatter(self.pages, self._padded(ids), content)
 
     def fill(self, ids: Sequence[int]) -> None:
         """NaN into pages."""

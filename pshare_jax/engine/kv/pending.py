@@ -9,7 +9,7 @@ from collections.abc import Collection, Hashable, Sequence
 
 
 class PendingPages:
-    """Owner -> pages under way and waiter -> pages it needs; both empty when nothing is under way."""
+    """WorkerThread -> pages under way and waiter -> pages it needs; both empty when nothing is under way."""
 
     def __init__(self) -> None:
         self._owner: dict[int, Hashable] = {}

@@ -26,15 +26,15 @@ class PageStore(Protocol):
         """Calls `step(params, tokens, rows, pages)`, keeps the pages it returns and gives back its other result."""
         ...
 
-    def take(self, ids: Sequence[int]) -> Any:
+    def gather(self, ids: Sequence[int]) -> Any:
         """The content of pages, on this pool's devices."""
         ...
 
-    def place(self, content: Any) -> Any:
+    def device_put(self, content: Any) -> Any:
         """Content of another pool, or from host memory, on its way to this pool's devices (dispatched)."""
         ...
 
-    def put(self, ids: Sequence[int], content: Any) -> None:
+    def scatter(self, ids: Sequence[int], content: Any) -> None:
         """Writes placed content into pages."""
         ...
 
@@ -88,10 +88,10 @@ class Pool:
         self._erase_freed()
         return self.store.run(step, params, tokens, rows)
 
-    def put(self, ids: Sequence[int], content: Any) -> None:
+    def scatter(self, ids: Sequence[int], content: Any) -> None:
         """Placed content into pages; called by the owner."""
         self._erase_freed()
-        self.store.put(ids, content)
+        self.store.scatter(ids, content)
 
     def _erase_freed(self) -> None:
         """Before each write, since a page may have been lent again: what is written now must not be erased later."""
@@ -110,7 +110,7 @@ class Pool:
 
 
 @dataclass(eq=False)
-class Holding:
+class PageTable:
     """A sequence's pages in one pool, in prompt order. `cache` is the pool's at the time, whatever becomes of the pool."""
 
     pool: Pool

@@ -41,13 +41,13 @@ def add_task_routes(app: FastAPI, tasks: TaskTable, max_body_bytes: int) -> None
     @app.post("/v1/load_lora_adapter", openapi_extra=body_schema(LoadBody))
     async def load(http: Request) -> Response:
         body, _ = await read_body(http, LoadBody, max_body_bytes)
-        http.state.told.update(task=body.lora_name)
+        http.state.log_fields.update(task=body.lora_name)
         await asyncio.wrap_future(tasks.load(body.lora_name, body.lora_path, body.load_inplace))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @app.post("/v1/unload_lora_adapter", openapi_extra=body_schema(UnloadBody))
     async def unload(http: Request) -> Response:
         body, _ = await read_body(http, UnloadBody, max_body_bytes)
-        http.state.told.update(task=body.lora_name)
+        http.state.log_fields.update(task=body.lora_name)
         await asyncio.wrap_future(tasks.unload(body.lora_name))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -37,7 +37,7 @@ class TaskLoader:
 
     def _compile(self, worker: int, module: DecodeModule, check: Callable[[], None]) -> None:
         """What is compiled already, for a task of the same architecture, takes no time."""
-        ready = self._engine.decode_workers[worker].ready
+        ready = self._engine.decode_workers[worker].compiled
         side = replace(self._sides[worker], tasks={"": module})
         for program in decode_variants(side, self._settings):
             # Also shapes that are not used yet while the start still compiles: they must not come before this.

@@ -80,7 +80,7 @@ def test_the_bases_kv_arrives(tmp_path, kv_heads):
     held, [worker] = answer.sequence.decode_pages, engines.engine.decode_workers
     assert held is not None
     assert held is not None
-    content = np.concatenate([np.asarray(worker.pool.store.take([page]))[:, :, :, :1] for page in held.pages[:7]], 3)
+    content = np.concatenate([np.asarray(worker.pool.store.gather([page]))[:, :, :, :1] for page in held.pages[:7]], 3)
     layers, heads = engines.model.config.num_layers, engines.model.config.num_kv_heads
     assert content.shape == (layers, 2, heads, 7, PAGE, 32)
     dense = np.asarray(engines.oracle("math").prefill([request.prompt[:-1]]).layers)[:, :, 0, :, : 7 * PAGE]

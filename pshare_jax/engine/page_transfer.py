@@ -4,14 +4,14 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pshare_jax.engine.kv.pool import Holding
+from pshare_jax.engine.kv.pool import PageTable
 
 if TYPE_CHECKING:
     from pshare_jax.engine.request import Sequence
 
 
 @dataclass(eq=False)
-class Copy:
+class PageTransfer:
     """Entries `first` to `last` of a sequence's page table, from its prefill pages into its decode pages.
 
     The source is pinned until the copy is done or failed. If its sequence ends while others wait for these pages, the copy
@@ -20,8 +20,8 @@ class Copy:
     """
 
     sequence: "Sequence"
-    source: Holding
-    target: Holding
+    source: PageTable
+    target: PageTable
     first: int
     last: int
     source_pages: list[int] = field(init=False)
