@@ -139,7 +139,7 @@ async def _answer(served: Served, http: Request, kind: type[ChatBody] | type[Com
         if body.stream:
             streams = True
             lines = _stream(answer, index, event, events, watcher, http.state.log_fields)
-            return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-EngineHooks": "no-cache"})
+            return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         answer.add(index, event)
         while not events.ended:
             index, event = await events.get()

@@ -21,7 +21,7 @@ def add_live_page(app: FastAPI, live: Live) -> None:
     page, policy = make_page()
     headers = {
         "Content-Security-Policy": policy,
-        "Cache-EngineHooks": "no-cache",
+        "Cache-Control": "no-cache",
         "Referrer-Policy": "no-referrer",
         "X-Content-Type-Options": "nosniff",
     }
@@ -33,7 +33,7 @@ def add_live_page(app: FastAPI, live: Live) -> None:
     # Not async: a snapshot of many requests is made in a thread beside the event loop.
     @app.get("/live")
     def live_data() -> Response:
-        return JSONResponse(live.snapshot(), headers={"Cache-EngineHooks": "no-store"})
+        return JSONResponse(live.snapshot(), headers={"Cache-Control": "no-store"})
 
 
 def make_page() -> tuple[str, str]:

@@ -84,7 +84,7 @@ def check_task_name(value: Any) -> str:
     if not value.strip() or len(value) > MAX_NAME:
         raise ValueError(f"lora_name must have 1 to {MAX_NAME} characters, not all of them blank.")
     if any(unicodedata.category(one) in ("Cc", "Zl", "Zp") for one in value):
-        raise ValueError("lora_name must have no hooks characters or line breaks.")
+        raise ValueError("lora_name must have no control characters or line breaks.")
     return value
 
 

@@ -46,7 +46,7 @@ class TextLogprobs:
     def of(
         self, token_ids: Sequence[int], told: Sequence[TokenLogprobs | None], *, shown: range = range(0)
     ) -> dict[str, Any]:
-        """The object for the next tokens (None: without a log-probability); of those at `shown` the text shows hooks
+        """The object for the next tokens (None: without a log-probability); of those at `shown` the text shows control
         tokens too.
         """
         return {
