@@ -20,6 +20,7 @@ from faults import (
     has_waiters,
     pools_of,
     shardings,
+    stall_after,
     step_until,
     store_of,
     task_sources,
@@ -141,7 +142,7 @@ def test_a_copy_that_never_comes_is_given_up_and_its_pages_come_back(world, draw
     store = held_back(engine)
     lost = Answer(engine, first)
     engine.step()
-    engine.settings = dataclasses.replace(engine.settings, stall_seconds=0.2)
+    stall_after(engine, 0.2)
     time.sleep(0.12)
     late = Answer(engine, world.request("lora", first.prompt))
     engine.step()
@@ -151,7 +152,7 @@ def test_a_copy_that_never_comes_is_given_up_and_its_pages_come_back(world, draw
     assert lost.error == TIMED_OUT
     # Who waited for that copy gets its own, or is given up in its turn: nobody may ever wait for it again.
     step_until(engine, lambda: late.ended and not time.sleep(0.01))
-    engine.settings = dataclasses.replace(engine.settings, stall_seconds=300.0)
+    stall_after(engine, 300.0)
     step_until(engine, lambda: engine.idle)
     assert_restored(engine)
     world.check(world.request("chat", first.prompt), engine=engine)
@@ -168,14 +169,14 @@ def test_an_inherited_copy_that_never_comes_is_given_up(world, draw):
     assert engine.admission.num_inherited_copies == 1
     assert gone.ended
     store.polls = lambda: 0
-    engine.settings = dataclasses.replace(engine.settings, stall_seconds=0.2)
+    stall_after(engine, 0.2)
     newest = waiting
     for _ in range(20):
         # A chain of requests that wait for it, each before the one before it is given up.
         time.sleep(0.05)
         newest = Answer(engine, world.request("lora", first.prompt))
         engine.step()
-    engine.settings = dataclasses.replace(engine.settings, stall_seconds=300.0)
+    stall_after(engine, 300.0)
     finish(world, engine, newest)
 
 
@@ -263,7 +264,7 @@ def test_small_pools_and_many_arrivals_end_all(world, draw):
     requests = [distinct[index % 15] for index in range(64)]
     world.check(*[world.again(one) for one in requests], engine=engine)
     # Idle for longer than a request may stand still.
-    engine.settings = dataclasses.replace(engine.settings, stall_seconds=0.5)
+    stall_after(engine, 0.5)
     time.sleep(0.6)
     world.check(world.again(requests[0]), engine=engine)
     assert_restored(engine)
@@ -357,7 +358,7 @@ def published(pool: Pool) -> dict[bytes, np.ndarray]:
 
 def oracle_pages(world: Engines, request: Request) -> np.ndarray:
     """KV of the request's full pages as the plain loop makes it: `[L, 2, K, pages, page, H]`."""
-    size = world.plan.kv.page_size
+    size = world.config.kv.page_size
     num_pages = (len(request.prompt) - 1) // size
     dense = world.oracle(request.task).prefill([list(request.prompt[:-1])])
     layers = np.array([[np.asarray(part)[0, :, : num_pages * size] for part in layer] for layer in dense.layers])

@@ -100,7 +100,7 @@ def serving(
         SCRIPTS, page_size=PAGE, pages=max_len // PAGE + 1, chunk=chunk, moves=(2, 32), debug=False, **settings
     )
     engine = fakes.engine
-    limits = Limits(max_len, VOCAB, frozenset({EOS, EOT}), engine.settings.max_requests)
+    limits = Limits(max_len, VOCAB, frozenset({EOS, EOT}), engine.config.limits.max_requests)
     names, table = list(SCRIPTS), None
     if modules_dir is not None and load is not None:
 

@@ -12,7 +12,6 @@ import numpy as np
 from tiny import tiny_module
 from tiny_engine import Answer, Engines, settle
 
-from pshare_jax.engine.build import assemble
 from pshare_jax.engine.config import Placement
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.kv.device_pages import DevicePages
@@ -108,25 +107,30 @@ def faulty_engine(
     prefill_pages: int | None = None,
     decode_pages: int | None = None,
     polls: Callable[[], int] = lambda: 0,
-    **settings: Any,
 ) -> Engine:
     """A cold engine over `FaultyStore`s. Pages to lend are counted without the one for padding.
 
     Its arrays keep the size that the world says, so that small pools need no programs of their own.
     """
-    sides = assemble(world.model, world.plan, lambda line: None)
+    built = world.new_engine()
     pools: dict[int, Pool] = {}
 
-    def changed(side: Any, usable: int | None) -> Any:
-        old = side.pool
+    def changed(spec: Any, usable: int | None) -> Any:
+        old = spec.pool
         if id(old) not in pools:
             store = FaultyStore(old.store, old.num_pages if usable is None else usable + 1, polls)
-            pools[id(old)] = Pool(old.name, store, world.plan.debug)
-        return dataclasses.replace(side, pool=pools[id(old)])
+            pools[id(old)] = Pool(old.name, store, world.config.debug)
+        return dataclasses.replace(spec, pool=pools[id(old)])
 
-    prefill = [changed(side, prefill_pages) for side in sides.prefill]
-    decode = [changed(side, decode_pages) for side in sides.decode]
-    return Engine(prefill, decode, world.tokenizer.detokenizer, dataclasses.replace(sides.settings, **settings))
+    prefill = [changed(spec, prefill_pages) for spec in built.prefill_specs]
+    decode = [changed(spec, decode_pages) for spec in built.decode_specs]
+    return Engine(prefill, decode, built.facts, built.config)
+
+
+def stall_after(engine: Engine, seconds: float) -> None:
+    """Requests without progress for so long are given up from now on."""
+    limits = dataclasses.replace(engine.config.limits, stall_seconds=seconds)
+    engine.config = dataclasses.replace(engine.config, limits=limits)
 
 
 def store_of(pool: Pool) -> FaultyStore:

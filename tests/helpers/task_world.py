@@ -79,8 +79,8 @@ class World:
     def serve(self, tasks: dict[str, str], placement: Any = PLACE, **changes: Any) -> "Stepped":
         sources = {name: source if source == "base" else str(self.modules / source) for name, source in tasks.items()}
         config = ServeConfig(
-            str(self.base),
-            sources,
+            base=str(self.base),
+            tasks=sources,
             placement=placement,
             kv=KVConfig(page_size=4, pages=64),
             batch=BatchConfig(prefill_tokens=16, decode_rows=2),

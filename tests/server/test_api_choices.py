@@ -250,7 +250,7 @@ def test_tokenize_and_back(server):
     answer = server.client.post("/tokenize", json={"model": "abc", "prompt": "hé", "return_token_strs": True}).json()
     assert answer == {
         "count": 3,
-        "max_model_len": server.engine.settings.max_len,
+        "max_model_len": server.engine.facts.max_len,
         "tokens": [*"hé".encode()],
         "token_strs": ["h", "bytes:\\xc3", "bytes:\\xa9"],
     }

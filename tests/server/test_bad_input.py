@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused_with_its_numbers(server):
     for path, prompt in ((TEXT, {"prompt": long}), (CHAT, {"messages": [{"role": "user", "content": long}]})):
         error = refused(server, path, {**BASE[path], **prompt}, 400)
         assert (error["code"], error["param"]) == ("context_length_exceeded", next(iter(prompt)))
-        assert f"maximum context length is {server.engine.settings.max_len} tokens" in error["message"]
+        assert f"maximum context length is {server.engine.facts.max_len} tokens" in error["message"]
         assert f"{MAX_LEN + 5} tokens" in error["message"]
 
 

