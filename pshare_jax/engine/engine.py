@@ -132,25 +132,32 @@ class Engine:
     def run(self, requests: Iterable[Request], progress: Callable[[int], None] | None = None) -> list[Result]:
         """The results of requests of any tasks, in their order, at most `limits.max_requests` at a time.
 
-        `progress` is called with the number of requests that have ended.
+        `progress` is called with 1, 2, ... as requests end.
 
         Raises:
             PshareError: a request does not fit the model, its task is unknown, or it has failed; the others are cancelled.
         """
         handles: list[Handle] = []
+        num_reported = 0
+
+        def report() -> None:
+            nonlocal num_reported
+            if progress is None:
+                return
+            for num_reported in range(num_reported + 1, sum(handle.done for handle in handles) + 1):
+                progress(num_reported)
+
         try:
             for request in requests:
                 self.check(request)
                 while self.num_live >= self.config.limits.max_requests:
                     self._advance()
                 handles.append(self.submit(request))
-                if progress is not None:
-                    progress(sum(handle.done for handle in handles))
+                report()
             results = []
             for handle in handles:
                 results.append(handle.result())
-                if progress is not None:
-                    progress(sum(handle.done for handle in handles))
+                report()
             return results
         finally:
             for handle in handles:
