@@ -142,9 +142,8 @@ class Engine:
 
         def report() -> None:
             nonlocal num_reported
-            if progress is None:
-                return
-            for num_reported in range(num_reported + 1, sum(handle.done for handle in handles) + 1):
+            while progress is not None and num_reported < sum(handle.done for handle in handles):
+                num_reported += 1
                 progress(num_reported)
 
         try:
@@ -260,7 +259,7 @@ class Engine:
                 request.session,
                 request.base_len,
                 sequence.keys,
-                lambda worker: pools[worker].cache.num_cached(sequence.keys),
+                lambda worker: pools[worker].manager.num_hits(sequence.keys),
             )
         sequence.weights = self.decode_workers[sequence.decode_worker].tasks[request.task]
 
@@ -302,7 +301,7 @@ class Engine:
     def flush_cache(self) -> int:
         """Forgets all prompt KV that no live request holds; how many pages came free."""
         with self.lock:
-            return sum(pool.cache.flush() for pool in self.pools)
+            return sum(pool.manager.flush() for pool in self.pools)
 
     def end(self, sequence: Sequence, state: State, event: Event) -> None:
         """Ends a sequence, once, from any thread; the worker that has it gives its pages back."""
@@ -372,7 +371,7 @@ class Engine:
     def idle(self) -> bool:
         """Whether no request lives and no worker has anything left to give back."""
         admission = self.admission
-        groups = (*admission.prefilling, *admission.arriving, *admission.decoding, *admission.copies)
+        groups = (*admission.prefilling, *admission.arriving, *admission.decoding, *admission.in_flight)
         return not self._live and not any(groups)
 
     # --- steps and threads ----------------------------------------------------------------------------------------
@@ -418,12 +417,12 @@ class Engine:
         return self._accepting and all(thread.alive and not thread.stalled for thread in self._threads)
 
     def expire(self) -> None:
-        """Gives up the requests, and the copies that outlived theirs, that made no progress for too long."""
+        """Gives up the requests, and cancels the adopted transfers, that made no progress for too long."""
         limit = time.monotonic() - self.config.limits.stall_seconds
         with self.lock:
             for sequence in [one for one in self._live.values() if one.progressed < limit]:
                 self.end(sequence, State.FAILED, Event(error=TIMED_OUT))
-            self.admission.give_up_copies(limit)
+            self.admission.cancel_adopted(limit)
 
     def fail_group(self, group: WorkerGroup) -> None:
         """The thread that stepped these workers is dead: their requests fail and no new ones are taken."""

@@ -185,7 +185,6 @@ class Sequence:
     """Of these, how many the prefill pool holds."""
     num_sent: int = 0
     """Leading pages that the decode pool holds or that are on their way to it."""
-    copies_in_flight: int = 0
     cached_tokens: int = 0
     counted: bool = False
     """Whether its prefix hits are in the cache's statistics."""
@@ -196,8 +195,8 @@ class Sequence:
     scores: list[TokenLogprobs] = field(default_factory=list)
     last_turn: int = 0
     """The decode step that it took part in last."""
-    lost: bool = False
-    """Pages that it waited for will not come: it must give back everything and be admitted anew."""
+    must_restart: bool = False
+    """Pages that it waited for will not be produced: it must release all its pages and be admitted anew."""
     saved: Saved | None = None
     progressed: float = field(default_factory=time.monotonic)
     came: float = field(default_factory=time.monotonic)

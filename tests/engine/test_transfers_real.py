@@ -96,7 +96,7 @@ def test_an_aborted_copy_is_never_written_into_pages_that_were_lent_again(world,
     store = held_back(engine)
     gone = Answer(engine, first)
     engine.prefill_workers[0].step()
-    assert gone.sequence.copies_in_flight
+    assert engine.admission.transfers_of(gone.sequence)
     assert gone.sequence.state is state
     pages = set(decode_pages(gone))
     stale = list(store.late)
@@ -166,7 +166,7 @@ def test_an_inherited_copy_that_never_comes_is_given_up(world, draw):
     engine.step()
     engine.abort(first.id)
     engine.step()
-    assert engine.admission.num_inherited_copies == 1
+    assert engine.admission.num_adopted == 1
     assert gone.ended
     store.polls = lambda: 0
     stall_after(engine, 0.2)
@@ -236,7 +236,7 @@ def test_copies_that_finish_in_reversed_order_into_adjacent_pages(world, draw):
         step_until(engine, lambda answers=answers: all(one.ended for one in answers))
         assert [one.ids for one in answers] == expected[turn]
         for pool in pools_of(engine):
-            pool.cache.flush()
+            pool.manager.flush()
     assert adjacent > 100
     assert_restored(engine)
 
@@ -251,7 +251,7 @@ def test_a_delayed_copy_does_not_slow_running_streams(world, draw):
         before = [len(one.ids) for one in streams]
         engine.step()
         assert [len(one.ids) for one in streams] == [count + 1 for count in before]
-    assert held.sequence.copies_in_flight == 2
+    assert len(engine.admission.transfers_of(held.sequence)) == 2
     assert held.ids == []
     let_come(store)
     finish(world, engine, held, *streams)
@@ -306,13 +306,13 @@ def test_pages_that_come_back_wake_every_worker(world, draw, what):
     for worker in (engine.prefill_workers[0], *[engine.decode_workers[0]] * 3):
         for thread in engine._threads:
             thread.wake.clear()
-        before = [pool.allocator.num_used for pool in pools_of(engine)]
+        before = [pool.manager.num_used for pool in pools_of(engine)]
         worker.step()
-        fewer = any(pool.allocator.num_used < used for pool, used in zip(pools_of(engine), before, strict=True))
+        fewer = any(pool.manager.num_used < used for pool, used in zip(pools_of(engine), before, strict=True))
         returned += fewer
         assert not fewer or all(thread.wake.is_set() for thread in engine._threads)
     assert returned
-    assert engine.admission.prefill_pools[0].allocator.num_used == 0
+    assert engine.admission.prefill_pools[0].manager.num_used == 0
     engine.abort(request.id)
     assert_restored(engine)
 
@@ -352,8 +352,8 @@ def test_every_pair_of_degrees_moves_the_same_arrays(draw, kv_heads):
 
 def published(pool: Pool) -> dict[bytes, np.ndarray]:
     """Digest -> content of every page that the pool's prefix cache offers."""
-    entries = pool.cache._entries
-    return {digest: np.asarray(pool.store.gather([entry.page]))[:, :, :, 0] for digest, entry in entries.items()}
+    entries = pool.manager._tree
+    return {digest: np.asarray(pool.store.gather([entry.id]))[:, :, :, 0] for digest, entry in entries.items()}
 
 
 def oracle_pages(world: Engines, request: Request) -> np.ndarray:

@@ -168,10 +168,10 @@ def assert_restored(engine: Engine) -> None:
     """An idle engine holds no page: all are free or cached, and nothing is pending."""
     settle(engine)
     for pool in pools_of(engine):
-        allocator = pool.allocator
-        assert allocator.num_used == 0
-        assert allocator.num_free + allocator.num_cached == pool.num_usable
-        assert not allocator.holders
+        manager = pool.manager
+        assert manager.num_used == 0
+        assert manager.num_free + manager.num_cached == pool.num_usable
+        assert not manager.holders
 
 
 def step_until(engine: Engine, condition: Callable[[], bool], steps: int = 2000) -> None:
@@ -213,13 +213,13 @@ class Sent:
 def _is_delta(copy: PageTransfer) -> bool:
     """Whether it is an admission's first copy, and leaves out pages that the decode pool had (not: awaits)."""
     found = copy.target.num_shared
-    return copy.first == found > 0 and not copy.target.cache.waiting(copy.sequence)
+    return copy.first == found > 0 and not copy.target.manager.waiting(copy.sequence)
 
 
 def has_waiters(sequence: Running) -> bool:
     """Whether another sequence waits for one of its pages."""
     holdings = [held for held in (sequence.prefill_pages, sequence.decode_pages) if held is not None]
-    return any(held.cache.has_waiters(held.pages) for held in holdings)
+    return any(held.manager.has_waiters(held.pages) for held in holdings)
 
 
 @dataclasses.dataclass
@@ -239,10 +239,10 @@ class Counters:
         pools = pools_of(engine)
         return cls(
             preemptions=sum(worker.num_preempted for worker in engine.decode_workers),
-            evictions=sum(pool.allocator.num_evicted for pool in pools),
+            evictions=sum(pool.manager.num_evicted for pool in pools),
             waits=sum(pool.cache_stats.num_waits for pool in pools),
             duplicates=sum(pool.cache_stats.num_duplicates for pool in pools),
             restarts=engine.admission.num_restarts,
-            inherited=engine.admission.num_inherited_copies,
+            inherited=engine.admission.num_adopted,
             transfers=sum(transfer.stats.count for transfer in engine.transfers),
         )

@@ -112,7 +112,7 @@ def test_by_default_prefill_and_decode_are_on_disjoint_devices(world):
     assert devices([weights.params for weights in decode._tasks.values()]) == {second}
     engine.submit(Request("r", "chat", tuple(range(30)), 5), lambda event: None)
     prefill.step()
-    assert [devices(copy.content) for copy in engine.admission.copies[0]] == [{second}]
+    assert [devices(copy.content) for copy in engine.admission.in_flight[0]] == [{second}]
     while engine.num_live:
         engine.step()
     assert [devices(store.pages) for store in stores] == [{first}, {second}]

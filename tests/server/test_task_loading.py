@@ -89,7 +89,7 @@ def test_what_runs_ends_on_the_old_weights(world, server):
 
 def test_a_preempted_one_comes_back_to_the_old_weights(world, server):
     (worker,) = server.engine.decode_workers
-    taken = worker.pool.allocator.allocate(50)
+    taken = worker.pool.manager.allocate(50)
     server.load("x", "lora")
     old = [server.ask("x"), server.ask("x")]
     server.step_until(lambda: old[1].state is State.PREEMPTED)
@@ -97,7 +97,7 @@ def test_a_preempted_one_comes_back_to_the_old_weights(world, server):
     server.load("x", "lora2", True)
     new = server.ask("x")
     server.step_until(lambda: new.final)
-    worker.pool.allocator.release(taken)
+    worker.pool.manager.release(taken)
     assert server.ids(*old, new) == [world.expected("lora")] * 2 + [world.expected("lora2")]
     server.table.unload("x").result(10)
 
