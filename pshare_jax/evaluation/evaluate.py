@@ -38,7 +38,7 @@ from pshare_jax.evaluation.verifiers import Verifier
 from pshare_jax.share.boundary import response_start_at
 from pshare_jax.share.decode_module import DecodeModule, load_module, read_manifest
 from pshare_jax.share.model import DTYPES, Model, load
-from pshare_jax.training.result import Reader, add_accuracy
+from pshare_jax.training.model_card import Reader, add_accuracy
 
 Z95 = 1.959964
 """Standard normal quantile of a two-sided 95 % interval."""

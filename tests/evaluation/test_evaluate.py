@@ -245,7 +245,7 @@ def test_a_card_tells_what_was_evaluated(folder, base, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"--task": "missing.jsonl"}, "There is no data file missing.jsonl."),
+        ({"--task": "missing.jsonl"}, "There is no data file missing.jsonl"),
         ({"--task": "reasoning_gym:no_such"}, "has no task 'no_such'"),
         ({"--module": "missing"}, "there is no decode module folder missing."),
         ({"--output": "missing/results.json"}, "--output: there is no folder missing."),
