@@ -21,7 +21,7 @@ from pshare_jax.engine.warmup import BackgroundCompiler, Variant, compile_all, v
 from pshare_jax.engine.worker_thread import POLL_SECONDS
 from pshare_jax.errors import PshareError
 from pshare_jax.mesh import make_mesh, virtual_cpu_devices
-from pshare_jax.server.app import Served
+from pshare_jax.server.app import AppContext
 from pshare_jax.server.config import ServeConfig, num_cpu_devices
 from pshare_jax.server.openai.to_requests import Limits
 from pshare_jax.server.tasks.loader import TaskLoader
@@ -40,7 +40,7 @@ def prepare_jax(config: ServeConfig, cache_folder: Path) -> None:
     count_compilations()
 
 
-def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:
+def build(config: ServeConfig, say: Say) -> tuple[AppContext, list[Variant]]:
     """Loads the base once, puts it on every worker's mesh and adds the tasks; the engine is not started yet.
 
     Raises:
@@ -77,7 +77,7 @@ def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:
     # A folder's place is nobody's business.
     base, tasks = Path(config.base).name, list(config.tasks)
     table = modules_dir and _task_table(config, placement, engine, tasks, modules_dir, sides)
-    served = Served(engine, tasks, model.tokenizer, limits, config.server.max_body_bytes, api_key, base, table)
+    served = AppContext(engine, tasks, model.tokenizer, limits, config.server.max_body_bytes, api_key, base, table)
     return served, variants(sides.prefill, sides.decode, sides.settings)
 
 
@@ -116,7 +116,7 @@ def _key_from_environment() -> str | None:
     return key and key.strip()
 
 
-def warm_up(served: Served, programs: list[Variant], full: bool, say: Say) -> BackgroundCompiler:
+def warm_up(served: AppContext, programs: list[Variant], full: bool, say: Say) -> BackgroundCompiler:
     """Compiles what a short chat needs, or with `full` everything, and lets every task on every worker of a started
     engine answer once; the rest is compiled in the background.
 
@@ -139,7 +139,7 @@ def warm_up(served: Served, programs: list[Variant], full: bool, say: Say) -> Ba
     return BackgroundCompiler([one for one in programs if one not in now], ready, say, engine.wake)
 
 
-def first_answers(served: Served) -> None:
+def first_answers(served: AppContext) -> None:
     """Two tokens from every task on every worker.
 
     Raises:

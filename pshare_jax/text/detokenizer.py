@@ -22,9 +22,11 @@ class Detokenizer(Protocol):
 
     def push(self, token_id: int) -> str:
         """The text that is final after `token_id`; often "" in the middle of a character."""
+        ...
 
     def flush(self) -> str:
         """The remaining text; an incomplete character becomes U+FFFD, as in a plain decode."""
+        ...
 
 
 @runtime_checkable
@@ -33,9 +35,11 @@ class TokenBytes(Protocol):
 
     def of(self, token: str) -> bytes:
         """The bytes of `token` (an ordinary vocabulary entry)."""
+        ...
 
     def detokenizer(self, token_of: Callable[[int], str | None]) -> Detokenizer:
         """A new stream; `token_of` gives an id's vocabulary entry, None for ids without text."""
+        ...
 
 
 def token_bytes_for(decoder: Mapping[str, Any] | None) -> TokenBytes:

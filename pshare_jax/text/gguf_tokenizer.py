@@ -41,8 +41,21 @@ _PIPELINES = {
 }
 
 
-def build_from_gguf(fields: Mapping[str, Any]) -> tuple[Backend, dict[str, Any], frozenset[int]]:
-    """Backend, config (as in tokenizer_config.json) and the ids that end a turn, from `tokenizer.*` metadata."""
+def read_gguf(fields: Mapping[str, Any]) -> tuple[Backend, dict[str, Any], dict[str, str], frozenset[int]]:
+    """Backend, config (as in tokenizer_config.json), chat templates and end-of-turn ids from `tokenizer.*` metadata."""
+    source = fields.get("tokenizer.chat_template")
+    if source is not None and not isinstance(source, str):
+        raise PshareError("The GGUF file's tokenizer.chat_template must be a string.")
+    try:
+        backend, config, turn_ends = _build(fields)
+    except PshareError:
+        raise
+    except Exception as error:  # the Rust library raises bare Exception
+        raise PshareError(f"The GGUF file's tokenizer metadata is malformed: {error!r}.") from error
+    return backend, config, {"default": source} if source else {}, turn_ends
+
+
+def _build(fields: Mapping[str, Any]) -> tuple[Backend, dict[str, Any], frozenset[int]]:
     name = fields.get("tokenizer.ggml.model")
     if name is None or "tokenizer.ggml.tokens" not in fields:
         raise PshareError(

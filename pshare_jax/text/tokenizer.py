@@ -18,7 +18,7 @@ from pshare_jax.errors import PshareError
 from pshare_jax.text.chat_template import ChatTemplate, checked_messages, plain_data
 from pshare_jax.text.control_tokens import ControlText, Placeholders, PlainEncoder, control_finder
 from pshare_jax.text.detokenizer import Detokenizer, token_bytes_for
-from pshare_jax.text.gguf_tokenizer import build_from_gguf
+from pshare_jax.text.gguf_tokenizer import read_gguf
 from pshare_jax.text.hf_files import SPECIAL_NAMES, read_folder, write_folder
 
 
@@ -29,23 +29,29 @@ class Encoder(Protocol):
     @property
     def special_tokens(self) -> dict[str, str | None]:
         """Texts of the named control tokens, such as `eos_token`."""
+        ...
 
     @property
     def special_ids(self) -> Collection[int]:
         """Ids of the control tokens."""
+        ...
 
     @property
     def chat_template(self) -> str | None:
         """The template's source."""
+        ...
 
     def encode(self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True) -> list[int]:
         """Ids of a text prompt."""
+        ...
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ids."""
+        ...
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token."""
+        ...
 
     def encode_chat(
         self,
@@ -56,6 +62,7 @@ class Encoder(Protocol):
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Ids of a chat's prompt."""
+        ...
 
 
 class Tokenizer:
@@ -95,16 +102,7 @@ class Tokenizer:
     @classmethod
     def from_gguf(cls, fields: Mapping[str, Any]) -> "Tokenizer":
         """The tokenizer that GGUF metadata describes (`tokenizer.*` keys, plain values); unknown kinds are refused."""
-        try:
-            backend, config, turn_ends = build_from_gguf(fields)
-        except PshareError:
-            raise
-        except Exception as error:  # the Rust library raises bare Exception
-            raise PshareError(f"The GGUF file's tokenizer metadata is malformed: {error!r}.") from error
-        source = fields.get("tokenizer.chat_template")
-        if source is not None and not isinstance(source, str):
-            raise PshareError("The GGUF file's tokenizer.chat_template must be a string.")
-        return cls(backend, config, {"default": source} if source else {}, turn_ends)
+        return cls(*read_gguf(fields))
 
     @property
     def chat_template(self) -> str | None:

@@ -11,7 +11,7 @@ import uvicorn
 from fake_engine import make_engine
 from serving_fakes import EOS, EOT, VOCAB, ByteTokenizer
 
-from pshare_jax.server.app import Served, make_app
+from pshare_jax.server.app import AppContext, make_app
 from pshare_jax.server.cli import Server
 from pshare_jax.server.openai.to_requests import Limits
 from pshare_jax.server.tasks.table import TaskTable
@@ -110,7 +110,7 @@ def serving(
             return dict.fromkeys(workers, weights)
 
         table = TaskTable(engine, names, modules_dir, range(len(engine.decode_workers)), loaded, refusal)
-    served = Served(engine, names, ByteTokenizer(), limits, max_body_bytes, api_key, task_table=table)
+    served = AppContext(engine, names, ByteTokenizer(), limits, max_body_bytes, api_key, task_table=table)
     engine.start()
     try:
         with answering(served, drain_seconds) as (client, server):
