@@ -12,7 +12,7 @@ from fake_engine import make_engine
 from serving_fakes import EOS, EOT, VOCAB, ByteTokenizer
 
 from pshare_jax.server.app import AppContext, make_app
-from pshare_jax.server.cli import Server
+from pshare_jax.server.draining import DrainingServer
 from pshare_jax.server.openai.to_requests import Limits
 from pshare_jax.server.tasks.table import TaskTable
 
@@ -132,7 +132,7 @@ def answering(served, drain_seconds=0.0):
     config = uvicorn.Config(
         make_app(served), port=0, log_level="error", ws="none", timeout_graceful_shutdown=int(drain_seconds) + 1
     )
-    server = Server(config, served.engine, lambda: None, drain_seconds)
+    server = DrainingServer(config, served.engine, lambda: None, drain_seconds)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
