@@ -1,6 +1,6 @@
-"""What an operator watches, in Prometheus' form: GET /metrics.
+"""Prometheus metrics: GET /metrics.
 
-Times and tokens are noted when a request ends, by task; everything else is read from the engine when it is asked for.
+Times and tokens by task are recorded when a request ends; everything else is read from the engine at each scrape.
 """
 
 import time
@@ -18,33 +18,35 @@ TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 
 
 
 class Metrics:
-    """All metrics of one engine, from now on (the answers of the warm-up, before, are not counted)."""
+    """All metrics of one engine; requests before this object was made (those of the warm-up) are not counted."""
 
     def __init__(self, engine: Engine):
         self._registry = CollectorRegistry()
-        self._queue = self._seconds("pshare_queue_seconds", "From a request's coming to its admission to prefill.")
-        self._first = self._seconds("pshare_time_to_first_token_seconds", "From a request's coming to its first token.")
-        self._whole = self._seconds("pshare_request_seconds", "From a request's coming to its end.")
+        self._queue = self._seconds(
+            "pshare_queue_seconds", "Time from a request's arrival to its admission to prefill."
+        )
+        self._first = self._seconds(
+            "pshare_time_to_first_token_seconds", "Time from a request's arrival to its first token."
+        )
+        self._whole = self._seconds("pshare_request_seconds", "Time from a request's arrival to its end.")
         self._token = Histogram(
             "pshare_time_per_output_token_seconds",
-            "Mean time between the tokens of an answer, its first token excepted.",
+            "Mean time per output token after the first, for each request.",
             ("task",),
             buckets=TOKEN_SECONDS,
             registry=self._registry,
         )
-        self._prompt = self._tokens("pshare_prompt_tokens", "Tokens of the prompts.")
-        self._cached = self._tokens(
-            "pshare_cached_prompt_tokens", "Tokens of the prompts that were not prefilled again."
-        )
-        self._generated = self._tokens("pshare_generated_tokens", "Tokens of the answers.")
+        self._prompt = self._tokens("pshare_prompt_tokens", "Prompt tokens.")
+        self._cached = self._tokens("pshare_cached_prompt_tokens", "Prompt tokens served from the prefix cache.")
+        self._generated = self._tokens("pshare_generated_tokens", "Generated tokens.")
         self._ended = Counter(
-            "pshare_requests", "Requests that ended, by how.", ("task", "outcome"), registry=self._registry
+            "pshare_requests", "Ended requests, by outcome.", ("task", "outcome"), registry=self._registry
         )
         self._registry.register(_EngineCollector(engine))
-        engine.on_end.append(self.ended)
+        engine.on_end.append(self.record_end)
 
-    def ended(self, sequence: Sequence) -> None:
-        """Notes a request that has just ended."""
+    def record_end(self, sequence: Sequence) -> None:
+        """Records an ended request; called under the engine's lock."""
         task, now = sequence.request.task, time.monotonic()
         self._ended.labels(task, sequence.state.value).inc()
         self._whole.labels(task).observe(now - sequence.came)
@@ -62,33 +64,35 @@ class Metrics:
                 )
 
     def text(self) -> bytes:
-        """The answer to a scrape."""
+        """The response to a scrape."""
         return generate_latest(self._registry)
 
-    def _seconds(self, name: str, told: str) -> Histogram:
-        return Histogram(name, told, ("task",), buckets=SECONDS, registry=self._registry)
+    def _seconds(self, name: str, description: str) -> Histogram:
+        return Histogram(name, description, ("task",), buckets=SECONDS, registry=self._registry)
 
-    def _tokens(self, name: str, told: str) -> Counter:
-        return Counter(name, told, ("task",), registry=self._registry)
+    def _tokens(self, name: str, description: str) -> Counter:
+        return Counter(name, description, ("task",), registry=self._registry)
 
 
 class _EngineCollector:
-    """Reads the engine's own books."""
+    """Reads the engine's counters."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        """All families, as of one moment."""
+        """All metric families; the engine's are one consistent snapshot under its lock."""
         with self._engine.lock:
             families = [*self._requests(), *self._pages(), *self._prefill(), *self._decode(), *self._transfers()]
         yield from families
         compiles = compile_counter()
-        yield CounterMetricFamily("pshare_compiled_programs", "Programs that XLA compiled or loaded.", compiles.count)
-        yield CounterMetricFamily("pshare_compile_seconds", "Seconds that this took.", compiles.seconds)
+        yield CounterMetricFamily("pshare_compiled_programs", "Programs compiled or loaded by XLA.", compiles.count)
+        yield CounterMetricFamily(
+            "pshare_compile_seconds", "Time spent on compiling and loading them.", compiles.seconds
+        )
 
     def _requests(self) -> Iterator[Metric]:
-        requests = GaugeMetricFamily("pshare_live_requests", "Requests in the engine, by state.", labels=["state"])
+        requests = GaugeMetricFamily("pshare_live_requests", "Unfinished requests, by state.", labels=["state"])
         for state, count in self._engine.num_in_state.items():
             requests.add_metric([state.value], count)
         yield requests
@@ -96,10 +100,12 @@ class _EngineCollector:
     def _pages(self) -> Iterator[Metric]:
         pages = GaugeMetricFamily(
             "pshare_pages",
-            "KV pages: used by live requests, cached for prompts to come, or free.",
+            "KV pages: used by live requests, cached in the prefix cache, or free.",
             labels=["pool", "state"],
         )
-        published = CounterMetricFamily("pshare_pages_published", "Pages that became findable.", labels=["pool"])
+        published = CounterMetricFamily(
+            "pshare_pages_published", "KV pages published to the prefix cache.", labels=["pool"]
+        )
         for pool in self._engine.pools:
             for state, count in pool.num_in_state.items():
                 pages.add_metric([pool.name, state], count)
@@ -107,10 +113,12 @@ class _EngineCollector:
         yield from (pages, published)
 
     def _prefill(self) -> Iterator[Metric]:
-        tokens = CounterMetricFamily("pshare_prefilled_tokens", "Tokens given to prefill steps.", labels=["worker"])
-        slots = CounterMetricFamily("pshare_prefill_slots", "Tokens and padding of prefill steps.", labels=["worker"])
+        tokens = CounterMetricFamily("pshare_prefilled_tokens", "Tokens processed by prefill steps.", labels=["worker"])
+        slots = CounterMetricFamily(
+            "pshare_prefill_slots", "Slots of prefill steps, tokens and padding.", labels=["worker"]
+        )
         seconds = CounterMetricFamily(
-            "pshare_prefill_seconds", "Seconds in which prefill steps ran.", labels=["worker"]
+            "pshare_prefill_seconds", "Time during which prefill steps ran.", labels=["worker"]
         )
         for worker in self._engine.prefill_workers:
             tokens.add_metric([str(worker.index)], worker.stats.tokens)
@@ -120,16 +128,18 @@ class _EngineCollector:
 
     def _decode(self) -> Iterator[Metric]:
         steps = CounterMetricFamily("pshare_decode_steps", "Decode steps.", labels=["worker"])
-        tokens = CounterMetricFamily("pshare_decoded_tokens", "Tokens that decode steps made.", labels=["worker"])
-        scored = CounterMetricFamily("pshare_scored_tokens", "Prompt tokens of scoring steps.", labels=["worker"])
-        preempted = CounterMetricFamily("pshare_preemptions", "Answers put aside for want of pages.", labels=["worker"])
+        tokens = CounterMetricFamily("pshare_decoded_tokens", "Tokens generated by decode steps.", labels=["worker"])
+        scored = CounterMetricFamily("pshare_scored_tokens", "Prompt tokens scored.", labels=["worker"])
+        preempted = CounterMetricFamily(
+            "pshare_preemptions", "Requests preempted because the pool was full.", labels=["worker"]
+        )
         for worker in self._engine.decode_workers:
             steps.add_metric([str(worker.index)], worker.num_steps)
             tokens.add_metric([str(worker.index)], worker.num_tokens)
             scored.add_metric([str(worker.index)], worker.num_scored)
             preempted.add_metric([str(worker.index)], worker.num_preempted)
         served = GaugeMetricFamily(
-            "pshare_served_tasks", "1 for each task that a new request may name.", labels=["task", "worker"]
+            "pshare_served_tasks", "1 for each task available to new requests.", labels=["task", "worker"]
         )
         for worker in self._engine.decode_workers:
             for task in worker.tasks:
@@ -137,19 +147,19 @@ class _EngineCollector:
         yield from (steps, tokens, scored, preempted, served)
 
     def _transfers(self) -> Iterator[Metric]:
-        told = {
-            "pshare_transfers": ("KV copies that arrived.", "count"),
-            "pshare_transferred_pages": ("Pages of these.", "num_pages"),
-            "pshare_transferred_bytes": ("Bytes of these.", "num_bytes"),
-            "pshare_transfer_seconds": ("Seconds from a copy's dispatch to its writing, summed up.", "seconds"),
-            "pshare_transfer_failures": ("KV copies that failed.", "failures"),
+        counters = {
+            "pshare_transfers": ("Completed KV transfers.", "count"),
+            "pshare_transferred_pages": ("KV pages transferred.", "num_pages"),
+            "pshare_transferred_bytes": ("KV bytes transferred.", "num_bytes"),
+            "pshare_transfer_seconds": ("Total time of KV transfers, from dispatch to scatter.", "seconds"),
+            "pshare_transfer_failures": ("Failed KV transfers.", "failures"),
         }
-        for name, (text, field) in told.items():
-            family = CounterMetricFamily(name, text, labels=["decode_worker"])
+        for name, (description, field) in counters.items():
+            family = CounterMetricFamily(name, description, labels=["decode_worker"])
             for index, transfer in enumerate(self._engine.transfers):
                 family.add_metric([str(index)], getattr(transfer.stats, field))
             yield family
-        flying = GaugeMetricFamily("pshare_transfers_in_flight", "KV copies on their way.", labels=["decode_worker"])
+        in_flight = GaugeMetricFamily("pshare_transfers_in_flight", "KV transfers in flight.", labels=["decode_worker"])
         for index, transfer in enumerate(self._engine.transfers):
-            flying.add_metric([str(index)], transfer.in_flight)
-        yield flying
+            in_flight.add_metric([str(index)], transfer.in_flight)
+        yield in_flight

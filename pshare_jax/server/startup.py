@@ -21,7 +21,7 @@ from pshare_jax.engine.warmup import BackgroundCompiler, Variant, compile_all, v
 from pshare_jax.engine.worker_thread import POLL_SECONDS
 from pshare_jax.errors import PshareError
 from pshare_jax.mesh import virtual_cpu_devices
-from pshare_jax.server.app import Served
+from pshare_jax.server.app import AppContext
 from pshare_jax.server.config import ServeConfig, num_cpu_devices
 from pshare_jax.server.openai.to_requests import Limits
 from pshare_jax.server.tasks.loader import TaskLoader
@@ -40,7 +40,7 @@ def prepare_jax(config: ServeConfig, cache_folder: Path) -> None:
     count_compilations()
 
 
-def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:
+def build(config: ServeConfig, say: Say) -> tuple[AppContext, list[Variant]]:
     """Loads the base once, puts it on every worker's mesh and adds the tasks; the engine is not started yet.
 
     Raises:
@@ -62,7 +62,7 @@ def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:
     # Clients need not know where a folder lies.
     base = Path(config.base).name
     table = modules_dir and _task_table(config, placement, engine, modules_dir)
-    served = Served(engine, engine.tasks, model.tokenizer, limits, config.server.max_body_bytes, api_key, base, table)
+    served = AppContext(engine, model.tokenizer, limits, config.server.max_body_bytes, api_key, base, table)
     return served, variants(engine)
 
 
@@ -88,7 +88,7 @@ def _task_table(config: ServeConfig, placement: Placement, engine: Engine, modul
         )
     elif not open_workers:
         refusal = "No decode worker in placement has tasks: all, so tasks cannot change at run time."
-    return TaskTable(engine, engine.tasks, modules_dir, open_workers, TaskLoader(engine).load, refusal)
+    return TaskTable(engine, modules_dir, open_workers, TaskLoader(engine).load, refusal)
 
 
 def _key_from_environment() -> str | None:
@@ -98,7 +98,7 @@ def _key_from_environment() -> str | None:
     return key and key.strip()
 
 
-def warm_up(served: Served, programs: list[Variant], full: bool, say: Say) -> BackgroundCompiler:
+def warm_up(served: AppContext, programs: list[Variant], full: bool, say: Say) -> BackgroundCompiler:
     """Compiles what a short chat needs, or with `full` everything, and lets every task on every worker of a started
     engine answer once; the rest is compiled in the background.
 
@@ -121,7 +121,7 @@ def warm_up(served: Served, programs: list[Variant], full: bool, say: Say) -> Ba
     return BackgroundCompiler([one for one in programs if one not in now], ready, say, engine.wake)
 
 
-def first_answers(served: Served) -> None:
+def first_answers(served: AppContext) -> None:
     """Two tokens from every task on every worker.
 
     Raises:

@@ -1,4 +1,4 @@
-"""config.py: placements by default and by hand, and one sentence for each that cannot be served."""
+"""server/config.py and engine/config.py: defaults, placements, and one-sentence errors that name key, value and limit."""
 
 import math
 
@@ -18,7 +18,15 @@ from pshare_jax.errors import PshareError
 from pshare_jax.server.config import ServeConfig, ServerConfig, check_config, num_cpu_devices
 from pshare_jax.settings import load_settings
 
+pytestmark = pytest.mark.host
 TASKS = {"qwen3:math": "base", "org/math-v1.5": "x", "mit Leerzeichen ü": "y"}
+
+
+def check_error(facts, call):
+    """The call fails with one sentence that contains these words."""
+    with pytest.raises(PshareError, match=r"^[^\n]*$") as caught:
+        call()
+    assert all(fact in str(caught.value) for fact in facts.split()), str(caught.value)
 
 
 def placed(prefill, decode):
@@ -56,26 +64,24 @@ def test_keys_and_their_defaults(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("override", "facts"),
     [
-        ("sharing=both", "sharing must be 'shared' or 'isolated', not the text 'both'"),
-        ("routing=random", "routing must be 'prefix' or 'round_robin' or 'least_loaded'"),
-        ("debug=maybe", "debug must be true or false"),
-        ("kv.pages=many", "kv.pages must be a whole number"),
-        ("kv.page_size=1.5", "kv.page_size must be a whole number"),
-        ("kv.size=4", "Unknown key kv.size; kv takes page_size, pages"),
-        ("batch.decode_rows=true", "batch.decode_rows must be a whole number"),
-        ("batch.rows=4", "Unknown key batch.rows; batch takes prefill_tokens, decode_rows"),
-        ("limits.stall_seconds=soon", "limits.stall_seconds must be a number"),
-        ("limits.stall_seconds=null", "limits.stall_seconds must be a number"),
+        ("sharing=both", "sharing 'shared' 'isolated' 'both'"),
+        ("routing=random", "routing 'prefix' 'round_robin' 'least_loaded'"),
+        ("debug=maybe", "debug true false"),
+        ("kv.pages=many", "kv.pages"),
+        ("kv.page_size=1.5", "kv.page_size"),
+        ("kv.size=4", "kv.size page_size pages"),
+        ("batch.decode_rows=true", "batch.decode_rows"),
+        ("batch.rows=4", "batch.rows prefill_tokens decode_rows"),
+        ("limits.stall_seconds=soon", "limits.stall_seconds"),
+        ("limits.stall_seconds=null", "limits.stall_seconds"),
     ],
 )
-def test_values_of_another_kind(tmp_path, override, sentence):
+def test_values_of_a_wrong_type(tmp_path, override, facts):
     path = tmp_path / "serve.yaml"
     path.write_text("base: m\ntasks: {a: base}\n")
-    with pytest.raises(PshareError, match=r"^[^\n]*$") as caught:
-        load_settings(ServeConfig, path, [override])
-    assert sentence in str(caught.value)
+    check_error(facts, lambda: load_settings(ServeConfig, path, [override]))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +101,7 @@ def test_default_placement(platform, count, prefill, decode):
     assert worker_tasks(placement.decode[0], list(TASKS)) == list(TASKS)
 
 
-def test_a_cpu_shows_as_many_devices_as_are_named():
+def test_a_cpu_has_as_many_devices_as_the_placement_names():
     config = placed([PrefillPlacement([0, 1])], [DecodePlacement([4])])
     check_config(config)
     assert num_cpu_devices(config) == 5
@@ -109,59 +115,38 @@ def test_worker_tasks_keep_the_configs_order():
 
 P, D = PrefillPlacement, DecodePlacement
 FAULTS = [
-    (ServeConfig(base="m", tasks={}), "tasks is empty"),
-    (ServeConfig(base="m", tasks={"": "base"}), "empty name"),
-    (ServeConfig(base="m", tasks=TASKS, server=ServerConfig(port=70000)), "server.port must be 0 to 65535"),
-    (ServeConfig(base="m", tasks=TASKS, limits=LimitsConfig(max_requests=0)), "limits.max_requests must be at least 1"),
-    (
-        ServeConfig(base="m", tasks=TASKS, server=ServerConfig(max_body_bytes=0)),
-        "server.max_body_bytes must be at least 1",
-    ),
-    (
-        ServeConfig(base="m", tasks=TASKS, limits=LimitsConfig(stall_seconds=0.0)),
-        "limits.stall_seconds must be more than 0, not 0",
-    ),
-    (
-        ServeConfig(base="m", tasks=TASKS, limits=LimitsConfig(stall_seconds=-1.5)),
-        "limits.stall_seconds must be more than 0",
-    ),
-    (
-        ServeConfig(base="m", tasks=TASKS, limits=LimitsConfig(stall_seconds=math.nan)),
-        "limits.stall_seconds must be more than 0",
-    ),
-    (ServeConfig(base="m", tasks=TASKS, kv=KVConfig(page_size=0)), "kv.page_size must be at least 1, not 0"),
-    (ServeConfig(base="m", tasks=TASKS, kv=KVConfig(pages=2)), "kv.pages must be at least 3, not 2"),
-    (
-        ServeConfig(base="m", tasks=TASKS, batch=BatchConfig(prefill_tokens=0)),
-        "batch.prefill_tokens must be at least 1, not 0",
-    ),
-    (
-        ServeConfig(base="m", tasks=TASKS, batch=BatchConfig(decode_rows=-4)),
-        "batch.decode_rows must be at least 1, not -4",
-    ),
-    (placed([], [D([0])]), "placement.prefill is empty"),
-    (placed([P([0])], []), "placement.decode is empty"),
-    (placed([P([])], [D([0])]), "placement.prefill.0.devices is empty"),
-    (placed([P([-1])], [D([0])]), "placement.prefill.0.devices names device -1"),
-    (placed([P([0, 0])], [D([1])]), "names a device twice"),
-    (placed([P([0]), P([1, 0])], [D([2])]), "placement.prefill.0 and placement.prefill.1 both name device 0"),
-    (placed([P([0])], [D([1], tasks=["typo"])]), "placement.decode.0.tasks names 'typo', which is not in tasks"),
-    (placed([P([0])], [D([1], tasks=["qwen3:math"])]), "No decode worker serves the task 'org/math-v1.5'"),
-    (placed([P([0])], [D([1], tasks=["qwen3:math"] * 2)]), "names a task twice"),
-    (placed([P([0])], [D([1]), D([2], tasks=[])]), "placement.decode.1.tasks is empty"),
+    (ServeConfig(base="m", tasks={}), "tasks empty"),
+    (ServeConfig(base="m", tasks={"": "base"}), "tasks empty name"),
+    (ServeConfig(base="m", tasks=TASKS, server=ServerConfig(port=70000)), "server.port 0 65535 70000"),
+    (ServeConfig(base="m", tasks=TASKS, limits=LimitsConfig(max_requests=0)), "limits.max_requests 1 0"),
+    (ServeConfig(base="m", tasks=TASKS, server=ServerConfig(max_body_bytes=0)), "server.max_body_bytes 1 0"),
+    (ServeConfig(base="m", tasks=TASKS, limits=LimitsConfig(stall_seconds=0.0)), "limits.stall_seconds 0"),
+    (ServeConfig(base="m", tasks=TASKS, limits=LimitsConfig(stall_seconds=-1.5)), "limits.stall_seconds 0 -1.5"),
+    (ServeConfig(base="m", tasks=TASKS, limits=LimitsConfig(stall_seconds=math.nan)), "limits.stall_seconds 0 nan"),
+    (ServeConfig(base="m", tasks=TASKS, kv=KVConfig(page_size=0)), "kv.page_size 1 0"),
+    (ServeConfig(base="m", tasks=TASKS, kv=KVConfig(pages=2)), "kv.pages 3 2"),
+    (ServeConfig(base="m", tasks=TASKS, batch=BatchConfig(prefill_tokens=0)), "batch.prefill_tokens 1 0"),
+    (ServeConfig(base="m", tasks=TASKS, batch=BatchConfig(decode_rows=-4)), "batch.decode_rows 1 -4"),
+    (placed([], [D([0])]), "placement.prefill empty"),
+    (placed([P([0])], []), "placement.decode empty"),
+    (placed([P([])], [D([0])]), "placement.prefill.0.devices empty"),
+    (placed([P([-1])], [D([0])]), "placement.prefill.0.devices -1"),
+    (placed([P([0, 0])], [D([1])]), "placement.prefill.0.devices twice"),
+    (placed([P([0]), P([1, 0])], [D([2])]), "placement.prefill.0 placement.prefill.1 0"),
+    (placed([P([0])], [D([1], tasks=["typo"])]), "placement.decode.0.tasks 'typo'"),
+    (placed([P([0])], [D([1], tasks=["qwen3:math"])]), "'org/math-v1.5'"),
+    (placed([P([0])], [D([1], tasks=["qwen3:math"] * 2)]), "placement.decode.0.tasks twice"),
+    (placed([P([0])], [D([1]), D([2], tasks=[])]), "placement.decode.1.tasks empty"),
 ]
 
 
-@pytest.mark.parametrize(("config", "sentence"), FAULTS)
-def test_faults(config, sentence):
-    with pytest.raises(PshareError, match=r"^[^\n]*$") as caught:
-        check_config(config)
-    assert sentence in str(caught.value)
+@pytest.mark.parametrize(("config", "facts"), FAULTS)
+def test_invalid_configs(config, facts):
+    check_error(facts, lambda: check_config(config))
 
 
 def test_devices_that_do_not_exist():
-    with pytest.raises(PshareError, match=r"placement.decode.0.devices names device 3, but there are 2 gpu devices"):
-        resolve_placement(Placement([P([0])], [D([3])]), "gpu", 2)
+    placement = Placement([P([0])], [D([3])])
+    check_error("placement.decode.0.devices 3 2 gpu", lambda: resolve_placement(placement, "gpu", 2))
     config = placed([P([0])], [D([1000000])])
-    with pytest.raises(PshareError, match="names device 1000000, but there are 64 cpu devices"):
-        resolve_placement(config.placement, "cpu", num_cpu_devices(config))
+    check_error("1000000 64 cpu", lambda: resolve_placement(config.placement, "cpu", num_cpu_devices(config)))
