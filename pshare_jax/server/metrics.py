@@ -82,7 +82,7 @@ class Metrics:
         """The response to a scrape."""
         return generate_latest(self._registry)
 
-    def _seconds(self, name: str, description: str, buckets: tuple[float, ...] = SECONDS) -> Histogram:
+    def _seconds(self, name: str, description: str, buckets: tuple[int | float, ...] = SECONDS) -> Histogram:
         return Histogram(name, description, ("task",), buckets=buckets, registry=self._registry)
 
     def _tokens(self, name: str, description: str) -> Counter:
