@@ -17,18 +17,6 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from pshare_jax.sampling.params import ALMOST_GREEDY, NUM_TOP, SamplingParams, SamplingRows, sampling_rows
 
-__all__ = [
-    "Adjustments",
-    "Sampled",
-    "SamplingParams",
-    "SamplingRows",
-    "best_logprobs",
-    "kept",
-    "sample",
-    "sample_rows",
-    "sampling_rows",
-]
-
 FEW = 1024
 """Top-k, top-p and min-p first look at this many best tokens; sorting a vocabulary takes 20 times as long on a CPU."""
 

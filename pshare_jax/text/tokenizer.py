@@ -206,7 +206,7 @@ class Tokenizer:
         before = self._rendered(template, [messages[:-1], *others], names, True)
         text = self._rendered(template, [messages, *others], names, False)
         if not text.startswith(before):
-            raise PshareError("The chat template must write the answer right after the prompt, but does not.")
+            raise PshareError("The chat template must write the answer right after its prompt, but does not.")
         text = text[len(before) :]
         return self._encode_masked(text, placeholders) if self._control.inside(chat) else self._encode(text)
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pshare_jax.sampling.sample import SamplingParams, kept, sample
+from pshare_jax.sampling.params import SamplingParams
+from pshare_jax.sampling.sample import kept, sample
 
 VOCAB = 23
 jitted_kept = jax.jit(kept)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pshare_jax.sampling import sample as sample_module
-from pshare_jax.sampling.sample import Adjustments, Sampled, SamplingParams, sample, sample_rows, sampling_rows
+from pshare_jax.sampling.params import SamplingParams, sampling_rows
+from pshare_jax.sampling.sample import Adjustments, Sampled, sample, sample_rows
 
 VOCAB = 37
 YES, NO = np.array(True), np.array(False)

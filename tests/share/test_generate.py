@@ -230,7 +230,7 @@ def test_a_repetition_penalty_needs_the_context(made):
 
 
 def test_a_bias_for_no_token(made):
-    with pytest.raises(PshareError, match="logit_bias names token 320, but token ids are 0 to 319"):
+    with pytest.raises(PshareError, match=r"logit_bias\D*320\D.* 319\b"):
         ps.generate(made.shared, "base", [1], max_new_tokens=1, sampling=ps.SamplingParams(logit_bias=((320, 1.0),)))
 
 

@@ -128,22 +128,13 @@ def _max_tokens(body: Body, prompt_len: int, max_len: int, param: str) -> int:
         message = "max_completion_tokens and max_tokens differ; send only one of them."
         raise ApiError(400, message, param="max_completion_tokens")
     requested = old if new is None else new
-    limit = f"This model's maximum context length is {max_len} tokens. However, "
-    code = "context_length_exceeded"
     if prompt_len >= max_len:
-        raise ApiError(
-            400,
-            f"{limit}your {param} resulted in {prompt_len} tokens, which leaves no room for a completion. "
-            f"Please reduce the length of the {param}.",
-            param=param,
-            code=code,
-        )
-    if requested is not None and prompt_len + requested > max_len:
-        raise ApiError(
-            400,
-            f"{limit}you requested {prompt_len + requested} tokens ({prompt_len} in the {param}, {requested} in the "
-            f"completion). Please reduce the length of the {param} or completion.",
-            param=param,
-            code=code,
-        )
-    return max_len - prompt_len if requested is None else requested
+        detail = f"your {param} resulted in {prompt_len} tokens, which leaves no room for a completion"
+    elif requested is not None and prompt_len + requested > max_len:
+        parts = f"{prompt_len} in the {param}, {requested} in the completion"
+        detail = f"you requested {prompt_len + requested} tokens ({parts})"
+    else:
+        return max_len - prompt_len if requested is None else requested
+    # Clients recognise the first words of OpenAI's message.
+    message = f"This model's maximum context length is {max_len} tokens. However, {detail}. Please reduce the length."
+    raise ApiError(400, message, param=param, code="context_length_exceeded")
