@@ -6,6 +6,7 @@ sequences can wait for each other's pages.
 """
 
 import bisect
+import operator
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
@@ -14,6 +15,8 @@ from pshare_jax.engine.kv.pool import PageTable, Pool
 from pshare_jax.engine.page_transfer import PageTransfer
 from pshare_jax.engine.request import Sequence, State
 from pshare_jax.engine.shapes import pages_for
+
+_age = operator.attrgetter("number")
 
 
 class Admission:
@@ -301,32 +304,26 @@ class Admission:
 
     def holders(self, pool: Pool) -> list[Sequence]:
         """All sequences with pages in the pool."""
-        groups = [*self.prefilling, *self.arriving, *self.decoding]
-        return [
-            one
-            for group in groups
-            for one in group
-            if any(held is not None and held.pool is pool for held in (one.prefill_pages, one.decode_pages))
-        ]
+        tables = ((one, (one.prefill_pages, one.decode_pages)) for _, one in self._admitted())
+        return [one for one, held in tables if any(table is not None and table.pool is pool for table in held)]
 
     def check(self) -> None:
         """Raises AssertionError unless lists, states and every pool agree; when idle, also unless all pages are released."""
-        listed = {
-            State.PREFILLING: self.prefilling,
-            State.TRANSFERRING: self.arriving,
-            State.DECODING: self.decoding,
-        }
         live: set[object] = {one for group in self.in_flight for one in group}
-        for state, groups in listed.items():
-            sequences = [one for group in groups for one in group]
-            live.update(sequences)
-            for sequence in sequences:
-                if sequence.state is not state and not sequence.final:
-                    raise AssertionError(f"a {sequence.state.value} sequence is listed as {state.value}")
+        for state, sequence in self._admitted():
+            live.add(sequence)
+            if sequence.state is not state and not sequence.final:
+                raise AssertionError(f"a {sequence.state.value} sequence is listed as {state.value}")
         for pool in {id(pool): pool for pool in (*self.prefill_pools, *self.decode_pools)}.values():
             pool.manager.check(live)
             if not live and pool.manager.num_used:
                 raise AssertionError(f"{pool.name}: {pool.manager.num_used} pages are held by {pool.manager.holders}")
+
+    def _admitted(self) -> list[tuple[State, Sequence]]:
+        """Every sequence that may hold pages, and the state of its list."""
+        prefilling = [(State.PREFILLING, one) for group in self.prefilling for one in group]
+        arriving = [(State.TRANSFERRING, one) for group in self.arriving for one in group]
+        return prefilling + arriving + [(State.DECODING, one) for group in self.decoding for one in group]
 
     def _release(self, sequence: Sequence) -> None:
         """Releases all pages; sequences that waited for them to be produced restart."""
@@ -358,10 +355,6 @@ class Admission:
             held.manager.adopt(transfer, sequence, produced)
             transfer.adopted = pages
             self.num_adopted += 1
-
-
-def _age(sequence: Sequence) -> int:
-    return sequence.number
 
 
 def _reserve(sequence: Sequence, pool: Pool, num_pages: int) -> PageTable | None:

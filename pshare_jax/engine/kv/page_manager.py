@@ -3,7 +3,6 @@
 There is one record per page. Prefill, decode and API threads all call the manager, always under the engine's lock.
 """
 
-import enum
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,15 +11,6 @@ from typing import NamedTuple
 from pshare_jax.engine.kv.keys import PageKey
 
 SEQUENCE = "sequence"
-
-
-class PageState(enum.Enum):
-    """Private pages are held, but no prefix leads to them; published pages are evictable while they have no reference."""
-
-    FREE = "free"
-    PRIVATE = "private"
-    PENDING = "pending"
-    PUBLISHED = "published"
 
 
 class Reservation(NamedTuple):
@@ -44,7 +34,11 @@ class CacheStats:
 
 @dataclass(eq=False, slots=True)
 class _Page:
-    """The page is in the tree of prefixes, below its parent, exactly while it has a key."""
+    """A page is in the tree of prefixes, below its parent, while it has a key.
+
+    It is pending while it has a producer, else published while it has a key, else free while it has no reference; private
+    pages are held, but no prefix leads to them.
+    """
 
     id: int
     refs: int = 0
@@ -53,14 +47,6 @@ class _Page:
     children: "dict[_Page, None]" = field(default_factory=dict)
     producer: Hashable | None = None
     waiters: dict[Hashable, None] = field(default_factory=dict)  # in the order of their arrival
-
-    @property
-    def state(self) -> PageState:
-        if self.producer is not None:
-            return PageState.PENDING
-        if self.key is not None:
-            return PageState.PUBLISHED
-        return PageState.PRIVATE if self.refs else PageState.FREE
 
     def matches(self, key: PageKey, parent: "_Page | None") -> bool:
         # Digests may collide.
@@ -225,7 +211,7 @@ class PageManager:
                 raise AssertionError(f"page {page.id} was published before the page before it")
             if page.producer not in (None, producer):
                 raise AssertionError(f"page {page.id} was published by another than its producer")
-            if page.state is not PageState.PUBLISHED:
+            if page.key is None or page.producer is not None:
                 for waiter in self._stop_producing(page):
                     _remove(self._awaited, waiter, page)
                 if before is None or before.key is not None:
