@@ -176,5 +176,5 @@ def test_another_wheel_or_category_is_refused(wheel, tmp_path, monkeypatch):
     with pytest.raises(PshareError, match="checksum"):
         fetch_wheel(tmp_path)
     assert not list(tmp_path.rglob("*.whl"))
-    with pytest.raises(PshareError, match="java.* simple, multiple, parallel"):
+    with pytest.raises(PshareError, match=r"java.* simple, multiple, parallel"):
         read_questions("java", wheel)
