@@ -31,8 +31,7 @@ CHANGEABLE = (
 class ModuleConfig:
     """The trainable module: `full`, all weights, or `lora`, an adapter on the base.
 
-    LoRA adds alpha / rank * x A B to the projections `targets`, with `dropout` on its input. `full` uses none of these
-    keys.
+    LoRA adds alpha / rank * x A B to the projections `targets`, with `dropout` on its input.
     """
 
     kind: Literal["full", "lora"] = "lora"

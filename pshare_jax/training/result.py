@@ -29,8 +29,7 @@ def export(
     merge: bool,
     dtype: str | None = None,
 ) -> Path:
-    """Writes the decode module of a run at `step`, at its lowest held-out loss ("best"), or at its last checkpoint
-    (None).
+    """Writes the decode module of a run at `step`, at its lowest held-out loss ("best"), or the last (None).
 
     The default `output` is module/ (with `merge` module-merged/) in the run's folder. `merge` folds LoRA into full
     weights. `dtype` is that of the files (None: the run's). Uses JAX's first device, whatever the mesh of the run.

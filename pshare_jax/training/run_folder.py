@@ -15,7 +15,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from pshare_jax.errors import PshareError
@@ -23,46 +22,18 @@ from pshare_jax.settings import load_settings, to_yaml
 from pshare_jax.training.config import TrainConfig, changed_keys
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run."""
+    """Paths of a run. A folder with a `config` file contains a run."""
 
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved config; a folder with this file contains a run."""
-        return self.root / "config.yaml"
-
-    @property
-    def data_report(self) -> Path:
-        """The report of `prepare`."""
-        return self.root / "data_report.txt"
-
-    @property
-    def metrics(self) -> Path:
-        """JSON lines of steps and evaluations."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """TensorBoard's event files."""
-        return self.root / "tensorboard"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of `Checkpoints`."""
-        return self.root / "checkpoints"
-
-    @property
-    def loss_figure(self) -> Path:
-        """The loss figure."""
-        return self.root / "loss.png"
-
-    @property
-    def module(self) -> Path:
-        """The decode module."""
-        return self.root / "module"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.yaml"
+        self.data_report = root / "data_report.txt"
+        self.metrics = root / "metrics.jsonl"
+        self.tensorboard = root / "tensorboard"
+        self.checkpoints = root / "checkpoints"
+        self.loss_figure = root / "loss.png"
+        self.module = root / "module"
 
     def read_config(self) -> TrainConfig:
         """The config of the run.
@@ -81,8 +52,7 @@ def claim(config: TrainConfig, resume: bool) -> RunFolder:
     """The run folder of `config`, checked and not modified.
 
     Raises:
-        PshareError: without `resume`, the folder contains a run; with it, it contains no run or one with another
-        config.
+        PshareError: without `resume`, the folder contains a run; with it, no run or a run with another config.
     """
     run = RunFolder(Path(config.output))
     if resume:

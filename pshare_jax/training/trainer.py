@@ -59,8 +59,7 @@ class _Pending:
 def num_steps(config: TrainConfig, num_batches: int | None, done: int = 0) -> int:
     """Steps of a whole run after `done` steps with `num_batches` left (None: endless).
 
-    The last step may have fewer batches than `accumulation`; so may a step in the middle, if the run was extended after
-    it.
+    The last step may have fewer batches than `accumulation`; so may the step after which a run was extended.
     """
     available = None if num_batches is None else done + -(-num_batches // config.accumulation)
     return min(count for count in (config.steps, available) if count is not None)

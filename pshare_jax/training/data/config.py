@@ -12,8 +12,7 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """A source. `path` is a file, a glob, `reasoning_gym:<task>?seed=1&size=1000`, `bfcl:<category>`, or a list of
-    these.
+    """A source. `path` is a file, a glob, `reasoning_gym:<task>?seed=1&size=1000`, `bfcl:<category>`, or a list.
 
     `weight` is the number of passes over the source in an epoch: 1 uses every sample once, 2 twice, 0.5 half of them
     (and the other half in the next epoch).

@@ -53,8 +53,7 @@ class BatchShape:
 @dataclass(frozen=True)
 class StepShapes:
     """All arrays of a training step, as shapes with shardings. `base` are the weights that the base reads, `frozen`
-    those that the module shares with it; either may be empty. With `single_batch` there is no sum of gradients over
-    batches.
+    those that the module shares with it; either may be empty. With `single_batch` no gradients are summed.
     """
 
     base: Shapes

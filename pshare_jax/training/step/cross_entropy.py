@@ -72,8 +72,7 @@ def head_nll(
     softcap: float | None,
     weight_grad: bool,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The sum of -log softmax(logits)[target] over tokens with real = 1, in float32, and how many have the largest
-    logit.
+    """The float32 sum of -log softmax(logits)[target] over tokens with real = 1, and the number of argmax hits.
 
     `weight` is the head `[D, V]` or, if `tied`, the embedding `[V, D]`; without `weight_grad` it gets no gradient.
     """

@@ -38,12 +38,12 @@ def test_one_sample_by_hand():
     assert batch.decode_prefix.tolist() == [[1, 1, 4, 4, 0]]
     assert batch.targets.tolist() == [[12, 13, 15, 16, 0]]
     assert batch.weights.tolist() == [[1, 1, 1, 1, 0]]
-    one = one_stream([[sample]], 7, 5)
-    assert one.tokens.tolist() == [[10, 11, 12, 13, 14, 15, 0]]
-    assert one.picks.tolist() == [[1, 2, 4, 5, 0]]
-    assert one.targets.tolist() == [[12, 13, 15, 16, 0]]
-    assert one.weights.tolist() == [[1, 1, 1, 1, 0]]
-    tokens = (*batch._asdict().values(), *one._asdict().values())
+    stream = one_stream([[sample]], 7, 5)
+    assert stream.tokens.tolist() == [[10, 11, 12, 13, 14, 15, 0]]
+    assert stream.picks.tolist() == [[1, 2, 4, 5, 0]]
+    assert stream.targets.tolist() == [[12, 13, 15, 16, 0]]
+    assert stream.weights.tolist() == [[1, 1, 1, 1, 0]]
+    tokens = (*batch._asdict().values(), *stream._asdict().values())
     assert {array.dtype.name for array in tokens} == {"int32", "float32"}
 
 
@@ -131,11 +131,11 @@ def test_packing_uses_every_sample_once_within_both_limits(sizes, context, answe
     for row in rows:
         assert row
         assert (lengths[row].sum(axis=0) <= (context, answers)).all()
-    # First fit: no two rows of a window would fit into one.
+    # First fit: no two rows of a window would fit into a single row.
     totals = [lengths[row].sum(axis=0) for row in rows]
-    for i, one in enumerate(totals):
-        for two in totals[:i]:
-            assert (one + two > (context, answers)).any()
+    for i, total in enumerate(totals):
+        for other in totals[:i]:
+            assert (total + other > (context, answers)).any()
 
 
 def test_packing_rejects_a_sample_larger_than_a_row():
@@ -178,11 +178,11 @@ def realistic(seed: int, kind: str) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["chat", "math", "tools"])
 def test_rows_are_at_least_85_percent_tokens(kind):
     lengths = realistic(0, kind)
-    one = np.stack([lengths.sum(axis=1), lengths[:, 1]], axis=1)
-    for places in (lengths, one):
-        capacity = choose_capacity(places, None, None)
-        rows = pack(places, capacity, np.random.PCG64(0))
-        share = fill(places, len(rows), capacity)
+    stream = np.stack([lengths.sum(axis=1), lengths[:, 1]], axis=1)
+    for needed in (lengths, stream):
+        capacity = choose_capacity(needed, None, None)
+        rows = pack(needed, capacity, np.random.PCG64(0))
+        share = fill(needed, len(rows), capacity)
         print(kind, capacity, round(share, 3))
         assert share >= 0.85
         assert all(length % 32 == 0 for length in capacity)

@@ -6,7 +6,6 @@ import pytest
 from training_data import chat, random_samples, sample_set, tokenizers, write_jsonl
 
 from pshare_jax.errors import PshareError
-from pshare_jax.settings import load_settings
 from pshare_jax.training.data.config import DataConfig, RowsConfig, SourceConfig, check_data
 from pshare_jax.training.data.prepare import prepare
 
@@ -69,16 +68,6 @@ def test_answers_on_both_sides_are_counted(tok, tmp_path):
     assert (len(found.train), len(found.evaluation)) == (2, 5)
     assert found.report.leaked == 4
     assert "4 evaluation answers" in str(found.report)
-
-
-def test_the_data_section_in_yaml(tmp_path):
-    (tmp_path / "a.yaml").write_text(
-        "sources: [{path: 'reasoning_gym:leg_counting?seed=1'}, {path: [a.jsonl, b/*.parquet], weight: 2}]\nepochs: null\n"
-    )
-    config = load_settings(DataConfig, tmp_path / "a.yaml", ["batch.rows=8", "eval_fraction=0.1"])
-    check_data(config)
-    assert config.sources[1] == SourceConfig(["a.jsonl", "b/*.parquet"], 2.0)
-    assert (config.epochs, config.batch, config.eval_fraction) == (None, RowsConfig(8), 0.1)
 
 
 @pytest.mark.parametrize(

@@ -117,8 +117,8 @@ def test_the_plan_is_what_a_run_does(base_and_data, tmp_path, capsys):
     data = read_data(config, outline.tokenizer, outline.stop_ids, outline.config)
     with training_batches(data.train, config.data, config.layout) as batches:
         arrays = [batch.arrays for batch in batches if isinstance(batch.arrays, TwoStreamBatch)]
-    read = sum(int((one.context_segments > 0).sum() + (one.decode_segments > 0).sum()) for one in arrays)
-    targets = sum(int(one.weights.sum()) for one in arrays)
+    read = sum(int((batch.context_segments > 0).sum() + (batch.decode_segments > 0).sum()) for batch in arrays)
+    targets = sum(int(batch.weights.sum()) for batch in arrays)
     assert (
         f"a batch                           2 rows of 64 context and {arrays[0].targets.shape[1]} answer tokens\n"
         in out
@@ -160,8 +160,8 @@ def test_held_bytes_are_those_of_the_real_arrays(base_and_data, kind, mesh):
         *map(on_first_device, (sums, arrays)),
     ]
     assert list(held.values()) == real
-    one = BatchShape("one_stream", 2, 32, 40).arrays(320)
-    assert one.weights.sum() == 2 * 32
+    single = BatchShape("one_stream", 2, 32, 40).arrays(320)
+    assert single.weights.sum() == 2 * 32
 
 
 @pytest.mark.parametrize(

@@ -90,12 +90,12 @@ def assert_equal_steps(rig, result, other, expected, tolerance=1e-6):
 def one_big(odd):
     rig = Rig(odd, FULL)
     # With answers of 1 and 31 tokens, a mean of means would be far off.
-    return rig, rig.step(two_stream([[one] for one in drawn_samples(1, 31)], 8, 32), single_batch=True)
+    return rig, rig.step(two_stream([[sample] for sample in drawn_samples(1, 31)], 8, 32), single_batch=True)
 
 
 def test_two_micro_batches_equal_one_batch(odd, one_big):
     small = Rig(odd, FULL)
-    result = small.step(*(two_stream([[one]], 8, 32) for one in drawn_samples(1, 31)))
+    result = small.step(*(two_stream([[sample]], 8, 32) for sample in drawn_samples(1, 31)))
     assert float(result.tokens) == 32
     assert_equal_steps(small, result, *one_big)
     # The sums start again at 0.
@@ -106,7 +106,7 @@ def test_two_micro_batches_equal_one_batch(odd, one_big):
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2), MeshConfig(fsdp=2, tensor=2)], ids=["data", "fsdp-tensor"])
 def test_devices_share_a_batch(odd, one_big, mesh):
     rig = Rig(odd, FULL, mesh)
-    result = rig.step(two_stream([[one] for one in drawn_samples(1, 31)], 8, 32))
+    result = rig.step(two_stream([[sample] for sample in drawn_samples(1, 31)], 8, 32))
     assert_equal_steps(rig, result, *one_big, tolerance=1e-5)
     kernel = rig.state.trainable["layers.0.mlp.down.kernel"]
     moment = moments(rig.state).nu["layers.0.mlp.down.kernel"]
@@ -132,7 +132,7 @@ def test_the_base_is_unchanged_and_the_optimizer_has_only_trainable_parameters(b
     rig = Rig(base_and_data, module, optimizer=replace(ADAMW, weight_decay=0.1))
     before = hashes(rig.base.params)
     start = hashes(rig.state.trainable)
-    batch = two_stream([[one] for one in drawn_samples(5, 9)], 8, 32)
+    batch = two_stream([[sample] for sample in drawn_samples(5, 9)], 8, 32)
     for _ in range(3):
         rig.step(batch)
     assert hashes(rig.base.params) == before
@@ -169,7 +169,7 @@ def poisoned(kind: str):
 
 
 def poison(samples: list[Sample]) -> list[Sample]:
-    return [replace(one, ids=(*one.ids[:-1], NAN_TARGET)) for one in samples]
+    return [replace(sample, ids=(*sample.ids[:-1], NAN_TARGET)) for sample in samples]
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
