@@ -54,7 +54,7 @@ def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:
     say(f"opening and loading the base {config.base}")
     dtype = None if config.dtype == "auto" else config.dtype
     first = placement.prefill[0]
-    model = load(config.base, dtype=dtype, mesh=make_mesh(first.devices, len(first.devices)))
+    model = load(config.base, dtype=dtype, mesh=make_mesh(first.devices))
     plan = Plan(
         tasks=config.tasks,
         placement=placement,
