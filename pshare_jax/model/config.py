@@ -169,8 +169,8 @@ def find_family(config: Mapping[str, Any]) -> Family:
         if not names and config.get("model_type") in family.model_types:
             return family
     known = ", ".join(name for family in FAMILIES for name in family.architectures)
-    asked = ", ".join(map(str, names)) or config.get("model_type") or "none given"
-    raise PshareError(f"unknown architecture in config.json ({asked}); known architectures: {known}.")
+    given = ", ".join(map(str, names)) or config.get("model_type") or "none"
+    raise PshareError(f"unknown architecture in config.json ({given}); known architectures: {known}.")
 
 
 class _Reader:

@@ -1,4 +1,4 @@
-"""The idea of the project: one frozen prefill module makes the KV, and the decode modules of many tasks read it.
+"""The idea of the project: one frozen prefill module computes the KV, and the decode modules of many tasks read it.
 
 Models and decode modules on disk and on a mesh, LoRA in PEFT's format, the boundary rule, and the plain generation loop
 that every faster path is compared with. The engine, training and evaluation build on this room; it stands on model,

@@ -1,8 +1,8 @@
 """The header of a GGUF file: its metadata as plain Python values, and its table of tensors.
 
 `gguf.GGUFFile` is the only caller. The `gguf` package's own reader makes a NumPy view of every token string, which
-takes seconds and 150 MB for one vocabulary; only its constants are used. Format:
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+takes seconds and 150 MB for one vocabulary; only its constants are used.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import pshare_jax as ps
 from pshare_jax.share.save import hf_config
-from pshare_jax.weights.safetensors import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, write_safetensors
+from pshare_jax.weights.safetensors import SINGLE_FILE, write_safetensors
 
 GEMMA_LAYERS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 VARIANTS = {
@@ -96,19 +96,6 @@ def test_sharded_over_devices(tmp_path):
     expected = load_file(source / SINGLE_FILE)
     for name, values in load_file(tmp_path / "saved" / SINGLE_FILE).items():
         np.testing.assert_array_equal(values, expected[name])
-
-
-def test_saved_over_an_older_sharded_folder(tmp_path):
-    """The old index and shards are removed."""
-    source = tiny_folder("llama", tmp_path / "source", num_hidden_layers=1)
-    model = ps.load(source)
-    older = {name: values + 1 for name, values in load_file(source / SINGLE_FILE).items()}
-    ps.save_folder(tmp_path / "saved", model)
-    write_safetensors(tmp_path / "saved", older.items(), max_shard_bytes=30_000)
-    assert (tmp_path / "saved" / INDEX_FILE).is_file()
-    ps.save_folder(tmp_path / "saved", model)
-    assert ps.load(tmp_path / "saved").fingerprint == model.fingerprint
-    assert len(SafetensorsFolder(tmp_path / "saved").names()) == len(older)
 
 
 def test_saving_changes_nothing(tmp_path):
