@@ -154,4 +154,4 @@ class EngineBuilder:
 
 def mesh_of(worker: PrefillPlacement | DecodePlacement) -> Mesh:
     """The worker's mesh, tensor-parallel over exactly its devices."""
-    return make_mesh(worker.devices, len(worker.devices))
+    return make_mesh(worker.devices)

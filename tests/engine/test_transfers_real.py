@@ -321,7 +321,7 @@ def test_pages_that_come_back_wake_every_worker(world, draw, what):
 
 
 def store_on(config: ModelConfig, devices: range) -> DevicePages:
-    return DevicePages(config, make_mesh(list(devices), len(devices)), 9, 4, "float32", [2, 6])
+    return DevicePages(config, make_mesh(list(devices)), 9, 4, "float32", [2, 6])
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

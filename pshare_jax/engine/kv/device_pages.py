@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.shapes import bucket_of
 from pshare_jax.model.config import ModelConfig
-from pshare_jax.model.kv.pages import KVPages, content_shape, empty_pages, place_content
+from pshare_jax.model.kv.pages import KVPages, content_shape, device_put_content, empty_pages
 from pshare_jax.model.paged_steps import page_moves
 from pshare_jax.model.sharding import content_sharding, pages_sharding
 
@@ -42,7 +42,7 @@ class DevicePages:
 
     def device_put(self, content: Any) -> jax.Array:
         """Content of another pool, or from host memory, on its way to this pool's devices (dispatched)."""
-        return place_content(content, self.config, self.mesh)
+        return device_put_content(content, self.config, self.mesh)
 
     def scatter(self, ids: Sequence[int], content: jax.Array) -> None:
         """Writes placed content into pages."""

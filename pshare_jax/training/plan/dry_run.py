@@ -60,7 +60,7 @@ def dry_run(config: TrainConfig) -> None:
     # Virtual devices of a CPU share its cores and memory.
     available = 1 if jax.devices()[0].platform == "cpu" else len(jax.devices())
     enough = config.mesh.size <= available
-    dtype = default_dtype(make_mesh([0], 1)) if config.dtype == "auto" else config.dtype
+    dtype = default_dtype(make_mesh([0])) if config.dtype == "auto" else config.dtype
     base = Architecture(outline.config, Build(dtype))
     mesh = training_mesh(config.mesh) if enough else abstract_mesh(config.mesh)
     objective = Objective(base, module_architecture(base, config.module), mesh, dtype, config.module.dropout)
