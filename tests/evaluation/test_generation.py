@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from reference import hf_greedy, load_hf, load_peft, random_tokens
-from tiny import FAMILIES, tiny_folder, tiny_module
+from reference import hf_greedy, load_hf, load_peft
+from tiny import FAMILIES, random_tokens, tiny_folder, tiny_module
 
 import pshare_jax as ps
 from pshare_jax.errors import PshareError

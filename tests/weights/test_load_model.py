@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from reference import assert_close, hf_logits, load_hf, random_tokens
+from reference import hf_logits, load_hf
 from safetensors.torch import load_file, save_file
-from tiny import edit_json, save_tiny, tiny_folder, tiny_model
+from tiny import assert_close, edit_json, random_tokens, save_tiny, tiny_folder, tiny_model
 
 import pshare_jax as ps
 from pshare_jax.errors import PshareError
