@@ -51,12 +51,7 @@ def start_jax() -> None:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """The host tier does not even import other files."""
     is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
-    if (
-        config.stash[HOST_TIER]
-        and is_test
-       
-        and not HOST_MARK.search(collection_path.read_text())
-    ):
+    if config.stash[HOST_TIER] and is_test and not HOST_MARK.search(collection_path.read_text()):
         return True
     return None
 

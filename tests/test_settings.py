@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from pshare_jax.errors import PshareError
 from pshare_jax.settings import load_settings, to_yaml
 
+pytestmark = pytest.mark.host
+
 
 @dataclass(frozen=True)
 class Part:

@@ -13,6 +13,8 @@ from serving_fakes import Echo, Gate
 from pshare_jax.engine.request import FAILED
 from pshare_jax.engine.router import Route
 
+pytestmark = pytest.mark.host
+
 TASKS = {name: Echo(name) for name in "tuv"}
 TASKS["w"] = TASKS["v"]
 PLACES = {

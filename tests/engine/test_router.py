@@ -15,6 +15,8 @@ from pshare_jax.engine.router import OVERLOAD, SLACK_TOKENS, Policy, Route, Rout
 from pshare_jax.errors import PshareError
 from pshare_jax.share.boundary import base_len
 
+pytestmark = pytest.mark.host
+
 PAGE = 16
 TASKS = ("plan", "code", "test", "sum")
 NUM_SESSIONS, TURNS = 40, 5

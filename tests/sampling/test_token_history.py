@@ -9,6 +9,8 @@ from pshare_jax.errors import PshareError
 from pshare_jax.sampling.history import TokenHistory
 from pshare_jax.sampling.params import SamplingParams
 
+pytestmark = pytest.mark.host
+
 VOCAB = 13
 tokens = st.integers(0, VOCAB - 1)
 penalties = st.one_of(st.just(0.0), st.floats(-2, 2))

@@ -5,6 +5,8 @@ import random
 import pytest
 from fake_server import FAMILY, MAX_LEN, PATHS, SCRIPTS, error_of, pieces, serving
 
+pytestmark = pytest.mark.host
+
 
 @pytest.fixture(scope="module")
 def server():

@@ -11,6 +11,8 @@ from fake_server import PATHS, error_of, serving
 
 from pshare_jax.engine.request import ABORTED, FAILED, Request, State
 
+pytestmark = pytest.mark.host
+
 ENDLESS = {"model": "endless", "prompt": "p", "max_tokens": 90_000}
 SMALL_LEN = 1024
 LONG = [100] * 700

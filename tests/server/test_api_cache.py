@@ -5,6 +5,8 @@ import json
 import pytest
 from fake_server import PAGE, PATHS, pieces, serving
 
+pytestmark = pytest.mark.host
+
 TASKS = ("abc", "org/math-v1.5", "abc")
 NUM_PAGES = 10
 

@@ -6,6 +6,8 @@ from serving_fakes import EOS
 
 from pshare_jax.engine.request import State
 
+pytestmark = pytest.mark.host
+
 CHOICES = ["ABCDEFGH", "A", "AB", "ABC"]
 EMOJI = "qwen3:mit Leer ü"
 

@@ -8,6 +8,8 @@ from fake_server import PATHS, error_of, serving
 
 from pshare_jax.server.openai.fields import NEUTRAL
 
+pytestmark = pytest.mark.host
+
 TEXT, CHAT = PATHS
 BASE = {
     TEXT: {"model": "abc", "prompt": "p", "max_tokens": 3},

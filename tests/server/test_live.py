@@ -16,6 +16,8 @@ from pshare_jax.engine.prefill_speed import PrefillSpeed
 from pshare_jax.server.dashboard import stats as live_module
 from pshare_jax.server.dashboard.stats import Live
 
+pytestmark = pytest.mark.host
+
 TASK, OTHER = "abc", "org/math-v1.5"
 SESSION_FIELDS = {"label", "live", "calls", "prompt_tokens", "cached_tokens", "last_task", "seconds_ago"}
 

@@ -13,6 +13,8 @@ import pytest
 from fake_server import PATHS, error_of, pieces, serving
 from prometheus_client.parser import text_string_to_metric_families
 
+pytestmark = pytest.mark.host
+
 DOCS = Path(__file__).parents[2] / "docs"
 
 

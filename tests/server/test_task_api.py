@@ -14,6 +14,8 @@ from serving_fakes import EOS, FakeDecode, Script
 
 from pshare_jax.errors import PshareError
 
+pytestmark = pytest.mark.host
+
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 OUTSIDE = "lora_path must lead to a folder below the server's modules_dir."
 

@@ -11,6 +11,8 @@ from pshare_jax.errors import PshareError
 from pshare_jax.text.detokenizer import token_bytes_for
 from pshare_jax.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.host
+
 HARD = "🦄 👨‍👩‍👧‍👦 🇩🇪🇫🇷 안녕하세요 각 हिन्दी क्षि e\u0301 ﷽ \ufffd ok"
 
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.host
+
 SCRIPT = """
 import sys
 import numpy as np

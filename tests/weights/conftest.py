@@ -7,15 +7,6 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import torch
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
 SHARED = {
     "vocab_size": 64,
@@ -36,6 +27,15 @@ def _theta(value: float) -> dict[str, Any]:
 
 
 def _models() -> dict[str, Callable[[], Any]]:
+    from transformers import (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
+
     llama = {**SHARED, "head_dim": 8, "rope_parameters": _theta(12345.0)}
     gemma_rope = {
         "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 54321.0},
@@ -62,6 +62,8 @@ def _models() -> dict[str, Callable[[], Any]]:
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[[str], Any]:
     """Name -> a random transformers model in which no parameter (norms and biases too) has its initial value."""
+
+    import torch
 
     def make(name: str) -> Any:
         torch.manual_seed(0)

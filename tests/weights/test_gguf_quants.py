@@ -6,6 +6,8 @@ import pytest
 
 from pshare_jax.weights.gguf import GGUFFile
 
+pytestmark = pytest.mark.host
+
 METADATA = {
     "llama.block_count": 1,
     "llama.context_length": 8,

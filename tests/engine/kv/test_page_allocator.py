@@ -4,6 +4,8 @@ import pytest
 
 from pshare_jax.engine.kv.allocator import PageAllocator
 
+pytestmark = pytest.mark.host
+
 
 def pool(num_pages=7, **kwargs):
     """A pool with the least prefix cache there is: it forgets the page that is evicted."""

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from pshare_jax.engine.kv import keys as module
 from pshare_jax.engine.kv.keys import page_keys
 
+pytestmark = pytest.mark.host
+
 PAGE_SIZES = (1, 4, 16)
 
 

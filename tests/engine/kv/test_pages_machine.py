@@ -14,6 +14,8 @@ from pages_world import PagesWorld
 
 from pshare_jax.engine.kv import keys as keys_module
 
+pytestmark = pytest.mark.host
+
 CHOICE = st.integers(0, 11)
 PROMPT = st.lists(st.integers(0, 1), min_size=1, max_size=11)
 SALT = st.sampled_from(["", "", "s"])

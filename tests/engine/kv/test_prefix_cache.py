@@ -9,6 +9,8 @@ from pshare_jax.engine.kv import keys as keys_module
 from pshare_jax.engine.kv.allocator import PageAllocator
 from pshare_jax.engine.kv.prefix_cache import CacheStats, PrefixCache, Reservation
 
+pytestmark = pytest.mark.host
+
 # Hits
 
 

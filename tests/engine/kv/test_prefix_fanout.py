@@ -3,6 +3,8 @@
 import pytest
 from pages_words import PROMPT, counts, finish, keys_of, new_cache, reserve, start
 
+pytestmark = pytest.mark.host
+
 
 def test_equal_prompts_at_one_instant_are_made_once():
     cache = new_cache()

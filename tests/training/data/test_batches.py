@@ -10,6 +10,8 @@ from pshare_jax.training.data.batches import one_stream, two_stream
 from pshare_jax.training.data.packing import WINDOW, choose_capacity, fill, pack
 from pshare_jax.training.data.samples import Sample
 
+pytestmark = pytest.mark.host
+
 SHAPES = st.tuples(st.integers(0, 1000), st.lists(st.integers(0, 4), min_size=1, max_size=4))
 
 

@@ -11,6 +11,8 @@ from pshare_jax.errors import PshareError
 from pshare_jax.training.data.records import Dropped, RecordReader
 from pshare_jax.training.data.samples import Limits
 
+pytestmark = pytest.mark.host
+
 END = {"llama": "<|eot_id|>", "smollm": "<|im_end|>", "qwen3": "<|im_end|>", "gemma3": "<end_of_turn>"}
 THINK = "<think>\n\n</think>\n\n"
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}
