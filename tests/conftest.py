@@ -12,6 +12,8 @@ from jaxtyping import install_import_hook
 install_import_hook("pshare_jax", "beartype.beartype")
 
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "torch", "transformers", "peft"}
+COMPILED_QUICKLY = {"engine", "evaluation", "model", "share", "test_mesh.py", "training", "weights"}
+"""Folders whose tests compare numbers of tiny models: XLA leaves out most optimisations, which halves compilation."""
 HOST_MARK = re.compile(r"^pytestmark = .*pytest\.mark\.host\b", re.MULTILINE)
 
 
@@ -57,13 +59,20 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_programs(request: pytest.FixtureRequest):
-    """Compiled programs do not pile up over the modules of a run."""
-    yield
-    if not request.config.stash[HOST_TIER]:
-        from memory_maps import drop_programs
+def programs(request: pytest.FixtureRequest):
+    """How a module's programs are compiled; they do not pile up over the modules of a run."""
+    if request.config.stash[HOST_TIER]:
+        yield
+        return
+    import jax
+    from memory_maps import drop_programs
 
-        drop_programs(20_000)
+    quickly = request.path.relative_to(request.config.rootpath).parts[1] in COMPILED_QUICKLY
+    if quickly != jax.config.values["jax_disable_most_optimizations"]:
+        drop_programs(0)
+        jax.config.update("jax_disable_most_optimizations", quickly)
+    yield
+    drop_programs(20_000)
 
 
 @pytest.fixture(scope="session")
