@@ -134,7 +134,7 @@ def check_traffic(place, mood, seeds, num_requests):
     return seen
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ["split", "colocated", "two to two"])
 @pytest.mark.parametrize("mood", MOODS)
 def test_every_answer_is_right_whatever_happens(place, mood, caplog):
     caplog.set_level("CRITICAL")

@@ -33,6 +33,11 @@ def hf_config(family: str, **changes: Any) -> Any:
     return HF_CONFIGS[family](**tiny_config(family, **changes))
 
 
+def hf_model(family: str, **changes: Any) -> Any:
+    """The tiny model with transformers' initial values, for names and shapes."""
+    return transformers.AutoModelForCausalLM.from_config(hf_config(family, **changes))
+
+
 def load_hf(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The folder's model as transformers reads it."""
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()

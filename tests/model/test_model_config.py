@@ -167,15 +167,15 @@ def test_windows():
     def windows(family: str, **changes: Any) -> list[int | None]:
         return [layer.window for layer in read(new_style(family, **changes)).layers]
 
-    assert windows("qwen3", **qwen, max_window_layers=1) == [None, 5, 5]
-    assert windows("qwen3", **qwen, max_window_layers=0) == [5, 5, 5]
-    assert windows("qwen3", **{**qwen, "use_sliding_window": False}, max_window_layers=1) == [None] * 3
-    kinds = ["sliding_attention", "full_attention", "full_attention"]
-    assert windows("qwen3", **{**qwen, "layer_types": kinds}) == [5, None, None]
+    assert windows("qwen3", **qwen, max_window_layers=1) == [None, 5]
+    assert windows("qwen3", **qwen, max_window_layers=0) == [5, 5]
+    assert windows("qwen3", **{**qwen, "use_sliding_window": False}, max_window_layers=1) == [None] * 2
+    kinds = ["sliding_attention", "full_attention"]
+    assert windows("qwen3", **{**qwen, "layer_types": kinds}) == [5, None]
     twelve = {"num_hidden_layers": 12}
     assert windows("gemma3", layer_types=None, **twelve) == ([8] * 5 + [None]) * 2
     assert windows("gemma3", layer_types=..., sliding_window_pattern=4, **twelve) == ([8] * 3 + [None]) * 3
-    for bad in (kinds[:2], ["full_attention", "full_attention", "chunked_attention"]):
+    for bad in (kinds[:1], ["full_attention", "chunked_attention"]):
         assert "layer_types" in refusal(new_style("qwen3", **{**qwen, "layer_types": bad}))
 
 
@@ -236,7 +236,7 @@ def test_what_cannot_be_served_is_refused_by_name():
     assert "bidirectional" in refusal(new_style("gemma3", use_bidirectional_attention=True))
     assert "'relu'" in refusal(new_style("llama", hidden_act="relu"))
     assert "partial_rotary_factor" in refusal(new_style("llama", partial_rotary_factor=0.5))
-    no_window = {"sliding_window": None, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 3}
+    no_window = {"sliding_window": None, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}
     assert read(new_style("qwen3", **{**no_window, "use_sliding_window": False})).layers[0].window is None
 
 

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models and GGUF files written from them, in the order and conventions of llama.cpp's converter."""
+"""Tiny Hugging Face models, and GGUF files of them in the order and conventions of llama.cpp's converter."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,14 +27,7 @@ def _theta(value: float) -> dict[str, Any]:
 
 
 def _models() -> dict[str, Callable[[], Any]]:
-    from transformers import (
-        Gemma3ForCausalLM,
-        Gemma3TextConfig,
-        LlamaConfig,
-        LlamaForCausalLM,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-    )
+    import transformers as hf
 
     llama = {**SHARED, "head_dim": 8, "rope_parameters": _theta(12345.0)}
     gemma_rope = {
@@ -52,17 +45,16 @@ def _models() -> dict[str, Callable[[], Any]]:
     }
     qwen = {**SHARED, "head_dim": 12, "rope_parameters": _theta(999.0), "tie_word_embeddings": True}
     return {
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**llama, tie_word_embeddings=False)),
-        "llama-biases": lambda: LlamaForCausalLM(LlamaConfig(**llama, attention_bias=True, mlp_bias=True)),
-        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**qwen)),
-        "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**gemma)),
+        "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**llama, tie_word_embeddings=False)),
+        "llama-biases": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**llama, attention_bias=True, mlp_bias=True)),
+        "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**qwen)),
+        "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**gemma)),
     }
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[[str], Any]:
-    """Name -> a random transformers model in which no parameter (norms and biases too) has its initial value."""
-
+    """Name -> a random transformers model; no parameter, norms and biases included, has its initial value."""
     import torch
 
     def make(name: str) -> Any:
@@ -81,7 +73,7 @@ def architecture_of(name: str) -> str:
 
 
 def interleave(values: np.ndarray, num_heads: int) -> np.ndarray:
-    """llama.cpp's row order: within a head, row i of the first half goes to 2i and row i of the second to 2i + 1."""
+    """llama.cpp's row order: in each head, row i of the first half moves to 2i, row i of the second half to 2i + 1."""
     out = np.empty_like(values)
     size = values.shape[0] // num_heads
     for head in range(num_heads):
@@ -92,7 +84,7 @@ def interleave(values: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def converted_tensors(name: str, model: Any) -> dict[str, np.ndarray]:
-    """The model's tensors under GGUF names as the converter writes them."""
+    """The model's tensors as the converter writes them, under GGUF names."""
     architecture, config = architecture_of(name), model.config
     arch_id = {text: key for key, text in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     table = gguf.get_tensor_name_map(arch_id, config.num_hidden_layers)
@@ -113,7 +105,7 @@ def converted_tensors(name: str, model: Any) -> dict[str, np.ndarray]:
 
 
 def converted_metadata(name: str, config: Any) -> dict[str, Any]:
-    """The metadata that the converter writes for one of the tiny models."""
+    """The converter's metadata for a tiny model."""
     architecture = architecture_of(name)
     rope = config.rope_parameters
     keys = {
@@ -166,7 +158,7 @@ def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 @pytest.fixture
 def write_gguf(tmp_path: Path) -> Callable[..., Path]:
-    """A function that writes a GGUF: architecture, metadata, plain tensors, and raw blocks (bytes array, type)."""
+    """A function that writes a GGUF file from architecture, metadata, plain tensors and raw blocks (bytes, type)."""
 
     def write(
         architecture: str,
@@ -192,8 +184,23 @@ def write_gguf(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def write_embedding(write_gguf: Callable[..., Path]) -> Callable[..., Path]:
+    """A function that writes a GGUF of the required metadata and of an embedding's raw blocks (bytes, type)."""
+    metadata = {
+        "llama.block_count": 1,
+        "llama.context_length": 8,
+        "llama.embedding_length": 32,
+        "llama.feed_forward_length": 8,
+        "llama.attention.head_count": 4,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.freq_base": 1e4,
+    }
+    return lambda values, kind: write_gguf("llama", metadata, {}, {"token_embd.weight": (values, kind)})
+
+
+@pytest.fixture
 def write_tiny(tiny_model: Callable[[str], Any], write_gguf: Callable[..., Path]) -> Callable[..., Path]:
-    """A function that writes one of the tiny models, with some metadata and tensors changed (None: left out)."""
+    """A function that writes a tiny model with some metadata and tensors changed (None: omitted)."""
 
     def write(name: str, metadata: Mapping[str, Any] | None = None, tensors: Mapping[str, Any] | None = None) -> Path:
         model = tiny_model(name)
