@@ -1,40 +1,76 @@
-"""Test set-up: eight virtual CPU devices before JAX starts, shape types checked at run time, tiny models made once."""
+"""Test set-up: shape types are checked at run time; the host tier sees no JAX, the others eight virtual CPU devices."""
 
+import importlib.abc
 import os
-import warnings
+import re
+import sys
 from pathlib import Path
 
-import jax
 import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("pshare_jax", "beartype.beartype")
 
-with warnings.catch_warnings():
-    # Import-time warnings of torch and transformers on new Python versions are not ours.
-    warnings.simplefilter("ignore")
-    import torch
-    import transformers
+DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "torch", "transformers", "peft"}
+COMPILED_QUICKLY = {"engine", "evaluation", "model", "share", "test_mesh.py", "training", "weights"}
+"""Folders whose tests compare numbers of tiny models: XLA leaves out most optimisations, which halves compilation."""
+HOST_MARK = re.compile(r"^pytestmark = .*pytest\.mark\.host\b", re.MULTILINE)
 
-from memory_maps import drop_programs  # noqa: E402
-from tiny import FAMILIES, tiny_folder  # noqa: E402
 
-import pshare_jax  # noqa: E402
+class Blocker(importlib.abc.MetaPathFinder):
+    """Refuses to import the libraries that the host tier must do without."""
 
-pshare_jax.virtual_cpu_devices(8)
-# Compiled programs are kept between runs; a cold cache only costs time. JAX writes an entry in place, so another process could
-# read half of it: each of pytest-xdist's has a folder of its own.
-PROGRAMS = Path.home() / ".cache" / "pshare_jax" / "xla-tests" / os.environ.get("PYTEST_XDIST_WORKER", "alone")
-jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-torch.set_num_threads(1)
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname.partition(".")[0] in DEVICE_LIBRARIES:
+            raise ModuleNotFoundError(f"the host tier imports no {fullname} (docs/testing.md)", name=fullname)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[HOST_TIER] = config.option.markexpr == "host"
+    if config.stash[HOST_TIER]:
+        config.option.markexpr = "host and not slow"
+        sys.meta_path.insert(0, Blocker())
+    else:
+        start_jax()
+
+
+HOST_TIER = pytest.StashKey[bool]()
+
+
+def start_jax() -> None:
+    """Eight virtual devices, and compiled programs kept between runs (a cold cache only costs time)."""
+    import jax
+
+    import pshare_jax
+
+    pshare_jax.virtual_cpu_devices(8)
+    # JAX writes an entry in place, so another process could read half of it: each of pytest-xdist's has a folder of its own.
+    programs = Path.home() / ".cache" / "pshare_jax" / "xla-tests" / os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    jax.config.update("jax_compilation_cache_dir", str(programs))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """The host tier does not even import other files."""
+    is_test = collection_path.name.startswith("test_") and collection_path.suffix == ".py"
+    if config.stash[HOST_TIER] and is_test and not HOST_MARK.search(collection_path.read_text()):
+        return True
+    return None
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_programs():
-    """Compiled programs do not pile up over the modules of a run."""
+def programs(request: pytest.FixtureRequest):
+    """How a module's programs are compiled; they do not pile up over the modules of a run."""
+    if request.config.stash[HOST_TIER]:
+        yield
+        return
+    import jax
+    from memory_maps import drop_programs
+
+    quickly = request.path.relative_to(request.config.rootpath).parts[1] in COMPILED_QUICKLY
+    if quickly != jax.config.values["jax_disable_most_optimizations"]:
+        drop_programs(0)
+        jax.config.update("jax_disable_most_optimizations", quickly)
     yield
     drop_programs(20_000)
 
@@ -42,6 +78,8 @@ def few_programs():
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One folder for each family: the tiny models that most tests share (never written to)."""
+    from tiny import FAMILIES, tiny_folder
+
     root = tmp_path_factory.mktemp("tiny")
     return {family: tiny_folder(family, root / family) for family in FAMILIES}
 

@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from reference import random_tokens
-from tiny import FAMILIES, tiny_config, tiny_folder, tiny_module
+from tiny import FAMILIES, random_tokens, tiny_config, tiny_folder, tiny_module
 
 import pshare_jax as ps
 from pshare_jax.errors import PshareError
@@ -24,8 +23,7 @@ NEW = 4
 
 
 def config_of(family: str, **changes: Any) -> ModelConfig:
-    architecture = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gemma3": "Gemma3ForCausalLM"}[family]
-    return ModelConfig.from_hf({**tiny_config(family, **changes).to_dict(), "architectures": [architecture]})
+    return ModelConfig.from_hf(tiny_config(family, **changes))
 
 
 def shares(tree: Any) -> set[float]:

@@ -18,9 +18,7 @@ from pathlib import Path
 
 import uvicorn
 
-from pshare_jax.compilation_cache import cache_folder
 from pshare_jax.errors import PshareError
-from pshare_jax.server import startup
 from pshare_jax.server.app import make_app
 from pshare_jax.server.config import ServeConfig, ServerConfig, check_config
 from pshare_jax.server.draining import DrainingServer
@@ -71,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(config: ServeConfig, full_warmup: bool) -> None:
+    # Here because they import JAX, which neither --print-config nor a refused config needs.
+    from pshare_jax.compilation_cache import cache_folder
+    from pshare_jax.server import startup
+
     started = time.monotonic()
 
     def say(line: str) -> None:

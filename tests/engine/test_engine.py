@@ -12,6 +12,8 @@ from pshare_jax.engine.request import State
 from pshare_jax.engine.router import Route
 from pshare_jax.engine.worker_thread import group_by_devices
 
+pytestmark = pytest.mark.host
+
 SCRIPT = [*b"xyz", EOS]
 ENDLESS = [120]
 

@@ -9,6 +9,8 @@ from serving_fakes import Echo
 from pshare_jax.engine import transfer
 from pshare_jax.engine.request import TIMED_OUT, State
 
+pytestmark = pytest.mark.host
+
 ECHO = Echo("t")
 STALL = 5.0
 

@@ -8,6 +8,8 @@ from pshare_jax.engine import scoring
 from pshare_jax.engine.request import FAILED, State
 from pshare_jax.engine.router import Route
 
+pytestmark = pytest.mark.host
+
 ECHO = Echo("t")
 FAIL = 250
 """The token at whose sight a step fails."""

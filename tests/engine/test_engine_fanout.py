@@ -6,6 +6,8 @@ from serving_fakes import Echo, Gate
 
 from pshare_jax.engine.request import FAILED, State
 
+pytestmark = pytest.mark.host
+
 TASKS = {name: Echo(name) for name in "tuvw"}
 PROMPT = list(range(10, 45))
 FULL = (len(PROMPT) - 1) // PAGE * PAGE

@@ -6,6 +6,8 @@ from serving_fakes import Echo
 
 from pshare_jax.engine.request import State
 
+pytestmark = pytest.mark.host
+
 ECHO = Echo("t")
 
 

@@ -10,6 +10,8 @@ from serving_fakes import Echo
 from pshare_jax.engine import scoring
 from pshare_jax.engine.request import State
 
+pytestmark = pytest.mark.host
+
 ECHO = Echo("t")
 PROMPT = tuple(number * 7 % 250 for number in range(200))
 """More than one step."""

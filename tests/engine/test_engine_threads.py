@@ -13,6 +13,8 @@ from pshare_jax.engine.engine import EngineDown
 from pshare_jax.engine.request import FAILED, TIMED_OUT, State
 from pshare_jax.engine.router import Route
 
+pytestmark = pytest.mark.host
+
 ECHO = Echo("t")
 ENDLESS = [120]
 PLACES = {"split": {}, "colocated": {"colocated": True}, "two each": {"num_prefill": 2, "num_decode": 2}}

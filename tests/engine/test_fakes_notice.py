@@ -5,6 +5,8 @@ import pytest
 from fake_engine import Client, make_engine
 from serving_fakes import CHAIN, DECODE, NOBODY, PREFILL, TOKEN, WRITER, WRONG, Content, Echo
 
+pytestmark = pytest.mark.host
+
 PROMPT = list(range(20, 40))
 OTHER = list(range(60, 80))
 

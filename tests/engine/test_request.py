@@ -20,6 +20,8 @@ from pshare_jax.engine.request import (
 from pshare_jax.engine.stop_strings import TextOutput
 from pshare_jax.sampling.history import TokenHistory
 
+pytestmark = pytest.mark.host
+
 
 def sequence(**fields):
     request = Request("r", "task", (1, 2), **{"max_tokens": 9, **fields})

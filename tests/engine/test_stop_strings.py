@@ -7,6 +7,8 @@ from serving_fakes import ByteDetokenizer
 
 from pshare_jax.engine.stop_strings import StopMatcher, TextOutput
 
+pytestmark = pytest.mark.host
+
 
 def stream(text, stops, size=1):
     matcher = StopMatcher(stops)

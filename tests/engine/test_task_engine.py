@@ -10,6 +10,8 @@ from serving_fakes import Echo, FakeDecode
 from pshare_jax.engine.engine import UnknownTask
 from pshare_jax.engine.request import Request, State
 
+pytestmark = pytest.mark.host
+
 OLD, NEW = Echo("old"), Echo("new")
 
 

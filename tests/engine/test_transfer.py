@@ -1,10 +1,13 @@
 """transfer.py: which pages move, in which parts, what is pinned meanwhile, and what is never written."""
 
+import pytest
 from fake_engine import PAGE, Client, make_engine
 from serving_fakes import Echo
 
 from pshare_jax.engine.request import FAILED, State
 from pshare_jax.engine.router import Route
+
+pytestmark = pytest.mark.host
 
 ECHO = Echo("t")
 

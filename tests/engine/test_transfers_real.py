@@ -326,7 +326,7 @@ def store_on(config: ModelConfig, devices: range) -> DevicePages:
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_every_pair_of_degrees_moves_the_same_arrays(draw, kv_heads):
-    config = ModelConfig.from_hf(tiny_config("llama", num_key_value_heads=kv_heads, num_hidden_layers=2).to_dict())
+    config = ModelConfig.from_hf(tiny_config("llama", num_key_value_heads=kv_heads, num_hidden_layers=2))
     given, sources, targets = [5, 1, 7], [1, 2, 4], [1, 2, 4]
     sent: list[tuple[np.ndarray, jax.Array]] = []
     for tp in sources:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from reference import hf_greedy, load_hf, load_peft, random_tokens
-from tiny import FAMILIES, tiny_folder, tiny_module
+from reference import hf_greedy, load_hf, load_peft
+from tiny import FAMILIES, random_tokens, tiny_folder, tiny_module
 
 import pshare_jax as ps
 from pshare_jax.engine.engine import Engine

@@ -10,6 +10,8 @@ from pshare_jax.training.data import bfcl
 from pshare_jax.training.data.bfcl import BfclVerifier, fetch_wheel, parse_calls, read_questions, right_answer
 from pshare_jax.training.data.sources import Broken, open_reasoning_gym, read_source
 
+pytestmark = pytest.mark.host
+
 
 @pytest.mark.parametrize(
     ("answer", "score"), [("42", 1), (" 42\n", 1), ("42.", 0), ("4 2", 0), ("", 0), ("the answer is 42", 0)]

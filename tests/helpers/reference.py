@@ -9,17 +9,38 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from peft import PeftModel
-from tiny import VOCAB
-from transformers import AutoModelForCausalLM, DynamicCache
+from tiny import tiny_config
 
-CLOSE = 1e-4
+with warnings.catch_warnings():
+    # Import-time warnings of torch and transformers on new Python versions are not ours.
+    warnings.simplefilter("ignore")
+    import torch
+    import transformers
+    from peft import PeftModel
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+HF_CONFIGS = {
+    "llama": transformers.LlamaConfig,
+    "qwen3": transformers.Qwen3Config,
+    "gemma3": transformers.Gemma3TextConfig,
+}
+
+
+def hf_config(family: str, **changes: Any) -> Any:
+    """The tiny model's config as transformers completes it."""
+    return HF_CONFIGS[family](**tiny_config(family, **changes))
+
+
+def hf_model(family: str, **changes: Any) -> Any:
+    """The tiny model with transformers' initial values, for names and shapes."""
+    return transformers.AutoModelForCausalLM.from_config(hf_config(family, **changes))
 
 
 def load_hf(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The folder's model as transformers reads it."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def load_peft(base_folder: Path, adapter_folder: Path) -> Any:
@@ -31,24 +52,10 @@ def load_peft(base_folder: Path, adapter_folder: Path) -> Any:
         return PeftModel.from_pretrained(base, str(adapter_folder)).eval()
 
 
-def random_tokens(seed: int, *shape: int) -> np.ndarray:
-    """Token ids over the whole tiny vocabulary."""
-    return np.random.default_rng(seed).integers(0, VOCAB, shape)
-
-
 def hf_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     """transformers' logits of a full forward pass, as float32 `[B, T, V]`."""
     with torch.no_grad():
         return model(torch.tensor(tokens), use_cache=False).logits.float().numpy()
-
-
-def assert_close(ours: Any, theirs: Any, tolerance: float = CLOSE) -> None:
-    """Equal within an absolute tolerance; the message says by how much they differ and where."""
-    ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
-    assert ours.shape == theirs.shape
-    difference = np.abs(ours - theirs)
-    worst = np.unravel_index(np.argmax(difference), difference.shape)
-    assert difference[worst] <= tolerance, f"off by {difference[worst]:.3g} at {tuple(map(int, worst))}"
 
 
 def hf_greedy(model: Any, prompt: list[int], count: int) -> list[int]:
@@ -64,7 +71,7 @@ def hf_decode_on_base(base: Any, decoder: Any, prompt: list[int], count: int) ->
 
     For models without sliding windows (see this module's docstring).
     """
-    cache = DynamicCache()
+    cache = transformers.DynamicCache()
     ids: list[int] = []
     token = prompt[-1]
     with torch.no_grad():

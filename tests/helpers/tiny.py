@@ -1,60 +1,54 @@
-"""Tiny random models of every family, made on the spot with transformers: the weight oracle of all tests.
+"""Tiny random models of every family, written as Hugging Face folders with NumPy alone.
 
 Weights are drawn wide (std 0.3, norms around 1) so that the models can notice a wrong or missing page of KV; config values
-are odd on purpose (theta 12345, eps 1e-3, head_dim unlike hidden / heads, short windows).
+are odd on purpose (theta 12345, eps 1e-3, head_dim unlike hidden / heads, short windows). That transformers reads the
+same model from such a folder is what tests/model/test_parity.py proves.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from safetensors.numpy import save_file
 from tiny_tokenizer import write_tokenizer
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
-FAMILIES = ("llama", "qwen3", "gemma3")
 VOCAB = 320
-_SHARED = {"vocab_size": VOCAB, "rms_norm_eps": 1e-3, "max_position_embeddings": 512, "eos_token_id": [317, 319]}
-
-
-def tiny_config(family: str, **changes: Any) -> Any:
-    """The transformers config of a tiny model; `changes` override fields."""
-    if family == "llama":
-        fields = {
-            "hidden_size": 64,
-            "intermediate_size": 112,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 12345.0},
-        }
-        return LlamaConfig(**{**_SHARED, **fields, **changes})
-    if family == "qwen3":
-        fields = {
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "tie_word_embeddings": False,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 54321.0},
-        }
-        return Qwen3Config(**{**_SHARED, **fields, **changes})
-    fields = {
-        "hidden_size": 64,
+CLOSE = 1e-4
+"""Absolute difference of two implementations' logits or log-probabilities."""
+_SHARED = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-3,
+    "max_position_embeddings": 512,
+    "eos_token_id": [317, 319],
+    "dtype": "float32",
+}
+_FIELDS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "intermediate_size": 112,
+        "num_hidden_layers": 2,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 12345.0},
+    },
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "head_dim": 32,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 54321.0},
+    },
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
         "intermediate_size": 80,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_hidden_layers": 4,
         "head_dim": 24,
         "query_pre_attn_scalar": 3,
         "sliding_window": 8,
@@ -64,45 +58,80 @@ def tiny_config(family: str, **changes: Any) -> Any:
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 12345.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 321.0},
         },
+    },
+}
+FAMILIES = tuple(_FIELDS)
+
+
+def tiny_config(family: str, **changes: Any) -> dict[str, Any]:
+    """The config.json of a tiny model; `changes` override fields."""
+    config = {**_SHARED, **_FIELDS[family], **changes}
+    if family == "gemma3":
+        # Transformers' own pattern would need six layers for one of each kind.
+        kinds = [("sliding_attention", "full_attention")[layer % 2] for layer in range(config["num_hidden_layers"])]
+        config.setdefault("layer_types", kinds)
+    return config
+
+
+def _shapes(family: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape of every parameter."""
+    hidden, middle = config["hidden_size"], config["intermediate_size"]
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    gemma, biased = family == "gemma3", config.get("attention_bias")
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens.weight": (config["vocab_size"], hidden),
+        "norm.weight": (hidden,),
     }
-    return Gemma3TextConfig(**{**_SHARED, **fields, **changes})
+
+    def linear(name: str, outputs: int, inputs: int, bias: Any) -> None:
+        shapes[f"{name}.weight"] = (outputs, inputs)
+        if bias:
+            shapes[f"{name}.bias"] = (outputs,)
+
+    for layer in range(config["num_hidden_layers"]):
+        attention, mlp = f"layers.{layer}.self_attn", f"layers.{layer}.mlp"
+        for name, number in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+            linear(f"{attention}.{name}_proj", number * head_dim, hidden, biased)
+        linear(f"{attention}.o_proj", hidden, heads * head_dim, biased)
+        for name in ("gate", "up"):
+            linear(f"{mlp}.{name}_proj", middle, hidden, config.get("mlp_bias"))
+        linear(f"{mlp}.down_proj", hidden, middle, config.get("mlp_bias"))
+        norms = ["input", "post_attention", *(["pre_feedforward", "post_feedforward"] if gemma else [])]
+        shapes |= {f"layers.{layer}.{name}_layernorm.weight": (hidden,) for name in norms}
+        if family != "llama":
+            shapes |= {f"{attention}.{name}_norm.weight": (head_dim,) for name in ("q", "k")}
+    shapes = {f"model.{name}": shape for name, shape in shapes.items()}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    return shapes
 
 
-def tiny_model(family: str, *, seed: int = 0, std: float = 0.3, **changes: Any) -> Any:
-    """A random transformers model in float32: normal weights, norm weights around their neutral value, biases drawn too."""
-    model_class = {"llama": LlamaForCausalLM, "qwen3": Qwen3ForCausalLM, "gemma3": Gemma3ForCausalLM}[family]
-    model = model_class(tiny_config(family, **changes)).eval()
-    redraw(model, seed, std)
-    return model
-
-
-def redraw(model: Any, seed: int, std: float) -> None:
-    """Draw every parameter of a transformers model anew.
+def _weights(family: str, config: dict[str, Any], seed: int, std: float) -> dict[str, np.ndarray]:
+    """Normal weights and biases, norm weights around their neutral value.
 
     Gemma multiplies its embeddings by sqrt(hidden): drawn as wide as the rest, they drown what the layers add, and a tied
     model then repeats its input whatever the context.
     """
-    generator = torch.Generator().manual_seed(seed)
-    gemma = "Gemma" in type(model).__name__
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            is_norm = "norm" in name
-            neutral = 0.0 if gemma or not is_norm else 1.0
-            spread = 0.2 if is_norm else min(std, 0.05) if gemma and "embed_tokens" in name else std
-            parameter.copy_(neutral + noise * spread)
+    draw, gemma, weights = np.random.default_rng(seed), family == "gemma3", {}
+    for name, shape in _shapes(family, config).items():
+        is_norm = "norm" in name
+        neutral = 0.0 if gemma or not is_norm else 1.0
+        spread = 0.2 if is_norm else min(std, 0.05) if gemma and "embed_tokens" in name else std
+        weights[name] = (neutral + spread * draw.standard_normal(shape)).astype(np.float32)
+    return weights
 
 
-def save_tiny(model: Any, family: str, folder: Path) -> Path:
-    """Save a transformers model and the family's tiny tokenizer as a Hugging Face folder."""
-    model.save_pretrained(folder)
-    write_tokenizer(folder, family, vocab_size=VOCAB)
-    return folder
-
-
-def tiny_folder(family: str, folder: Path, *, seed: int = 0, std: float = 0.3, **changes: Any) -> Path:
+def tiny_folder(
+    family: str, folder: Path, *, seed: int = 0, std: float = 0.3, dtype: Any = np.float32, **changes: Any
+) -> Path:
     """A tiny model's Hugging Face folder: config.json, safetensors, tokenizer."""
-    return save_tiny(tiny_model(family, seed=seed, std=std, **changes), family, folder)
+    config = tiny_config(family, **changes)
+    write_tokenizer(folder, family, vocab_size=VOCAB)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    weights = {name: array.astype(dtype) for name, array in _weights(family, config, seed, std).items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def tiny_module(base_folder: Path, folder: Path, *, kind: str = "full", seed: int = 1, noise: float = 0.7) -> Path:
@@ -111,7 +140,6 @@ def tiny_module(base_folder: Path, folder: Path, *, kind: str = "full", seed: in
     `noise` is in units of each weight's own spread.
     """
     import jax.numpy as jnp
-    import numpy as np
 
     import pshare_jax as ps
     from pshare_jax.model.architecture import is_lora
@@ -133,6 +161,20 @@ def tiny_module(base_folder: Path, folder: Path, *, kind: str = "full", seed: in
         module = ps.DecodeModule(architecture, {**base.params, **new}, base.mesh)
     ps.save_module(folder, module, base)
     return folder
+
+
+def random_tokens(seed: int, *shape: int) -> np.ndarray:
+    """Token ids over the whole tiny vocabulary."""
+    return np.random.default_rng(seed).integers(0, VOCAB, shape)
+
+
+def assert_close(ours: Any, theirs: Any, tolerance: float = CLOSE) -> None:
+    """Equal within an absolute tolerance; the message says by how much they differ and where."""
+    ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+    assert ours.shape == theirs.shape
+    difference = np.abs(ours - theirs)
+    worst = np.unravel_index(np.argmax(difference), difference.shape)
+    assert difference[worst] <= tolerance, f"off by {difference[worst]:.3g} at {tuple(map(int, worst))}"
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from reference import assert_close
+from tiny import assert_close
 from transformers.models.gemma3.modeling_gemma3 import eager_attention_forward
 
 from pshare_jax.model.attention.dense import QUERY_BLOCK, Segment, attention, causal_attention, visible_keys

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
-import transformers.models.gemma3.modeling_gemma3 as modeling_gemma3
-from reference import CLOSE, assert_close, hf_logits, load_hf, random_tokens
-from tiny import FAMILIES, save_tiny, tiny_folder, tiny_model
+from reference import hf_logits, load_hf
+from tiny import CLOSE, FAMILIES, assert_close, random_tokens, tiny_folder
+from transformers.models.gemma3 import modeling_gemma3
 
 import pshare_jax as ps
 from pshare_jax.model.attention.dense import QUERY_BLOCK, fresh_attend
@@ -57,9 +58,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def pair(tmp_path: Path, family: str, **changes: Any) -> tuple[Any, ps.Model]:
-    """A tiny model of few layers in transformers, and the same model loaded from its folder."""
-    model = tiny_model(family, std=0.1, **{**FEW[family], **changes})
-    return model, ps.load(save_tiny(model, family, tmp_path / "model"))
+    """A tiny model of few layers in transformers and, through its folder, here."""
+    folder = tiny_folder(family, tmp_path / "model", std=0.1, **{**FEW[family], **changes})
+    return load_hf(folder), ps.load(folder)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -85,7 +86,7 @@ def test_llama3_rope_at_every_band(tmp_path):
     expected, got = hf_logits(theirs, tokens), ours.logits(tokens)
     for position in (0, 40, 199):
         assert_close(got[:, position], expected[:, position])
-    unscaled = hf_logits(tiny_model("llama", std=0.1, **FEW["llama"]), tokens)
+    unscaled = hf_logits(load_hf(tiny_folder("llama", tmp_path / "unscaled", std=0.1, **FEW["llama"])), tokens)
     assert np.abs(unscaled - expected)[:, 199].max() > 0.01
 
 
@@ -174,7 +175,7 @@ def test_bfloat16(family, tmp_path):
     """A4-17: both round differently; our distance from the float32 result must not be larger."""
     folder = tmp_path / "model"
     one_layer = {"num_hidden_layers": 1, **({"layer_types": None} if family == "gemma3" else {})}
-    save_tiny(tiny_model(family, std=0.1, **one_layer).to(torch.bfloat16), family, folder)
+    tiny_folder(family, folder, std=0.1, dtype=ml_dtypes.bfloat16, **one_layer)
     tokens = random_tokens(6, 2, 48)
     truth = hf_logits(load_hf(folder), tokens)
     theirs = hf_logits(load_hf(folder, torch.bfloat16), tokens)

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import hf_decode_on_base, hf_greedy, load_hf, load_peft, random_tokens
-from tiny import FAMILIES, tiny_folder, tiny_module
+from reference import hf_decode_on_base, hf_greedy, load_hf, load_peft
+from tiny import FAMILIES, random_tokens, tiny_folder, tiny_module
 
 import pshare_jax as ps
 from pshare_jax.errors import PshareError

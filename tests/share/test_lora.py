@@ -12,9 +12,9 @@ import numpy as np
 import peft
 import pytest
 import torch
-from reference import assert_close, hf_logits, load_hf, load_peft, random_tokens
+from reference import hf_logits, load_hf, load_peft
 from safetensors.numpy import load_file, save_file
-from tiny import FAMILIES, edit_json, tiny_folder
+from tiny import FAMILIES, assert_close, edit_json, random_tokens, tiny_folder
 
 import pshare_jax as ps
 from pshare_jax.errors import PshareError

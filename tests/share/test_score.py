@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from reference import hf_logits, load_hf, random_tokens
-from tiny import FAMILIES, tiny_folder, tiny_module
+from reference import hf_logits, load_hf
+from tiny import FAMILIES, random_tokens, tiny_folder, tiny_module
 from transformers import DynamicCache
 
 import pshare_jax as ps

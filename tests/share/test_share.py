@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from reference import assert_close, random_tokens
-from tiny import tiny_folder, tiny_module
+from tiny import assert_close, random_tokens, tiny_folder, tiny_module
 
 import pshare_jax as ps
 from pshare_jax.errors import PshareError

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference import assert_close, hf_logits, load_hf, load_peft, random_tokens
+from reference import hf_logits, load_hf, load_peft
 from safetensors.flax import load_file
-from tiny import VOCAB
+from tiny import VOCAB, assert_close, random_tokens
 from tiny_runs import FULL, make_base_and_data, run_config
 
 import pshare_jax as ps

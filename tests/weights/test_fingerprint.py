@@ -4,10 +4,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
-import torch
-from safetensors.numpy import load_file
-from tiny import edit_json, save_tiny, tiny_folder, tiny_model
+from safetensors.numpy import load_file, save_file
+from tiny import edit_json, tiny_folder
 
 import pshare_jax as ps
 import pshare_jax.weights.load as load_module
@@ -19,9 +20,13 @@ ONE_LAYER = {"num_hidden_layers": 1}
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A tiny folder whose float32 weights are all exact in bfloat16."""
-    model = tiny_model("llama", **ONE_LAYER).to(torch.bfloat16).to(torch.float32)
-    return save_tiny(model, "llama", tmp_path / "model")
+    """A tiny folder whose float32 weights all have bfloat16 values."""
+    folder = tiny_folder("llama", tmp_path / "model", **ONE_LAYER)
+    weights = {
+        name: x.astype(ml_dtypes.bfloat16).astype(np.float32) for name, x in load_file(folder / SINGLE_FILE).items()
+    }
+    save_file(weights, folder / SINGLE_FILE, metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture

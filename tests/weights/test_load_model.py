@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from reference import assert_close, hf_logits, load_hf, random_tokens
+from reference import hf_logits, load_hf
 from safetensors.torch import load_file, save_file
-from tiny import edit_json, save_tiny, tiny_folder, tiny_model
+from tiny import assert_close, edit_json, random_tokens, tiny_folder
 
 import pshare_jax as ps
 from pshare_jax.errors import PshareError
@@ -88,9 +89,9 @@ def test_multimodal_gemma(prefix, tmp_path):
     np.testing.assert_array_equal(model.logits(TOKENS), plain.logits(TOKENS))
 
 
-@pytest.mark.parametrize(("dtype", "stored"), [("float32", torch.bfloat16), ("bfloat16", torch.float32)])
+@pytest.mark.parametrize(("dtype", "stored"), [("float32", ml_dtypes.bfloat16), ("bfloat16", np.float32)])
 def test_run_dtype(dtype, stored, tmp_path):
-    folder = save_tiny(tiny_model("qwen3", num_hidden_layers=1).to(stored), "qwen3", tmp_path / "model")
+    folder = tiny_folder("qwen3", tmp_path / "model", num_hidden_layers=1, dtype=stored)
     model = ps.load(folder, dtype=dtype)
     assert {array.dtype for array in model.params.values()} == {jnp.dtype(dtype)}
     assert model.architecture.dtype == dtype
@@ -102,7 +103,7 @@ def test_run_dtype(dtype, stored, tmp_path):
 
 
 def test_default_dtype_on_cpu_is_float32(tmp_path):
-    folder = save_tiny(tiny_model("llama", num_hidden_layers=1).to(torch.bfloat16), "llama", tmp_path / "model")
+    folder = tiny_folder("llama", tmp_path / "model", num_hidden_layers=1, dtype=ml_dtypes.bfloat16)
     assert ps.load(folder).architecture.dtype == "float32"
 
 

@@ -5,9 +5,9 @@ import json
 import jax
 import numpy as np
 import pytest
-from reference import assert_close, hf_logits, load_hf, random_tokens
+from reference import hf_logits, load_hf
 from safetensors.numpy import load_file
-from tiny import tiny_folder
+from tiny import assert_close, random_tokens, tiny_folder
 from transformers import AutoTokenizer
 
 import pshare_jax as ps
