@@ -137,8 +137,7 @@ async def _complete(context: AppContext, http: Request, kind: type[ChatBody] | t
     try:
         index, event = await events.get()
         _raise_if_failed(event, events)
-        if body.stream:
-            streams = True
+        if streams := body.stream:
             lines = _stream(response, index, event, events, watcher, http.state.log_fields)
             return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         response.add(index, event)
@@ -157,8 +156,8 @@ def _submit(context: AppContext, requests: Sequence[Choice], events: "_EventQueu
     try:
         context.engine.submit_all(requests, [functools.partial(events.put, index) for index in range(len(requests))])
     except EngineFull:
-        limit = f"{context.engine.settings.max_requests} concurrent requests"
-        message = f"The server is at its limit of {limit}; retry shortly."
+        limit = context.engine.settings.max_requests
+        message = f"The server is at its limit of {limit} concurrent requests; retry shortly."
         raise ApiError(429, message, kind="rate_limit_error", code="rate_limit_exceeded") from None
     except UnknownTask:
         # The task was unloaded after the body was read.
