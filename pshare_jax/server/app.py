@@ -141,8 +141,7 @@ async def _complete(context: AppContext, http: Request, kind: type[ChatBody] | t
     try:
         index, event = await events.get()
         _raise_if_failed(event, events)
-        if body.stream:
-            streams = True
+        if streams := body.stream:
             lines = _stream(response, index, event, events, watcher, http.state.log_fields)
             return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         response.add(index, event)

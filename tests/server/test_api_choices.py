@@ -31,14 +31,14 @@ def content(choice):
 @pytest.mark.parametrize("path", PATHS)
 def test_every_choice_has_its_text_and_one_finish_reason(server, path):
     whole = server.client.post(path, json=body_for(path, n=4)).json()
-    assert [(one["index"], content(one), one["finish_reason"]) for one in whole["choices"]] == [
+    assert [(choice["index"], content(choice), choice["finish_reason"]) for choice in whole["choices"]] == [
         (index, text, "stop") for index, text in enumerate(CHOICES)
     ]
     chunks = server.stream(path, **body_for(path, n=4), stream_options={"include_usage": True})
     for index, text in enumerate(CHOICES):
         mine = [chunk["choices"][0] for chunk in chunks if chunk["choices"] and chunk["choices"][0]["index"] == index]
         assert "".join(map(content, mine)) == text
-        assert [one["finish_reason"] for one in mine if one["finish_reason"]] == ["stop"]
+        assert [choice["finish_reason"] for choice in mine if choice["finish_reason"]] == ["stop"]
         assert mine[-1]["finish_reason"] == "stop"
         if "chat" in path:
             assert mine[0]["delta"]["role"] == "assistant"
@@ -52,7 +52,7 @@ def test_every_choice_has_its_text_and_one_finish_reason(server, path):
 def test_prompts_are_in_order_and_count_once(server):
     prompts = ["p" * 40, "q" * 70]
     answer = server.post(prompt=prompts, n=3).json()
-    assert [(one["index"], one["text"]) for one in answer["choices"]] == list(enumerate(CHOICES[:3] * 2))
+    assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == list(enumerate(CHOICES[:3] * 2))
     assert answer["usage"]["prompt_tokens"] == 110
     assert answer["usage"]["completion_tokens"] == 2 * (9 + 2 + 3)
     # Nothing was cached before the call; after it, all full pages are.
@@ -110,15 +110,15 @@ def test_chat_logprobs_have_the_tokens_own_bytes(server, top):
     body = body_for(PATHS[1], model=EMOJI, logprobs=True, top_logprobs=top)
     whole = server.client.post(PATHS[1], json=body).json()["choices"][0]["logprobs"]
     chunks = server.stream(PATHS[1], **body)
-    streamed = [one["choices"][0]["logprobs"] for one in chunks]
-    entries = [entry for one in streamed if one for entry in one["content"]]
+    streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    entries = [entry for logprobs in streamed if logprobs for entry in logprobs["content"]]
     assert entries == whole["content"]
     assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == FAMILY
     # One entry per token except the end, each with its alternatives, the chosen token first.
     assert len(entries) == len(FAMILY.encode())
     for entry in entries:
         assert len(entry["top_logprobs"]) == (top or 0)
-        assert all(one["token"] and one["bytes"] for one in entry["top_logprobs"])
+        assert all(token["token"] and token["bytes"] for token in entry["top_logprobs"])
         if top:
             assert entry["top_logprobs"][0] == {name: entry[name] for name in ("token", "logprob", "bytes")}
     assert entries[0]["token"] == "bytes:\\xf0"
@@ -179,13 +179,13 @@ def test_echo_begins_with_the_prompt(server, prompt, logprobs):
         if logprobs is None:
             assert lists is None
             continue
-        assert {len(one) for one in lists.values()} == {len(ids) + (3, 2)[index % 2]}
+        assert {len(values) for values in lists.values()} == {len(ids) + (3, 2)[index % 2]}
         assert lists["token_logprobs"][0] is lists["top_logprobs"][0] is None
         assert None not in lists["token_logprobs"][1:]
         for place, offset in enumerate(lists["text_offset"]):
             token = lists["tokens"][place]
             assert token.startswith(("bytes:", f"<{EOS}>")) or choice["text"][offset:].startswith(token)
-        parts = [one["logprobs"] for one in mine if one["logprobs"]]
+        parts = [choice["logprobs"] for choice in mine if choice["logprobs"]]
         assert {name: [value for part in parts for value in part[name]] for name in lists} == lists
 
 

@@ -28,7 +28,7 @@ def look(server, **options):
 
 
 def of(snapshot, task):
-    (found,) = [one for one in snapshot["tasks"] if one["name"] == task]
+    (found,) = [entry for entry in snapshot["tasks"] if entry["name"] == task]
     return found
 
 
@@ -38,10 +38,10 @@ def of(snapshot, task):
 def test_before_any_request():
     with serving() as server:
         stats = look(server)
-        assert [one["name"] for one in stats["tasks"]] == list(SCRIPTS)
+        assert [task["name"] for task in stats["tasks"]] == list(SCRIPTS)
         zero = {"running": 0, "waiting": 0, "prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
         nothing = {"ended": {"finished": 0, "aborted": 0, "failed": 0}, "ttft_seconds": None, "request_seconds": None}
-        assert all({**one, "name": 0} == {"name": 0, "served": True, **zero, **nothing} for one in stats["tasks"])
+        assert all({**task, "name": 0} == {"name": 0, "served": True, **zero, **nothing} for task in stats["tasks"])
         assert (stats["sessions"], stats["ended_without_session"], stats["healthy"]) == ([], 0, True)
         assert stats["window"] == {"seconds": 600, "requests": 0, "full": False}
         assert stats["latency"]["buckets"] == []
@@ -74,13 +74,13 @@ def test_counts_equal_the_usage_of_the_requests():
         return sum({**usage, **usage["prompt_tokens_details"]}[name] for usage in chosen)
 
     for task in (TASK, OTHER):
-        one = of(stats, task)
-        assert one["ended"] == {"finished": sum(t == task for t, *_ in asked), "aborted": 0, "failed": 0}
-        assert one["prompt_tokens"] == total("prompt_tokens", task)
-        assert one["cached_tokens"] == total("cached_tokens", task)
-        assert one["generated_tokens"] == total("completion_tokens", task)
-        assert 0 < one["ttft_seconds"]["p50"] <= one["ttft_seconds"]["p95"]
-        assert one["ttft_seconds"]["p50"] <= one["request_seconds"]["p50"] <= one["request_seconds"]["p95"]
+        totals = of(stats, task)
+        assert totals["ended"] == {"finished": sum(t == task for t, *_ in asked), "aborted": 0, "failed": 0}
+        assert totals["prompt_tokens"] == total("prompt_tokens", task)
+        assert totals["cached_tokens"] == total("cached_tokens", task)
+        assert totals["generated_tokens"] == total("completion_tokens", task)
+        assert 0 < totals["ttft_seconds"]["p50"] <= totals["ttft_seconds"]["p95"]
+        assert totals["ttft_seconds"]["p50"] <= totals["request_seconds"]["p50"] <= totals["request_seconds"]["p95"]
     # The last token of a prompt is processed by the decode module: neither prefilled nor reused.
     prefill = stats["prefill"]
     assert prefill["reused_tokens"] == total("cached_tokens") == 32 + 64
@@ -91,15 +91,15 @@ def test_counts_equal_the_usage_of_the_requests():
     assert prefill["seconds_saved_estimate"] == pytest.approx(estimate, abs=1e-3)
     # Sessions by last use; requests without a session are only counted.
     second, first = stats["sessions"]
-    for one, session, calls, last in ((first, "one", 2, OTHER), (second, "two", 1, TASK)):
-        assert set(one) == SESSION_FIELDS
-        assert (one["calls"], one["live"], one["last_task"]) == (calls, 0, last)
-        assert one["prompt_tokens"] == total("prompt_tokens", session)
-        assert one["cached_tokens"] == total("cached_tokens", session)
-        assert 0 <= one["seconds_ago"] < 20
+    for row, session, calls, last in ((first, "one", 2, OTHER), (second, "two", 1, TASK)):
+        assert set(row) == SESSION_FIELDS
+        assert (row["calls"], row["live"], row["last_task"]) == (calls, 0, last)
+        assert row["prompt_tokens"] == total("prompt_tokens", session)
+        assert row["cached_tokens"] == total("cached_tokens", session)
+        assert 0 <= row["seconds_ago"] < 20
     assert stats["ended_without_session"] == 2
-    assert stats["window"]["requests"] == sum(one["ended"] for one in stats["latency"]["buckets"]) == len(asked)
-    assert all(0 <= one["seconds_ago"] <= 30 for one in stats["latency"]["buckets"])
+    assert stats["window"]["requests"] == sum(bucket["ended"] for bucket in stats["latency"]["buckets"]) == len(asked)
+    assert all(0 <= bucket["seconds_ago"] <= 30 for bucket in stats["latency"]["buckets"])
     assert [sum(pool[state] for state in ("used", "cached", "free")) for pool in stats["pools"]] == [
         pool.num_usable for pool in server.engine.pools
     ]
@@ -165,7 +165,7 @@ def test_no_prompt_completion_or_session_key_is_shown():
         server.post(prompt=prompt, cache_salt="a-tenant", user=secrets[0])
         server.rest()
         text = server.client.get("/live").text
-        labels = [one["label"] for one in json.loads(text)["sessions"]]
+        labels = [session["label"] for session in json.loads(text)["sessions"]]
     assert len(set(labels)) == len(labels) == 4
     for secret in [*secrets, "secret prompt", "a-tenant", "ABCDEFGH"]:
         assert secret not in text
@@ -200,13 +200,13 @@ def test_records_and_sessions_are_bounded(small):
     stats = live.snapshot()
     assert stats["window"] == {"seconds": 600, "requests": 10, "full": True}
     assert stats["tasks"][0]["ended"]["finished"] == 25
-    assert [one["label"] for one in stats["sessions"]] == [live.label(f"session {n}") for n in (24, 23, 22)]
+    assert [session["label"] for session in stats["sessions"]] == [live.label(f"session {n}") for n in (24, 23, 22)]
     # Sessions with live requests come first, new or not, and the bound holds.
     client.ask(session="session 22")
     client.ask(session="new")
     stats = live.snapshot()
-    assert {one["label"] for one in stats["sessions"][:2]} == {live.label("session 22"), live.label("new")}
-    assert [one["live"] for one in stats["sessions"]] == [1, 1, 0]
+    assert {session["label"] for session in stats["sessions"][:2]} == {live.label("session 22"), live.label("new")}
+    assert [session["live"] for session in stats["sessions"]] == [1, 1, 0]
     client.fakes.run()
 
 

@@ -27,7 +27,11 @@ def scrape(server):
     response = server.client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     families = text_string_to_metric_families(response.text)
-    return {(one.name, tuple(sorted(one.labels.items()))): one.value for family in families for one in family.samples}
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
 
 
 def of_task(samples, name, task="abc", **labels):
@@ -161,7 +165,7 @@ def test_a_disconnect_is_logged_as_499(caplog, stream):
                 server.client.post(PATHS[0], json=body, timeout=0.3)
         server.rest()
         limit = time.monotonic() + 5
-        while not (found := [one for one in caplog.records if "requests" in one.name]):
+        while not (found := [record for record in caplog.records if "requests" in record.name]):
             assert time.monotonic() < limit
             time.sleep(0.01)
     line = json.loads(found[0].message)
@@ -178,7 +182,7 @@ def test_a_disconnect_within_the_body_leaves_no_traceback(caplog):
             end.sendall(head + b"Content-Length: 100\r\n\r\n{")
             time.sleep(0.1)
         limit = time.monotonic() + 5
-        while not (found := [one for one in caplog.records if one.name == "pshare_jax.requests"]):
+        while not (found := [record for record in caplog.records if record.name == "pshare_jax.requests"]):
             assert time.monotonic() < limit
             time.sleep(0.01)
         assert server.post().status_code == 200

@@ -178,7 +178,10 @@ def test_shutdown_waits_for_at_most_one_compilation(world):
         assert go.wait(20)
         return _noted(program, compiled)
 
-    noted = [one if one.small else replace(one, lower=lambda one=one: slow(one)) for one in programs]
+    noted = [
+        program if program.small else replace(program, lower=lambda program=program: slow(program))
+        for program in programs
+    ]
     served.engine.start()
     compiler = startup.warm_up(served, noted, False, lambda line: None)
     assert begun.wait(20)
@@ -230,7 +233,7 @@ def test_the_api_key_is_read_from_config_or_environment(world, monkeypatch):
     config, _ = world
     keyed = replace(config, server=replace(config.server, api_key="of the config"))
     monkeypatch.delenv("PSHARE_API_KEY", raising=False)
-    assert [build(one)[0].api_key for one in (config, keyed)] == [None, "of the config"]
+    assert [build(each)[0].api_key for each in (config, keyed)] == [None, "of the config"]
     monkeypatch.setenv("PSHARE_API_KEY", "abc\n")
     assert build(config)[0].api_key == "abc"
     monkeypatch.setenv("PSHARE_API_KEY", " ")

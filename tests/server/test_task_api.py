@@ -74,7 +74,12 @@ def names(server):
 
 def served_tasks(server):
     families = text_string_to_metric_families(server.client.get("/metrics").text)
-    return [one.labels["task"] for family in families for one in family.samples if one.name == "pshare_served_tasks"]
+    return [
+        sample.labels["task"]
+        for family in families
+        for sample in family.samples
+        if sample.name == "pshare_served_tasks"
+    ]
 
 
 # --- loading and unloading -------------------------------------------------------------------------------------------

@@ -77,7 +77,7 @@ def test_running_requests_finish_on_the_old_weights(world, server):
     server.step_until(lambda: len(between.completion_ids) == 3)
     server.load("x", "lora2", True)
     new = server.ask("x")
-    assert all(0 < len(one.completion_ids) < LONG for one in (*old, between))
+    assert all(0 < len(sequence.completion_ids) < LONG for sequence in (*old, between))
     server.step_until(lambda: new.completion_ids)
     server.table.unload("x").result(10)
     made = server.ids(*old, between, new)
@@ -184,7 +184,7 @@ def test_old_weights_are_freed_after_their_last_request(world):
     stepped = world.serve({"chat": "base", "math": "full", "tools": "lora2"})
     stepped.check(math="full")
     # Arrays that samplers keep for any batch size.
-    compile_all(one for one in stepped.programs if one.name.startswith("sample"))
+    compile_all(program for program in stepped.programs if program.name.startswith("sample"))
     before = live()
     (worker,) = stepped.engine.decode_workers
     num_base, num_adapter = len(worker.tasks["chat"].params), 2 * 2 * 4
@@ -268,7 +268,10 @@ def test_no_shape_is_used_before_it_is_compiled_for_the_new_task(world, monkeypa
     compiled: list[str] = []
 
     def noted(side: Any, settings: Any) -> list[Variant]:
-        return [replace(one, lower=functools.partial(Noted, one, compiled)) for one in decode_variants(side, settings)]
+        return [
+            replace(program, lower=functools.partial(Noted, program, compiled))
+            for program in decode_variants(side, settings)
+        ]
 
     monkeypatch.setattr("pshare_jax.server.tasks.loader.decode_variants", noted)
     stepped = world.serve({"chat": "base"})
@@ -319,7 +322,7 @@ def test_a_stream_finishes_on_the_old_weights_over_http(world):
     reached, go, run = threading.Event(), threading.Event(), worker.pool.run
 
     def paced(*args: Any) -> Any:
-        if any(len(one.completion_ids) == 5 for one in engine.admission.decoding[0]):
+        if any(len(sequence.completion_ids) == 5 for sequence in engine.admission.decoding[0]):
             reached.set()
             assert go.wait(60)
         return run(*args)
