@@ -218,6 +218,12 @@ def test_misuse_is_named(misuse):
         act(manager)
 
 
+def test_pages_that_another_produces_are_not_adopted():
+    manager = busy_manager()
+    manager.adopt("transfer", "waiter", [1, 2, 3, 4])
+    manager.check({"producer", "waiter"})
+
+
 def test_a_page_without_a_key_is_never_published():
     with pytest.raises(IndexError):
         busy_manager().publish("producer", KEYS, [1, 2, 3, 4, 5], 4, 5)
