@@ -15,8 +15,9 @@ import pshare_jax as ps
 from pshare_jax.engine.compile_counter import count_compilations
 from pshare_jax.engine.config import EngineConfig, KVConfig
 from pshare_jax.engine.engine import Engine
-from pshare_jax.engine.request import Request, State
+from pshare_jax.engine.request import Request
 from pshare_jax.engine.scoring import SCORE_TOKENS
+from pshare_jax.engine.sequence import State
 from pshare_jax.engine.shapes import prefill_shapes, row_buckets
 from pshare_jax.engine.warmup import BackgroundCompiler, variants
 from pshare_jax.model.architecture import is_lora

@@ -15,7 +15,8 @@ from tiny_engine import Answer, Engines, placed
 
 from pshare_jax.engine import decode_worker as decode
 from pshare_jax.engine.engine import Engine
-from pshare_jax.engine.request import Request, State
+from pshare_jax.engine.request import Request
+from pshare_jax.engine.sequence import State
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +138,14 @@ def test_what_goes_to_the_host_comes_back(request, draw, which, monkeypatch):
 
     def save(sequence: Any) -> Any:
         saved = decode_save(sequence)
-        assert sequence.decode_pages.pages
+        assert sequence.decode.table.pages
         moved["saved"].append((sequence.request.id, sequence.num_tokens, saved.parts))
         return saved
 
     def restore(sequence: Any) -> None:
-        held, saved = sequence.decode_pages, sequence.saved
+        held, saved = sequence.decode.table, sequence.decode.saved
         decode_restore(sequence)
-        assert sequence.saved is None
+        assert sequence.decode.saved is None
         private = held.pages[len(sequence.keys) : -(-(sequence.num_tokens - 1) // 4)]
         again = np.asarray(held.pool.store.gather(private))[:, :, :, : len(private)]
         assert np.array_equal(again, saved.parts[0][:, :, :, : len(private)], equal_nan=True)

@@ -32,7 +32,8 @@ from tiny_engine import MIN_GAP, Answer, Engines, placed
 
 from pshare_jax.engine.config import Placement
 from pshare_jax.engine.engine import Engine
-from pshare_jax.engine.request import Request, State
+from pshare_jax.engine.request import Request
+from pshare_jax.engine.sequence import State
 from pshare_jax.sampling.params import SamplingParams
 from pshare_jax.share.generate import Rollout
 

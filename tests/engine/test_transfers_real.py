@@ -33,8 +33,9 @@ from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.kv.keys import page_keys
 from pshare_jax.engine.kv.pool import Pool
-from pshare_jax.engine.request import FAILED, TIMED_OUT, Request, State
+from pshare_jax.engine.request import FAILED, TIMED_OUT, Request
 from pshare_jax.engine.router import Route
+from pshare_jax.engine.sequence import State
 from pshare_jax.engine.transfer import MAX_IN_FLIGHT
 from pshare_jax.mesh import make_mesh
 from pshare_jax.model.config import ModelConfig
@@ -103,7 +104,7 @@ def test_an_aborted_copy_is_never_written_into_pages_that_were_lent_again(world,
     engine.abort(first.id)
     store.polls = lambda: 0
     answer = Answer(engine, second)
-    step_until(engine, lambda: answer.sequence.decode_pages is not None)
+    step_until(engine, lambda: answer.sequence.decode.table is not None)
     assert pages & set(decode_pages(answer))
     step_until(engine, lambda: len(answer.ids) >= 2)
     for late in stale:
@@ -191,9 +192,9 @@ def test_a_failed_prefill_step_ends_its_requests_and_frees_their_decode_pages(wo
     store_of(engine.admission.prefill_pools[0]).fault = RuntimeError("no memory")
     engine.prefill_workers[0].step()
     assert answers[0].error == FAILED
-    held = answers[0].sequence.decode_pages
+    held = answers[0].sequence.decode.table
     engine.step()
-    assert answers[0].sequence.decode_pages is None
+    assert answers[0].sequence.decode.table is None
     assert held is not None
     assert held.pages == []
     finish(world, engine, stream, answers[1])
@@ -206,7 +207,7 @@ def test_an_abort_during_prefill_frees_the_decode_pages_in_the_next_step(world, 
     engine.prefill_workers[0].step()
     engine.abort(request.id)
     engine.prefill_workers[0].step()
-    assert answer.sequence.decode_pages is None
+    assert answer.sequence.decode.table is None
     assert_restored(engine)
 
 
