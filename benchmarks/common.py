@@ -8,8 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pshare_jax.engine.build import Plan, Sides, assemble
-from pshare_jax.engine.config import DecodePlacement, Placement, PrefillPlacement
+from pshare_jax.engine.config import DecodePlacement, EngineConfig, Placement, PrefillPlacement
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.warmup import compile_all, variants
 from pshare_jax.share.model import Model
@@ -42,14 +41,13 @@ def placed(prefill_device: int, decode_device: int) -> Placement:
     return Placement([PrefillPlacement([prefill_device])], [DecodePlacement([decode_device])])
 
 
-def ready_engine(model: Model, plan: Plan) -> tuple[Engine, Sides]:
-    """An engine whose programs are all compiled and had their first run, not started, and what it is made of."""
-    sides = assemble(model, plan, print)
-    programs = variants(sides.prefill, sides.decode, sides.settings)
+def warm_engine(model: Model, config: EngineConfig) -> Engine:
+    """An engine whose programs are all compiled and had their first run, not started."""
+    engine = Engine.build(model, config, print)
+    programs = variants(engine)
     compile_all(programs)
-    engine = Engine(sides.prefill, sides.decode, model.tokenizer.detokenizer, sides.settings)
     for worker in engine.workers:
         worker.compiled.limit(one.shape for one in programs if one.shape is not None)
         while worker.warm_up():
             pass
-    return engine, sides
+    return engine

@@ -22,9 +22,9 @@ from rich.console import Console
 
 import pshare_jax
 from benchmarks import common
-from pshare_jax.engine.build import Plan, Sides
-from pshare_jax.engine.config import KVConfig
-from pshare_jax.engine.engine import Engine, PrefillSpec
+from pshare_jax.engine.config import EngineConfig, KVConfig
+from pshare_jax.engine.engine import Engine
+from pshare_jax.engine.interfaces import PrefillSpec
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.request import Event, Request
@@ -35,10 +35,10 @@ from pshare_jax.model.paged_batch import PagedBatch
 ROWS, STEPS, PROMPT, LONG, RUNS = 8, 64, 512, 2048, 5
 
 
-def ready_engine(model: pshare_jax.Model, decode_device: int) -> tuple[Engine, Sides]:
+def warm_engine(model: pshare_jax.Model, decode_device: int) -> Engine:
     """An engine with prefill on device 0, whose programs are all compiled."""
-    plan = Plan({"chat": "base"}, common.placed(0, decode_device), kv=KVConfig(16, 640))
-    return common.ready_engine(model, plan)
+    placement = common.placed(0, decode_device)
+    return common.warm_engine(model, EngineConfig(tasks={"chat": "base"}, placement=placement, kv=KVConfig(16, 640)))
 
 
 class Client:
@@ -58,20 +58,20 @@ class Client:
 
 def overhead(model: pshare_jax.Model) -> dict[str, float]:
     """Seconds of engine and bare steps."""
-    engine, sides = ready_engine(model, 1)
+    engine = warm_engine(model, 1)
     client = Client(engine, model.config.vocab_size)
-    results = dict(_decode_overhead(engine, sides, client))
-    results |= _prefill_overhead(engine, sides, client)
+    results = dict(_decode_overhead(engine, client))
+    results |= _prefill_overhead(engine, client)
     return results
 
 
-def _decode_overhead(engine: Engine, sides: Sides, client: Client) -> dict[str, float]:
+def _decode_overhead(engine: Engine, client: Client) -> dict[str, float]:
     ids = [client.submit(200, 4 * STEPS, lambda event: None) for _ in range(ROWS)]
     worker, decoding = engine.decode_workers[0], engine.admission.decoding[0]
     while len(decoding) < ROWS:
         engine.step()
-    side, inside, bare = sides.decode[0], [], []
-    weights = next(iter(side.tasks.values()))
+    spec, inside, bare = engine.decode_specs[0], [], []
+    weights = next(iter(spec.tasks.values()))
     for _ in range(STEPS):
         inside.append(_timed(worker.step))
         # The same pages and lengths, but nothing is written that a sequence reads.
@@ -79,15 +79,15 @@ def _decode_overhead(engine: Engine, sides: Sides, client: Client) -> dict[str, 
         for row, sequence in enumerate(decoding):
             assert sequence.decode_pages is not None
             rows.fill(row, sequence.decode_pages.pages, sequence.next_position, 0)
-        bare.append(_timed(functools.partial(_bare, side.pool, weights.paged.decode, weights.params, rows, 1)))
+        bare.append(_timed(functools.partial(_bare, spec.pool, weights.paged.decode, weights.params, rows, 1)))
     for one in ids:
         engine.abort(one)
     _settle(engine)
     return {"decode_engine_s": statistics.median(inside), "decode_bare_s": statistics.median(bare)}
 
 
-def _prefill_overhead(engine: Engine, sides: Sides, client: Client) -> dict[str, float]:
-    side, inside, bare = sides.prefill[0], [], []
+def _prefill_overhead(engine: Engine, client: Client) -> dict[str, float]:
+    spec, inside, bare = engine.prefill_specs[0], [], []
     for _ in range(RUNS):
         ended = threading.Event()
         client.submit(PROMPT + 1, 1, lambda event, ended=ended: ended.set())
@@ -98,25 +98,25 @@ def _prefill_overhead(engine: Engine, sides: Sides, client: Client) -> dict[str,
                 done.append(bool(engine.admission.start_decoding(0)))
             if not any(done):
                 time.sleep(POLL_SECONDS)
-        jax.block_until_ready(DevicePages.of(sides.decode[0].pool).pages)
+        jax.block_until_ready(DevicePages.of(engine.decode_specs[0].pool).pages)
         inside.append(time.perf_counter() - begin)
         while not ended.is_set():
             engine.step()
         _settle(engine)
-        bare.append(_chunk(engine, side, 0))
+        bare.append(_chunk(engine, spec, 0))
     return {"prefill_engine_s": statistics.median(inside), "prefill_bare_s": statistics.median(bare)}
 
 
-def _chunk(engine: Engine, side: PrefillSpec, context: int) -> float:
+def _chunk(engine: Engine, spec: PrefillSpec, context: int) -> float:
     """Seconds of a bare prefill chunk after so many tokens, in an idle pool whose content nobody asks for again."""
     rows = _rows(engine, 1)
     num_pages = pages_for(context + PROMPT, engine.page_size)
     rows.fill(0, list(range(1, num_pages + 1)), context, PROMPT)
-    return _timed(functools.partial(_bare, side.pool, side.weights.paged.prefill, side.weights.params, rows, PROMPT))
+    return _timed(functools.partial(_bare, spec.pool, spec.weights.paged.prefill, spec.weights.params, rows, PROMPT))
 
 
 def _rows(engine: Engine, num_rows: int) -> PagedBatch:
-    return PagedBatch.empty(num_rows, pages_for(engine.settings.max_len, engine.page_size))
+    return PagedBatch.empty(num_rows, pages_for(engine.facts.max_len, engine.page_size))
 
 
 def _bare(pool: Pool, step: Any, params: Any, rows: PagedBatch, num_tokens: int) -> None:
@@ -126,7 +126,7 @@ def _bare(pool: Pool, step: Any, params: Any, rows: PagedBatch, num_tokens: int)
 
 def interference(model: pshare_jax.Model, decode_device: int) -> dict[str, float | list[float]]:
     """Seconds between a stream's tokens, idle and while each of five long prompts prefills; and of one chunk alone."""
-    engine, sides = ready_engine(model, decode_device)
+    engine = warm_engine(model, decode_device)
     client = Client(engine, model.config.vocab_size)
     times: list[float] = []
 
@@ -146,7 +146,7 @@ def interference(model: pshare_jax.Model, decode_device: int) -> dict[str, float
         "idle_median_s": float(np.median(gaps(idle_from, idle_to))),
         "busy_median_s": float(np.median(np.concatenate(busy))),
         "busy_max_s": [float(np.max(one)) for one in busy],
-        "chunk_s": statistics.median(_chunk(engine, sides.prefill[0], LONG - PROMPT) for _ in range(RUNS)),
+        "chunk_s": statistics.median(_chunk(engine, engine.prefill_specs[0], LONG - PROMPT) for _ in range(RUNS)),
     }
 
 

@@ -20,10 +20,9 @@ from rich.console import Console
 
 import pshare_jax
 from benchmarks import common
-from pshare_jax.engine.build import Plan
-from pshare_jax.engine.config import KVConfig
+from pshare_jax.engine.config import EngineConfig, KVConfig
 from pshare_jax.engine.engine import Engine
-from pshare_jax.engine.request import Event, Request
+from pshare_jax.engine.request import Request
 from pshare_jax.model.architecture import is_lora
 from pshare_jax.model.layers import LoraConfig
 
@@ -64,15 +63,8 @@ class Agents:
                 context = context + self._tokens(draw, ANSWER + TOOL)
 
     def _call(self, task: str, prompt: list[int], session: str) -> None:
-        done = threading.Event()
-
-        def note(event: Event) -> None:
-            if event.last:
-                done.set()
-
         begin = time.perf_counter()
-        self._engine.submit(Request(f"call {next(self._ids)}", task, tuple(prompt), ANSWER, session=session), note)
-        done.wait()
+        self._engine.submit(Request(f"call {next(self._ids)}", task, tuple(prompt), ANSWER, session=session)).result()
         self.seconds.append(time.perf_counter() - begin)
 
     def _tokens(self, draw: np.random.Generator, count: int) -> list[int]:
@@ -132,8 +124,9 @@ def main(arguments: list[str] | None = None) -> None:
         tasks = {f"task{i}": lora_module(model, Path(folder) / f"task{i}", i) for i in range(TASKS)}
         sharings: tuple[Sharing, ...] = ("shared", "isolated")
         for sharing in sharings:
-            plan = Plan(tasks, common.placed(0, 1 % len(jax.devices())), sharing, kv=KVConfig(16, options.pages))
-            engine, _ = common.ready_engine(model, plan)
+            placement, kv = common.placed(0, 1 % len(jax.devices())), KVConfig(16, options.pages)
+            config = EngineConfig(tasks=tasks, placement=placement, sharing=sharing, kv=kv)
+            engine = common.warm_engine(model, config)
             results[sharing] = measure(engine, list(tasks), model.config.vocab_size, options.context, options.sessions)
             del engine
     report(results)

@@ -27,7 +27,7 @@ from pshare_jax.share.boundary import base_len, next_position
 from pshare_jax.training.config import ModuleConfig
 from pshare_jax.training.data.batches import one_stream, two_stream
 from pshare_jax.training.data.samples import Sample
-from pshare_jax.training.step.objective import first_values, make_trainee
+from pshare_jax.training.step.objective import init_trainable, trainable_module
 from pshare_jax.training.step.steps import train_steps
 from pshare_jax.weights.sources import open_source
 
@@ -58,17 +58,17 @@ class Ours:
 
         self.name = f"{method}, {kind}"
         base = pshare_jax.load(source, dtype="float32")
-        trainee = make_trainee(base, method, ModuleConfig(kind=kind), "float32")
+        module = trainable_module(base, method, ModuleConfig(kind=kind), "float32")
         rows = [[sample] for sample in shape.samples(base.config.vocab_size)]
-        if trainee.layout == "two_stream":
+        if module.layout == "two_stream":
             self._batch: Any = two_stream(rows, base_len(shape.prompt), shape.answer)
         else:
             self._batch = one_stream(rows, next_position(shape.prompt + shape.answer), shape.answer)
         schedule = optax.constant_schedule(LEARNING_RATE)
-        self._steps = train_steps(trainee.objective, optax.adamw(LEARNING_RATE), schedule, 0)
-        self._state = self._steps.init(first_values(trainee, 0))
+        self._steps = train_steps(module.objective, optax.adamw(LEARNING_RATE), schedule, 0)
+        self._state = self._steps.init(init_trainable(module, 0))
         # As in a run, the base goes where it is not read again.
-        self._fixed = trainee.frozen, base.params if trainee.layout == "two_stream" else {}
+        self._fixed = module.frozen, base.params if module.layout == "two_stream" else {}
 
     def step(self) -> float:
         """One step; the loss before it."""

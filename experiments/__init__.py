@@ -1,1 +1,1 @@
-"""Experiments whose results the docs print; each can be resumed and redone by its command."""
+"""Experiments whose results are in the docs. Each is a command that can be resumed and repeated."""

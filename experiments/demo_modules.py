@@ -1,8 +1,8 @@
-"""What the demo modules score on questions that they were not trained on: over the base's KV, alone, and against the base.
+"""Accuracy of the demo modules, over the base's KV and run alone, and of the base.
 
     python -m experiments.demo_modules [arithmetic] [functions] [reader] [--demo demo] [--json docs/demo.json]
 
-The numbers go into the modules' cards too. Run it from the repository's root.
+The numbers are also written to the modules' cards. Run it from the repository's root.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from pshare_jax.evaluation.tasks import Task, open_task
 from pshare_jax.settings import load_settings
 from pshare_jax.share.model import Model, load
 from pshare_jax.training.config import TrainConfig
-from pshare_jax.training.result import Reader, add_accuracy
+from pshare_jax.training.model_card import Reader, add_accuracy
 
 
 @dataclass(frozen=True)
 class Demo:
-    """A module under the demo folder, trained by the config of its name; `task` None: unseen questions of its training task.
+    """A module in the demo folder, trained by the config of its name. `task` None: unseen questions of its data.
 
-    `spoken`: the right answer is a word or number that can be found in a sentence, too.
+    `spoken`: the right answer is a word or number, which may also occur within a sentence.
     """
 
     name: str
@@ -47,7 +47,7 @@ DEMO_NAMES = [demo.name for demo in DEMOS]
 
 
 def main() -> None:
-    """Asks modules and base; writes the numbers and the cards, and prints the table of all modules asked so far."""
+    """Evaluates modules and base, writes numbers and cards, and prints the table of all modules evaluated so far."""
     options = _options()
     keep_programs(cache_folder())
     rows: dict[str, dict[str, Any]] = json.loads(options.json.read_text()) if options.json.exists() else {}
@@ -62,18 +62,18 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.demo_modules", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("names", nargs="*", help="modules to ask; absent: all")
-    parser.add_argument("--demo", type=Path, default=Path("demo"), help="the modules' folder")
-    parser.add_argument("--configs", type=Path, default=Path("configs/train"), help="the training configs' folder")
-    parser.add_argument("--json", type=Path, default=Path("docs/demo.json"), help="the numbers, kept from run to run")
+    parser.add_argument("names", nargs="*", help="modules to evaluate; default: all")
+    parser.add_argument("--demo", type=Path, default=Path("demo"), help="folder of the modules")
+    parser.add_argument("--configs", type=Path, default=Path("configs/train"), help="folder of the train configs")
+    parser.add_argument("--json", type=Path, default=Path("docs/demo.json"), help="file of the numbers, updated")
     options = parser.parse_args()
     if unknown := set(options.names) - set(DEMO_NAMES):
-        parser.error(f"no such module: {', '.join(sorted(unknown))}; there are {', '.join(DEMO_NAMES)}")
+        parser.error(f"unknown module: {', '.join(sorted(unknown))}; choose from {', '.join(DEMO_NAMES)}")
     return options
 
 
 def _row(demo: Demo, config: TrainConfig, base: Model, folder: Path) -> dict[str, Any]:
-    told = demo.task or f"{training_task(config).partition('?')[0]}, questions not trained on"
+    task_name = demo.task or f"{training_task(config).partition('?')[0]}, questions not trained on"
     with _questions(demo, config, base) as task:
         asked: dict[Reader, EvalResult] = {
             "module": _asked(base, str(folder), task, demo.max_new_tokens, 1),
@@ -81,8 +81,8 @@ def _row(demo: Demo, config: TrainConfig, base: Model, folder: Path) -> dict[str
             "base": _asked(base, "base", task, demo.max_new_tokens, 1),
         }
     for reader, result in asked.items():
-        add_accuracy(folder, told, result.accuracy, reader)
-    row: dict[str, Any] = {"task": told, "questions": demo.questions}
+        add_accuracy(folder, task_name, result.accuracy, reader)
+    row: dict[str, Any] = {"task": task_name, "questions": demo.questions}
     row |= {reader: result.accuracy for reader, result in asked.items()}
     if demo.spoken:
         row["base, anywhere"] = sum(map(_spoken, asked["base"].answers)) / demo.questions
@@ -96,7 +96,7 @@ def _questions(demo: Demo, config: TrainConfig, base: Model) -> Iterator[Task]:
             yield task
         return
     with open_task(demo.task, base) as task:
-        # Every second one of BFCL's 400, say.
+        # Evenly spaced, such as every second of BFCL's 400.
         yield replace(task, items=task.items[:: len(task.items) // demo.questions][: demo.questions])
 
 
@@ -108,12 +108,12 @@ def _asked(base: Model, source: str, task: Task, max_new_tokens: int, ratio: flo
 
 
 def _spoken(answer: Answer) -> bool:
-    """Whether the right answer stands anywhere in the text, as a word: generous, since a question's own words count too."""
+    """Whether the right answer occurs as a word; generous, since the text may repeat words of the question."""
     return re.search(rf"(?<![\w.-]){re.escape(answer.expected)}(?!\w|\.\d)", answer.answer) is not None
 
 
 def markdown(rows: dict[str, dict[str, Any]]) -> str:
-    """The table of the README."""
+    """The table for the README."""
     lines = [
         "| module | asked | over the base's KV | alone | the base | the base, right answer anywhere in its text |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Held-out questions of a reasoning-gym task that a config trains on."""
+"""Held-out questions of the reasoning-gym task of a train config."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.data.config import paths_of
 from pshare_jax.training.data.sources import open_reasoning_gym
 
-# An item of reasoning-gym is drawn from seed + its number: far from any training seed.
+# reasoning-gym draws item i from seed + i, so this seed must be far from any training seed.
 SEED = 1_000_000
-# Drawn for each that is asked: those that training has, and those that come twice, are left out.
+# Items drawn per question: training questions and duplicates are discarded.
 DRAWS_PER_QUESTION = 4
 
 
 def training_task(config: TrainConfig) -> str:
-    """The one source of the config's data."""
+    """The path of the config's only source."""
     (source,) = config.data.sources
     (path,) = paths_of(source)
     return path
@@ -25,7 +25,7 @@ def training_task(config: TrainConfig) -> str:
 
 @contextlib.contextmanager
 def held_out(config: TrainConfig, base: Model, count: int) -> Iterator[Task]:
-    """`count` different questions of the task that the config trains on, none of which its training data have."""
+    """`count` different questions of the config's task that are not in its training data."""
     name, _, query = training_task(config).partition("?")
     own = [part for part in query.split("&") if not part.startswith(("seed=", "size="))]
     drawn = f"{name}?{'&'.join([f'seed={SEED}', f'size={count * DRAWS_PER_QUESTION}', *own])}"
@@ -38,5 +38,5 @@ def _unseen(items: list[Item], config: TrainConfig, count: int) -> list[Item]:
     seen = {trained[index]["question"] for index in range(len(trained))}
     unseen = {item.record["question"]: item for item in items if item.record["question"] not in seen}
     if len(unseen) < count:
-        raise SystemExit(f"the task has only {len(unseen)} questions that training does not have, not {count}")
+        raise SystemExit(f"the task has only {len(unseen)} questions outside the training data, but {count} are needed")
     return list(unseen.values())[:count]

@@ -1,10 +1,10 @@
-"""What sharing a prefill costs in accuracy: full fine-tuning, naive sharing, and PrefillShare, on one reasoning-gym task.
+"""The accuracy cost of sharing a prefill: full fine-tuning, naive sharing, and PrefillShare, on one reasoning-gym task.
 
     python -m experiments.sharing_ratio [--config configs/train/chain_sum.yaml] [--json docs/sharing.json]
 
-Trains every model of `MODELS` with the config's data, steps and optimizer, and asks each the same held-out questions, on a
-share of base KV (the sharing ratio). Every accuracy is written at once; rows that the file has are not made
-again, and a training that was cut short goes on from its last checkpoint. Run it from the repository's root.
+Trains every model of `MODELS` with the config's data, steps and optimizer, and asks all of them the same held-out
+questions at several sharing ratios (fraction of the prompt with base KV). Each accuracy is saved at once; existing rows
+are kept, and an interrupted training resumes from its last checkpoint. Run it from the repository's root.
 """
 
 import argparse
@@ -35,7 +35,7 @@ TRAIN = Path("train/main.py")
 
 @dataclass(frozen=True)
 class Trained:
-    """A model to train, and the sharing ratios it answers at. `overrides` are of the config, for each seed."""
+    """A model to train, and its sharing ratios. `overrides` are config overrides for every seed."""
 
     name: str
     method: Method
@@ -46,7 +46,7 @@ class Trained:
 
 FULL_FT = Trained("Full-FT", "full_ft", (0.0, 0.25, 0.5, 0.75, 1.0))
 SHARED = Trained("PrefillShare full", "prefillshare", (1.0, 0.0))
-# Adapters want larger steps than whole weights.
+# Adapters need a larger learning rate than full weights.
 LORA = Trained(
     "PrefillShare LoRA",
     "prefillshare",
@@ -54,12 +54,12 @@ LORA = Trained(
     seeds=(0,),
     overrides=("module.kind=lora", "module.rank=16", "module.alpha=32", "optimizer.learning_rate=1e-3"),
 )
-# A run that is cut short has one of each.
+# Ordered by seed, so that an interrupted experiment has every model.
 MODELS = [(model, seed) for seed in (0, 1, 2) for model in (SHARED, FULL_FT, LORA) if seed in model.seeds]
 
 
 class Rows:
-    """The accuracies so far, one row a (model, seed, ratio), kept in a JSON file."""
+    """The accuracies so far, a row per (model, seed, ratio), in a JSON file."""
 
     def __init__(self, path: Path, setting: dict[str, Any]) -> None:
         self._path, self._setting = path, setting
@@ -67,11 +67,11 @@ class Rows:
         if path.exists():
             content = json.loads(path.read_text())
             if content["setting"] != setting:
-                raise SystemExit(f"{path} is of another setting; give another --json, or remove it.")
+                raise SystemExit(f"{path} has rows of another setting; give another --json, or remove it.")
             self.rows = content["rows"]
 
     def has(self, model: str, seed: int | None, ratio: float) -> bool:
-        """Whether that row is there."""
+        """Whether the row exists."""
         return any((row["model"], row["seed"], row["ratio"]) == (model, seed, ratio) for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
@@ -84,7 +84,7 @@ class Rows:
 
 
 def main() -> None:
-    """Makes the rows that are missing, then prints the table and draws the figure."""
+    """Computes the missing rows, prints the table and draws the figure."""
     options = _options()
     keep_programs(cache_folder())
     config = load_settings(TrainConfig, options.config, [])
@@ -109,11 +109,11 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.sharing_ratio", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--config", type=Path, default=Path("configs/train/chain_sum.yaml"), help="a train config")
+    parser.add_argument("--config", type=Path, default=Path("configs/train/chain_sum.yaml"), help="the train config")
     parser.add_argument(
-        "--json", type=Path, default=Path("docs/sharing.json"), help="the rows; the figure lies beside it"
+        "--json", type=Path, default=Path("docs/sharing.json"), help="file of the rows; the figure is written beside it"
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs/sharing"), help="where trainings are, until asked")
+    parser.add_argument("--runs", type=Path, default=Path("runs/sharing"), help="folder of trainings in progress")
     return parser.parse_args()
 
 
@@ -121,7 +121,7 @@ def _options() -> argparse.Namespace:
 
 
 def _setting(config: TrainConfig) -> dict[str, Any]:
-    """All that rows come from, as JSON gives it back; rows of other settings are never mixed with them."""
+    """Everything that determines the rows, as read back from JSON; a file has rows of one setting only."""
     setting = {
         "config": asdict(config),
         "models": [asdict(model) for model in (FULL_FT, SHARED, LORA)],
@@ -135,14 +135,14 @@ def _setting(config: TrainConfig) -> dict[str, Any]:
 
 
 def _train(config: Path, model: Trained, seed: int, run: Path) -> None:
-    """In a process of its own, which gives all its memory back; a run that is there goes on."""
+    """Trains in a separate process, which releases its memory; resumes an existing run."""
     if (run / "module").exists():
         return
     settings = (f"method={model.method}", *model.overrides, f"seed={seed}", f"data.seed={seed}", f"output={run}")
     command = [sys.executable, str(TRAIN), "--config", str(config), *settings]
     subprocess.run([*command, "--resume"] if run.exists() else command, check=True)
     if not (run / "module").exists():
-        raise SystemExit(f"the training in {run} was stopped; run this again to go on")
+        raise SystemExit(f"the training in {run} was stopped; run this again to resume it")
 
 
 def _answer(
@@ -163,22 +163,18 @@ def _answer(
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table: a line a model and ratio, with the mean over the seeds, the 95 % interval that so many questions give it, and
-    every seed's accuracy.
-    """
+    """The table: a line per model and ratio, with the mean over seeds, its 95 % interval, and each seed's accuracy."""
     lines = ["| model | KV of the prompt | accuracy | 95 % interval | each seed |", "|---|---|---|---|---|"]
     for (model, ratio), accuracies in _grouped(rows).items():
         mean = statistics.fmean(accuracies)
         low, high = wilson(mean * NUM_QUESTIONS, NUM_QUESTIONS)
         each = ", ".join(f"{accuracy:.1%}" for accuracy in accuracies)
-        lines.append(f"| {model} | {_told_ratio(ratio)} | {mean:.1%} | {low:.1%} to {high:.1%} | {each} |")
+        lines.append(f"| {model} | {_kv_of_prompt(ratio)} | {mean:.1%} | {low:.1%} to {high:.1%} | {each} |")
     return "\n".join(lines)
 
 
 def draw(rows: list[dict[str, Any]], picture: Path) -> None:
-    """Accuracy over the sharing ratio: Full-FT's curve, and the other models where they were asked. A dot is the mean of the
-    seeds, a dash one seed.
-    """
+    """Draws accuracy over the sharing ratio for all models: dots are means over seeds, dashes single seeds."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for index, model in enumerate((FULL_FT.name, SHARED.name, LORA.name, "base")):
@@ -206,7 +202,7 @@ def _grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, float], list[float]]
     return groups
 
 
-def _told_ratio(ratio: float) -> str:
+def _kv_of_prompt(ratio: float) -> str:
     return "the base's" if ratio == 1 else f"{ratio:.0%} the base's" if ratio else "its own"
 
 

@@ -1,9 +1,9 @@
-"""The one exception type for faults a user can cause.
+"""The one exception type for mistakes that a user can make.
 
-Raised anywhere in the library with one clear sentence that names the thing and the way out; command-line entry points
-print that sentence and exit with status 2, the server turns it into an OpenAI error object.
+Its message is one sentence: what is wrong, what is allowed, what to do. Command-line entry points print it and exit
+with status 2; the server returns it as an OpenAI error object.
 """
 
 
 class PshareError(Exception):
-    """A user's mistake (a wrong file, key, name or size), told in one sentence."""
+    """A user's mistake (a wrong file, key, name or size), described in one sentence."""

@@ -1,9 +1,8 @@
-"""YAML files and `a.b=c` overrides become nested frozen dataclasses, strictly.
+"""YAML files and `a.b=c` overrides -> nested frozen dataclasses, with strict checks.
 
-Serving and training call `load_settings` with their own config class. It owns the rules: every key must be a field,
-every value must have the field's type (nothing is coerced, except that a whole number is a fine float), each mistake
-is one sentence with the full dotted key, and without the value where the field's metadata say `secret`.
-YAML is read with the JSON-like rules of YAML 1.2: `on` and `12:30` are text.
+Serving and training call `load_settings` with their config class. Every key must be a field and every value must have
+the field's type; only int becomes float. An error is one sentence with the full dotted key, and without the value if
+the field's metadata say `secret`. YAML follows the core schema of YAML 1.2: `on` and `12:30` are text.
 """
 
 import dataclasses
@@ -22,11 +21,10 @@ T = TypeVar("T")
 
 
 def load_settings(cls: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Reads a YAML file, applies overrides in order and builds `cls`.
+    """Read a YAML file, apply overrides in order and build `cls`.
 
-    An override is `dotted.key=value`, its value parsed as YAML; it may add keys to maps (`tasks.math=base`) and index
-    existing list items (`placement.decode.0.tasks=all`). In a map of plain values everything after the map's name is the
-    key, so names with dots work.
+    An override is `dotted.key=value` with a YAML value; it may add keys to maps (`tasks.math=base`) and index existing
+    list items (`placement.decode.0.tasks=all`). In a map of plain values the rest of the key is a name, dots included.
 
     Raises:
         PshareError: the file cannot be read, is not a YAML mapping, repeats a key, or a key or type is wrong.
@@ -35,27 +33,27 @@ def load_settings(cls: type[T], path: str | Path, overrides: Sequence[str] = ())
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            # What stands behind the name may be a secret that was given in another form.
+            # The rest may be a secret in another form.
             name = re.split(r"[:\s]", override, maxsplit=1)[0]
-            raise PshareError(f"The override {name!r} is not of the form key=value, such as server.port=8001.")
+            raise PshareError(f"The override {name!r} must have the form key=value, such as server.port=8001.")
         value = text if _is_secret(cls, key.split(".")) else _parse(text, f"the value of the override {key}")
-        data = _put(cls, data, key.split("."), value, "")
+        data = _assign(cls, data, key.split("."), value, "")
     return _build(cls, data, "")
 
 
 def check_least(values: Iterable[tuple[str, int | None, int]]) -> None:
-    """Checks numbers given as (key, value, the least that it may be); absent ones are fine.
+    """Check numbers given as (key, value, minimum); None is accepted.
 
     Raises:
         PshareError: naming the key.
     """
-    for key, value, least in values:
-        if value is not None and value < least:
-            raise PshareError(f"{key} must be at least {least}, not {value}.")
+    for key, value, minimum in values:
+        if value is not None and value < minimum:
+            raise PshareError(f"{key} must be at least {minimum}, not {value}.")
 
 
 def to_yaml(settings: Any) -> str:
-    """The settings as YAML that `load_settings` reads back to an equal object."""
+    """The settings as YAML, from which `load_settings` builds an equal object."""
     return yaml.dump(_plain(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -63,7 +61,7 @@ def to_yaml(settings: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with 1.2's core types only (so `1e-4` is a number and `no` is text) and no repeated keys."""
+    """YAML 1.2's core types (`1e-4` is a number, `no` is text), without repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -78,7 +76,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes exactly the text that `_Loader` would read as something else."""
+    """Quotes text that `_Loader` would read as another type."""
 
 
 _Loader.yaml_implicit_resolvers = {}
@@ -99,7 +97,7 @@ def _parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"line {mark.line + 1}: " if mark else ""
-        # An alias or a tag may be the beginning of an unquoted secret.
+        # An alias or a tag may be the start of an unquoted secret.
         problem = re.sub(r" (alias|tag) '.*'", r" \1", str(error.problem or error.context))
         raise PshareError(f"Cannot read {where} as YAML: {line}{problem}.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -119,14 +117,14 @@ def _read_mapping(path: Path) -> dict:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise PshareError(f"The config file {path} must hold `key: value` lines, not {_named(data)}.")
+        raise PshareError(f"The config file {path} must contain `key: value` lines, not {_named(data)}.")
     return data
 
 
 # --- overrides -------------------------------------------------------------------------------------------------------
 
 
-def _put(kind: Any, node: Any, parts: list[str], value: Any, key: str) -> Any:
+def _assign(kind: Any, node: Any, parts: list[str], value: Any, key: str) -> Any:
     """`node` with `value` at the path `parts`; `kind` is the declared type, `key` the dotted name so far."""
     if not parts:
         return value
@@ -138,21 +136,21 @@ def _put(kind: Any, node: Any, parts: list[str], value: Any, key: str) -> Any:
         if parts[0] not in fields:
             raise _unknown_key(_join(key, parts[0]), key, fields)
         node = _as_map(node, key)
-        below = _put(fields[parts[0]], node.get(parts[0]), parts[1:], value, _join(key, parts[0]))
+        below = _assign(fields[parts[0]], node.get(parts[0]), parts[1:], value, _join(key, parts[0]))
         return {**node, parts[0]: below}
     if typing.get_origin(kind) is dict:
         node, inner = _as_map(node, key), typing.get_args(kind)[1]
         name, rest = (parts[0], parts[1:]) if _container(inner) else (".".join(parts), [])
-        return {**node, name: _put(inner, node.get(name), rest, value, _join(key, name))}
-    return _put_item(kind, node, parts, value, key)
+        return {**node, name: _assign(inner, node.get(name), rest, value, _join(key, name))}
+    return _assign_item(kind, node, parts, value, key)
 
 
-def _put_item(kind: Any, node: Any, parts: list[str], value: Any, key: str) -> list:
+def _assign_item(kind: Any, node: Any, parts: list[str], value: Any, key: str) -> list:
     items = list(node) if isinstance(node, list) else []
     if not parts[0].isdecimal() or int(parts[0]) >= len(items):
-        raise PshareError(f"{key} has {len(items)} items (counted from 0), so there is no {_join(key, parts[0])}.")
+        raise PshareError(f"{key} has {len(items)} items (counted from 0), so {_join(key, parts[0])} does not exist.")
     index = int(parts[0])
-    items[index] = _put(typing.get_args(kind)[0], items[index], parts[1:], value, _join(key, parts[0]))
+    items[index] = _assign(typing.get_args(kind)[0], items[index], parts[1:], value, _join(key, parts[0]))
     return items
 
 
@@ -168,7 +166,7 @@ def _as_map(node: Any, key: str) -> dict:
 
 
 def _build(kind: Any, value: Any, key: str) -> Any:
-    """Checks `value` against the declared type `kind` and turns maps into dataclasses, lists into lists or tuples."""
+    """Check `value` against the declared type `kind`; maps become dataclasses, lists become lists or tuples."""
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, key)
     origin = typing.get_origin(kind)
@@ -202,10 +200,10 @@ def _build_dataclass(kind: Any, value: Any, key: str) -> Any:
 
 
 def _is_secret(cls: Any, names: Sequence[str]) -> bool:
-    """Whether the key is a secret: its override is taken as it stands, since YAML would cut it or read nothing in it."""
+    """Whether the key is a secret, whose override is used verbatim: YAML could truncate it or read it as null."""
     for name in names[:-1]:
         kind = typing.get_type_hints(cls).get(name) if dataclasses.is_dataclass(cls) else None
-        cls = next((one for one in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(one)), None)
+        cls = next((member for member in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(member)), None)
     fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
     return any(field.name == names[-1] and field.metadata.get("secret") for field in fields)
 
@@ -216,7 +214,7 @@ def _build_field(kind: Any, value: Any, key: str, secret: bool) -> Any:
     except PshareError:
         if not secret:
             raise
-        # Whatever was given may be the secret itself, and sentences end up in logs.
+        # The value may be the secret itself, and errors are logged.
         raise PshareError(f"{key} must be {_described(kind)}; put a number or a word like true in quotes.") from None
 
 
@@ -262,7 +260,7 @@ def _text_key(name: Any, key: str) -> str:
     return name
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
+# --- wording ---------------------------------------------------------------------------------------------------------
 
 
 def _unknown_key(full: str, parent: str, fields: Mapping[str, Any]) -> PshareError:
@@ -274,7 +272,7 @@ def _join(key: str, name: Any) -> str:
 
 
 def _named(value: Any) -> str:
-    """A value in an error sentence."""
+    """A value as an error names it."""
     if value is None:
         return "empty"
     if isinstance(value, dict | list):
@@ -285,7 +283,7 @@ def _named(value: Any) -> str:
 
 
 def _described(kind: Any) -> str:
-    """A type in an error sentence."""
+    """A type as an error names it."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return " or ".join(repr(choice) for choice in args)

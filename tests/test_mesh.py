@@ -1,4 +1,4 @@
-"""Meshes and shardings: the table covers every parameter, shards are real, and every pair of degrees gives the same ids."""
+"""Meshes and shardings: every parameter has a rule, shards are real, and every pair of degrees gives the same ids."""
 
 import dataclasses
 from typing import Any
@@ -27,7 +27,7 @@ def config_of(family: str, **changes: Any) -> ModelConfig:
 
 
 def shares(tree: Any) -> set[float]:
-    """What part of its array each shard of each array holds, in bytes."""
+    """Each shard's share of its array, in bytes."""
     return {shard.data.nbytes / leaf.nbytes for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards}
 
 
@@ -47,7 +47,7 @@ class Single:
 
 @pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda heads: f"{heads} kv heads")
 def single(request, tmp_path_factory) -> Single:
-    # Weights of std 0.1, as for all parity of values: wider ones magnify the order of sums, which tp changes.
+    # Weights of std 0.1, as in all comparisons of values: larger weights magnify the order of sums, which tp changes.
     changes = {"num_key_value_heads": request.param, "num_hidden_layers": 2, "std": 0.1}
     folder = tiny_folder("llama", tmp_path_factory.mktemp("tp"), **changes)
     shared = ps.factorize(ps.load(folder))
@@ -63,9 +63,9 @@ def single(request, tmp_path_factory) -> Single:
 @pytest.mark.parametrize("decode_tp", DEGREES)
 @pytest.mark.parametrize("prefill_tp", DEGREES)
 def test_every_pair_of_degrees(single, prefill_tp, decode_tp):
-    """A3-15: the same KV on both sides and the same ids as on one device; each device holds its share and no more."""
-    prefill_mesh = ps.make_mesh(range(prefill_tp), prefill_tp)
-    decode_mesh = ps.make_mesh(range(4, 4 + decode_tp), decode_tp)
+    """A3-15: KV and ids equal those of one device; each device holds only its share."""
+    prefill_mesh = ps.make_mesh(range(prefill_tp))
+    decode_mesh = ps.make_mesh(range(4, 4 + decode_tp))
     shared = ps.factorize(ps.load(single.folder, mesh=prefill_mesh), decode_mesh=decode_mesh)
     shared.add_task("base", "base")
     kv = shared.prefill([single.prompt[:-1]])
@@ -86,9 +86,9 @@ def test_every_pair_of_degrees(single, prefill_tp, decode_tp):
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-def test_parameters_are_cut_into_shares(single, tp):
-    model = ps.load(single.folder, mesh=ps.make_mesh(range(tp), tp))
-    moved = ps.load(single.folder).on(ps.make_mesh(range(4, 4 + tp), tp))
+def test_parameters_are_sharded(single, tp):
+    model = ps.load(single.folder, mesh=ps.make_mesh(range(tp)))
+    moved = ps.load(single.folder).on(ps.make_mesh(range(4, 4 + tp)))
     whole = {path for path in model.params if path.endswith("norm.weight")}
     if model.config.num_kv_heads % tp:
         whole |= {path for path in model.params if path.endswith((".k.kernel", ".v.kernel"))}
@@ -100,12 +100,12 @@ def test_parameters_are_cut_into_shares(single, tp):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_modules_on_several_devices(kind, tmp_path):
-    """A task's own weights are sharded as the base's; biases and every LoRA target are among them."""
+    """A task's own weights, biases and all LoRA targets included, are sharded as the base's."""
     folder = tiny_folder("llama", tmp_path / "base", num_hidden_layers=1, attention_bias=True, mlp_bias=True)
     module = tiny_module(folder, tmp_path / kind, kind=kind)
     prompt = random_tokens(3, 9).tolist()
     rollouts = []
-    for mesh in (ps.make_mesh([0], 1), ps.make_mesh([1, 2], 2)):
+    for mesh in (ps.make_mesh([0]), ps.make_mesh([1, 2])):
         shared = ps.factorize(ps.load(folder, mesh=mesh))
         shared.add_task("task", module)
         rollouts.append(ps.rollout(shared, "task", prompt, max_new_tokens=NEW, stop_ids=()))
@@ -113,10 +113,9 @@ def test_modules_on_several_devices(kind, tmp_path):
     assert rollouts[1].ids == rollouts[0].ids
 
 
-def test_odd_vocabulary_stays_whole(tmp_path):
-    """It cannot be cut evenly, and padding it would make tokens that the model does not have."""
+def test_indivisible_vocabulary_is_replicated(tmp_path):
     folder = tiny_folder("qwen3", tmp_path, num_hidden_layers=1, vocab_size=321, std=0.1)
-    one, two = (ps.load(folder, mesh=ps.make_mesh(range(tp), tp)) for tp in (1, 2))
+    one, two = (ps.load(folder, mesh=ps.make_mesh(range(tp))) for tp in (1, 2))
     assert shares(two.params["head"]) == shares(two.params["embedding.weight"]) == {1.0}
     tokens = random_tokens(0, 1, 9)
     assert one.logits(tokens).shape == (1, 9, 321)
@@ -128,12 +127,12 @@ def test_every_parameter_has_a_rule(family):
     biases = {"attention_bias": True, **({"mlp_bias": True} if family == "llama" else {})}
     config = config_of(family, tie_word_embeddings=False, **biases)
     lora = LoraConfig(rank=4, scale=1.0, targets=(*ATTENTION_TARGETS, *MLP_TARGETS))
-    mesh = ps.make_mesh([0, 1], 2)
+    mesh = ps.make_mesh([0, 1])
     for path, leaf in Architecture(config).with_lora(lora).shapes.items():
         spec = parameter_sharding(path, config, mesh).spec
         cut = [size for size, axis in zip(leaf.shape, spec, strict=False) if axis is not None]
         assert all(size % 2 == 0 for size in cut), path
-        # LoRA's small side stays whole, its large side is cut where the kernel's is.
+        # LoRA's rank axis is replicated, the other axis is sharded as the kernel's.
         if path.endswith("lora_a"):
             assert spec == (PartitionSpec("model", None) if ".o." in path or ".down." in path else PartitionSpec())
         if path.endswith("lora_b"):
@@ -145,40 +144,31 @@ def test_every_parameter_has_a_rule(family):
 @pytest.mark.parametrize(
     ("changes", "tp", "part"),
     [
-        ({}, 3, "tp 3 does not divide the model's 4 query heads"),
+        ({}, 3, "4 query heads"),
         ({"num_attention_heads": 8, "num_key_value_heads": 8, "intermediate_size": 108}, 8, "MLP size 108"),
         ({"hidden_size": 60, "num_attention_heads": 12, "head_dim": 16, "num_key_value_heads": 6}, 4, "6 kv heads"),
     ],
 )
-def test_refused_degrees(changes, tp, part):
-    with pytest.raises(PshareError, match=part) as caught:
+def test_degree_that_does_not_divide_is_an_error(changes, tp, part):
+    with pytest.raises(PshareError, match=rf"tp {tp}\b.*{part}"):
         check_tensor_parallel(config_of("llama", **changes), tp)
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).count(".") == 1
 
 
-def test_refused_degree_when_moving(tiny_folders):
-    with pytest.raises(PshareError, match="tp 3 does not divide"):
-        ps.factorize(ps.load(tiny_folders["llama"]), decode_mesh=ps.make_mesh([1, 2, 3], 3))
+def test_degree_is_checked_when_a_model_moves(tiny_folders):
+    with pytest.raises(PshareError, match="tp 3"):
+        ps.factorize(ps.load(tiny_folders["llama"]), decode_mesh=ps.make_mesh([1, 2, 3]))
 
 
 @pytest.mark.parametrize(
-    ("ids", "tp", "part"),
-    [
-        ([0, 8], 2, "no device 8: JAX sees 8"),
-        ([-1], 1, "no device -1"),
-        ([0, 1], 1, "tp 1 needs 1 different devices, but \\[0, 1\\]"),
-        ([0], 2, "tp 2 needs 2 different devices"),
-        ([3, 3], 2, "tp 2 needs 2 different devices"),
-    ],
+    ("ids", "named"), [([0, 8], "device 8.*0 to 7"), ([-1], "device -1"), ([], r"\[\]"), ([3, 3], r"\[3, 3\]")]
 )
-def test_refused_meshes(ids, tp, part):
-    with pytest.raises(PshareError, match=part):
-        ps.make_mesh(ids, tp)
+def test_mesh_of_missing_or_repeated_devices_is_an_error(ids, named):
+    with pytest.raises(PshareError, match=named):
+        ps.make_mesh(ids)
 
 
 def test_same_devices():
-    mesh = ps.make_mesh([1, 2], 2)
-    assert same_devices(mesh, ps.make_mesh([1, 2], 2))
-    assert not same_devices(mesh, ps.make_mesh([2, 1], 2))
-    assert not same_devices(mesh, ps.make_mesh([1], 1))
+    mesh = ps.make_mesh([1, 2])
+    assert same_devices(mesh, ps.make_mesh([1, 2]))
+    assert not same_devices(mesh, ps.make_mesh([2, 1]))
+    assert not same_devices(mesh, ps.make_mesh([1]))

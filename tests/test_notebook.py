@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom on the real SmolLM2, and shows what its text says."""
+"""The notebook runs from top to bottom on the real SmolLM2, and its output agrees with its text."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "factorize.ipynb"
 
 @pytest.fixture(scope="module")
 def cells(smollm2_gguf, tmp_path_factory):
-    """The code cells of an executed copy, by id. The model is fetched before, so that only the run is timed."""
+    """The code cells of an executed copy, by id. The model is downloaded before, so that only the run is timed."""
     folder = tmp_path_factory.mktemp("notebook")
     notebook = nbformat.read(shutil.copy(NOTEBOOK, folder), as_version=4)
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(jax.config.values["jax_compilation_cache_dir"])}

@@ -1,191 +1,157 @@
-"""From a model, tasks and a placement to the sides of an engine: weights, pools and samplers on every worker's mesh.
+"""From a model and a config to an engine: weights, pools and samplers on every worker's mesh.
 
-Called by startup.py and by tests. `sharing` decides whose weights prefill: the base's on every prefill worker (shared), or
-each task's own on a prefill worker of its own (isolated, the baseline).
+`sharing` decides whose weights prefill: the base's on every prefill worker (shared), or each task's own on a prefill worker
+of its own (isolated, the baseline).
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import replace
 
+import jax
 from jax.sharding import Mesh
 
-from pshare_jax.engine.config import BatchConfig, DecodePlacement, KVConfig, Placement, PrefillPlacement, worker_tasks
-from pshare_jax.engine.engine import DecodeSpec, EngineSettings, PrefillSpec
-from pshare_jax.engine.interfaces import Weights
+from pshare_jax.engine.config import (
+    DecodePlacement,
+    EngineConfig,
+    Placement,
+    PrefillPlacement,
+    check_engine_config,
+    resolve_placement,
+    worker_tasks,
+)
+from pshare_jax.engine.engine import Engine
+from pshare_jax.engine.interfaces import DecodeSpec, ModelFacts, PrefillSpec, Weights
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.kv.pool import Pool
-from pshare_jax.engine.router import Policy
 from pshare_jax.engine.sampler import Sampler
 from pshare_jax.engine.shapes import page_buckets, pages_for
 from pshare_jax.errors import PshareError
 from pshare_jax.mesh import make_mesh
 from pshare_jax.model.kv.pages import page_bytes
-from pshare_jax.share.decode_module import DecodeModule
 from pshare_jax.share.factorize import TaskModules
 from pshare_jax.share.model import Model
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What an engine is to be: the tasks' sources by name, and how they are served."""
-
-    tasks: Mapping[str, str | DecodeModule]
-    placement: Placement
-    sharing: Literal["shared", "isolated"] = "shared"
-    kv: KVConfig = KVConfig()
-    batch: BatchConfig = BatchConfig()
-    policy: Policy = "prefix"
-    debug: bool = False
-    max_requests: int = 256
-    stall_seconds: float = 300.0
-
-
-@dataclass(frozen=True)
-class Sides:
-    """Everything that an `Engine` is made of."""
-
-    prefill: list[PrefillSpec]
-    decode: list[DecodeSpec]
-    settings: EngineSettings
-    bases: list[Model]
-    """The base as it lies with each decode worker."""
-
-
-def assemble(model: Model, plan: Plan, say: Callable[[str], None]) -> Sides:
-    """The sides of an engine.
+def build_engine(model: Model, config: EngineConfig, report: Callable[[str], None]) -> Engine:
+    """The engine of a model, not started.
 
     Raises:
-        PshareError: a task or the placement does not fit the model.
+        PshareError: the config, the placement or a task does not fit the model.
     """
-    make = _Isolated(model, plan, say) if plan.sharing == "isolated" else _Shared(model, plan, say)
-    prefill, decode = make.sides()
-    # Page 0 of a pool is for padding. A prompt's last token needs no prefill page, but one limit is easier told.
-    most = min(side.pool.num_usable for side in (*prefill, *decode)) * plan.kv.page_size
-    max_len = min(model.config.max_len, most)
-    settings = EngineSettings(
-        key_of=make.key_of(),
+    check_engine_config(config)
+    devices = jax.devices()
+    config = replace(config, placement=resolve_placement(config.placement, devices[0].platform, len(devices)))
+    builder = EngineBuilder(model, config, report)
+    isolated = config.sharing == "isolated"
+    prefill, decode = builder.isolated() if isolated else builder.shared()
+    # Page 0 of a pool is for padding. A prompt's last token needs no prefill page, but one limit is simpler.
+    most = min(spec.pool.num_usable for spec in (*prefill, *decode)) * config.kv.page_size
+    fingerprint = model.fingerprint
+    facts = ModelFacts(
+        key_of=(lambda task: f"{fingerprint} {task}") if isolated else (lambda task: fingerprint),
+        detokenizer=model.tokenizer.detokenizer,
         vocab_size=model.config.vocab_size,
-        max_len=max_len,
-        page_bytes=page_bytes(model.config, plan.kv.page_size, model.architecture.dtype),
-        chunk_tokens=min(plan.batch.prefill_tokens, max_len),
-        max_rows=plan.batch.decode_rows,
-        max_requests=plan.max_requests,
-        stall_seconds=plan.stall_seconds,
-        policy=plan.policy,
+        max_len=min(model.config.max_len, most),
+        page_bytes=page_bytes(model.config, config.kv.page_size, model.architecture.dtype),
+        stop_ids=model.stop_ids,
     )
-    return Sides(prefill, decode, settings, make.bases)
+    return Engine(prefill, decode, facts, config)
 
 
-class _Maker:
-    """What both kinds of engine have in common."""
+class EngineBuilder:
+    """Makes the specs of all workers; the base and each task are put on a mesh once."""
 
-    def __init__(self, model: Model, plan: Plan, say: Callable[[str], None]):
-        self.model, self.plan, self.say = model, plan, say
+    def __init__(self, model: Model, config: EngineConfig, report: Callable[[str], None]):
+        self._model, self._config, self._report = model, config, report
         self._models: dict[tuple[int, ...], Model] = {}
         self._loaded: dict[int, TaskModules] = {}
-        self.bases: list[Model] = []
 
-    def pool(self, name: str, mesh: Mesh, num_pages: int) -> Pool:
-        kv = self.plan.kv
-        most = pages_for(self.plan.batch.prefill_tokens, kv.page_size)
-        store = DevicePages(
-            self.model.config, mesh, num_pages, kv.page_size, self.model.architecture.dtype, page_buckets(most)
-        )
-        return Pool(name, store, self.plan.debug)
+    @property
+    def _placement(self) -> Placement:
+        assert self._config.placement is not None
+        return self._config.placement
 
-    def decode_side(self, worker: DecodePlacement, modules: TaskModules, tasks: list[str], pool: Pool) -> DecodeSpec:
-        mesh = modules.model.mesh
-        self.bases.append(modules.model)
-        weights: dict[str, Weights] = {name: modules.module(name) for name in tasks}
-        return DecodeSpec(weights, pool, Sampler(mesh, self.model.config.vocab_size), worker.devices)
-
-    def on(self, mesh: Mesh) -> Model:
-        """The base on a mesh, one copy whatever the number of workers there."""
-        devices = tuple(device.id for device in mesh.devices.flat)
-        if devices not in self._models:
-            self._models[devices] = self.model.on(mesh)
-        return self._models[devices]
-
-    def modules(self, mesh: Mesh, tasks: list[str]) -> TaskModules:
-        """The tasks' modules on a mesh, each loaded once there."""
-        base = self.on(mesh)
-        if id(base) not in self._loaded:
-            self._loaded[id(base)] = TaskModules(base, prefill="own" if self.plan.sharing == "isolated" else "base")
-        modules = self._loaded[id(base)]
-        for name in tasks:
-            if name not in modules.tasks:
-                source = self.plan.tasks[name]
-                self.say(f"adding the task {name} ({source if isinstance(source, str) else 'a module'})")
-                modules.add_task(name, source)
-        return modules
-
-
-class _Shared(_Maker):
-    """One prefill worker for each placement, with the base; a decode worker on the same devices shares its pool."""
-
-    def key_of(self) -> Callable[[str], str]:
-        # It outlives this object, and must keep neither it nor the tasks' weights.
-        fingerprint = self.model.fingerprint
-        return lambda task: fingerprint
-
-    def sides(self) -> tuple[list[PrefillSpec], list[DecodeSpec]]:
-        placement, pages = self.plan.placement, self.plan.kv.pages
+    def shared(self) -> tuple[list[PrefillSpec], list[DecodeSpec]]:
+        """A prefill worker for each placement, with the base; a decode worker on the same devices shares its pool."""
+        pages = self._config.kv.pages
         prefill = []
-        for index, worker in enumerate(placement.prefill):
-            base = self.on(mesh_of(worker))
-            prefill.append(PrefillSpec(base, self.pool(f"prefill pool {index}", base.mesh, pages), worker.devices))
+        for index, worker in enumerate(self._placement.prefill):
+            base = self._base_on(mesh_of(worker))
+            prefill.append(PrefillSpec(base, self._pool(f"prefill pool {index}", base.mesh, pages), worker.devices))
         decode = []
-        for index, worker in enumerate(placement.decode):
-            tasks = worker_tasks(worker, list(self.plan.tasks))
-            modules = self.modules(mesh_of(worker), tasks)
-            same = [side.pool for side in prefill if list(side.devices) == worker.devices]
-            pool = same[0] if same else self.pool(f"decode pool {index}", modules.model.mesh, pages)
-            decode.append(self.decode_side(worker, modules, tasks, pool))
+        for index, worker in enumerate(self._placement.decode):
+            tasks = worker_tasks(worker, list(self._config.tasks))
+            modules = self._modules(mesh_of(worker), tasks)
+            same = [spec.pool for spec in prefill if list(spec.devices) == worker.devices]
+            pool = same[0] if same else self._pool(f"decode pool {index}", modules.model.mesh, pages)
+            decode.append(self._decode_spec(worker, modules, tasks, pool))
         return prefill, decode
 
-
-class _Isolated(_Maker):
-    """One prefill worker and, where it is colocated, one decode worker for each task; together they have the shared
-    engine's pages.
-    """
-
-    def key_of(self) -> Callable[[str], str]:
-        fingerprint = self.model.fingerprint
-        return lambda task: f"{fingerprint} {task}"
-
-    def sides(self) -> tuple[list[PrefillSpec], list[DecodeSpec]]:
-        placement, names = self.plan.placement, list(self.plan.tasks)
+    def isolated(self) -> tuple[list[PrefillSpec], list[DecodeSpec]]:
+        """A prefill worker and, where it is colocated, a decode worker for each task; together they have the pages of the
+        shared engine.
+        """
+        placement, names = self._placement, list(self._config.tasks)
         hosts = {name: placement.prefill[i % len(placement.prefill)] for i, name in enumerate(names)}
         prefill: list[PrefillSpec] = []
         for name in names:
-            modules = self.modules(mesh_of(hosts[name]), [name])
+            modules = self._modules(mesh_of(hosts[name]), [name])
             neighbours = sum(host is hosts[name] for host in hosts.values())
-            pool = self.pool(f"prefill pool of {name}", modules.model.mesh, self.share(neighbours))
+            pool = self._pool(f"prefill pool of {name}", modules.model.mesh, self._share(neighbours))
             prefill.append(PrefillSpec(modules.module(name), pool, hosts[name].devices, [name]))
         decode: list[DecodeSpec] = []
         for index, worker in enumerate(placement.decode):
             tasks = worker_tasks(worker, names)
-            pairs = [one for one, name in zip(prefill, names, strict=True) if hosts[name].devices == worker.devices]
-            modules = self.modules(mesh_of(worker), tasks)
-            for side in pairs:
-                own = [name for name in side.tasks or () if name in tasks]
+            pairs = [spec for spec, name in zip(prefill, names, strict=True) if hosts[name].devices == worker.devices]
+            modules = self._modules(mesh_of(worker), tasks)
+            for spec in pairs:
+                own = [name for name in spec.tasks or () if name in tasks]
                 if own:
-                    decode.append(self.decode_side(worker, modules, own, side.pool))
-            rest = [name for name in tasks if not any(name in (side.tasks or ()) for side in pairs)]
+                    decode.append(self._decode_spec(worker, modules, own, spec.pool))
+            rest = [name for name in tasks if not any(name in (spec.tasks or ()) for spec in pairs)]
             if rest:
-                pool = self.pool(f"decode pool {index}", modules.model.mesh, self.plan.kv.pages)
-                decode.append(self.decode_side(worker, modules, rest, pool))
+                pool = self._pool(f"decode pool {index}", modules.model.mesh, self._config.kv.pages)
+                decode.append(self._decode_spec(worker, modules, rest, pool))
         return prefill, decode
 
-    def share(self, neighbours: int) -> int:
-        """Pages of one of so many pools that share a worker's number of them."""
-        pages = self.plan.kv.pages // neighbours
+    def _share(self, neighbours: int) -> int:
+        """Pages of each of so many pools that divide a worker's."""
+        pages = self._config.kv.pages // neighbours
         if pages < 3:
-            raise PshareError(f"kv.pages {self.plan.kv.pages} is too few for {neighbours} isolated prefill workers.")
+            raise PshareError(f"kv.pages {self._config.kv.pages} is too few for {neighbours} isolated prefill workers.")
         return pages
+
+    def _pool(self, name: str, mesh: Mesh, num_pages: int) -> Pool:
+        page_size, dtype = self._config.kv.page_size, self._model.architecture.dtype
+        moves = page_buckets(pages_for(self._config.batch.prefill_tokens, page_size))
+        store = DevicePages(self._model.config, mesh, num_pages, page_size, dtype, moves)
+        return Pool(name, store, self._config.debug)
+
+    def _decode_spec(self, worker: DecodePlacement, modules: TaskModules, tasks: list[str], pool: Pool) -> DecodeSpec:
+        base = modules.model
+        weights: dict[str, Weights] = {name: modules.module(name) for name in tasks}
+        return DecodeSpec(weights, pool, Sampler(base.mesh, base.config.vocab_size), worker.devices, base)
+
+    def _base_on(self, mesh: Mesh) -> Model:
+        devices = tuple(device.id for device in mesh.devices.flat)
+        if devices not in self._models:
+            self._models[devices] = self._model.on(mesh)
+        return self._models[devices]
+
+    def _modules(self, mesh: Mesh, tasks: list[str]) -> TaskModules:
+        base = self._base_on(mesh)
+        if id(base) not in self._loaded:
+            prefill = "own" if self._config.sharing == "isolated" else "base"
+            self._loaded[id(base)] = TaskModules(base, prefill=prefill)
+        modules = self._loaded[id(base)]
+        for name in tasks:
+            if name not in modules.tasks:
+                source = self._config.tasks[name]
+                self._report(f"adding the task {name} ({source if isinstance(source, str) else 'a module'})")
+                modules.add_task(name, source)
+        return modules
 
 
 def mesh_of(worker: PrefillPlacement | DecodePlacement) -> Mesh:
     """The worker's mesh, tensor-parallel over exactly its devices."""
-    return make_mesh(worker.devices, len(worker.devices))
+    return make_mesh(worker.devices)

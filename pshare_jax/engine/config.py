@@ -1,13 +1,12 @@
-"""What an engine is configured by: placement of its workers on devices, KV pools, batches.
+"""An engine's configuration: tasks, placement of its workers on devices, KV pools, batches, limits. Imports no jax."""
 
-Given workers are checked, absent ones are chosen from the platform. Imports no jax.
-"""
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Literal
-
+from pshare_jax.engine.router import Policy
 from pshare_jax.errors import PshareError
+from pshare_jax.settings import check_least
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,64 @@ class KVConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """Most tokens of one prefill step, and most sequences of one decode step."""
+    """The most tokens of one prefill step, and the most sequences of one decode step."""
 
     prefill_tokens: int = 512
     decode_rows: int = 16
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    """The most requests that wait or run, and the seconds without progress after which a request is given up."""
+
+    max_requests: int = 256
+    stall_seconds: float = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that `Engine.build` needs beside the model.
+
+    `tasks` maps a task's name to `base`, a decode module's folder or a `DecodeModule`. `sharing` says whose weights
+    prefill: the base's, or each task's own (the baseline). `routing` is the router's policy. `debug` fills freed pages
+    with NaN.
+    """
+
+    tasks: Mapping[str, Any]
+    sharing: Literal["shared", "isolated"] = "shared"
+    placement: Placement | None = None
+    kv: KVConfig = field(default_factory=KVConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    routing: Policy = "prefix"
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    debug: bool = False
+
+
+def check_engine_config(config: EngineConfig) -> None:
+    """Checks everything that needs no devices.
+
+    Raises:
+        PshareError: naming the key, what is allowed and what to do.
+    """
+    if not config.tasks:
+        raise PshareError("tasks is empty; name at least one, such as tasks.chat=base.")
+    if "" in config.tasks:
+        raise PshareError("A task in tasks has an empty name; give it a name.")
+    check_least(
+        [
+            ("kv.page_size", config.kv.page_size, 1),
+            # The padding page and two more.
+            ("kv.pages", config.kv.pages, 3),
+            ("batch.prefill_tokens", config.batch.prefill_tokens, 1),
+            ("batch.decode_rows", config.batch.decode_rows, 1),
+            ("limits.max_requests", config.limits.max_requests, 1),
+        ]
+    )
+    if not config.limits.stall_seconds > 0:
+        raise PshareError(f"limits.stall_seconds must be more than 0, not {config.limits.stall_seconds}.")
+    if config.placement is not None:
+        _check_workers(config.placement)
+        _check_tasks(config.placement.decode, config.tasks)
 
 
 def resolve_placement(placement: Placement | None, platform: str, num_devices: int) -> Placement:
@@ -89,16 +142,6 @@ def workers_of(placement: Placement) -> list[tuple[str, PrefillPlacement | Decod
         *((f"placement.prefill.{i}", worker) for i, worker in enumerate(placement.prefill)),
         *((f"placement.decode.{i}", worker) for i, worker in enumerate(placement.decode)),
     ]
-
-
-def check_placement(placement: Placement, tasks: Collection[str]) -> None:
-    """Checks what needs no devices.
-
-    Raises:
-        PshareError: naming the key and the way out.
-    """
-    _check_workers(placement)
-    _check_tasks(placement.decode, tasks)
 
 
 def _check_workers(placement: Placement) -> None:

@@ -1,139 +1,201 @@
 """The engine: takes requests, walks them over router and workers, and sends their tokens up.
 
-The api calls `submit` and `abort`; a request goes down once (router, prefill, transfer, decode) and only events come
-back. All books are kept under one lock; device work happens outside it, in the thread that owns the pool (owners.py).
+A request goes down once (router, prefill, transfer, decode) and only events come back. All state is kept under one lock;
+device work happens outside it, in the thread that owns the pool (worker_thread.py). Without `start` the engine has no
+threads and is stepped by whoever waits for a result.
 """
 
+import itertools
 import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 from pshare_jax.engine.admission import Admission
+from pshare_jax.engine.config import EngineConfig
 from pshare_jax.engine.decode_worker import DecodeWorker
-from pshare_jax.engine.interfaces import EngineHooks, TokenSampler, Weights
+from pshare_jax.engine.handle import Handle, Result
+from pshare_jax.engine.interfaces import DecodeSpec, EngineHooks, ModelFacts, PrefillSpec, Weights
 from pshare_jax.engine.kv.keys import PageKey, page_keys
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.prefill_worker import PrefillWorker
 from pshare_jax.engine.request import FAILED, LEGAL, TIMED_OUT, Event, Request, Sequence, State
-from pshare_jax.engine.router import Policy, Route, Router, Ticket
+from pshare_jax.engine.router import Route, Router
 from pshare_jax.engine.shapes import pages_for
-from pshare_jax.engine.stop_strings import Pieces, TextOutput
+from pshare_jax.engine.stop_strings import TextOutput
 from pshare_jax.engine.transfer import KVTransfer
-from pshare_jax.engine.worker_thread import WorkerGroup, WorkerThread, group_by_devices
+from pshare_jax.engine.worker_thread import POLL_SECONDS, WorkerGroup, WorkerThread, group_by_devices
 from pshare_jax.errors import PshareError
 from pshare_jax.sampling.history import TokenHistory
+from pshare_jax.sampling.params import GREEDY, SamplingParams
 
 logger = logging.getLogger(__name__)
+_numbers = itertools.count()
 
 
-class EngineFull(Exception):
-    """As many requests as the engine may hold are waiting or running."""
+class EngineFull(PshareError):
+    """As many requests as `limits.max_requests` are waiting or running."""
 
 
-class EngineDown(Exception):
+class EngineDown(PshareError):
     """A worker thread has died, or the engine is stopping."""
 
 
 class UnknownTask(PshareError):
-    """A request's task is not served, or not any more."""
-
-
-@dataclass(frozen=True)
-class PrefillSpec:
-    """What a prefill worker is made of: weights, pool, device indices, and the tasks it takes (None: any)."""
-
-    weights: Weights
-    pool: Pool
-    devices: Collection[int]
-    tasks: Collection[str] | None = None
-
-
-@dataclass(frozen=True)
-class DecodeSpec:
-    """What a decode worker is made of: its tasks' weights, pool, sampler and device indices."""
-
-    tasks: dict[str, Weights]
-    pool: Pool
-    sampler: TokenSampler
-    devices: Collection[int]
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """`key_of(task)` names the weights that make the task's prompt KV. Tokens of a prefill chunk and rows of a decode
-    step are at most `chunk_tokens` and `max_rows`; a request without progress for `stall_seconds` is given up.
-    """
-
-    key_of: Callable[[str], str]
-    vocab_size: int
-    max_len: int
-    page_bytes: int = 0
-    chunk_tokens: int = 512
-    max_rows: int = 16
-    max_requests: int = 256
-    stall_seconds: float = 300.0
-    policy: Policy = "prefix"
+    """A request's task is not served, or no longer served."""
 
 
 class Engine:
-    """All workers of a server and the requests in them."""
+    """All workers of one model with its tasks, and the requests in them."""
 
-    def __init__(
-        self,
-        prefill: list[PrefillSpec],
-        decode: list[DecodeSpec],
-        detokenizer: Callable[[], Pieces],
-        settings: EngineSettings,
-    ):
-        self.settings = settings
-        self._prefill_sides = prefill
-        self._detokenizer = detokenizer
+    def __init__(self, prefill: list[PrefillSpec], decode: list[DecodeSpec], facts: ModelFacts, config: EngineConfig):
+        self.prefill_specs, self.decode_specs, self.facts, self.config = prefill, decode, facts, config
         self.lock = threading.RLock()
+        self.tasks = list(config.tasks)
+        """Names of the tasks served, in the order of the config; tasks added later follow."""
         self._live: dict[str, Sequence] = {}
         self._accepting = True
+        self._started = False
         self.num_ended: dict[State, int] = {}
         self.on_end: list[Callable[[Sequence], None]] = []
-        """All are told of every sequence that has ended, under the lock."""
+        """Called with every sequence that has ended, under the lock."""
         hooks = EngineHooks(self.lock, self.end, self._prefilled, self._pool_failed, self.wake)
-        self.admission = Admission([side.pool for side in prefill], [side.pool for side in decode])
+        self.admission = Admission([spec.pool for spec in prefill], [spec.pool for spec in decode])
         self.page_size = decode[0].pool.page_size
-        table_len = pages_for(settings.max_len, self.page_size)
-        self.transfers = [KVTransfer(self.admission, i, hooks, settings.page_bytes) for i in range(len(decode))]
+        table_len = pages_for(facts.max_len, self.page_size)
+        self.transfers = [KVTransfer(self.admission, i, hooks, facts.page_bytes) for i in range(len(decode))]
         self.prefill_workers = [
-            PrefillWorker(i, side.weights, self.admission, self.transfers, hooks, settings.chunk_tokens, table_len)
-            for i, side in enumerate(prefill)
+            PrefillWorker(i, spec.weights, self.admission, self.transfers, hooks, self.chunk_tokens, table_len)
+            for i, spec in enumerate(prefill)
         ]
+        max_rows = config.batch.decode_rows
         self.decode_workers = [
-            DecodeWorker(
-                i, side.tasks, self.admission, self.transfers[i], side.sampler, hooks, settings.max_rows, table_len
-            )
-            for i, side in enumerate(decode)
+            DecodeWorker(i, spec.tasks, self.admission, self.transfers[i], spec.sampler, hooks, max_rows, table_len)
+            for i, spec in enumerate(decode)
         ]
         self._router = Router(
             len(prefill),
-            [list(side.tasks) for side in decode],
-            settings.policy,
+            [list(spec.tasks) for spec in decode],
+            config.routing,
             self.page_size,
-            None if prefill[0].tasks is None else [side.tasks or () for side in prefill],
+            None if prefill[0].tasks is None else [spec.tasks or () for spec in prefill],
         )
-        self._groups = self._grouped([set(side.devices) for side in prefill], [set(side.devices) for side in decode])
+        self._groups = self._grouped([set(spec.devices) for spec in prefill], [set(spec.devices) for spec in decode])
         self._threads = [WorkerThread(group, self.fail_group, lambda: not self._live) for group in self._groups]
         self._watch = threading.Thread(target=self._run_watch, name="pshare-watch", daemon=True)
         self._stopped = threading.Event()
 
+    @classmethod
+    def build(cls, model: Any, config: EngineConfig, report: Callable[[str], None] = lambda line: None) -> "Engine":
+        """An engine for a loaded model (`pshare_jax.load`): weights and pools on the devices that the config names.
+
+        Not started: `generate`, `run` and handles step it in the calling thread, or call `start` for threads of its own.
+        `report` is called with a line for each piece of work.
+
+        Raises:
+            PshareError: the config, the placement or a task does not fit the model.
+        """
+        from pshare_jax.engine.build import build_engine
+
+        return build_engine(model, config, report)
+
+    # --- answers --------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Items[Items[int]],
+        task: str,
+        sampling: SamplingParams = GREEDY,
+        *,
+        max_tokens: int,
+        stop: tuple[str, ...] = (),
+        stop_ids: Iterable[int] | None = None,
+        logprobs: int | None = None,
+    ) -> list[Result]:
+        """One task's answers to prompts of token ids, in their order; `stop_ids` None means the model's end set.
+
+        Raises:
+            PshareError: a prompt is empty or too long, the task is unknown, or a request has failed.
+        """
+        ends = self.facts.stop_ids if stop_ids is None else frozenset(stop_ids)
+        number = next(_numbers)
+        fields = {"stop": stop, "stop_ids": ends, "logprobs": logprobs}
+        return self.run(
+            Request(f"generate-{number}-{index}", task, tuple(prompt), max_tokens, sampling, **fields)
+            for index, prompt in enumerate(prompts)
+        )
+
+    def run(self, requests: Iterable[Request], progress: Callable[[int], None] | None = None) -> list[Result]:
+        """The results of requests of any tasks, in their order, at most `limits.max_requests` at a time.
+
+        `progress` is called with 1, 2, ... as requests end.
+
+        Raises:
+            PshareError: a request does not fit the model, its task is unknown, or it has failed; the others are cancelled.
+        """
+        handles: list[Handle] = []
+        num_reported = 0
+
+        def report() -> None:
+            nonlocal num_reported
+            while progress is not None and num_reported < sum(handle.done for handle in handles):
+                num_reported += 1
+                progress(num_reported)
+
+        try:
+            for request in requests:
+                self.check(request)
+                while self.num_live >= self.config.limits.max_requests:
+                    self._advance()
+                handles.append(self.submit(request))
+                report()
+            results = []
+            for handle in handles:
+                results.append(handle.result())
+                report()
+            return results
+        finally:
+            for handle in handles:
+                handle.cancel()
+
+    def check(self, request: Request) -> None:
+        """Refuses a request that the model cannot answer.
+
+        Raises:
+            PshareError: the prompt is empty, has unknown ids, or is too long with its answer.
+        """
+        prompt, max_len = request.prompt, self.facts.max_len
+        if not prompt:
+            raise PshareError("The prompt is empty; it needs at least one token.")
+        if request.max_tokens < 0:
+            raise PshareError(f"max_tokens must be at least 0, not {request.max_tokens}.")
+        if len(prompt) + request.max_tokens > max_len:
+            raise PshareError(
+                f"The context length is at most {max_len} tokens, but the prompt has {len(prompt)} and max_tokens is "
+                f"{request.max_tokens}; shorten one of them."
+            )
+        if not 0 <= min(prompt) <= max(prompt) < self.facts.vocab_size:
+            raise PshareError(f"Token ids must be 0 to {self.facts.vocab_size - 1}.")
+
+    def _advance(self) -> None:
+        """A step, or with threads a short wait for theirs."""
+        if self._started or not self.step():
+            time.sleep(POLL_SECONDS)
+
     # --- requests -------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, on_event: Callable[[Event], None], route: Route | None = None) -> None:
-        """Takes a request; `on_event` is called under the engine's lock, and must not raise or block.
+    def submit(
+        self, request: Request, on_event: Callable[[Event], None] | None = None, route: Route | None = None
+    ) -> Handle:
+        """Takes a request that `check` allows and whose id no running request has.
 
         Args:
-            request: its id must not be one that is still running, and its prompt and answer fit `settings.max_len`
-                (the api refuses what does not).
-            on_event: gets one event a token; the last one has `last` set.
+            request: the request.
+            on_event: gets the events instead of the handle, under the engine's lock; it must not raise or block.
             route: by default the router's choice.
 
         Raises:
@@ -141,69 +203,80 @@ class Engine:
             EngineDown: a worker thread has died or the engine is stopping.
             UnknownTask: no decode worker has the request's task.
         """
-        self._submit([self._sequence(request, on_event, self._keys(request))], route)
+        return self._submit([request], [on_event], route)[0]
 
-    def submit_all(self, requests: Items[Request], on_events: Items[Callable[[Event], None]]) -> None:
-        """Takes all requests, or none of them; else like `submit`."""
+    def submit_all(self, requests: Items[Request], on_events: Items[Callable[[Event], None] | None]) -> list[Handle]:
+        """Takes all requests, or none of them; otherwise as `submit`."""
+        return self._submit(requests, on_events, None)
+
+    def _submit(
+        self, requests: Items[Request], on_events: Items[Callable[[Event], None] | None], route: Route | None
+    ) -> list[Handle]:
         keys: dict[tuple[str, str, int, tuple[int, ...]], list[PageKey]] = {}
-        sequences = []
+        handles = []
         for request, on_event in zip(requests, on_events, strict=True):
             # The choices of one prompt share its keys, so that it is hashed once.
-            named = request.task, request.cache_salt, request.base_len, request.prompt
-            if named not in keys:
-                keys[named] = self._keys(request)
-            sequences.append(self._sequence(request, on_event, keys[named]))
-        self._submit(sequences, None)
-
-    def _keys(self, request: Request) -> list[PageKey]:
-        fingerprint = self.settings.key_of(request.task)
-        return page_keys(fingerprint, request.cache_salt, request.context, self.page_size)
-
-    def _sequence(self, request: Request, on_event: Callable[[Event], None], keys: list[PageKey]) -> Sequence:
-        history = TokenHistory(
-            request.prompt, request.sampling, self.settings.vocab_size, request.stop_ids, request.min_tokens
-        )
-        return Sequence(request, TextOutput(self._detokenizer(), request.stop), history, keys, on_event)
-
-    def _submit(self, sequences: list[Sequence], route: Route | None) -> None:
+            hashed = request.task, request.cache_salt, request.base_len, request.prompt
+            if hashed not in keys:
+                keys[hashed] = page_keys(
+                    self.facts.key_of(request.task), request.cache_salt, request.context, self.page_size
+                )
+            handles.append(Handle(self._sequence(request, keys[hashed]), self._advance, self.abort, on_event))
         with self.lock:
-            if not self._accepting:
-                raise EngineDown
-            for sequence in sequences:
-                if sequence.request.id in self._live:
-                    raise ValueError(f"a request named {sequence.request.id} is still running")
-                if not any(sequence.request.task in worker.tasks for worker in self.decode_workers):
-                    raise UnknownTask(f"There is no task {sequence.request.task!r}.")
-            if len(self._live) + len(sequences) > self.settings.max_requests:
-                raise EngineFull
-            for sequence in sequences:
-                request = sequence.request
-                ticket = self._assigned(sequence) if route is None else self._router.take(route, request.base_len)
-                sequence.ticket = ticket
-                sequence.prefill_worker, sequence.decode_worker = ticket.route.prefill, ticket.route.decode
-                sequence.weights = self.decode_workers[sequence.decode_worker].tasks[request.task]
-                self._live[request.id] = sequence
+            self._check_room(requests)
+            for sequence in (handle.sequence for handle in handles):
+                self._route(sequence, route)
+                self._live[sequence.request.id] = sequence
                 self.admission.add(sequence)
         self.wake()
+        return handles
 
-    def _assigned(self, sequence: Sequence) -> Ticket:
-        request, pools = sequence.request, self.admission.prefill_pools
-        return self._router.assign(
-            request.task,
-            request.session,
-            request.base_len,
-            sequence.keys,
-            lambda worker: pools[worker].cache.num_cached(sequence.keys),
+    def _sequence(self, request: Request, keys: list[PageKey]) -> Sequence:
+        history = TokenHistory(
+            request.prompt, request.sampling, self.facts.vocab_size, request.stop_ids, request.min_tokens
         )
+        return Sequence(request, TextOutput(self.facts.detokenizer(), request.stop), history, keys)
+
+    def _check_room(self, requests: Items[Request]) -> None:
+        if not self._accepting:
+            raise EngineDown("The engine is stopping or a worker has died.")
+        for request in requests:
+            if request.id in self._live:
+                raise ValueError(f"a request named {request.id} is still running")
+            if not any(request.task in worker.tasks for worker in self.decode_workers):
+                raise UnknownTask(f"There is no task {request.task!r}; the tasks are {', '.join(self.tasks)}.")
+        limit = self.config.limits.max_requests
+        if len(self._live) + len(requests) > limit:
+            raise EngineFull(f"The engine is at its limit of {limit} concurrent requests; retry shortly.")
+
+    def _route(self, sequence: Sequence, route: Route | None) -> None:
+        request, pools = sequence.request, self.admission.prefill_pools
+        if route is not None:
+            sequence.ticket = self._router.take(route, request.base_len)
+        else:
+            sequence.ticket = self._router.assign(
+                request.task,
+                request.session,
+                request.base_len,
+                sequence.keys,
+                lambda worker: pools[worker].manager.num_hits(sequence.keys),
+            )
+        sequence.weights = self.decode_workers[sequence.decode_worker].tasks[request.task]
 
     def put_task(self, name: str, weights: Mapping[int, Weights]) -> None:
         """Serves a task, by decode worker, to requests to come: a new one, or in the place of an old one; with no worker
         it is served no more. Requests that live end on the weights that they came for.
         """
         with self.lock:
-            for worker in self.decode_workers:
-                worker.put_task(name, weights.get(worker.index))
+            for index, worker in enumerate(self.decode_workers):
+                worker.put_task(name, weights.get(index))
+                # The old weights must be free to go.
+                self.decode_specs[index] = replace(self.decode_specs[index], tasks=dict(worker.tasks))
             self._router.decode_tasks = [list(worker.tasks) for worker in self.decode_workers]
+            if weights and name not in self.tasks:
+                self.tasks.append(name)
+            elif not weights and name in self.tasks:
+                self.tasks.remove(name)
         self.wake()
 
     def abort(self, request_id: str) -> None:
@@ -228,7 +301,7 @@ class Engine:
     def flush_cache(self) -> int:
         """Forgets all prompt KV that no live request holds; how many pages came free."""
         with self.lock:
-            return sum(pool.cache.flush() for pool in self.pools)
+            return sum(pool.manager.flush() for pool in self.pools)
 
     def end(self, sequence: Sequence, state: State, event: Event) -> None:
         """Ends a sequence, once, from any thread; the worker that has it gives its pages back."""
@@ -256,11 +329,16 @@ class Engine:
         """Routes that together use every task of every decode worker and every prefill worker, each with its task."""
         pairs = [(decode, task) for decode, tasks in enumerate(self._router.decode_tasks) for task in tasks]
         routes = []
-        for turn in range(max(len(pairs), len(self._prefill_sides))):
+        for turn in range(max(len(pairs), len(self.prefill_specs))):
             decode, task = pairs[turn % len(pairs)]
-            able = [i for i, side in enumerate(self._prefill_sides) if side.tasks is None or task in side.tasks]
+            able = [i for i, spec in enumerate(self.prefill_specs) if spec.tasks is None or task in spec.tasks]
             routes.append((Route(able[turn % len(able)], decode), task))
         return routes
+
+    @property
+    def chunk_tokens(self) -> int:
+        """The most tokens of one prefill step."""
+        return min(self.config.batch.prefill_tokens, self.facts.max_len)
 
     @property
     def workers(self) -> list[PrefillWorker | DecodeWorker]:
@@ -293,7 +371,7 @@ class Engine:
     def idle(self) -> bool:
         """Whether no request lives and no worker has anything left to give back."""
         admission = self.admission
-        groups = (*admission.prefilling, *admission.arriving, *admission.decoding, *admission.copies)
+        groups = (*admission.prefilling, *admission.arriving, *admission.decoding, *admission.in_flight)
         return not self._live and not any(groups)
 
     # --- steps and threads ----------------------------------------------------------------------------------------
@@ -306,6 +384,7 @@ class Engine:
 
     def start(self) -> None:
         """Gives every group of workers its thread."""
+        self._started = True
         for thread in self._threads:
             thread.start()
         self._watch.start()
@@ -338,12 +417,12 @@ class Engine:
         return self._accepting and all(thread.alive and not thread.stalled for thread in self._threads)
 
     def expire(self) -> None:
-        """Gives up the requests, and the copies that outlived theirs, that made no progress for too long."""
-        limit = time.monotonic() - self.settings.stall_seconds
+        """Gives up the requests, and cancels the adopted transfers, that made no progress for too long."""
+        limit = time.monotonic() - self.config.limits.stall_seconds
         with self.lock:
             for sequence in [one for one in self._live.values() if one.progressed < limit]:
                 self.end(sequence, State.FAILED, Event(error=TIMED_OUT))
-            self.admission.give_up_copies(limit)
+            self.admission.cancel_adopted(limit)
 
     def fail_group(self, group: WorkerGroup) -> None:
         """The thread that stepped these workers is dead: their requests fail and no new ones are taken."""

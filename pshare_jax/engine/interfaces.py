@@ -1,18 +1,22 @@
-"""What workers are given: weights to compute with, the engine's lock, and ways to tell the engine. Host-side, imports no jax."""
+"""What workers and the engine are built from: weights, samplers, worker specs, the model's facts, and hooks into the engine.
+
+The builder (build.py) and tests make these; no jax is imported here.
+"""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.request import Event, Sequence, State, TokenLogprobs
+from pshare_jax.engine.stop_strings import Pieces
 
 
 @runtime_checkable
 class Weights(Protocol):
-    """What a worker computes with on its mesh: the base (pshare_jax.share.model.Model) or a task's module (DecodeModule)."""
+    """What a worker computes with on its mesh: the base or a task's decode module (pshare_jax/share)."""
 
     @property
     def params(self) -> Any:
@@ -41,11 +45,44 @@ class TokenSampler(Protocol):
 
 
 @dataclass(frozen=True)
-class EngineHooks:
-    """All books are read and written under `lock` (re-entrant); device work is dispatched outside it.
+class PrefillSpec:
+    """A prefill worker: its weights, pool, device indices, and the tasks that it takes (None: any)."""
 
-    `end(sequence, state, event)` ends a sequence once, from any thread; the worker that has it gives its pages back.
-    `prefilled(sequence)` tells that its `num_prefilled` has changed. `pool_failed(pool)` is called by the pool's owner
+    weights: Weights
+    pool: Pool
+    devices: Collection[int]
+    tasks: Collection[str] | None = None
+
+
+@dataclass(frozen=True)
+class DecodeSpec:
+    """A decode worker: its tasks' weights, pool, sampler, device indices, and the base on its mesh (for new tasks)."""
+
+    tasks: dict[str, Weights]
+    pool: Pool
+    sampler: TokenSampler
+    devices: Collection[int]
+    base: Any = None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the engine knows of its model. `key_of(task)` names the weights that make the task's prompt KV."""
+
+    key_of: Callable[[str], str]
+    detokenizer: Callable[[], Pieces]
+    vocab_size: int
+    max_len: int
+    page_bytes: int = 0
+    stop_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class EngineHooks:
+    """What workers call back. The engine's state is read and written under `lock` (re-entrant), never during device work.
+
+    `end(sequence, state, event)` ends a sequence once, from any thread; the worker that has it releases its pages.
+    `prefilled(sequence)` reports that `num_prefilled` has changed. `pool_failed(pool)` is called by the pool's thread
     after a failed step. `wake()` makes every worker look again.
     """
 

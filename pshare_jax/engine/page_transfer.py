@@ -1,4 +1,4 @@
-"""A copy of pages on its way from a prefill pool to a decode pool. Host-side, imports no jax."""
+"""KV of some pages in flight from a prefill pool to a decode pool."""
 
 import time
 from dataclasses import dataclass, field
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 class PageTransfer:
     """Entries `first` to `last` of a sequence's page table, from its prefill pages into its decode pages.
 
-    The source is pinned until the copy is done or failed. If its sequence ends while others wait for these pages, the copy
-    inherits the table up to them (`inherited`) and goes on; if nobody waits it is `unwanted` and is dropped unwritten, so
-    that nothing is ever written into pages that were given back.
+    The source pages are held until the transfer is written or has failed. When its sequence ends while others wait for
+    these pages, the transfer adopts the table up to them (`adopted`) and goes on; without waiters it is `cancelled` and
+    dropped unwritten, so that nothing is ever written into released pages.
     """
 
     sequence: "Sequence"
@@ -25,16 +25,26 @@ class PageTransfer:
     first: int
     last: int
     source_pages: list[int] = field(init=False)
-    inherited: list[int] | None = None
-    unwanted: bool = False
+    adopted: list[int] | None = None
+    cancelled: bool = False
     content: Any = None
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        """Notes the source's pages, whose ids its holder may change."""
+        """Keeps the source's page ids, since its table may change."""
         self.source_pages = self.source.pages[self.first : self.last]
 
     @property
     def target_pages(self) -> list[int]:
-        """Where the content goes."""
-        return (self.inherited or self.target.pages)[self.first : self.last]
+        """The pages that the content is written into."""
+        return (self.adopted or self.target.pages)[self.first : self.last]
+
+    @property
+    def needed_by_sequence(self) -> bool:
+        """Whether its own sequence still waits for it."""
+        return self.adopted is None and not self.cancelled
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the sequences for which it was adopted are gone too."""
+        return self.adopted is not None and not self.target.manager.has_waiters(self.target_pages)

@@ -1,7 +1,7 @@
-"""A preempted sequence's private pages to host memory and back. Host-side, imports no jax.
+"""Copies a preempted sequence's private pages to host memory and back.
 
-Only the prompt's full pages can be made again by the base; what a decode module wrote, and the tail page that it wrote
-into, exist once. Called by the decode worker, which owns the pool.
+The base can compute only the prompt's full pages again; the tail page and what a decode module wrote exist once. Called
+by the decode worker's thread, which owns the pool.
 """
 
 import numpy as np
@@ -30,7 +30,7 @@ def restore(sequence: Sequence) -> None:
 
 
 def _private_pages(sequence: Sequence) -> tuple[PageTable, list[int]]:
-    """The pages behind the prompt's full ones, as far as they hold KV (that of all tokens but the last)."""
+    """The pages behind the prompt's full pages, as far as they hold KV."""
     held = sequence.decode_pages
     assert held is not None
     return held, held.pages[len(sequence.keys) : pages_for(sequence.next_position, held.pool.page_size)]

@@ -1,21 +1,21 @@
-"""How fast a prefill worker is, by the size of its steps. Host-side, imports no jax.
+"""How fast a prefill worker is, by the size of its steps.
 
-A small step costs far more a token than a large one, so one mean over all steps would say more of the steps' sizes than
-of the machine.
+A small step costs far more per token than a large step, so one mean over all steps would measure their sizes rather than
+the machine.
 """
 
 from collections import defaultdict
 
 
 class PrefillSpeed:
-    """Tokens and seconds of the steps that have ended; sizes within a factor of two are one. Used under the engine's lock."""
+    """Tokens and seconds of finished steps, by size within a factor of two. Used under the engine's lock."""
 
     def __init__(self) -> None:
         self._tokens: defaultdict[int, int] = defaultdict(int)
         self._seconds: defaultdict[int, float] = defaultdict(float)
 
     def add(self, steps: list[int], seconds: float) -> None:
-        """Steps with so many tokens each ended one after another, in so many seconds together."""
+        """Steps with so many tokens each finished one after another, in so many seconds together."""
         for num_tokens in steps:
             size = num_tokens.bit_length()
             self._tokens[size] += num_tokens
@@ -28,6 +28,6 @@ class PrefillSpeed:
 
     @property
     def best(self) -> float | None:
-        """Tokens per second at the size that was fastest; None before any step has ended."""
+        """Tokens per second at the fastest size; None before any step has finished."""
         rates = (self._tokens[size] / seconds for size, seconds in self._seconds.items() if seconds > 0)
         return max(rates, default=None)

@@ -174,7 +174,7 @@ class PrefillWorker:
             while True:
                 with self._hooks.lock:
                     most = self.pool.move_pages
-                    copy = self._admission.next_copy(sequence, most) if transfer.has_room(sequence) else None
+                    copy = self._admission.next_transfer(sequence, most) if transfer.has_room(sequence) else None
                 if copy is None:
                     break
                 transfer.send(copy)

@@ -13,6 +13,7 @@ from typing import Any
 
 from pshare_jax.engine.kv.keys import PageKey
 from pshare_jax.engine.kv.pool import PageTable
+from pshare_jax.engine.router import Ticket
 from pshare_jax.engine.stop_strings import TextOutput
 from pshare_jax.sampling.history import TokenHistory
 from pshare_jax.sampling.params import SamplingParams
@@ -97,6 +98,7 @@ class Event:
     cached_tokens: int = 0
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    token_id: int | None = None
 
     @property
     def failure(self) -> str | None:
@@ -166,13 +168,11 @@ class Sequence:
     output: TextOutput
     history: TokenHistory
     keys: list[PageKey]
-    on_event: Callable[[Event], None]
-    ticket: Any = None
-    """The router's note of it."""
+    on_event: Callable[[Event], None] = lambda event: None
+    ticket: Ticket = field(init=False)
+    """The router's record of it: its workers, and the work left for the prefill worker."""
     weights: Any = None
-    """What it decodes with, from its submission to its end, whatever becomes of its task meanwhile."""
-    prefill_worker: int = 0
-    decode_worker: int = 0
+    """What it decodes with, from its submission to its end, even if its task changes meanwhile."""
     state: State = State.WAITING
     number: int = field(default_factory=lambda: next(_numbers))
     """Its age: sequences are served, and spared preemption, in the order of their coming."""
@@ -185,7 +185,6 @@ class Sequence:
     """Of these, how many the prefill pool holds."""
     num_sent: int = 0
     """Leading pages that the decode pool holds or that are on their way to it."""
-    copies_in_flight: int = 0
     cached_tokens: int = 0
     counted: bool = False
     """Whether its prefix hits are in the cache's statistics."""
@@ -196,8 +195,8 @@ class Sequence:
     scores: list[TokenLogprobs] = field(default_factory=list)
     last_turn: int = 0
     """The decode step that it took part in last."""
-    lost: bool = False
-    """Pages that it waited for will not come: it must give back everything and be admitted anew."""
+    must_restart: bool = False
+    """Pages that it waited for will not be produced: it must release all its pages and be admitted anew."""
     saved: Saved | None = None
     progressed: float = field(default_factory=time.monotonic)
     came: float = field(default_factory=time.monotonic)
@@ -216,6 +215,16 @@ class Sequence:
         self.progressed = time.monotonic()
         if state is State.PREFILLING and self.admitted is None:
             self.admitted = self.progressed
+
+    @property
+    def prefill_worker(self) -> int:
+        """The index of its prefill worker."""
+        return self.ticket.route.prefill
+
+    @property
+    def decode_worker(self) -> int:
+        """The index of its decode worker."""
+        return self.ticket.route.decode
 
     @property
     def final(self) -> bool:
@@ -269,7 +278,7 @@ class Sequence:
         if self.first_token is None:
             self.first_token = self.progressed
         text, reason = self._text(token_id)
-        return Event(text, len(self.completion_ids), reason, None, self.cached_tokens, logprobs)
+        return Event(text, len(self.completion_ids), reason, None, self.cached_tokens, logprobs, token_id=token_id)
 
     def _text(self, token_id: int) -> tuple[str, str | None]:
         if token_id in self.request.stop_ids:

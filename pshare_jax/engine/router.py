@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from pshare_jax.engine.kv.allocator import expect
 from pshare_jax.engine.kv.keys import PageKey
+from pshare_jax.engine.kv.page_manager import expect
 from pshare_jax.errors import PshareError
 
 Policy = Literal["prefix", "round_robin", "least_loaded"]

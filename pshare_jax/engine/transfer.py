@@ -1,7 +1,7 @@
-"""Moves pages from prefill pools to one decode pool: one gather, one device_put, one scatter when the array is there.
+"""Moves pages from prefill pools to one decode pool: one gather, one device_put, and one scatter when the array is ready.
 
 The thread that owns the prefill pool calls `send` between its steps and goes on; the thread that owns the decode pool
-calls `receive`, which writes only what has arrived, so that no decode step ever waits for a prefill.
+calls `receive`, which writes only content that has arrived, so that no decode step ever waits for a prefill.
 """
 
 import logging
@@ -16,12 +16,12 @@ from pshare_jax.engine.request import FAILED, Event, Sequence, State
 
 logger = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 16
-"""Copies on their way to one decode pool: each holds its content twice outside the pools."""
+"""Transfers in flight to one decode pool: the content of each is held twice outside the pools."""
 
 
 @dataclass
 class TransferStats:
-    """Copies that arrived: how many, their pages and bytes, seconds from dispatch to written; and those that failed."""
+    """Transfers written: how many, their pages and bytes, seconds from dispatch to written; and those that failed."""
 
     count: int = 0
     num_pages: int = 0
@@ -31,7 +31,7 @@ class TransferStats:
 
 
 class KVTransfer:
-    """The way to one decode worker."""
+    """The transfers to one decode worker."""
 
     def __init__(self, admission: Admission, worker: int, hooks: EngineHooks, page_bytes: int):
         self._admission, self._worker, self._hooks = admission, worker, hooks
@@ -41,67 +41,66 @@ class KVTransfer:
 
     @property
     def in_flight(self) -> int:
-        """Copies on their way."""
-        return len(self._admission.copies[self._worker])
+        """Number of transfers in flight."""
+        return len(self._admission.in_flight[self._worker])
 
     def has_room(self, sequence: Sequence) -> bool:
-        """Whether one more copy of the sequence may be sent.
+        """Whether one more transfer of the sequence may be sent.
 
-        While it waits for pages of others its copies cannot be written: they leave half of the way to those others, who
-        may have another prefill worker and else could not send what all wait for.
+        While the sequence waits for other sequences' pages, its transfers cannot be written. They take at most half of
+        the room: those others may have another prefill worker, and must be able to send what this sequence waits for.
         """
         held = sequence.decode_pages
-        waits = held is not None and held.cache.waiting(sequence)
+        waits = held is not None and held.manager.waiting(sequence)
         return self.in_flight < (MAX_IN_FLIGHT // 2 if waits else MAX_IN_FLIGHT)
 
-    def send(self, copy: PageTransfer) -> None:
-        """Dispatches the copy (called by the owner of the prefill side); if that fails, so does its request."""
+    def send(self, transfer: PageTransfer) -> None:
+        """Dispatches the transfer (called by the prefill pool's thread); if that fails, its request fails."""
         try:
-            copy.content = self._pool.store.device_put(copy.source.pool.store.gather(copy.source_pages))
+            transfer.content = self._pool.store.device_put(transfer.source.pool.store.gather(transfer.source_pages))
         except Exception:
-            logger.exception("the KV transfer of request %s failed", copy.sequence.request.id)
-            self._fail(copy)
+            self._fail(transfer)
 
     def receive(self) -> bool:
-        """Writes the copies that have come into the pool (called by its owner); whether any is on its way no more."""
+        """Writes the transfers that have arrived (called by the decode pool's thread); whether any left the flight."""
         with self._hooks.lock:
-            dropped = self._admission.drop_unwanted(self._worker)
-            due = [copy for copy in self._admission.due_copies(self._worker) if copy.content is not None]
-        arrived = [copy for copy in due if copy.content.is_ready()]
-        for copy in arrived:
-            self._write(copy)
+            dropped = self._admission.drop_cancelled(self._worker)
+            sent = [one for one in self._admission.writable(self._worker) if one.content is not None]
+        arrived = [transfer for transfer in sent if transfer.content.is_ready()]
+        for transfer in arrived:
+            self._write(transfer)
         return dropped or bool(arrived)
 
-    def _write(self, copy: PageTransfer) -> None:
+    def _write(self, transfer: PageTransfer) -> None:
         try:
-            # It is there; this raises if what should have computed it has failed.
-            copy.content.block_until_ready()
+            # It is ready; this raises if the step that computes it has failed.
+            transfer.content.block_until_ready()
         except Exception:
-            logger.exception("the KV transfer of request %s failed", copy.sequence.request.id)
-            self._fail(copy)
+            self._fail(transfer)
             return
         with self._hooks.lock:
-            if copy.unwanted or copy.target.lost:
+            if transfer.cancelled or transfer.target.stale:
                 return
-            pages = copy.target_pages
-        # Should the copy become unwanted just now, its pages' next holder writes after this: one thread writes the pool.
-        self._pool.scatter(pages, copy.content)
+            pages = transfer.target_pages
+        # If it is cancelled just now, the next holder of its pages writes after this: one thread writes the pool.
+        self._pool.scatter(pages, transfer.content)
         with self._hooks.lock:
-            self._count(copy)
-            if copy.unwanted:
-                self._admission.copy_failed(copy)
+            self._count(transfer)
+            if transfer.cancelled:
+                self._admission.transfer_failed(transfer)
             else:
-                self._admission.arrived(copy)
+                self._admission.transfer_written(transfer)
 
-    def _fail(self, copy: PageTransfer) -> None:
+    def _fail(self, transfer: PageTransfer) -> None:
+        logger.exception("the KV transfer of request %s failed", transfer.sequence.request.id)
         with self._hooks.lock:
             self.stats.failures += 1
-            self._admission.copy_failed(copy)
-            if not copy.unwanted and copy.inherited is None:
-                self._hooks.end(copy.sequence, State.FAILED, Event(error=FAILED))
+            self._admission.transfer_failed(transfer)
+            if transfer.needed_by_sequence:
+                self._hooks.end(transfer.sequence, State.FAILED, Event(error=FAILED))
 
-    def _count(self, copy: PageTransfer) -> None:
+    def _count(self, transfer: PageTransfer) -> None:
         self.stats.count += 1
-        self.stats.num_pages += copy.last - copy.first
-        self.stats.num_bytes += (copy.last - copy.first) * self._page_bytes
-        self.stats.seconds += time.monotonic() - copy.started
+        self.stats.num_pages += transfer.last - transfer.first
+        self.stats.num_bytes += (transfer.last - transfer.first) * self._page_bytes
+        self.stats.seconds += time.monotonic() - transfer.started

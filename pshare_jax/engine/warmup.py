@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from pshare_jax.engine import scoring
-from pshare_jax.engine.engine import DecodeSpec, EngineSettings, PrefillSpec
+from pshare_jax.engine.engine import Engine
+from pshare_jax.engine.interfaces import DecodeSpec, PrefillSpec
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.shapes import CompiledShapes, Shape, pages_for, prefill_shapes, row_buckets
 from pshare_jax.model.paged_batch import PagedBatch
@@ -40,14 +41,15 @@ class Variant:
     shape: Shape | None = None
 
 
-def variants(prefill: Sequence[PrefillSpec], decode: Sequence[DecodeSpec], settings: EngineSettings) -> list[Variant]:
+def variants(engine: Engine) -> list[Variant]:
     """All programs of the engine's workers, each once, the small ones first."""
-    sources = {id(side.pool): DevicePages.of(side.pool) for side in prefill}
-    targets = {id(side.pool): DevicePages.of(side.pool) for side in decode}
+    prefill, decode = engine.prefill_specs, engine.decode_specs
+    sources = {id(spec.pool): DevicePages.of(spec.pool) for spec in prefill}
+    targets = {id(spec.pool): DevicePages.of(spec.pool) for spec in decode}
     programs = [
-        *(_prefill(side, settings) for side in prefill),
-        *(_decode(side, settings) for side in decode),
-        *(_score(side, settings) for side in decode),
+        *(_prefill(spec, engine) for spec in prefill),
+        *(_decode(spec, engine) for spec in decode),
+        *(_score(spec, engine) for spec in decode),
         *(_takes(store) for store in (sources | targets).values()),
         *(_puts(store) for store in targets.values()),
         *(_places(source, target) for source, target in itertools.product(sources.values(), targets.values())),
@@ -65,49 +67,49 @@ def _turn(variant: Variant) -> tuple[bool, int, Shape]:
     return not variant.small, kind, shape
 
 
-def decode_variants(side: DecodeSpec, settings: EngineSettings) -> list[Variant]:
+def decode_variants(spec: DecodeSpec, engine: Engine) -> list[Variant]:
     """The programs of a decode worker's steps, for all its tasks and shapes."""
-    return list(dict([*_decode(side, settings), *_score(side, settings)]).values())
+    return list(dict([*_decode(spec, engine), *_score(spec, engine)]).values())
 
 
-def _prefill(side: PrefillSpec, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
-    step, store = side.weights.paged.prefill, DevicePages.of(side.pool)
-    for rows, tokens in prefill_shapes(settings.chunk_tokens):
-        small = rows == 1 and tokens == min(SMALL_TOKENS, settings.chunk_tokens)
+def _prefill(spec: PrefillSpec, engine: Engine) -> Iterator[tuple[tuple, Variant]]:
+    step, store = spec.weights.paged.prefill, DevicePages.of(spec.pool)
+    for rows, tokens in prefill_shapes(engine.chunk_tokens):
+        small = rows == 1 and tokens == min(SMALL_TOKENS, engine.chunk_tokens)
         shape = (rows, tokens)
         yield (
             ("prefill", step, shape, store.mesh, store.num_pages),
             Variant(
                 f"prefill {rows}x{tokens}",
                 small,
-                _step_lowering(step, side.weights.params, store, shape, settings),
+                _step_lowering(step, spec.weights.params, store, shape, engine),
                 shape,
             ),
         )
 
 
-def _decode(side: DecodeSpec, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
-    store = DevicePages.of(side.pool)
-    for rows in row_buckets(settings.max_rows):
+def _decode(spec: DecodeSpec, engine: Engine) -> Iterator[tuple[tuple, Variant]]:
+    store = DevicePages.of(spec.pool)
+    for rows in row_buckets(engine.config.batch.decode_rows):
         small = rows == SMALL_ROWS
-        for weights in side.tasks.values():
+        for weights in spec.tasks.values():
             step = weights.paged.decode
             yield (
                 ("decode", step, rows, store.mesh, store.num_pages),
                 Variant(
-                    f"decode {rows}", small, _step_lowering(step, weights.params, store, (rows, 1), settings), (rows,)
+                    f"decode {rows}", small, _step_lowering(step, weights.params, store, (rows, 1), engine), (rows,)
                 ),
             )
         yield (
             ("sample", rows, store.mesh),
-            Variant(f"sample {rows}", small, functools.partial(side.sampler.lower, rows), (rows,)),
+            Variant(f"sample {rows}", small, functools.partial(spec.sampler.lower, rows), (rows,)),
         )
 
 
-def _score(side: DecodeSpec, settings: EngineSettings) -> Iterator[tuple[tuple, Variant]]:
-    store = DevicePages.of(side.pool)
-    tokens, rows = scoring.no_rows(pages_for(settings.max_len, store.page_size))
-    for weights in side.tasks.values():
+def _score(spec: DecodeSpec, engine: Engine) -> Iterator[tuple[tuple, Variant]]:
+    store = DevicePages.of(spec.pool)
+    tokens, rows = scoring.no_rows(pages_for(engine.facts.max_len, store.page_size))
+    for weights in spec.tasks.values():
         step = weights.paged.score
         lower = functools.partial(step.lower, _specs(weights.params), tokens, rows, store.spec)
         yield ("score", step, store.mesh, store.num_pages), Variant("score", False, lower, scoring.SHAPE)
@@ -148,9 +150,9 @@ class _Placing:
 
 
 def _step_lowering(
-    step: Any, params: Any, store: DevicePages, shape: tuple[int, int], settings: EngineSettings
+    step: Any, params: Any, store: DevicePages, shape: tuple[int, int], engine: Engine
 ) -> Callable[[], Any]:
-    rows = PagedBatch.empty(shape[0], pages_for(settings.max_len, store.page_size))
+    rows = PagedBatch.empty(shape[0], pages_for(engine.facts.max_len, store.page_size))
     return functools.partial(step.lower, _specs(params), np.zeros(shape, np.int32), rows, store.spec)
 
 

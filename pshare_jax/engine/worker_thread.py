@@ -47,10 +47,10 @@ class WorkerGroup:
 
 
 class WorkerThread:
-    """The one thread that steps a group of workers; `on_death` is told if it dies. It primes if `may_warm_up` says so."""
+    """The one thread that steps a group of workers; `on_death` is called if it dies. It warms up when `may_warm_up` allows it."""
 
     def __init__(self, group: WorkerGroup, on_death: Callable[[WorkerGroup], None], may_warm_up: Callable[[], bool]):
-        self._group, self._on_death, self._may_prime = group, on_death, may_warm_up
+        self._group, self._on_death, self._may_warm_up = group, on_death, may_warm_up
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="pshare-worker", daemon=True)
         self._started = False
@@ -85,7 +85,7 @@ class WorkerThread:
             while not self._stopping:
                 self.wake.clear()
                 self._turn_began = time.monotonic()
-                done = self._group.step() or (self._may_prime() and self._group.warm_up())
+                done = self._group.step() or (self._may_warm_up() and self._group.warm_up())
                 self._turn_began = None
                 if not done:
                     self.wake.wait(POLL_SECONDS if self._group.must_poll else None)

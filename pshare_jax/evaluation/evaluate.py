@@ -1,7 +1,7 @@
-"""Task accuracy of a decode module: batched greedy answers to a task's questions, each judged by the task's verifier.
+"""Task accuracy of decode modules: greedy answers of an engine to a task's questions, each judged by the task's verifier.
 
-`pshare-evaluate`, or `python -m pshare_jax.evaluation.evaluate`; the trainer and experiments call `evaluate`. With a sharing
-ratio below 1 the module reads the rest of the prompt itself, which also shows what naive sharing does to a full fine-tune.
+`pshare-evaluate`, or `python -m pshare_jax.evaluation.evaluate`; experiments call `evaluate`. With a sharing ratio below 1
+the module reads the rest of the prompt itself, which also shows what naive sharing does to a full fine-tune.
 """
 
 import argparse
@@ -9,22 +9,36 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pshare_jax.compilation_cache import cache_folder, keep_programs
+from pshare_jax.engine.config import (
+    BatchConfig,
+    DecodePlacement,
+    EngineConfig,
+    KVConfig,
+    LimitsConfig,
+    Placement,
+    PrefillPlacement,
+)
+from pshare_jax.engine.engine import Engine
+from pshare_jax.engine.handle import Result
+from pshare_jax.engine.request import Request
+from pshare_jax.engine.shapes import pages_for
 from pshare_jax.errors import PshareError
-from pshare_jax.evaluation.generation import generate_each
 from pshare_jax.evaluation.tasks import Item, Task, open_task
 from pshare_jax.evaluation.verifiers import Verifier
+from pshare_jax.share.boundary import response_start_at
 from pshare_jax.share.decode_module import DecodeModule, load_module, read_manifest
 from pshare_jax.share.model import DTYPES, Model, load
-from pshare_jax.training.result import Reader, add_accuracy
+from pshare_jax.training.model_card import Reader, add_accuracy
 
 Z95 = 1.959964
 """Standard normal quantile of a two-sided 95 % interval."""
@@ -100,33 +114,87 @@ def evaluate(
     rows: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> EvalResult:
-    """The module's greedy answers to all items (at least one), judged; see `generate_batch` for the other arguments.
-
-    `progress` is called with the number of items done.
-
-    Raises:
-        PshareError: no items, or as `generate_batch`.
-    """
-    if not items:
-        raise PshareError("there are no questions to evaluate on.")
-    started = time.perf_counter()
-    answers: dict[int, Answer] = {}
-    num_tokens = 0
-    generated = generate_each(
+    """The module's greedy answers to all items (at least one), judged: `evaluate_modules` with one module."""
+    results = evaluate_modules(
         base,
-        module,
-        [item.prompt_ids for item in items],
+        {"module": module},
+        items,
+        verifier,
         max_new_tokens=max_new_tokens,
         sharing_ratio=sharing_ratio,
         rows=rows,
+        progress=progress,
     )
-    for index, ids in generated:
-        answers[index] = _judged(base, items[index], ids, verifier)
-        num_tokens += len(ids)
-        if progress:
-            progress(len(answers))
-    seconds = time.perf_counter() - started
-    return EvalResult([answers[index] for index in range(len(items))], num_tokens, seconds)
+    return results["module"]
+
+
+def evaluate_modules(
+    base: Model,
+    modules: Mapping[str, DecodeModule],
+    items: Sequence[Item],
+    verifier: Verifier,
+    *,
+    max_new_tokens: int,
+    sharing_ratio: float = 1.0,
+    rows: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, EvalResult]:
+    """The greedy answers of all modules to all items (at least one), judged; modules share the base's prefill of an item.
+
+    Of a prompt's n tokens the base encodes the first floor(sharing_ratio * (n - 1)), the module the others: 1 is
+    PrefillShare, 0 the module alone, which prefills with its own weights. At most `rows` answers are generated at a time.
+    `progress` is called with 1, 2, ... as answers end.
+
+    Raises:
+        PshareError: no items, a wrong number, a prompt that is too long, or a module on other devices.
+    """
+    if not items:
+        raise PshareError("There are no questions to evaluate on.")
+    if not 0 <= sharing_ratio <= 1:
+        raise PshareError(f"The sharing ratio must be from 0 to 1, not {sharing_ratio}.")
+    if rows < 1:
+        raise PshareError(f"The number of rows must be at least 1, not {rows}.")
+    started = time.perf_counter()
+    longest = max(len(item.prompt_ids) for item in items) + max_new_tokens
+    engine = _engine(base, modules, longest, rows, alone=sharing_ratio == 0)
+    requests = [
+        Request(
+            f"{index} {task}",
+            task,
+            item.prompt_ids,
+            max_new_tokens,
+            stop_ids=base.stop_ids,
+            response_start=response_start_at(len(item.prompt_ids), sharing_ratio) if sharing_ratio else None,
+        )
+        for index, item in enumerate(items)
+        for task in modules
+    ]
+    answers = engine.run(requests, progress)
+    results = {}
+    for index, task in enumerate(modules):
+        own = answers[index :: len(modules)]
+        judged = [_judged(base, item, answer, verifier) for item, answer in zip(items, own, strict=True)]
+        seconds = time.perf_counter() - started
+        results[task] = EvalResult(judged, sum(len(answer.ids) for answer in own), seconds)
+    return results
+
+
+def _engine(base: Model, modules: Mapping[str, DecodeModule], longest: int, rows: int, alone: bool) -> Engine:
+    """Prefill and decode on the base's own devices, with pages for `rows` of the longest sequences (each module's)."""
+    devices = [jax.devices().index(device) for device in base.mesh.devices.flat]
+    kv = KVConfig()
+    pages = (1 + rows * pages_for(longest + 1, kv.page_size)) * (len(modules) if alone else 1)
+    return Engine.build(
+        base,
+        EngineConfig(
+            tasks=modules,
+            sharing="isolated" if alone else "shared",
+            placement=Placement([PrefillPlacement(devices)], [DecodePlacement(devices)]),
+            kv=replace(kv, pages=max(3, pages)),
+            batch=BatchConfig(decode_rows=rows),
+            limits=LimitsConfig(stall_seconds=math.inf),
+        ),
+    )
 
 
 def wilson(num_right: float | int, num_items: int) -> tuple[float, float]:
@@ -138,11 +206,10 @@ def wilson(num_right: float | int, num_items: int) -> tuple[float, float]:
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
-def _judged(base: Model, item: Item, ids: list[int], verifier: Verifier) -> Answer:
-    ended = bool(ids) and ids[-1] in base.stop_ids
-    text = base.tokenizer.decode(ids[:-1] if ended else ids)
+def _judged(base: Model, item: Item, answer: Result, verifier: Verifier) -> Answer:
     prompt = base.tokenizer.decode(item.prompt_ids, skip_special_tokens=False)
-    return Answer(item.name, prompt, text, item.expected, verifier(text, item.record), not ended)
+    cut = answer.finish_reason != "stop"
+    return Answer(item.name, prompt, answer.text, item.expected, verifier(answer.text, item.record), cut)
 
 
 # --- command line ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Parameters as a flat dict, path -> array ("layers.0.attention.q.kernel"), and how they meet the NNX decoder.
+"""Parameters as a flat dict, path -> array ("layers.0.attention.q.kernel"), and their binding to the NNX decoder.
 
-One plain dict is what gets loaded, sharded, hashed, saved and trained; `Architecture.bind` turns it into a `Decoder`
-inside a jitted function.
+Loading, sharding, hashing, saving and training all use that dict; `Architecture.bind` turns it into a `Decoder` inside
+a jitted function.
 """
 
 import functools
@@ -32,11 +32,11 @@ class Architecture:
 
     @property
     def lora(self) -> LoraConfig | None:
-        """The adapter's shape, where the decoder carries one."""
+        """The adapter's shape, if the decoder has an adapter."""
         return self.build.lora
 
     def with_lora(self, lora: LoraConfig) -> "Architecture":
-        """The same decoder carrying an adapter."""
+        """The same decoder with an adapter."""
         return replace(self, build=replace(self.build, lora=lora))
 
     def summing_in(self, parts: int) -> "Architecture":
@@ -55,7 +55,7 @@ class Architecture:
         return {_path(keys): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for keys, leaf in self._skeleton[1]}
 
     def bind(self, params: Mapping[str, jax.Array]) -> Decoder:
-        """The decoder with these parameters; cheap, no copy, meant for use inside a traced function."""
+        """The decoder with these parameters, without a copy; for use inside a traced function."""
         graph, leaves = self._skeleton
         filled = [(keys, leaf.replace(params[_path(keys)])) for keys, leaf in leaves]
         return nnx.merge(graph, nnx.from_flat_state(filled))
@@ -67,7 +67,7 @@ def is_lora(path: str) -> bool:
 
 
 def nbytes(params: Params) -> int:
-    """Bytes of all parameters (logical: replicas on a mesh count once)."""
+    """Bytes of all parameters; replicas on a mesh count once."""
     return sum(array.nbytes for array in params.values())
 
 

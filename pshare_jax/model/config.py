@@ -1,7 +1,7 @@
-"""What a model's layers need to know, read from a Hugging Face config.json.
+"""The config of a model's layers, read from a Hugging Face config.json in the style of transformers 4 or 5.
 
-`ModelConfig.from_hf` is the only reader; a family is a row of `FAMILIES` (architectures, defaults of fields that real
-files leave out, and a few traits). Both transformers 4 and 5 spellings are understood.
+`ModelConfig.from_hf` is the only reader; a family is an entry of `FAMILIES`: its architectures, the defaults of fields
+that real files leave out, and a few traits.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What may differ between layers: `window` keys are visible to a query, itself included (None: all before it)."""
+    """The fields that differ between layers: a query sees `window` keys including its own (None: all earlier keys)."""
 
     window: int | None
     rope: RopeConfig
@@ -26,7 +26,7 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Every number and switch that a layer reads. Hashable, so it may be a static argument of a jitted function."""
+    """All numbers and switches that layers read. Hashable, so that it can be a static argument of a jitted function."""
 
     family: str
     vocab_size: int
@@ -57,21 +57,19 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """Read a config.json object; a field that the family needs and that has no default is an error naming it."""
-        family = find_family(config)
-        return _Reader(family, text_config(config)).read()
+        """Read a config.json object; the error for a missing or wrong field names it."""
+        return _Reader(find_family(config), text_config(config)).read()
 
     def layer_fields(self) -> dict[str, Any]:
-        """All fields that change what layers compute, as plain values (for the base fingerprint)."""
+        """All fields that affect what layers compute, as plain values (for the base fingerprint)."""
         fields = dataclasses.asdict(self)
-        # Limits and names change no value that a layer computes.
         del fields["max_len"], fields["family"]
         return fields
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model family: its architectures in config.json, traits, and the defaults transformers gives absent fields."""
+    """One model family: its architectures in config.json, transformers' defaults of missing fields, and traits."""
 
     name: str
     architectures: tuple[str, ...]
@@ -150,20 +148,20 @@ FAMILIES = (
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a config.json: itself, or `text_config` of a multimodal one."""
+    """The language model's part of a config.json: `text_config` of a multimodal config, else the whole."""
     nested = config.get("text_config")
     if not isinstance(nested, Mapping):
         return config
-    # transformers keeps tying at the top level of composite configs; the nested value wins where both are given.
+    # transformers keeps tying at the top level of composite configs; a nested value takes precedence.
     tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
     return {**tied, **nested}
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
-    """The family of a config.json, by `architectures`, else by `model_type`; an unknown one is refused."""
+    """The family of a config.json, by `architectures`, else by `model_type`; an unknown family is an error."""
     names = config.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise PshareError(f"config.json has architectures: {names!r}, but it must be a list of names.")
+        raise PshareError(f"architectures in config.json must be a list of names, not {names!r}.")
     for family in FAMILIES:
         if any(name in family.architectures for name in names):
             return family
@@ -171,49 +169,48 @@ def find_family(config: Mapping[str, Any]) -> Family:
         if not names and config.get("model_type") in family.model_types:
             return family
     known = ", ".join(name for family in FAMILIES for name in family.architectures)
-    asked = ", ".join(map(str, names)) or config.get("model_type") or "none given"
-    raise PshareError(f"unknown architecture ({asked}) in config.json; known architectures: {known}.")
+    given = ", ".join(map(str, names)) or config.get("model_type") or "none"
+    raise PshareError(f"unknown architecture in config.json ({given}); known architectures: {known}.")
 
 
 class _Reader:
-    """Reads one config.json object for one family: presence, type and range of every field."""
+    """Reads a config.json object for one family, checking presence, type and range of every field."""
 
     def __init__(self, family: Family, config: Mapping[str, Any]):
         self.family, self.config = family, config
 
     def get(self, key: str, kind: type, optional: bool = False) -> Any:
-        absent = key not in self.config
-        value = self.family.defaults.get(key) if absent else self.config[key]
+        default = self.family.defaults.get(key)
+        value = self.config.get(key, default)
+        if value is None and optional:
+            return None
+        value = default if value is None else value
         if value is None:
-            if optional:
-                return None
-            if key in self.family.defaults and self.family.defaults[key] is not None:
-                return self.family.defaults[key]
-            raise PshareError(f"config.json has no '{key}', which a {self.family.name} model needs.")
+            raise PshareError(f"config.json needs the field '{key}' for a {self.family.name} model.")
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-            raise PshareError(f"config.json has {key}: {value!r}, but it must be {kind.__name__}.")
+            raise PshareError(f"{key} in config.json must be {kind.__name__}, not {value!r}.")
         if kind in (int, float) and not 0 < value < math.inf:
-            raise PshareError(f"config.json has {key}: {value!r}, but it must be a positive number.")
+            raise PshareError(f"{key} in config.json must be a positive number, not {value!r}.")
         return value
 
     def read(self) -> ModelConfig:
         if self.config.get("quantization_config"):
             raise PshareError(
-                "config.json has a quantization_config: only unquantized Hugging Face folders can be read."
+                "config.json has a quantization_config, but only unquantized Hugging Face models are supported."
             )
         if self.family.gemma and self.config.get("use_bidirectional_attention"):
-            raise PshareError("config.json asks for use_bidirectional_attention, but only causal models can be served.")
+            raise PshareError("config.json has use_bidirectional_attention, but only causal models are supported.")
         hidden, num_heads = self.get("hidden_size", int), self.get("num_attention_heads", int)
         head_dim = self.get("head_dim", int, optional=self.family.name == "llama") or hidden // num_heads
         num_kv_heads = self.get("num_key_value_heads", int, optional=not self.family.gemma) or num_heads
         if num_heads % num_kv_heads:
             raise PshareError(
-                f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}."
+                f"num_attention_heads {num_heads} must be a multiple of num_key_value_heads {num_kv_heads}."
             )
         if head_dim % 2:
-            raise PshareError(f"head_dim {head_dim} is odd, but rotary embeddings need an even one.")
+            raise PshareError(f"head_dim {head_dim} must be even for rotary embeddings.")
         gemma = self.family.gemma
         return ModelConfig(
             family=self.family.name,
@@ -249,14 +246,14 @@ class _Reader:
         kinds = self._layer_types(num_layers)
         window = self.get("sliding_window", int, optional=True) if "sliding_attention" in kinds else None
         if "sliding_attention" in kinds and window is None:
-            raise PshareError("config.json has sliding_attention layers but no sliding_window.")
+            raise PshareError("config.json has sliding_attention layers, so it needs a sliding_window.")
         return [LayerConfig(window if kind == "sliding_attention" else None, self._rope(kind)) for kind in kinds]
 
     def _layer_types(self, num_layers: int) -> list[str]:
         if self.family.name == "llama":
             return ["full_attention"] * num_layers
         if self.family.name == "qwen3" and not self.get("use_sliding_window", bool):
-            # transformers drops the window itself, so even layers that are called sliding see everything.
+            # transformers then drops the window, so that even sliding_attention layers see all keys.
             return ["full_attention"] * num_layers
         kinds = self.config.get("layer_types")
         if kinds is None:
@@ -264,7 +261,7 @@ class _Reader:
         known = ("full_attention", "sliding_attention")
         if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in known for kind in kinds):
             raise PshareError(
-                f"layer_types in config.json must name full_attention or sliding_attention for each of {num_layers} layers."
+                f"layer_types in config.json must be full_attention or sliding_attention for all {num_layers} layers."
             )
         return list(kinds)
 
@@ -272,10 +269,10 @@ class _Reader:
         if self.family.gemma:
             sliding = (index + 1) % self.get("sliding_window_pattern", int) != 0
         else:
-            # Zero is a number of layers too, so `get` with its positive numbers does not fit.
+            # Not by `get`, because 0 is allowed.
             full_layers = self.config.get("max_window_layers", self.family.defaults["max_window_layers"])
             if type(full_layers) is not int:
-                raise PshareError(f"config.json has max_window_layers: {full_layers!r}, but it must be int.")
+                raise PshareError(f"max_window_layers in config.json must be int, not {full_layers!r}.")
             sliding = index >= full_layers
         return "sliding_attention" if sliding else "full_attention"
 

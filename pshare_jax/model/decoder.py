@@ -1,7 +1,7 @@
-"""The one decoder for all families (Llama/SmolLM2, Qwen3, Gemma 3); a family is a `ModelConfig` and a name table.
+"""The decoder of all families (Llama/SmolLM2, Qwen3, Gemma 3); a family is a `ModelConfig` and a name table.
 
-It knows no cache layout: the caller hands in `attend`, which stores k and v and returns the attention output - dense,
-paged or two-stream. Layers are unrolled, which decodes 2-3x faster on CPU than a scan over stacked weights.
+It knows no cache layout: the caller passes `attend` (dense, paged or two-stream), which stores k and v and returns the
+attention output. Layers are unrolled, which decodes 2-3x faster on CPU than a scan over stacked weights.
 """
 
 import functools
@@ -18,14 +18,13 @@ from pshare_jax.model.layers import MLP, AttentionProjections, Build, norm, soft
 from pshare_jax.model.rope import rope_tables, rotate
 
 Attend = Callable[[int, Array | None, Array, Array, Any], tuple[Array | None, Any]]
-"""attend(layer, q[B,T,N,H] | None, k[B,T,K,H], v[B,T,K,H], kv) -> (out[B,T,N,H] | None, kv); q is None where only k, v matter."""
+"""attend(layer, q[B,T,N,H] | None, k[B,T,K,H], v[B,T,K,H], kv) -> (out[B,T,N,H] | None, kv); no q: only store k, v."""
 
 
 class Embedding(nnx.Module):
-    """Token embeddings `[V, D]`, scaled where the family does so; also the head of tied models.
+    """Token embeddings `[V, D]`, scaled if the family does so; also the head of tied models.
 
-    The weight may be wider than the model's dtype, which in training its gradients need: each of a token's many rows adds
-    to the same one.
+    In training the weight may be wider than the model's dtype: its gradient sums over all occurrences of a token.
     """
 
     def __init__(self, config: ModelConfig, build: Build):
@@ -33,14 +32,14 @@ class Embedding(nnx.Module):
         self.scale, self.dtype = config.embed_scale, build.dtype
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Look tokens up."""
+        """Embed the tokens."""
         x = self.weight[...][tokens].astype(self.dtype)
-        # The scale takes the weights' dtype first: in bfloat16 transformers rounds it too.
+        # transformers also rounds the scale to bfloat16.
         return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and MLP with pre-norms, and with post-norms ("sandwich") where the family has them."""
+    """Attention and MLP with pre-norms, and with post-norms ("sandwich") if the family has them."""
 
     def __init__(self, config: ModelConfig, layer: LayerConfig, build: Build):
         size = config.hidden_size
@@ -55,7 +54,7 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, index: int, x: Float[Array, "B T D"], rope: tuple[Array, Array], attend: Attend, kv: Any
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """One layer over all positions; `attend` sees q, k rotated."""
+        """One layer over all positions; `attend` receives rotated q and k."""
         normed = self.pre_attention_norm(x)
         q = rotate(self.attention.query(normed), *rope)
         k, v = self._key_value(normed, rope)
@@ -67,7 +66,7 @@ class DecoderLayer(nnx.Module):
         return x + (y if self.post_mlp_norm is None else self.post_mlp_norm(y)), kv
 
     def store(self, index: int, x: Float[Array, "B T D"], rope: tuple[Array, Array], attend: Attend, kv: Any) -> Any:
-        """Only what the layer's KV needs: norm, k and v. For the last layer of a prefill, whose output nobody reads."""
+        """Compute only the layer's KV: norm, k and v. For the last layer of a prefill, whose output is not used."""
         return attend(index, None, *self._key_value(self.pre_attention_norm(x), rope), kv)[1]
 
     def _key_value(self, normed: Array, rope: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -75,7 +74,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, layers, final norm and head, as a function of tokens, absolute positions and the caller's `attend`."""
+    """Embedding, layers, final norm and head: a function of tokens, absolute positions and the caller's `attend`."""
 
     def __init__(self, config: ModelConfig, build: Build):
         self.config = config
@@ -93,9 +92,9 @@ class Decoder(nnx.Module):
         *,
         remat: bool = False,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Final hidden states (normed, ready for `logits`) and the new kv.
+        """Final hidden states (normalised, the input of `logits`) and the new kv.
 
-        With `remat` a backward pass keeps each layer's input alone and computes the rest again.
+        With `remat` a backward pass keeps only each layer's input and recomputes the rest.
         """
         x, ropes = self._start(tokens, positions)
         for index, layer in enumerate(self.layers):
@@ -104,7 +103,7 @@ class Decoder(nnx.Module):
         return self.final_norm(x), kv
 
     def prefill(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend, kv: Any) -> Any:
-        """The new kv alone: no head, and in the last layer nothing but norm, k and v: the base never samples."""
+        """Only the new kv: no head, and in the last layer only norm, k and v."""
         x, ropes = self._start(tokens, positions)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
@@ -120,7 +119,7 @@ class Decoder(nnx.Module):
 
     @property
     def head_weight(self) -> Float[Array, "D V"] | Float[Array, "V D"]:
-        """What hidden states are multiplied with: the head `[D, V]`, or a tied model's embedding `[V, D]`."""
+        """The matrix of the logits: the head `[D, V]`, or the embedding `[V, D]` of a tied model."""
         return self.embedding.weight[...].astype(self.embedding.dtype) if self.head is None else self.head[...]
 
     def _start(self, tokens: Array, positions: Array) -> tuple[Array, dict]:

@@ -1,7 +1,7 @@
-"""The jitted dense steps of one architecture on one mesh: prefill, decode, plain forward.
+"""The jitted steps of one architecture on one mesh over dense KV: plain forward pass, prefill, decode.
 
-Pure functions of (params, tokens, start, kv); called by `share.py` and `load.py`. Few shapes are compiled: callers pad
-tokens and KV to buckets. Results keep the sharding of `mesh.py`'s table.
+They are pure functions of (params, tokens, start, kv), called through `share.model.Weights`. Callers pad tokens and KV
+to buckets, so that few shapes are compiled. Results have the shardings of model/sharding.py.
 """
 
 import functools
@@ -23,14 +23,14 @@ from pshare_jax.model.sharding import kv_sharding
 KVLayers = tuple[LayerKV, ...]
 Tokens = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 EXACT_PARTS = 16
-"""Parts of inner products in the plain forward pass, the yardstick that is compared with other implementations."""
+"""Parts of inner products in the plain forward pass, which is compared with other implementations."""
 ONE_ROW_PARTS = 2
-"""Parts of inner products of one row on one CPU device; more rows, or accelerators, are faster without."""
+"""Parts of inner products for one row on one CPU device; more rows and accelerators are faster with 1."""
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Compiled on first use for each shape. `start` is the absolute position of the first token given."""
+    """Compiled on first use of each shape. `start` is the absolute position of the first token."""
 
     forward: Callable[[Params, Tokens], Float[Array, "B T V"]]
     prefill: Callable[[Params, Tokens], KVLayers]
@@ -73,7 +73,7 @@ def steps(architecture: Architecture, mesh: Mesh) -> Steps:
 
 
 def decode_architecture(architecture: Architecture, mesh: Mesh, num_tokens: int) -> Architecture:
-    """How a decode step over that many tokens is computed fastest on this mesh."""
+    """The architecture that computes a decode step of `num_tokens` tokens fastest on this mesh."""
     one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
     return architecture.summing_in(ONE_ROW_PARTS) if one_cpu and num_tokens == 1 else architecture
 

@@ -1,7 +1,7 @@
-"""The parts of a decoder layer: RMSNorm, a projection that can carry LoRA, attention's projections and the MLP.
+"""The parts of a decoder layer: RMSNorm, projections with optional LoRA, attention's projections and the MLP.
 
-Weights are made as zeros (under `nnx.eval_shape` nothing is allocated) and filled by `weights/load.py`; kernels are
-`[in, out]`, the faster order for prefill on CPU. Each module is a pure function of its parameters and inputs.
+Modules are created with zeros under `nnx.eval_shape`, which allocates nothing; `Architecture` binds their parameters.
+Kernels are `[in, out]`, the faster order for prefill on CPU. Modules are pure functions of parameters and inputs.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ MLP_TARGETS = ("gate", "up", "down")
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """A LoRA adapter's shape: `rank`, the factor `scale` on B A x (alpha / rank), and which projections carry it."""
+    """A LoRA adapter's shape: `rank`, the factor `scale` on B A x (alpha / rank), and the projections that have it."""
 
     rank: int
     scale: float
@@ -29,10 +29,10 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class Build:
-    """How a decoder is built, beside its config: parameter dtype, LoRA, and the parts that inner products are summed in.
+    """The options of a decoder besides its config: parameter dtype, LoRA, and the number of parts of inner products.
 
-    XLA's CPU products add all terms one after another on one core where there is one row. Sums over 2 parts use two cores
-    (a decode step's products take 0.8x the time), sums over 16 halve the rounding error of real models.
+    For one row, XLA on CPU adds all terms in order on one core. Sums in 2 parts use two cores (a decode step's products
+    take 0.8x the time); sums in 16 parts halve the rounding error of real models.
     """
 
     dtype: str = "float32"
@@ -41,7 +41,7 @@ class Build:
 
 
 class Projection(nnx.Module):
-    """y = x W (+ b) (+ scale * x A B): W `[in, out]`, A `[in, rank]`, B `[rank, out]` (LoRA, arXiv 2106.09685, eq. 3)."""
+    """y = x W (+ b) (+ scale * x A B): W `[in, out]`, A `[in, rank]`, B `[rank, out]` (arXiv 2106.09685, eq. 3)."""
 
     def __init__(self, name: str, num_in: int, num_out: int, *, bias: bool, build: Build):
         lora = build.lora if build.lora and name in build.lora.targets else None
@@ -54,7 +54,7 @@ class Projection(nnx.Module):
         self.drop: Callable[[Array], Array] | None = None
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        """Project the last axis. In training `drop` may be set to a dropout of the adapter's inputs."""
+        """Project the last axis. Training may set `drop` to a dropout of the adapter's inputs."""
         y = product_in_parts(x, self.kernel[...], self.sum_parts)
         if self.bias is not None:
             y = y + self.bias[...]
@@ -65,7 +65,7 @@ class Projection(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * weight over the last axis, computed in float32 (Gemma: weight + 1, and the cast comes last)."""
+    """x / rms(x) * weight over the last axis, computed in float32 (Gemma: weight + 1, cast last)."""
 
     def __init__(self, size: int, *, eps: float, plus_one: bool, dtype: str):
         self.weight = nnx.Param(jnp.zeros((size,), dtype))
@@ -81,7 +81,7 @@ class RMSNorm(nnx.Module):
 
 
 class AttentionProjections(nnx.Module):
-    """q, k, v and output projections with optional per-head q/k norms (applied before the rotation, as Qwen3 and Gemma 3 do)."""
+    """q, k, v and output projections, with optional per-head q/k norms before the rotation (Qwen3, Gemma 3)."""
 
     def __init__(self, config: ModelConfig, build: Build):
         size, bias = config.hidden_size, config.attention_bias
@@ -95,11 +95,11 @@ class AttentionProjections(nnx.Module):
         self.k_norm = norm(config, config.head_dim, build) if config.qk_norm else None
 
     def query(self, x: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
-        """Queries, normed, not yet rotated."""
+        """Queries, normalised, before rotation."""
         return self._heads(self.q(x), self.q_norm)
 
     def key(self, x: Float[Array, "B T D"]) -> Float[Array, "B T K H"]:
-        """Keys, normed, not yet rotated."""
+        """Keys, normalised, before rotation."""
         return self._heads(self.k(x), self.k_norm)
 
     def value(self, x: Float[Array, "B T D"]) -> Float[Array, "B T K H"]:
@@ -107,7 +107,7 @@ class AttentionProjections(nnx.Module):
         return self._heads(self.v(x), None)
 
     def output(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        """Join the heads and project them back."""
+        """Concatenate the heads and project them back."""
         return self.o(heads.reshape(*heads.shape[:2], -1))
 
     def _heads(self, x: Array, normed: RMSNorm | None) -> Array:
@@ -136,7 +136,7 @@ def norm(config: ModelConfig, size: int, build: Build) -> RMSNorm:
 
 
 def product_in_parts(x: Float[Array, "B T I"], kernel: Float[Array, "I O"], parts: int) -> Float[Array, "B T O"]:
-    """x times kernel, the inner sum taken over that many equal parts of the terms, which are then added."""
+    """x times kernel, with the inner sum computed in `parts` equal parts, which are then added."""
     if parts == 1:
         return jnp.einsum("BTI,IO->BTO", x, kernel)
     missing = -kernel.shape[0] % parts
@@ -146,7 +146,7 @@ def product_in_parts(x: Float[Array, "B T I"], kernel: Float[Array, "I O"], part
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """The activation function that config.json calls `name`."""
+    """The activation function with this name in config.json."""
     return {
         "silu": jax.nn.silu,
         "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -155,5 +155,5 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 def soft_cap(x: Array, cap: float | None) -> Array:
-    """cap * tanh(x / cap), or x where there is no cap."""
+    """cap * tanh(x / cap), or x without a cap."""
     return x if cap is None else cap * jnp.tanh(x / cap)

@@ -1,7 +1,7 @@
-"""The jitted steps over a pool of KV pages: prefill, decode, score, and pages in and out. Called by the serving workers.
+"""The jitted steps over a pool of KV pages: prefill, decode, score, and page moves. The engine's workers call them.
 
-Pages are donated and keep their sharding, so a pool is written in place and steps of equal shapes share one compilation,
-whatever the rows' lengths. Metadata (`PagedBatch`, page ids) is built in NumPy.
+Pages are donated and keep their sharding, so a pool is written in place and all batches of one shape share a
+compilation, whatever their rows' lengths. Metadata (`PagedBatch`, page ids) are NumPy arrays.
 """
 
 import functools
@@ -26,7 +26,7 @@ from pshare_jax.sampling.sample import best_logprobs
 
 
 class Scores(NamedTuple):
-    """Log-probabilities of the targets, and the best tokens' ids and log-probabilities, best first."""
+    """Log-probabilities of the targets, and ids and log-probabilities of the best tokens in descending order."""
 
     logprobs: Float[Array, "B T"]
     top_ids: Int[Array, "B T top"]
@@ -35,10 +35,10 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class PagedSteps:
-    """Jitted on first use for each shape. All donate the pages they are given."""
+    """Compiled on first use of each shape. All donate their pages."""
 
     prefill: Callable[[Params, Any, PagedBatch, KVPages], tuple[Int[Array, ""], KVPages]]
-    """(params, tokens [B, T], batch, pages) -> (a number that is there when the step is done, pages)."""
+    """(params, tokens [B, T], batch, pages) -> (a number that is ready when the step is done, pages)."""
     decode: Callable[[Params, Any, PagedBatch, KVPages], tuple[Float[Array, "B V"], KVPages]]
     """(params, tokens [B, 1], batch, pages) -> (logits of the next token in float32, pages)."""
     score: Callable[[Params, Any, ScoreBatch, KVPages], tuple[Scores, KVPages]]
@@ -47,7 +47,7 @@ class PagedSteps:
 
 @dataclass(frozen=True)
 class PageMoves:
-    """Pages out of a pool, into it, and (debug mode) overwritten. `scatter` and `fill` donate the pages they are given."""
+    """Read, write and (debug mode) overwrite pages of a pool. `scatter` and `fill` donate their pages."""
 
     gather: Callable[[KVPages, Any], PageContent]
     scatter: Callable[[KVPages, Any, PageContent], KVPages]
@@ -56,7 +56,7 @@ class PageMoves:
 
 @functools.cache
 def paged_steps(architecture: Architecture, mesh: Mesh, attention_fn: PagedAttention = blocked) -> PagedSteps:
-    """The steps of an architecture on a mesh, with this attention; equal arguments share their compilations."""
+    """The steps of an architecture on a mesh with `attention_fn`; equal arguments share their compilations."""
     config, whole = architecture.config, replicated(mesh)
     out = pages_out(config, mesh)
 
@@ -75,10 +75,10 @@ def paged_steps(architecture: Architecture, mesh: Mesh, attention_fn: PagedAtten
         decoder = architecture.bind(params)
         attend = paged_attend(config, batch, attention_fn, independent)
         hidden, pages = decoder(tokens, positions_of(batch, tokens.shape[1]), attend, pages)
-        # Whole on every device, as the sampler gets them.
+        # Replicated, like the sampler's logits.
         logits = jax.lax.with_sharding_constraint(decoder.logits(hidden).reshape(tokens.size, -1), whole)
-        told = best_logprobs(logits, jnp.asarray(scored.targets).reshape(-1))
-        return Scores(*(one.reshape(*tokens.shape, *one.shape[1:]) for one in told)), pages
+        scores = best_logprobs(logits, jnp.asarray(scored.targets).reshape(-1))
+        return Scores(*(part.reshape(*tokens.shape, *part.shape[1:]) for part in scores)), pages
 
     return PagedSteps(
         prefill=jax.jit(prefill, out_shardings=(whole, out), donate_argnums=3),
@@ -89,7 +89,7 @@ def paged_steps(architecture: Architecture, mesh: Mesh, attention_fn: PagedAtten
 
 @functools.cache
 def page_moves(config: ModelConfig, mesh: Mesh) -> PageMoves:
-    """The moves of pools of this config on a mesh."""
+    """The page moves of a config's pools on a mesh."""
     out = pages_out(config, mesh)
     return PageMoves(
         gather=jax.jit(gather_pages, out_shardings=content_sharding(config, mesh)),

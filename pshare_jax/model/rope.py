@@ -1,6 +1,6 @@
-"""Rotary position embeddings: how config.json spells them, and the cos/sin tables that layers apply.
+"""Rotary position embeddings: their fields in config.json, and the cos/sin tables that layers apply.
 
-Read by `ModelConfig.from_hf` (spelling) and by `Decoder` (tables, one for each distinct `RopeConfig` of a model).
+`ModelConfig.from_hf` parses the fields; `Decoder` computes one table for each distinct `RopeConfig` of a model.
 """
 
 import math
@@ -21,8 +21,8 @@ KNOWN_TYPES = ("default", "linear", "llama3")
 class RopeConfig:
     """One rotary embedding.
 
-    `factor` divides all frequencies (`linear`) or the low ones (`llama3`); the other three fields are llama3's: wavelengths
-    above `original_max_len / low_freq_factor` are scaled, those below `original_max_len / high_freq_factor` are not.
+    `factor` divides all frequencies (`linear`) or the low frequencies (`llama3`). The other three fields are llama3's:
+    wavelengths above `original_max_len / low_freq_factor` are scaled, below `original_max_len / high_freq_factor` not.
     """
 
     theta: float
@@ -33,9 +33,9 @@ class RopeConfig:
     original_max_len: int = 0
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
-        """Radians a position for each of the `head_dim // 2` rotated pairs, float32 `[head_dim // 2]`."""
+        """Radians per position of each rotated pair, float32 `[head_dim // 2]`."""
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        # NumPy's float32 power differs in the last bit between CPUs: power in float64, then rounded, equals torch's.
+        # NumPy's float32 power differs in the last bit between CPUs; rounded float64 powers equal torch's.
         powers = np.power(self.theta, exponents.astype(np.float64)).astype(np.float32)
         plain = np.float32(1.0) / powers
         if self.type == "linear":
@@ -45,7 +45,7 @@ class RopeConfig:
         return plain
 
     def _llama3(self, plain: np.ndarray) -> np.ndarray:
-        # Llama 3.1's three bands: long wavelengths divided by the factor, short ones kept, a linear blend between.
+        # Llama 3.1's three bands: long wavelengths are scaled, short wavelengths are not, a linear blend in between.
         wavelength = 2 * math.pi / plain
         blend = (self.original_max_len / wavelength - self.low_freq_factor) / (
             self.high_freq_factor - self.low_freq_factor
@@ -57,7 +57,7 @@ class RopeConfig:
 def rope_tables(
     rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
-    """Cosines and sines of every position, float32, ready to broadcast over heads."""
+    """Cosines and sines of every position, in float32, with an axis to broadcast over heads."""
     angles = positions[..., None, None].astype(jnp.float32) * rope.inverse_frequencies(head_dim)
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -65,7 +65,7 @@ def rope_tables(
 def rotate(
     x: Float[Array, "B T heads H"], cos: Float[Array, "B T 1 half"], sin: Float[Array, "B T 1 half"]
 ) -> Float[Array, "B T heads H"]:
-    """Rotate the pairs (i, i + H/2) of every head; the tables take x's dtype first, as transformers does."""
+    """Rotate the pairs (i, i + H/2) of every head; as in transformers, the tables are first cast to x's dtype."""
     cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -80,20 +80,20 @@ def parse_rope(
     old_scaling: bool,
     per_layer_type: bool,
 ) -> RopeConfig:
-    """The rotary embedding of layers of `layer_type`, from either spelling of config.json.
+    """The rotary embedding of layers of `layer_type`, from either style of config.json.
 
-    New files (transformers 5) hold `rope_parameters`, flat or nested by layer type; older ones hold the frequency base
-    under `old_theta_key` and, where `old_scaling`, a `rope_scaling` object. A value that is there beats `default_theta`;
-    two that differ are refused, and so are flat `rope_parameters` of a family whose layer types differ.
+    New files (transformers 5) have `rope_parameters`, flat or nested by layer type. Older files have the frequency base
+    under `old_theta_key` and, with `old_scaling`, a `rope_scaling` object. A missing base means `default_theta`. Two
+    different values are an error, and so are flat `rope_parameters` with `per_layer_type`.
     """
     new = _object(config, "rope_parameters")
     if any(isinstance(value, Mapping) for value in new.values()):
-        # Gemma 3's absent kinds have defaults of their own in transformers.
+        # transformers has defaults for layer types that a Gemma 3 file leaves out.
         if layer_type not in new and not per_layer_type:
-            raise PshareError(f"rope_parameters in config.json has no '{layer_type}', which the model's layers need.")
+            raise PshareError(f"rope_parameters in config.json needs an entry '{layer_type}' for the model's layers.")
         new = _object(new, layer_type)
     elif new and per_layer_type:
-        raise PshareError("rope_parameters in config.json must be given for each layer type of this family.")
+        raise PshareError("rope_parameters in config.json must have an entry for each layer type of this family.")
     old = _object(config, "rope_scaling") if old_scaling else {}
     scaling = {key: _agreed(key, new.get(key), old.get(key)) for key in (*old, *new)}
     rope_type = _agreed("rope_type", scaling.get("rope_type"), scaling.get("type"))
@@ -105,26 +105,26 @@ def parse_rope(
 def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = config.get(key)
     if value is not None and not isinstance(value, Mapping):
-        raise PshareError(f"config.json has {key}: {value!r}, but it must be an object.")
+        raise PshareError(f"{key} in config.json must be an object, not {value!r}.")
     return value or {}
 
 
 def _agreed(name: str, first: Any, second: Any) -> Any:
     if first is not None and second is not None and first != second:
-        raise PshareError(f"config.json gives {name} twice with different values, {first} and {second}: keep one.")
+        raise PshareError(f"config.json has two different values of {name}, {first} and {second}; keep one.")
     return second if first is None else first
 
 
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise PshareError(f"config.json has {name}: {value!r}, but it must be a positive number.")
+        raise PshareError(f"{name} in config.json must be a positive number, not {value!r}.")
     return float(value)
 
 
 def _checked(rope_type: str, theta: float, scaling: Mapping[str, Any], config: Mapping[str, Any]) -> RopeConfig:
     partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
-        raise PshareError(f"config.json asks for partial_rotary_factor {partial}, but only 1.0 is supported.")
+        raise PshareError(f"partial_rotary_factor in config.json must be 1.0, not {partial}.")
     if rope_type not in KNOWN_TYPES:
         raise PshareError(f"rope type '{rope_type}' is not supported; known types: {', '.join(KNOWN_TYPES)}.")
     if rope_type == "default":

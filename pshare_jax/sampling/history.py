@@ -1,6 +1,6 @@
-"""The tokens of one sequence as far as they change its next scores: penalties, biases and bans, kept up token by token.
+"""One sequence's logit adjustments (penalties, biases and bans), updated token by token.
 
-The decode worker owns one for each sequence and writes it into its row of the batch. Host-side, imports no jax.
+The decode worker keeps a `TokenHistory` for each sequence and writes it into the sequence's row of the batch.
 """
 
 from collections.abc import Collection, Sequence
@@ -11,9 +11,9 @@ from pshare_jax.sampling.params import SamplingParams
 
 
 class TokenHistory:
-    """What `SamplingParams` steps 1 to 3 do to the next token of a sequence.
+    """The state of `SamplingParams` steps 1 to 3 for one sequence.
 
-    Arrays as long as the vocabulary exist only for what the request asked for.
+    Arrays of the vocabulary's length are allocated only for the options that the request uses.
     """
 
     def __init__(
@@ -24,10 +24,10 @@ class TokenHistory:
         banned_ids: Collection[int] = (),
         min_tokens: int = 0,
     ):
-        """`banned_ids` cannot come while fewer than `min_tokens` tokens are out; those of no vocabulary are passed over.
+        """`banned_ids` are banned until `min_tokens` tokens are generated; ids outside the vocabulary are ignored.
 
         Raises:
-            PshareError: `logit_bias` names a token that is not one.
+            PshareError: `logit_bias` has an id outside the vocabulary.
         """
         sampling.check_vocabulary(vocab_size)
         self._sampling = sampling
@@ -40,7 +40,7 @@ class TokenHistory:
             self._logit_bias[token] = self._logit_bias.get(token, 0.0) + bias
         self._bias: np.ndarray | None = None
         self._repeated: np.ndarray | None = None
-        if sampling.penalizes_answer or sampling.logit_bias:
+        if sampling.penalizes_completion or sampling.logit_bias:
             self._bias = np.zeros(vocab_size, np.float32)
             for token, bias in self._logit_bias.items():
                 self._bias[token] = bias
@@ -50,22 +50,22 @@ class TokenHistory:
 
     @property
     def active(self) -> bool:
-        """Whether the next token's scores may be changed; if not, `write` would write zeros."""
+        """Whether the next token's scores may change; if not, `write` would write zeros."""
         return bool(self._logit_bias or self._repeated is not None or self._banned_now or self._counts)
 
     def push(self, token_id: int) -> None:
-        """Takes the answer's next token."""
+        """Adds the completion's next token."""
         self._num_tokens += 1
         if self._repeated is not None:
             self._repeated[token_id] = True
-        if self._bias is not None and self._sampling.penalizes_answer:
+        if self._bias is not None and self._sampling.penalizes_completion:
             count = self._counts[token_id] = self._counts.get(token_id, 0) + 1
             penalty = self._sampling.frequency_penalty * count + self._sampling.presence_penalty
-            # From the whole count, so that rounding does not add up over a long answer.
+            # Computed from the count, so that rounding errors do not accumulate over a long completion.
             self._bias[token_id] = self._logit_bias.get(token_id, 0.0) - penalty
 
     def write(self, bias_row: np.ndarray, repeated_row: np.ndarray) -> None:
-        """Fills a row of the batch's `Adjustments` (float32 `[V]` and bool `[V]`), whatever stood there."""
+        """Overwrites a row of the batch's `Adjustments` (float32 `[V]` and bool `[V]`)."""
         bias_row[:] = 0 if self._bias is None else self._bias
         repeated_row[:] = False if self._repeated is None else self._repeated
         if self._banned_now:

@@ -1,6 +1,6 @@
-"""How a request wants its tokens chosen, and the same for the rows of a batch as NumPy arrays. Imports no jax.
+"""A request's sampling parameters, and those of a batch's rows as NumPy arrays.
 
-The plain loop and the server fill these in; pshare_jax/sampling/sample.py carries them out on the device.
+Generation and the server fill them in; sampling/sample.py applies them on the device.
 """
 
 import math
@@ -14,30 +14,30 @@ from jaxtyping import Float32, Int32, UInt32
 from pshare_jax.errors import PshareError
 
 ALMOST_GREEDY = 1e-5
-"""Temperatures below this are greedy: scores divided by less overflow float32, and the draw would be the best token anyway."""
+"""Temperatures below this are greedy: dividing by less overflows float32, and would draw the best token anyway."""
 
 
 NUM_TOP = 20
-"""How many best tokens come with the logprobs."""
+"""The number of best tokens reported with the logprobs."""
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose the next token from the model's float32 logits, in this order:
 
-    1. Repetition penalty (CTRL, arXiv 1909.05858) on every token that prompt or answer hold: positive logits are divided
-       by `repetition_penalty`, the others multiplied. 1 is off.
-    2. `logit_bias - frequency_penalty * count - presence_penalty * (count > 0)` is added, where `count` is how often the
-       token stands in the answer so far (the prompt does not count). `logit_bias` holds (token id, bias) pairs; -inf bans
-       the token, and the biases of an id named twice add up. 0 and () are off.
-    3. Banned ids go to -inf: the stop ids while fewer than the request's `min_tokens` are out.
-    4. `temperature` under `ALMOST_GREEDY` takes the best score. Else scores are divided by it, cut to the `top_k` best
-       (0 is off), then to the top-p nucleus (1 is off), then to those with at least `min_p` times the best one's
-       probability (0 is off), and one is drawn; the draw depends on (`seed`, `choice`, position) alone. `choice` numbers
-       the n answers of a request.
+    1. Repetition penalty (CTRL, arXiv 1909.05858) on every token of the prompt and the completion: positive logits are
+       divided by `repetition_penalty`, the others multiplied. 1 is off.
+    2. `logit_bias - frequency_penalty * count - presence_penalty * (count > 0)` is added, where `count` is the number of
+       times that the token occurs in the completion so far, without the prompt. `logit_bias` holds (token id, bias)
+       pairs; -inf bans the token, and biases of a repeated id add up. 0 and () are off.
+    3. Banned ids are set to -inf: the stop ids until `min_tokens` tokens are generated.
+    4. `temperature` under `ALMOST_GREEDY` takes the best score. Otherwise scores are divided by it, restricted to the
+       `top_k` best (0 is off), then to the top-p nucleus (1 is off), then to those with at least `min_p` times the
+       highest probability (0 is off), and one token is drawn; the draw depends on (`seed`, `choice`, position) alone.
+       `choice` numbers the n choices of a request.
 
-    Logprobs are the log-softmax of the raw logits, before all of this. Raises `PshareError` for a penalty or bias that
-    gives no scores.
+    Logprobs are the log-softmax of the raw logits, before all of this. Raises `PshareError` for a penalty or bias out of
+    range.
     """
 
     temperature: float = 0.0
@@ -53,38 +53,38 @@ class SamplingParams:
 
     def __post_init__(self):
         if not (0 < self.repetition_penalty < math.inf):
-            raise PshareError(f"repetition_penalty must be a number above 0, but is {self.repetition_penalty}.")
+            raise PshareError(f"repetition_penalty must be a finite number above 0, not {self.repetition_penalty}.")
         for name in ("presence_penalty", "frequency_penalty"):
             if not math.isfinite(getattr(self, name)):
-                raise PshareError(f"{name} must be a finite number, but is {getattr(self, name)}.")
+                raise PshareError(f"{name} must be a finite number, not {getattr(self, name)}.")
         for token, bias in self.logit_bias:
             if not bias < math.inf:
-                raise PshareError(f"logit_bias of token {token} must be a finite number or -inf, but is {bias}.")
+                raise PshareError(f"logit_bias of token {token} must be a finite number or -inf, not {bias}.")
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the best score is taken, without a draw."""
+        """Whether the best token is taken, without a draw."""
         return self.temperature < ALMOST_GREEDY
 
     @property
-    def penalizes_answer(self) -> bool:
-        """Whether scores depend on how often tokens stand in the answer."""
+    def penalizes_completion(self) -> bool:
+        """Whether scores depend on token counts in the completion."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
     def needs_adjustments(self) -> bool:
-        """Whether logits must be changed (steps 1 and 2) before the choice; bans by `min_tokens` come on top."""
-        return self.penalizes_answer or self.repetition_penalty != 1 or bool(self.logit_bias)
+        """Whether steps 1 and 2 change the logits; bans by `min_tokens` are not included."""
+        return self.penalizes_completion or self.repetition_penalty != 1 or bool(self.logit_bias)
 
     def check_vocabulary(self, size: int) -> None:
-        """Raises `PshareError` if `logit_bias` names a token that a vocabulary of `size` does not have."""
+        """Raises `PshareError` if `logit_bias` has a token id outside a vocabulary of `size`."""
         for token, _ in self.logit_bias:
             if not 0 <= token < size:
-                raise PshareError(f"logit_bias names token {token}, but token ids are 0 to {size - 1}.")
+                raise PshareError(f"logit_bias has the token id {token}; token ids are 0 to {size - 1}.")
 
 
 class SamplingRows(NamedTuple):
-    """`SamplingParams` of the rows of a batch, and the absolute position that each row's token will have."""
+    """`SamplingParams` of a batch's rows, and the absolute position of each row's next token."""
 
     temperature: Float32[np.ndarray, "B"]
     top_k: Int32[np.ndarray, "B"]
@@ -100,16 +100,16 @@ GREEDY = SamplingParams()
 
 
 def sampling_rows(params: Sequence[SamplingParams], positions: Sequence[int], num_rows: int) -> SamplingRows:
-    """Rows for `params` in their order, filled up with greedy ones to `num_rows` (at least `len(params)`)."""
+    """Rows for `params` in order, padded with greedy rows to `num_rows` (at least `len(params)`)."""
     padding = num_rows - len(params)
     rows = [*params, *[GREEDY] * padding]
     return SamplingRows(
-        # Rounding to float32 may lift a greedy temperature over the limit, so it is written as 0.
+        # Rounding to float32 may lift a greedy temperature above the limit, so it is written as 0.
         temperature=np.array([0 if row.is_greedy else row.temperature for row in rows], np.float32),
         top_k=np.array([row.top_k for row in rows], np.int32),
         top_p=np.array([row.top_p for row in rows], np.float32),
         min_p=np.array([row.min_p for row in rows], np.float32),
-        # The two halves of a 64-bit seed, as jax.random.key would take them with 64-bit types switched on.
+        # The two halves of a 64-bit seed, as jax.random.key splits it when 64-bit types are enabled.
         seed=np.array([[row.seed >> 32 & 0xFFFFFFFF, row.seed & 0xFFFFFFFF] for row in rows], np.uint32),
         choice=np.array([row.choice for row in rows], np.uint32),
         position=np.array([*positions, *[0] * padding], np.uint32),

@@ -1,11 +1,10 @@
-"""Choose the next token of each row of a batch: greedy, or a draw that depends on (seed, choice, position) alone.
+"""Chooses the next token of each row of a batch: greedy, or a draw that depends on (seed, choice, position) alone.
 
-One pure function for the plain loop and the server, so that the same request gives the same tokens in both. What is
-chosen, and in which order scores are changed, is said in `SamplingParams`.
+Generation and the server call the same pure function, so the same request gives the same tokens in both. `SamplingParams`
+documents the order of the steps.
 
-A row's result must not depend on the batch it is in, to the last bit. A compiler may order a float sum differently for
-each number of rows, so there is no float reduction here: sums are fixed trees of elementwise additions, and a maximum
-comes from `top_k`.
+A row's result must not depend on its batch, bit for bit. A compiler may order a float sum differently for each number of
+rows, so there is no float reduction here: sums are fixed trees of elementwise additions, and maxima come from `top_k`.
 """
 
 from typing import NamedTuple
@@ -18,33 +17,21 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from pshare_jax.sampling.params import ALMOST_GREEDY, NUM_TOP, SamplingParams, SamplingRows, sampling_rows
 
-__all__ = [
-    "Adjustments",
-    "Sampled",
-    "SamplingParams",
-    "SamplingRows",
-    "best_logprobs",
-    "kept",
-    "sample",
-    "sample_rows",
-    "sampling_rows",
-]
-
 FEW = 1024
-"""Top-k, top-p and min-p look at so many best tokens first; sorting a whole vocabulary takes 20 times as long on a CPU."""
+"""Top-k, top-p and min-p first look at this many best tokens; sorting a vocabulary takes 20 times as long on a CPU."""
 
 
 class Adjustments(NamedTuple):
-    """Changes to the rows' logits: `bias` is added (-inf bans), `repeated` are the tokens that were there before."""
+    """Changes to the rows' logits: `bias` is added (-inf bans), `repeated` marks tokens of prompt and completion."""
 
     bias: Float[Array, "B V"] | Float[np.ndarray, "B V"]
     repeated: Bool[Array, "B V"] | Bool[np.ndarray, "B V"]
 
 
 class Sampled(NamedTuple):
-    """The rows' new token ids; the gap between the two largest scores that each choice was made on; and logprobs.
+    """The rows' new token ids, the gap between the two largest final scores of each row, and logprobs.
 
-    The logprobs are of the raw logits: the chosen id's, and those of the min(20, V) best tokens, best first.
+    The logprobs are those of the raw logits: the chosen id's, and those of the min(20, V) best tokens, best first.
     """
 
     ids: Int[Array, "B"]
@@ -62,14 +49,14 @@ def sample_rows(
     adjusted: Bool[ArrayLike, ""],
     wants_logprobs: Bool[ArrayLike, ""],
 ) -> Sampled:
-    """One token a row; to be jitted by the caller, one compile for each shape.
+    """One token per row; to be jitted by the caller, one program per shape.
 
-    The flags are the whole batch's and save time: without `drawn` all rows are greedy, without `adjusted` neither
-    `adjustments` nor repetition penalties are looked at, without `wants_logprobs` those fields are zeros.
+    The flags apply to the whole batch and save time: without `drawn` all rows are greedy, without `adjusted` the
+    `adjustments` and repetition penalties are ignored, without `wants_logprobs` the logprobs are zeros.
     """
     logits = logits.astype(jnp.float32)
     scores = lax.cond(adjusted, _adjusted, lambda logits, *_: logits, logits, rows, adjustments)
-    # `top_k` puts 0.0 before -0.0, which are one score.
+    # `top_k` ranks 0.0 above -0.0, but they are the same score.
     scores = jnp.where(scores == 0, 0.0, scores)
     scores = lax.cond(drawn, _noisy, lambda scores, _: scores, scores, rows)
     ids, gaps = _best(scores)
@@ -79,9 +66,9 @@ def sample_rows(
 def sample(
     logits: Float[Array, "V"], params: SamplingParams, position: int, adjustments: Adjustments | None = None
 ) -> tuple[Int[Array, ""], Float[Array, ""]]:
-    """The token for absolute `position`, and the gap between the two largest scores that the choice was made on.
+    """The token for absolute `position`, and the gap between the two largest final scores.
 
-    `adjustments` has one row; None changes nothing, so that only a repetition penalty, bias or bans need one.
+    `adjustments` has one row; it is needed only for a repetition penalty, bias or bans.
     """
     rows = sampling_rows([params], [position], 1)
     sampled = _sample_row(logits[None], rows, adjustments, np.array(not params.is_greedy))
@@ -91,7 +78,7 @@ def sample(
 def best_logprobs(
     logits: Float[Array, "B V"], ids: Int[Array, "B"]
 ) -> tuple[Float[Array, "B"], Int[Array, "B top"], Float[Array, "B top"]]:
-    """Log-probabilities of `ids`, and ids and log-probabilities of the min(20, V) best tokens, best first."""
+    """Logprobs of `ids`, and ids and logprobs of the min(20, V) best tokens, best first."""
     values, top_ids = _top(logits, min(NUM_TOP, logits.shape[-1]))
     best = values[:, :1]
     log_total = jnp.log(_sum(jnp.exp(logits - best)))[:, None]
@@ -102,9 +89,9 @@ def best_logprobs(
 def kept(
     scores: Float[Array, "*B V"], top_k: Int[Array, "*B"], top_p: Float[Array, "*B"], min_p: Float[Array, "*B"]
 ) -> Float[Array, "*B V"]:
-    """Scores with all tokens outside top-k, then the top-p nucleus, then min-p put to -inf; the best one always stays.
+    """Scores with the tokens outside top-k, then the top-p nucleus, then min-p set to -inf; the best token always stays.
 
-    Of equal scores the lower id goes first. A row with all three off is left as it is, and if all are, nothing is sorted.
+    Of equal scores the lower id ranks first. A row with all three off is unchanged; if all rows are, nothing is sorted.
     """
     off = (top_k == 0) & (top_p >= 1) & (min_p <= 0)
 
@@ -114,7 +101,7 @@ def kept(
 
     def limited() -> Array:
         size = scores.shape[-1]
-        # Only top-p needs to know of all tokens, and of the rest no more than this sum.
+        # Only top-p depends on all tokens, and only through this sum.
         total = _sum(jnp.exp(scores - _top(scores, 1)[0]))
         masked, complete = cut(min(FEW, size), total)
         return masked if size <= FEW else lax.cond(complete, lambda: masked, lambda: cut(size, total)[0])
@@ -125,7 +112,7 @@ def kept(
 def _cut(
     scores: Array, total: Array, num: int, top_k: Array, top_p: Array, min_p: Array
 ) -> tuple[Float[Array, "*B V"], Bool[Array, "*B"]]:
-    """`kept`'s scores where only the `num` best tokens may stay, and whether no other would have stayed.
+    """`kept`'s scores where only the `num` best tokens may stay, and whether this is exact (no other would stay).
 
     `total` is the sum of exp(score - best) over all tokens.
     """
@@ -133,16 +120,16 @@ def _cut(
     ranked, order = _top(scores, num)
     ranks = jnp.arange(num)
     weights = jnp.exp(ranked - ranked[..., :1])
-    # The i-th prefix sum adds the same numbers in the same order, however many follow.
+    # The i-th prefix sum adds the same numbers in the same order for any `num`.
     sums = lax.associative_scan(jnp.add, weights, axis=-1)
     last = jnp.clip(top_k, 1, num) - 1
     total = jnp.where(top_k == 0, total[..., None], jnp.take_along_axis(sums, last, axis=-1))
     inside = (top_k == 0) | (ranks < top_k)
-    # The sum of all may round to less than a prefix: at 1 the nucleus is everything.
+    # The total may round to less than a prefix sum: a top_p of 1 keeps everything.
     inside &= (sums - weights < top_p * total) | (top_p >= 1)
     inside &= weights >= min_p
     inside |= ranks == 0
-    # All from the first one outside on are outside: rounding may not let a token in again.
+    # Everything after the first token outside is outside: rounding must not readmit a token.
     inside = ranks < jnp.where(inside, num, ranks).min(-1, keepdims=True)
     nothing = jnp.full_like(scores, -jnp.inf)
     masked = jnp.put_along_axis(nothing, order, jnp.where(inside, ranked, -jnp.inf), axis=-1, inplace=False)
@@ -163,10 +150,10 @@ def _adjusted(logits: Array, rows: SamplingRows, adjustments: Adjustments) -> Ar
 
 
 def _noisy(scores: Array, rows: SamplingRows) -> Array:
-    """Scores of which the largest is a draw from softmax(kept scores / temperature); greedy rows are left as they are."""
+    """Scores whose largest is a draw from softmax(kept scores / temperature); greedy rows are unchanged."""
     greedy = rows.temperature < ALMOST_GREEDY
     scaled = scores / jnp.where(greedy, 1, rows.temperature)[:, None]
-    # A greedy row's limits would only cost a sort.
+    # Limits of a greedy row would cost a sort for nothing.
     limits = jnp.where(greedy, 0, rows.top_k), jnp.where(greedy, 1, rows.top_p), jnp.where(greedy, 0, rows.min_p)
     scaled = kept(scaled, *limits)
     noise = jax.vmap(lambda *row: _noise(scores.shape[-1], *row))(rows.seed, rows.choice, rows.position)
@@ -191,15 +178,15 @@ def _no_logprobs(logits: Array, ids: Array) -> tuple[Array, Array, Array]:
 
 
 def _top(values: Float[Array, "*B V"], num: int) -> tuple[Float[Array, "*B num"], Int[Array, "*B num"]]:
-    """The `num` largest and their ids; the lower id first where values are equal."""
-    # Where the compiler sees that only a part of the result is used, it sorts everything on a CPU: 20 to 200 times slower.
-    # The zero keeps the barrier apart from the top-k itself, on which XLA's partitioner for several devices dies.
+    """The `num` largest values and their ids; of equal values the lower id first."""
+    # If the compiler sees that only part of the result is used, it sorts everything on a CPU: 20 to 200 times slower.
+    # The zero separates the barrier from the top-k, since XLA's partitioner crashes on a barrier of top-k alone.
     best, ids, _ = lax.optimization_barrier((*lax.top_k(values, num), jnp.int32(0)))
     return best, ids
 
 
 def _sum(values: Float[Array, "*B V"]) -> Float[Array, "*B"]:
-    """The sum over the last axis, added in halves."""
+    """The sum over the last axis, by adding halves."""
     size = 1 << (values.shape[-1] - 1).bit_length()
     values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, size - values.shape[-1])])
     while size > 1:

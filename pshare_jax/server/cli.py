@@ -12,16 +12,16 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
 
-from pshare_jax.engine.engine import Engine
 from pshare_jax.errors import PshareError
 from pshare_jax.server.app import make_app
 from pshare_jax.server.config import ServeConfig, ServerConfig, check_config
+from pshare_jax.server.draining import DrainingServer
 from pshare_jax.settings import load_settings, to_yaml
 
 GRACE_SECONDS = 5
@@ -105,7 +105,7 @@ def _serve(config: ServeConfig, full_warmup: bool) -> None:
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=math.ceil(config.server.drain_seconds) + GRACE_SECONDS,
             )
-            server = Server(settings, served.engine, tell_ready, config.server.drain_seconds)
+            server = DrainingServer(settings, served.engine, tell_ready, config.server.drain_seconds)
             asyncio.run(server.serve([listener]))
         finally:
             served.engine.stop()
@@ -113,32 +113,6 @@ def _serve(config: ServeConfig, full_warmup: bool) -> None:
                 compiler.stop()
             if served.task_table is not None:
                 served.task_table.stop()
-
-
-class Server(uvicorn.Server):
-    """Tells when it answers; asked to stop, it takes nothing new and lets running answers end for `drain_seconds`."""
-
-    def __init__(self, config: uvicorn.Config, engine: Engine, on_ready: Callable[[], None], drain_seconds: float):
-        super().__init__(config)
-        self._engine, self._on_ready, self._drain_seconds = engine, on_ready, drain_seconds
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called by uvicorn once."""
-        await super().startup(sockets)
-        self._on_ready()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called by uvicorn on a signal; it then waits for open answers (a second Ctrl-C ends them at once)."""
-        self._engine.stop_accepting()
-        ending = asyncio.create_task(self._end_answers())
-        try:
-            await super().shutdown(sockets)
-        finally:
-            ending.cancel()
-
-    async def _end_answers(self) -> None:
-        await asyncio.sleep(self._drain_seconds)
-        self._engine.abort_all()
 
 
 def _log_requests() -> None:

@@ -1,4 +1,4 @@
-"""What is done around every HTTP request: its id, the API key, a line in the log, an error object for a bug."""
+"""ASGI middleware: request ids, the API key, the request log, and an error object for unexpected exceptions."""
 
 import hmac
 import json
@@ -19,19 +19,19 @@ from pshare_jax.server.openai.schema import ApiError, error_body
 logger = logging.getLogger(__name__)
 request_log = logging.getLogger("pshare_jax.requests")
 OPEN_PATHS = ("/health", "/")
-"""Whoever watches over the process has no key; the live page holds no data and asks for it."""
-HUNG_UP = 499
-"""What the log says of a client that did not wait for its answer (nginx's number)."""
+"""Paths without a key: health checks have none, and the live page contains no data and asks for it."""
+CLIENT_CLOSED_REQUEST = 499
+"""The logged status if the client disconnected before the end of the response (nginx's code)."""
 
 
 class Middleware:
-    """ASGI middleware. Every answer carries x-request-id, the client's own if it sent a plain one."""
+    """Adds x-request-id to every response: the client's own if it is printable ASCII, else a new id."""
 
     def __init__(self, app: ASGIApp, api_key: str | None):
         self._app, self._api_key = app, api_key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the call on. Handlers may add to `scope["state"]["log_fields"]` what the log line shall say."""
+        """Handles one request. Handlers may add fields for its log line to `scope["state"]["log_fields"]`."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
@@ -49,14 +49,14 @@ class Middleware:
             await send(message)
 
         try:
-            if _from_elsewhere(scope["method"], headers):
-                await _foreign()(scope, receive, send_with_id)
+            if _is_cross_origin(scope["method"], headers):
+                await _cross_origin_error()(scope, receive, send_with_id)
             elif self._allowed(scope["path"], headers):
                 await self._app(scope, receive, send_with_id)
             else:
-                await _no_key()(scope, receive, send_with_id)
+                await _key_error()(scope, receive, send_with_id)
         except ClientDisconnect:
-            status = HUNG_UP
+            status = CLIENT_CLOSED_REQUEST
         except Exception:
             logger.exception("request %s failed", request_id.decode())
             if not status:
@@ -69,29 +69,30 @@ class Middleware:
         if self._api_key is None or path in OPEN_PATHS:
             return True
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        # Both are compared to the end, whatever the key: the time taken tells nothing of it.
+        # The key is compared in constant time and before the scheme, so the response time reveals nothing about it.
         return hmac.compare_digest(key.strip(), self._api_key.encode()) and scheme.lower() == b"bearer"
 
 
-def _from_elsewhere(method: str, headers: dict[bytes, bytes]) -> bool:
-    """Whether another site's page in a browser sends this: it could drive a server on its visitor's machine."""
+def _is_cross_origin(method: str, headers: dict[bytes, bytes]) -> bool:
+    """Whether another site's page in a browser sends this; it could otherwise use a server on its visitor's machine."""
     origin = headers.get(b"origin")
     return method == "POST" and origin is not None and origin.partition(b"://")[2] != headers.get(b"host")
 
 
-def _foreign() -> JSONResponse:
-    error = ApiError(403, "Pages of other sites may not call this server from a browser.", kind="permission_error")
+def _cross_origin_error() -> JSONResponse:
+    message = "Cross-origin requests are not allowed; call this server from its own page or from outside a browser."
+    error = ApiError(403, message, kind="permission_error")
     return JSONResponse(error_body(error.error), 403)
 
 
-def _no_key() -> JSONResponse:
-    message = "This server needs an API key; send it as Authorization: Bearer KEY."
+def _key_error() -> JSONResponse:
+    message = "The API key is missing or wrong; send it in the header Authorization: Bearer KEY."
     error = ApiError(401, message, kind="authentication_error", code="invalid_api_key")
     return JSONResponse(error_body(error.error), 401, {"WWW-Authenticate": "Bearer"})
 
 
 def _log(scope: Scope, request_id: str, status: int, seconds: float, log_fields: dict[str, Any]) -> None:
-    # What is polled would drown the rest.
+    # Polling would fill the log.
     if scope["method"] == "GET" and status == 200:
         return
     line = {

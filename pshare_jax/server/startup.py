@@ -4,7 +4,6 @@ Called by the command line only. Everything here happens before the server answe
 """
 
 import os
-import queue
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +11,17 @@ from pathlib import Path
 import jax
 
 from pshare_jax.compilation_cache import keep_programs
-from pshare_jax.engine.build import Plan, Sides, assemble
+from pshare_jax.engine.build import mesh_of
 from pshare_jax.engine.compile_counter import count_compilations
 from pshare_jax.engine.config import Placement, resolve_placement
 from pshare_jax.engine.engine import Engine
-from pshare_jax.engine.request import Event, Request
+from pshare_jax.engine.handle import RequestFailed
+from pshare_jax.engine.request import Request
 from pshare_jax.engine.warmup import BackgroundCompiler, Variant, compile_all, variants
 from pshare_jax.engine.worker_thread import POLL_SECONDS
 from pshare_jax.errors import PshareError
-from pshare_jax.mesh import make_mesh, virtual_cpu_devices
-from pshare_jax.server.app import Served
+from pshare_jax.mesh import virtual_cpu_devices
+from pshare_jax.server.app import AppContext
 from pshare_jax.server.config import ServeConfig, num_cpu_devices
 from pshare_jax.server.openai.to_requests import Limits
 from pshare_jax.server.tasks.loader import TaskLoader
@@ -40,7 +40,7 @@ def prepare_jax(config: ServeConfig, cache_folder: Path) -> None:
     count_compilations()
 
 
-def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:
+def build(config: ServeConfig, say: Say) -> tuple[AppContext, list[Variant]]:
     """Loads the base once, puts it on every worker's mesh and adds the tasks; the engine is not started yet.
 
     Raises:
@@ -50,35 +50,20 @@ def build(config: ServeConfig, say: Say) -> tuple[Served, list[Variant]]:
     modules_dir = _checked_modules_dir(config, api_key)
     devices = jax.devices()
     placement = resolve_placement(config.placement, devices[0].platform, len(devices))
-    say(f"{len(devices)} {devices[0].platform} devices; {_told(placement)}")
+    say(f"{len(devices)} {devices[0].platform} devices; {_described(placement)}")
     say(f"opening and loading the base {config.base}")
     dtype = None if config.dtype == "auto" else config.dtype
-    first = placement.prefill[0]
-    model = load(config.base, dtype=dtype, mesh=make_mesh(first.devices, len(first.devices)))
-    plan = Plan(
-        tasks=config.tasks,
-        placement=placement,
-        sharing=config.sharing,
-        kv=config.kv,
-        batch=config.batch,
-        policy=config.routing,
-        debug=config.debug,
-        max_requests=config.server.max_requests,
-        stall_seconds=config.server.stall_seconds,
-    )
-    sides = assemble(model, plan, say)
-    pools = {id(side.pool): side.pool for side in (*sides.prefill, *sides.decode)}.values()
-    say(
-        f"KV: {sum(pool.num_pages for pool in pools)} pages of {sides.settings.page_bytes:,} bytes in {len(pools)} pools"
-    )
-    engine = Engine(sides.prefill, sides.decode, model.tokenizer.detokenizer, sides.settings)
-    limits = Limits(sides.settings.max_len, model.config.vocab_size, model.stop_ids, config.server.max_requests)
+    model = load(config.base, dtype=dtype, mesh=mesh_of(placement.prefill[0]))
+    engine = Engine.build(model, config, say)
+    num_pages = sum(pool.num_pages for pool in engine.pools)
+    say(f"KV: {num_pages} pages of {engine.facts.page_bytes:,} bytes in {len(engine.pools)} pools")
+    limits = Limits(engine.facts.max_len, model.config.vocab_size, model.stop_ids, config.limits.max_requests)
     say("clients need the API key" if api_key else "clients need no API key")
-    # A folder's place is nobody's business.
-    base, tasks = Path(config.base).name, list(config.tasks)
-    table = modules_dir and _task_table(config, placement, engine, tasks, modules_dir, sides)
-    served = Served(engine, tasks, model.tokenizer, limits, config.server.max_body_bytes, api_key, base, table)
-    return served, variants(sides.prefill, sides.decode, sides.settings)
+    # Clients need not know where a folder lies.
+    base = Path(config.base).name
+    table = modules_dir and _task_table(config, placement, engine, modules_dir)
+    served = AppContext(engine, model.tokenizer, limits, config.server.max_body_bytes, api_key, base, table)
+    return served, variants(engine)
 
 
 def _checked_modules_dir(config: ServeConfig, api_key: str | None) -> Path | None:
@@ -94,9 +79,7 @@ def _checked_modules_dir(config: ServeConfig, api_key: str | None) -> Path | Non
     return folder
 
 
-def _task_table(
-    config: ServeConfig, placement: Placement, engine: Engine, tasks: list[str], modules_dir: Path, sides: Sides
-) -> TaskTable:
+def _task_table(config: ServeConfig, placement: Placement, engine: Engine, modules_dir: Path) -> TaskTable:
     open_workers = [index for index, worker in enumerate(placement.decode) if worker.tasks == "all"]
     refusal = None
     if config.sharing == "isolated":
@@ -105,8 +88,7 @@ def _task_table(
         )
     elif not open_workers:
         refusal = "No decode worker in placement has tasks: all, so tasks cannot change at run time."
-    loader = TaskLoader(engine, sides)
-    return TaskTable(engine, tasks, modules_dir, open_workers, loader.load, refusal)
+    return TaskTable(engine, modules_dir, open_workers, TaskLoader(engine).load, refusal)
 
 
 def _key_from_environment() -> str | None:
@@ -116,7 +98,7 @@ def _key_from_environment() -> str | None:
     return key and key.strip()
 
 
-def warm_up(served: Served, programs: list[Variant], full: bool, say: Say) -> BackgroundCompiler:
+def warm_up(served: AppContext, programs: list[Variant], full: bool, say: Say) -> BackgroundCompiler:
     """Compiles what a short chat needs, or with `full` everything, and lets every task on every worker of a started
     engine answer once; the rest is compiled in the background.
 
@@ -139,7 +121,7 @@ def warm_up(served: Served, programs: list[Variant], full: bool, say: Say) -> Ba
     return BackgroundCompiler([one for one in programs if one not in now], ready, say, engine.wake)
 
 
-def first_answers(served: Served) -> None:
+def first_answers(served: AppContext) -> None:
     """Two tokens from every task on every worker.
 
     Raises:
@@ -148,20 +130,17 @@ def first_answers(served: Served) -> None:
     max_len = served.limits.max_len
     prompt = (0,) * max(1, min(WARM_UP_LEN, max_len - 2))
     for number, (route, task) in enumerate(served.engine.all_routes()):
-        done: queue.SimpleQueue[Event] = queue.SimpleQueue()
         # A salt of its own: no prompt of a user's shall hit what nobody asked for.
         request = Request(
             f"warm-up-{number}", task, prompt, min(2, max_len - len(prompt)), cache_salt=f"warm-up {number}"
         )
-        served.engine.submit(request, done.put, route)
-        event = done.get()
-        while not event.last:
-            event = done.get()
-        if event.error is not None:
-            raise PshareError(f"The first answer of the task {task!r} failed; the log above says why.")
+        try:
+            served.engine.submit(request, route=route).result()
+        except RequestFailed:
+            raise PshareError(f"The first answer of the task {task!r} failed; the log above says why.") from None
 
 
-def _told(placement: Placement) -> str:
+def _described(placement: Placement) -> str:
     prefill = ", ".join(str(worker.devices) for worker in placement.prefill)
     decode = ", ".join(str(worker.devices) for worker in placement.decode)
     return f"prefill on {prefill}, decode on {decode}"

@@ -1,7 +1,7 @@
-"""A decode module on disk: full weights as a Hugging Face checkpoint, LoRA in PEFT's format, each with decode_module.json.
+"""Decode modules on disk: full weights as a Hugging Face checkpoint or LoRA in PEFT's format, with decode_module.json.
 
-decode_module.json says which base the module was made for and whose KV it was trained on; `load_module` refuses what
-does not fit, since a wrong base or prefill would answer fluently and wrongly.
+That manifest names the base that the module was made for and the KV it was trained on. `load_module` refuses a module
+that does not fit, because its answers on another base's KV would be fluent and wrong.
 """
 
 import json
@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
-from jax.sharding import Mesh
 
 from pshare_jax.errors import PshareError
-from pshare_jax.model.architecture import Architecture, Params
 from pshare_jax.model.config import ModelConfig
-from pshare_jax.model.dense_steps import Steps, steps
-from pshare_jax.model.paged_steps import PagedSteps, paged_steps
 from pshare_jax.share.lora import read_adapter, write_adapter
-from pshare_jax.share.model import Model
+from pshare_jax.share.model import Model, Weights
 from pshare_jax.share.save import save_folder
 from pshare_jax.weights.fingerprint import model_fingerprint
 from pshare_jax.weights.load import read_parameters, settle_tying
@@ -30,28 +26,13 @@ Kind = Literal["full", "lora"]
 Prefill = Literal["base", "own"]
 
 
-@dataclass(frozen=True)
-class DecodeModule:
-    """One task's weights on a mesh. A LoRA module's dict holds the base's own arrays beside its A and B."""
-
-    architecture: Architecture
-    params: Params
-    mesh: Mesh
-
-    @property
-    def steps(self) -> Steps:
-        """The jitted steps of this module's architecture on its mesh."""
-        return steps(self.architecture, self.mesh)
-
-    @property
-    def paged(self) -> PagedSteps:
-        """The jitted steps over pages of KV."""
-        return paged_steps(self.architecture, self.mesh)
+class DecodeModule(Weights):
+    """The weights of one task. The parameters of a LoRA module are the base's arrays and its own A and B."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """decode_module.json. `prefill` is whose KV the module was trained on; `training` is free text for people."""
+    """decode_module.json. `prefill` is the KV that the module was trained on; `training` is free-form information."""
 
     kind: Kind
     base_fingerprint: str
@@ -64,16 +45,16 @@ class Manifest:
 
 def save_module(
     folder: str | Path,
-    module: DecodeModule,
+    module: Weights,
     base: Model,
     *,
     prefill: Prefill = "base",
     training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a decode module of `base` into `folder` (made if missing): weights, and decode_module.json last."""
+    """Write a decode module of `base` (or `base` itself) into `folder`, created if missing: weights, then manifest."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # An older manifest must not vouch for weights that are half written.
+    # An older manifest must not describe weights that are half written.
     (folder / MANIFEST).unlink(missing_ok=True)
     lora = module.architecture.lora
     if lora is None:
@@ -92,24 +73,24 @@ def save_module(
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check decode_module.json; its absence is told as what it means for serving."""
+    """Read and check decode_module.json; the error for a missing file says why serving needs it."""
     if not folder.is_dir():
         raise PshareError(f"there is no decode module folder {folder}.")
     path = folder / MANIFEST
     if not path.is_file():
         raise PshareError(
-            f"{folder} has no {MANIFEST}: an ordinary fine-tune prefills with its own weights and would answer wrongly on "
-            "the base's KV, so only modules trained for it can be served."
+            f"{folder} has no {MANIFEST}: an ordinary fine-tune prefills with its own weights and answers wrongly on "
+            "the base's KV, so only modules trained on that KV can be served."
         )
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise PshareError(f"{path} is not a readable decode module manifest: {error}.") from error
     if not isinstance(content, dict):
-        raise PshareError(f"{path} is not a readable decode module manifest: it must hold a JSON object.")
+        raise PshareError(f"{path} is not a readable decode module manifest: it must contain a JSON object.")
     faults = _manifest_faults(content)
     if faults:
-        raise PshareError(f"{path} is not a decode module manifest of version 1: {'; '.join(faults)}.")
+        raise PshareError(f"the manifest {path} is not valid: {'; '.join(faults)}.")
     return Manifest(**content)
 
 
@@ -119,21 +100,21 @@ def _manifest_faults(content: Mapping[str, Any]) -> list[str]:
     faults = [f"{name} is missing" for name in ("kind", *texts) if name not in content]
     for name, value in content.items():
         if name in choices and value not in choices[name]:
-            faults.append(f"{name} {value!r} is not one of {', '.join(map(str, choices[name]))}")
+            faults.append(f"{name} must be {' or '.join(map(str, choices[name]))}, not {value!r}")
         elif name in texts and not isinstance(value, str):
-            faults.append(f"{name} {value!r} is not a text")
+            faults.append(f"{name} must be a string, not {value!r}")
         elif name == "training" and not isinstance(value, dict):
-            faults.append(f"{name} {value!r} is not an object")
+            faults.append(f"{name} must be an object, not {value!r}")
         elif name not in (*choices, *texts, "training"):
-            faults.append(f"{name} is unknown")
+            faults.append(f"{name} is an unknown field")
     return faults
 
 
 def load_module(folder: str | Path, base: Model, *, prefill: Prefill = "base") -> DecodeModule:
-    """The decode module in `folder` on the base's mesh; refused if made for another base, tokenizer or prefill.
+    """The decode module in `folder` on the base's mesh; a module for another base, tokenizer or prefill is an error.
 
-    With `prefill` "own" (the isolated baseline: the module's own weights make its KV) any full fine-tune of the base's
-    architecture will do, and so will a module that was trained on the base's KV.
+    With `prefill` "own" (the isolated baseline, where the module's own weights compute its KV) any full fine-tune of
+    the base's architecture is accepted, also without a manifest or trained on the base's KV.
     """
     folder = Path(folder)
     if prefill == "own" and folder.is_dir() and not (folder / MANIFEST).exists():
@@ -155,10 +136,12 @@ def _check_manifest(manifest: Manifest, folder: Path, base: Model, prefill: Pref
     for name, (ours, what) in expected.items():
         theirs = getattr(manifest, name)
         if theirs != ours:
-            raise PshareError(f"{folder} was made for {what} ({name} {theirs[:12]}, this base has {ours[:12]}).")
+            raise PshareError(
+                f"{folder} was made for {what}: its {name} is {theirs[:12]}, but this base has {ours[:12]}."
+            )
     if manifest.prefill == "own" and prefill == "base":
         raise PshareError(
-            f"{folder} was trained with prefill 'own', but here the KV comes from the base: it would answer wrongly."
+            f"{folder} was trained with prefill 'own' and answers wrongly on the base's KV; use sharing: isolated."
         )
 
 
@@ -166,10 +149,12 @@ def _load_full(folder: Path, base: Model) -> DecodeModule:
     checkpoint = SafetensorsFolder(folder)
     config = settle_tying(ModelConfig.from_hf(checkpoint.config), checkpoint)
     if replace(config, tied=base.config.tied).layer_fields() != base.config.layer_fields():
-        raise PshareError(f"{folder}: its config.json describes another architecture than the base's.")
+        raise PshareError(
+            f"the architecture in {folder}/config.json differs from the base's; a decode module must have the same."
+        )
     architecture = replace(base.architecture, config=replace(config, max_len=base.config.max_len))
     params, hashes = read_parameters(checkpoint, architecture.config, base.mesh, base.architecture.dtype)
     if model_fingerprint(config, hashes) == base.fingerprint:
-        # The same weights as the base: one copy on these devices is enough.
+        # The weights equal the base's, so one copy on these devices is enough.
         return DecodeModule(base.architecture, base.params, base.mesh)
     return DecodeModule(architecture, jax.block_until_ready(params), base.mesh)

@@ -1,7 +1,7 @@
-"""Factorise a model (PrefillShare, arXiv 2602.12029): a frozen prefill module makes the context's KV, from which others decode.
+"""Factorise a model (PrefillShare, arXiv 2602.12029): a frozen prefill module computes KV, and decode modules read it.
 
-`factorize` gives a `SharedModel` for notebooks, tests and offline use; the server composes the same two halves, one
-`PrefillModule` for each prefill worker and one `TaskModules` for each decode worker.
+`factorize` returns a `SharedModel` for notebooks, tests and offline use. The engine takes the same two halves: a
+`PrefillModule` for each prefill worker and a `TaskModules` for each decode worker.
 """
 
 from dataclasses import replace
@@ -23,17 +23,17 @@ from pshare_jax.share.decode_module import DecodeModule, Prefill, load_module
 from pshare_jax.share.model import Model, checked_tokens
 
 CHUNK = 512
-"""Tokens a prefill step at most: bounds the shapes that are compiled and the memory of attention scores."""
+"""Most tokens of one prefill step; bounds the number of compiled shapes and the memory of attention scores."""
 
 
 class PrefillModule:
-    """The base on one mesh, turning tokens into KV. It has no use for a head and never samples."""
+    """The base on one mesh: turns tokens into KV, uses no head and never samples."""
 
     def __init__(self, model: Model, mesh: Mesh | None = None):
         self.model = model if mesh is None else model.on(mesh)
 
     def prefill(self, tokens: Any, kv: DenseKV | None = None) -> DenseKV:
-        """KV of int tokens `[B, T]` (T may be 0), after those in `kv` if given; `kv` itself stays usable."""
+        """KV of int tokens `[B, T]` (T may be 0) that follow those in `kv`, if given; `kv` itself stays usable."""
         tokens = checked_tokens(tokens, self.model.config)
         kv = self._empty(tokens.shape[0]) if kv is None else kv
         check_fits(tokens, kv, self.model.config)
@@ -51,7 +51,7 @@ class PrefillModule:
         def zeros() -> jax.Array:
             return jnp.zeros(shape, self.model.architecture.dtype, device=sharding)
 
-        # Every array is one of its own: a decode step may be given them to write in place.
+        # Separate arrays, because a donating decode step writes each in place.
         return DenseKV(tuple((zeros(), zeros()) for _ in config.layers), 0)
 
     def _chunk(self, tokens: np.ndarray, kv: DenseKV) -> DenseKV:
@@ -65,9 +65,9 @@ class PrefillModule:
 
 
 class TaskModules:
-    """All tasks of one decode mesh. The base's weights are there once, whatever the number of tasks that use them.
+    """All tasks of one decode mesh. Tasks that use the base's weights share one copy of them.
 
-    `prefill` is whose KV the tasks decode from: the base's, or (the isolated baseline) each task's own.
+    `prefill` says which KV the tasks read: the base's, or each task's own (the isolated baseline).
     """
 
     def __init__(self, model: Model, mesh: Mesh | None = None, prefill: Prefill = "base"):
@@ -77,56 +77,57 @@ class TaskModules:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Task names in the order in which they were added."""
+        """Task names in the order of addition."""
         return tuple(self._tasks)
 
     def add_task(self, name: str, source: str | Path | DecodeModule) -> None:
         """Add a task: "base", a decode module's folder, or a `DecodeModule` on this mesh.
 
-        A folder made for another base, or for a prefill of its own, is refused.
+        Raises:
+            PshareError: the name is empty or taken, or `load_module` refuses the folder.
         """
-        if not name or name in self._tasks:
-            raise PshareError(
-                f"a task named '{name}' " + ("exists already." if name else "needs a name of one character.")
-            )
+        if not name:
+            raise PshareError("the task name must not be empty.")
+        if name in self._tasks:
+            raise PshareError(f"the task '{name}' exists already; choose another name.")
         self._tasks[name] = self._module(source)
 
     def module(self, task: str) -> DecodeModule:
-        """The task's decode module; an unknown name is refused with the list of known ones."""
+        """The task's decode module; the error for an unknown name lists the known tasks."""
         if task not in self._tasks:
             raise PshareError(f"there is no task '{task}'; known tasks: {', '.join(self._tasks) or 'none'}.")
         return self._tasks[task]
 
-    def place(self, kv: DenseKV) -> DenseKV:
-        """KV from the prefill mesh in this mesh's sharding, by one `jax.device_put`; always arrays of its own."""
+    def transfer(self, kv: DenseKV) -> DenseKV:
+        """A copy of KV from the prefill mesh in this mesh's sharding, made by one `jax.device_put`."""
         sharding = kv_sharding(self.model.config, self.model.mesh)
-        # On the same devices an alias would be destroyed with whichever of the two is donated first.
+        # On the same devices, donating either of two aliases would delete both.
         return replace(kv, layers=jax.device_put(kv.layers, sharding, may_alias=False))
 
     def decode(
         self, task: str, tokens: Any, kv: DenseKV, *, donate: bool = False
     ) -> tuple[Float[Array, "B T V"], DenseKV]:
-        """Feed int tokens `[B, T]`, T >= 1, to the task's module after `kv`; logits of each position and the longer KV.
+        """Feed int tokens `[B, T]`, T >= 1, after `kv` to the task's module: all positions' logits and the extended KV.
 
-        With `donate` the old `kv` must not be used again (its memory is written in place); without, it is copied.
+        With `donate` the memory of `kv` is written in place, so `kv` must not be used again; without, it is copied.
         """
         module = self.module(task)
         tokens = checked_tokens(tokens, self.model.config)
         if tokens.shape[1] == 0:
-            raise PshareError("decode needs at least one token.")
+            raise PshareError("decode needs at least one token for each row.")
         check_fits(tokens, kv, self.model.config)
         length = kv.length + tokens.shape[1]
         padded = tokens if tokens.shape[1] == 1 else padded_tokens(tokens)
         kv = kv.grown(kv.length + padded.shape[1])
         step = module.steps.decode_donating if donate else module.steps.decode
         logits, layers = step(module.params, padded, jnp.int32(kv.length), kv.layers)
-        wanted = logits if padded is tokens else logits[:, : tokens.shape[1]]
-        return wanted, DenseKV(layers, length)
+        real = logits if padded is tokens else logits[:, : tokens.shape[1]]
+        return real, DenseKV(layers, length)
 
     def _module(self, source: str | Path | DecodeModule) -> DecodeModule:
         if isinstance(source, DecodeModule):
             if not same_devices(source.mesh, self.model.mesh):
-                raise PshareError("this decode module lies on other devices than its decode worker.")
+                raise PshareError("the decode module is not on the devices of this decode mesh; load it on that mesh.")
             return source
         if source == "base":
             return DecodeModule(self.model.architecture, self.model.params, self.model.mesh)
@@ -134,14 +135,14 @@ class TaskModules:
 
 
 class SharedModel:
-    """A factorised model: one prefill module and its tasks' decode modules, on one mesh or on two."""
+    """A factorised model: one prefill module and the tasks' decode modules, on one mesh or on two."""
 
     def __init__(self, prefill: PrefillModule, decode: TaskModules):
         self.prefill_module, self.task_modules = prefill, decode
 
     @property
     def model(self) -> Model:
-        """The base, as it lies on the prefill mesh."""
+        """The base on the prefill mesh."""
         return self.prefill_module.model
 
     @property
@@ -151,46 +152,46 @@ class SharedModel:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Task names in the order in which they were added."""
+        """Task names in the order of addition."""
         return self.task_modules.tasks
 
     def add_task(self, name: str, source: str | Path | DecodeModule) -> None:
-        """Add a task: "base", a decode module's folder, or a `DecodeModule`."""
+        """Add a task: "base", a decode module's folder, or a `DecodeModule` on the decode mesh."""
         self.task_modules.add_task(name, source)
 
     def prefill(self, tokens: Any, kv: DenseKV | None = None) -> DenseKV:
-        """The base's KV of int tokens `[B, T]`, after those in `kv` if given, on the prefill mesh."""
+        """The base's KV of int tokens `[B, T]` that follow those in `kv`, if given, on the prefill mesh."""
         return self.prefill_module.prefill(tokens, kv)
 
     def transfer(self, kv: DenseKV) -> DenseKV:
-        """KV on the decode mesh, moved by one `jax.device_put`; a copy where both meshes are the same devices."""
-        return self.task_modules.place(kv)
+        """A copy of `kv` on the decode mesh, made by one `jax.device_put`."""
+        return self.task_modules.transfer(kv)
 
     def decode(
         self, task: str, tokens: Any, kv: DenseKV, *, donate: bool = False
     ) -> tuple[Float[Array, "B T V"], DenseKV]:
-        """The task's logits `[B, T, V]` for int tokens `[B, T]` after `kv` (on the decode mesh), and the longer KV."""
+        """The task's logits `[B, T, V]` of int tokens `[B, T]` after `kv` on the decode mesh, and the extended KV."""
         return self.task_modules.decode(task, tokens, kv, donate=donate)
 
 
 def factorize(model: Model, *, prefill_mesh: Mesh | None = None, decode_mesh: Mesh | None = None) -> SharedModel:
-    """Split a model by phase: its weights become the frozen prefill module; tasks are added with `add_task`.
+    """Split a model by phase: its weights become the frozen prefill module, and `add_task` adds the decode modules.
 
-    Meshes default to the one that the model lies on; on another mesh it gets one copy, however many tasks there are.
+    Both meshes default to the model's. On another mesh the base is copied once, whatever the number of tasks.
     """
     return SharedModel(PrefillModule(model, prefill_mesh), TaskModules(model, decode_mesh))
 
 
 def check_fits(tokens: np.ndarray, kv: DenseKV, config: ModelConfig) -> None:
-    """Refuse tokens `[B, T]` that a KV cannot take: more than the model's context, or another number of rows."""
+    """Refuse tokens `[B, T]` that exceed the model's context or whose number of rows is not that of `kv`."""
     length = kv.length + tokens.shape[1]
     if length > config.max_len:
-        raise PshareError(f"{length} tokens are more than the model's maximum context length of {config.max_len}.")
-    # XLA would write the first rows of a KV with more of them, and leave the others as they were.
+        raise PshareError(f"{length} tokens exceed the model's maximum context length of {config.max_len} tokens.")
+    # XLA would silently write the first rows only.
     if tokens.shape[0] != kv.batch:
-        raise PshareError(f"tokens have {tokens.shape[0]} rows, but the KV has {kv.batch}.")
+        raise PshareError(f"tokens have {tokens.shape[0]} rows, but the KV has {kv.batch}; both need the same number.")
 
 
 def padded_tokens(tokens: np.ndarray) -> np.ndarray:
-    """Tokens filled up with zeros to the next bucket's length; what the padding computes is never visible to a token."""
+    """Tokens padded with zeros to the next bucket's length; no real token attends to the padding."""
     return np.pad(tokens, ((0, 0), (0, bucket(tokens.shape[1]) - tokens.shape[1])))

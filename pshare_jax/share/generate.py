@@ -1,6 +1,6 @@
-"""The plain loop on a dense KV: the oracle of every test, and the notebook's tool.
+"""The plain generation loop over dense KV: the oracle of the tests, also used by the notebook.
 
-One sequence, one token at a time, no batching, no cache reuse. Our boundary rule: the base encodes
+It handles one sequence, one token at a time, without batching or cache reuse. By the boundary rule the base encodes
 x_1..x_{n-1}; the decode module consumes x_n as its first input and samples y_1.
 """
 
@@ -19,10 +19,10 @@ from pshare_jax.share.factorize import SharedModel
 
 @dataclass(frozen=True)
 class Rollout:
-    """What one generation gave: new ids, the smallest gap between the two best scores of any choice, and logprobs.
+    """The result of one generation: new ids, the smallest gap between the two best scores of any step, and logprobs.
 
-    A test that compares two runs draws another prompt where `smallest_gap` is under 1e-4, so that equality stays exact.
-    `logprobs` are the log-softmax of the raw logits at each new id.
+    A test that compares two runs draws another prompt if `smallest_gap` is under 1e-4, so that the ids are exactly
+    equal. `logprobs` are the log-softmax of the raw logits at each new id.
     """
 
     ids: list[int]
@@ -41,10 +41,10 @@ def generate(
     min_tokens: int = 0,
     response_start: int | None = None,
 ) -> list[int]:
-    """New token ids only, the end token included if one came; `stop_ids` None means the model's end set, () none.
+    """The new token ids, including the end token if one was chosen. `stop_ids` defaults to the model's end tokens.
 
-    No stop id is chosen among the first `min_tokens` new ids. With `response_start` k the prompt ends with a begun answer:
-    the base encodes prompt_ids[:k-1], and the decode module goes on from its own KV of the rest.
+    No stop id is chosen among the first `min_tokens` new ids. With `response_start` k, prompt_ids[k:] are the start of
+    the answer: the base encodes prompt_ids[:k-1], and the decode module continues from its own KV of the rest.
     """
     return rollout(
         shared,
@@ -69,15 +69,15 @@ def rollout(
     min_tokens: int = 0,
     response_start: int | None = None,
 ) -> Rollout:
-    """`generate` with gap and logprobs. Raises `PshareError` if prompt and answer exceed the model's context."""
+    """`generate` with gap and logprobs; a prompt and answer longer than the model's context raise `PshareError`."""
     if len(prompt_ids) == 0:
-        raise PshareError("the prompt is empty: at least one token is needed.")
+        raise PshareError("the prompt must have at least one token.")
     if max_new_tokens < 0:
-        raise PshareError(f"max_new_tokens must not be negative, but is {max_new_tokens}.")
+        raise PshareError(f"max_new_tokens must be at least 0, not {max_new_tokens}.")
     if len(prompt_ids) + max_new_tokens > shared.config.max_len:
         raise PshareError(
-            f"the model's maximum context length is {shared.config.max_len} tokens, but the prompt has {len(prompt_ids)} "
-            f"and {max_new_tokens} more were asked for."
+            f"the model's maximum context length is {shared.config.max_len} tokens, but the prompt has "
+            f"{len(prompt_ids)} and max_new_tokens is {max_new_tokens}."
         )
     last = next_position(len(prompt_ids))
     context = list(prompt_ids[:last])
@@ -101,11 +101,11 @@ def rollout(
 def score(
     shared: SharedModel, task: str, ids: Sequence[int], *, response_start: int | None = None
 ) -> list[float | None]:
-    """The log-probability of every id but the first (None), the task's module given all before it.
+    """The log-probability that the task's module gives each id after all earlier ids; None for the first.
 
-    Each id is scored as if it were the first of an answer: the base encodes all but the last of what is before it, and the
-    module consumes that one. With `response_start` k, ids[k:] are scored as one answer, which is what training computes:
-    the base encodes ids[:k-1], and the module consumes the rest one after another on its own KV; before k all is None.
+    Each id is scored as the first token of an answer: the base encodes all earlier ids but the last, which the module
+    consumes. With `response_start` k, ids[k:] are scored as one answer, as in training: the base encodes ids[:k-1], the
+    module consumes the rest one after another on its own KV, and the scores before k are None.
     """
     scores: list[float | None] = [None] * len(ids)
     kv = shared.prefill([list(ids[: 0 if response_start is None else base_len(len(ids), response_start)])])
@@ -133,14 +133,14 @@ def continue_from(
     min_tokens: int = 0,
     context_ids: Sequence[int] = (),
 ) -> Rollout:
-    """Generate from a context's KV on the decode mesh; `kv` is left as it was, so that other tasks may start from it.
+    """Generate from a context's KV on the decode mesh; `kv` stays unchanged, so that other tasks can start from it.
 
-    `context_ids` are the tokens that `kv` holds; only a repetition penalty looks at them, and raises `PshareError` if
-    they are missing.
+    `context_ids` are the tokens whose KV `kv` holds; only a repetition penalty needs them, and without them it raises
+    `PshareError`.
     """
     if sampling.repetition_penalty != 1 and len(context_ids) != kv.length:
         raise PshareError(
-            f"a repetition penalty needs the tokens of the KV: context_ids has {len(context_ids)} of {kv.length}."
+            f"repetition_penalty needs the {kv.length} tokens of the KV in context_ids, which has {len(context_ids)}."
         )
     prompt = [*context_ids, last_prompt_id]
     stops = shared.model.stop_ids if stop_ids is None else stop_ids
@@ -165,7 +165,7 @@ def continue_from(
 def adjustments(
     sampling: SamplingParams, prompt: Sequence[int], answer: Sequence[int], banned: Collection[int], size: int
 ) -> Adjustments | None:
-    """What `SamplingParams` says about the next token's scores, computed from nothing; None if they stay as they are."""
+    """The changes to the next token's scores, computed from all tokens so far; None if the scores stay unchanged."""
     if not sampling.needs_adjustments and not banned:
         return None
     sampling.check_vocabulary(size)
@@ -174,7 +174,7 @@ def adjustments(
         bias[0, token] += value
     for token in set(answer):
         bias[0, token] -= sampling.frequency_penalty * answer.count(token) + sampling.presence_penalty
-    # A stop id that the vocabulary does not have never comes anyway.
+    # A stop id outside the vocabulary is never chosen anyway.
     bias[0, [token for token in banned if 0 <= token < size]] = -np.inf
     if sampling.repetition_penalty != 1:
         repeated[0, [*prompt, *answer]] = True
@@ -182,6 +182,6 @@ def adjustments(
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log-probabilities `[V]` in the dtype of the logits `[V]`."""
+    """Log-probabilities `[V]` of logits `[V]`, in their dtype."""
     shifted = logits - logits.max()
     return shifted - np.log(np.exp(shifted).sum())

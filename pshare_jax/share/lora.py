@@ -1,7 +1,7 @@
-"""LoRA adapters in PEFT's format: adapter_config.json and adapter_model.safetensors <-> our `lora_a`, `lora_b` parameters.
+"""LoRA adapters in PEFT's format: adapter_config.json, adapter_model.safetensors <-> our `lora_a`, `lora_b` parameters.
 
-Called by `modules.py`. Anything of PEFT that would change the output and that a `Projection` does not compute is refused
-by name.
+`decode_module` is the only caller. A PEFT option that changes the output in a way that `Projection` does not compute is
+an error that names the option.
 """
 
 import json
@@ -19,14 +19,14 @@ from pshare_jax.model.architecture import Params, is_lora
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.layers import LoraConfig
 from pshare_jax.share.model import Model
-from pshare_jax.weights.load import place
+from pshare_jax.weights.load import device_put_tensor
 from pshare_jax.weights.names import PROJECTIONS, Entry, projection_sizes
 from pshare_jax.weights.safetensors import save_tensors
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.model."
 USED = frozenset({"r", "lora_alpha", "use_rslora", "target_modules"})
-# Options of PEFT that change nothing in a trained adapter's output, or nothing without another option that is refused.
+# PEFT options that do not change a trained adapter's output, or do so only with another option that is refused.
 HARMLESS = frozenset(
     {
         "auto_mapping",
@@ -49,7 +49,7 @@ HARMLESS = frozenset(
         "task_type",
     }
 )
-# Options with another word for "off"; these initialisations, unlike all others, leave the base's weights as they are.
+# Options with a value that means "off"; only these initialisations leave the base's weights unchanged.
 OFF: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -58,7 +58,7 @@ OFF: Mapping[str, tuple[Any, ...]] = {
 
 
 def read_adapter(folder: Path, base: Model) -> tuple[LoraConfig, Params]:
-    """The adapter's shape and its A, B on the base's mesh; extra, missing or misshapen tensors are told in one message."""
+    """The adapter's shape, and its A and B on the base's mesh; one error lists all faults of the tensors."""
     settings = _read_settings(folder)
     try:
         tensors = load_file(folder / WEIGHTS_FILE)
@@ -74,7 +74,7 @@ def read_adapter(folder: Path, base: Model) -> tuple[LoraConfig, Params]:
         elif values.shape != entry.shape:
             faults.append(f"{entry.name} has shape {list(values.shape)} instead of {list(entry.shape)}")
         else:
-            params[entry.path] = place(values, entry, base.config, base.mesh, base.architecture.dtype)
+            params[entry.path] = device_put_tensor(values, entry, base.config, base.mesh, base.architecture.dtype)
     faults += [f"{name} belongs to no projection" for name in tensors]
     if faults:
         raise PshareError(f"{folder / WEIGHTS_FILE} does not fit the base: {'; '.join(faults[:12])}.")
@@ -82,7 +82,7 @@ def read_adapter(folder: Path, base: Model) -> tuple[LoraConfig, Params]:
 
 
 def write_adapter(folder: Path, lora: LoraConfig, params: Params, config: ModelConfig) -> None:
-    """Write A and B of all targets so that PEFT loads them; alpha is stored as scale times rank."""
+    """Write A and B of all targets in PEFT's format; alpha is stored as scale times rank."""
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -106,7 +106,7 @@ def write_adapter(folder: Path, lora: LoraConfig, params: Params, config: ModelC
 
 
 def adapter_entries(config: ModelConfig, lora: LoraConfig) -> list[Entry]:
-    """All A and B of an adapter: our path, PEFT's tensor name, and the file's shape (A `[rank, in]`, B `[out, rank]`)."""
+    """All A and B of an adapter: our path, PEFT's tensor name, shape in files (A `[rank, in]`, B `[out, rank]`)."""
     entries = []
     for index in range(config.num_layers):
         for path, (num_in, num_out) in projection_sizes(config).items():
@@ -129,25 +129,25 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise PshareError(f"{path} cannot be read: {error}.") from error
     if not isinstance(settings, dict):
-        raise PshareError(f"{path} must hold a JSON object.")
+        raise PshareError(f"{path} must contain a JSON object.")
     for name, value in settings.items():
-        # Strict: what a newer PEFT adds is refused until it is known to change nothing.
+        # Strict: an option of a newer PEFT is refused until it is known to be harmless.
         if value not in (None, False, [], {}) and name not in USED | HARMLESS and value not in OFF.get(name, ()):
-            raise PshareError(f"{path} has {name}: {value!r}, which is not supported.")
+            raise PshareError(f"{path} has {name}: {value!r}, which is not supported; train the adapter without it.")
     for name, kinds in (("r", int), ("lora_alpha", (int, float))):
         value = settings.get(name)
         if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise PshareError(f"{path} needs a positive number {name}, but has {value!r}.")
+            raise PshareError(f"{path}: {name} must be a positive number, not {value!r}.")
     return settings
 
 
 def _scale(settings: Mapping[str, Any]) -> float:
-    # PEFT: alpha / r, or alpha / sqrt(r) where rank-stabilised LoRA is on.
+    # PEFT: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA.
     return settings["lora_alpha"] / settings["r"] ** (0.5 if settings.get("use_rslora") else 1.0)
 
 
 def _targets(tensors: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
-    # What the settings name must have its tensors, and what has tensors counts, also where the settings hold a pattern.
+    # The union of the settings' names and the tensors' names: the settings may hold a pattern instead of names.
     listed = settings.get("target_modules")
     names = {str(name).split(".")[-1] for name in listed} if isinstance(listed, list) else set()
     targets = tuple(

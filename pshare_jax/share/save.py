@@ -1,6 +1,6 @@
-"""Save a model as a Hugging Face folder that transformers loads: config.json, safetensors, tokenizer files.
+"""Save a model as a Hugging Face folder that transformers can load: config.json, safetensors, tokenizer files.
 
-Called by `modules.save_module` and by users. Tensors leave the devices one shard of a file at a time.
+`decode_module.save_module` and users call it. Tensors are copied to the host one file shard at a time.
 """
 
 import json
@@ -17,7 +17,7 @@ from pshare_jax.weights.safetensors import write_safetensors
 
 
 def save_folder(folder: str | Path, model: Model) -> None:
-    """Write the model into `folder` (made if missing) in its run dtype; a tied model has no head tensor in the file."""
+    """Write the model into `folder` (created if missing) in its run dtype; a tied model's file has no head tensor."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", hf_config(model))
@@ -27,7 +27,7 @@ def save_folder(folder: str | Path, model: Model) -> None:
 
 
 def hf_config(model: Model) -> dict[str, Any]:
-    """The source's own config.json with what may have changed since: architecture names, tying, dtype."""
+    """The source's config.json with the fields that may have changed since: architecture names, tying, dtype."""
     family = next(family for family in FAMILIES if family.name == model.config.family)
     return {
         **model.hf_config,

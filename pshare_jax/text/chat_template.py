@@ -1,8 +1,8 @@
-"""Chat messages to text: checks what a client sent and renders the model's own Jinja template.
+"""Chat messages to text: checks the messages and renders the model's own Jinja template.
 
-`Tokenizer.encode_chat` is the caller. The renderer has the environment that Hugging Face templates are written for
-(sandboxed, block trimming, `raise_exception`, `strftime_now`, plain `tojson`), and gives the same text as transformers;
-only messages that no template could mean (unknown role, unknown part type) are refused before it runs.
+`Tokenizer.encode_chat` is the caller. The renderer provides the environment that Hugging Face templates are written for
+(sandboxed, block trimming, `raise_exception`, `strftime_now`, plain `tojson`) and gives the same text as transformers.
+Messages with an unknown role or part type are refused before rendering.
 """
 
 import json
@@ -24,22 +24,22 @@ _RESERVED = ("messages", "tools", "add_generation_prompt")
 
 
 def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """The messages as plain dicts that a template may see.
+    """The messages as plain dicts for a template.
 
-    Parts lists become one text, parts joined by a newline (as vLLM and llama.cpp do); absent and null fields are the
-    same thing; a message's reasoning is found under each of the names that templates use. Anything else stays.
+    Content parts become one text, joined by newlines (as in vLLM and llama.cpp); null fields are dropped; a message's
+    reasoning is stored under each name that templates use. Everything else stays.
     """
     if not messages:
-        raise PshareError("The list of messages is empty; send at least one message.")
+        raise PshareError("messages is empty; send at least one message.")
     return [_checked_message(index, message) for index, message in enumerate(messages)]
 
 
 def _checked_message(index: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise PshareError(f"Message {index} is not an object with a role and content.")
+        raise PshareError(f"Message {index} must be an object with role and content.")
     role = message.get("role")
     if role not in ROLES:
-        raise PshareError(f"Message {index} has the role {role!r}; known roles are {', '.join(ROLES)}.")
+        raise PshareError(f"Message {index} has the unknown role {role!r}; use one of {', '.join(ROLES)}.")
     plain = {key: value for key, value in plain_data(message).items() if value is not None}
     if "content" in plain:
         plain["content"] = _flat_text(index, plain["content"])
@@ -51,7 +51,9 @@ def _flat_text(index: int, content: Any) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise PshareError(f"Message {index}: content must be a text or a list of parts, not {type(content).__name__}.")
+        raise PshareError(
+            f"The content of message {index} must be a string or a list of parts, not {type(content).__name__}."
+        )
     return "\n".join(_part_text(index, part) for part in content)
 
 
@@ -61,14 +63,14 @@ def _part_text(index: int, part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
     text = part.get(kind) if isinstance(part, dict) and kind in ("text", "refusal") else None
     if kind not in ("text", "refusal"):
-        raise PshareError(f"Message {index} has a content part of type {kind!r}; this model reads text parts only.")
+        raise PshareError(f"Message {index} has a content part of type {kind!r}; this model supports text parts only.")
     if not isinstance(text, str):
-        raise PshareError(f"Message {index} has a {kind} part whose {kind!r} is not a text.")
+        raise PshareError(f"Message {index} has a {kind} part whose field {kind!r} is not a string.")
     return text
 
 
 def plain_data(value: Any) -> Any:
-    """`value` rebuilt from dicts, lists, texts, numbers, booleans and None; anything else is a PshareError."""
+    """`value` rebuilt from dicts, lists, strings, numbers, booleans and None; any other type is a PshareError."""
     if isinstance(value, Mapping):
         return {str(key): plain_data(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -77,11 +79,11 @@ def plain_data(value: Any) -> Any:
         return value
     if isinstance(value, str):
         return str(value)
-    raise PshareError(f"A chat holds JSON values only, not {type(value).__name__}.")
+    raise PshareError(f"Messages may contain JSON values only, not {type(value).__name__}.")
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` (plain data) with every text in it changed, the keys of objects included."""
+    """`value` (plain data) with every string in it changed, keys of objects included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -105,14 +107,14 @@ class ChatTemplate:
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
     ) -> str:
-        """The prompt's text; whatever the template raises is a PshareError with the template's own reason.
+        """The prompt's text; an error in the template is a PshareError with the template's own reason.
 
-        A message without content (an assistant's tool call) has none at first, as in transformers; for a template
-        that fails on that, as Qwen3's does, it becomes empty text.
+        A message without content (an assistant's tool call) is rendered without it, as in transformers; if the template
+        fails on that, as Qwen3's does, with empty text.
         """
         taken = [name for name in _RESERVED if name in variables]
         if taken:
-            raise PshareError(f"chat_template_kwargs may not set {', '.join(taken)}; these are fields of the request.")
+            raise PshareError(f"chat_template_kwargs may not set {', '.join(taken)}; use the request's fields instead.")
         values = {"documents": None, **variables, "tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
             return self._rendered({**values, "messages": messages})
@@ -128,12 +130,12 @@ class ChatTemplate:
         except TemplateError as error:
             raise PshareError(f"The chat template refused the messages: {error.message}") from error
         except Exception as error:
-            # Templates are programs that nobody here wrote: whatever goes wrong inside is about these messages.
+            # Templates are third-party programs: an error inside one concerns these messages.
             raise PshareError(f"The chat template cannot render these messages: {error}") from error
 
     @cached_property
     def words(self) -> frozenset[str]:
-        """Texts and field names that the template itself mentions, hence may compare with or look up."""
+        """Strings and field names in the template's source, which it may compare with or look up."""
         tree = self._environment.parse(self.source)
         constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
         return frozenset(constants | {node.attr for node in tree.find_all(nodes.Getattr)})
@@ -147,7 +149,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's tokens for training tools; for rendering it is only a scope."""
+    """`{% generation %}` marks the assistant's tokens for training tools; when rendering it is only a scope."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -174,7 +176,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own filter escapes <, > and & for HTML, which would change what the model reads.
+    # Jinja's own filter escapes <, > and & for HTML, which would change the prompt.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

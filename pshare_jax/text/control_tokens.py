@@ -1,20 +1,23 @@
 """Keeps text that a client sent from becoming control tokens of the prompt.
 
-A template cannot tell its own `<|im_end|>` from one inside a message. Before rendering, `Tokenizer.encode_chat` has the
-control text inside messages broken up with private-use twins of single characters (`broken`), and learns which control
-tokens the template writes on its own from a second rendering of fully disguised messages (`disguised`).
+A template cannot tell its own `<|im_end|>` from one inside a message. Before rendering, `Tokenizer.encode_chat` replaces
+characters of control text inside messages by private-use placeholders (`masked`); a second rendering, of messages without
+any control character (`disguised`), shows which control tokens the template writes on its own. `PlainEncoder` then encodes
+the rendering with control tokens at exactly these places.
 """
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from tokenizers import Tokenizer as Backend
+
 from pshare_jax.text.chat_template import ROLES, map_strings
 
-# Private-use planes 15 and 16: no tokenizer's control token, no normaliser's business, rare in real text.
-_TWINS = range(0xF0000, 0x10FFFD)
+# Private-use planes 15 and 16: in no control token, unchanged by normalisers, rare in real text.
+_PRIVATE_USE = range(0xF0000, 0x10FFFD)
 
 # Field names and values of the chat format that templates branch on; disguising them would only change the branch.
 _FORMAT_WORDS = frozenset(
@@ -28,56 +31,110 @@ _FORMAT_WORDS = frozenset(
 
 
 class ControlText:
-    """The texts of one tokenizer's control tokens, and what hides them."""
+    """The texts of one tokenizer's control tokens."""
 
     def __init__(self, texts: Collection[str]) -> None:
         self._texts = [text for text in texts if text.strip()]
         self._alphabet = sorted(set("".join(self._texts)) - set(" \t\r\n"))
         alternatives = "|".join(re.escape(text) for text in self._texts)
-        # A lookahead, so that overlapping occurrences are all found; the group is the character that gets the twin.
+        # A lookahead finds overlapping occurrences too; group 2 is the character that is replaced.
         self._pattern = re.compile(rf"(?={alternatives})(\s*)(\S)") if self._texts else re.compile(r"(?!)")
 
     def inside(self, value: Any) -> bool:
-        """Whether any text in `value` (plain data) holds a control token's text."""
+        """Whether any string in `value` (plain data) contains a control token's text."""
         if isinstance(value, str):
             return self._pattern.search(value) is not None
         if isinstance(value, dict):
             return any(self.inside(key) or self.inside(item) for key, item in value.items())
         return isinstance(value, list) and any(self.inside(item) for item in value)
 
-    def twins(self, *taken: Any) -> "Twins":
-        """Twins for this tokenizer's control characters that occur nowhere in `taken` (plain data)."""
+    def placeholders(self, *taken: Any) -> "Placeholders":
+        """Placeholders for all control characters; none of them occurs in `taken` (plain data)."""
         used = set(json.dumps(taken, ensure_ascii=False))
-        free = islice((char for char in map(chr, _TWINS) if char not in used), len(self._alphabet))
-        return Twins(dict(zip(self._alphabet, free, strict=True)), self._pattern, self._texts)
+        free = islice((char for char in map(chr, _PRIVATE_USE) if char not in used), len(self._alphabet))
+        return Placeholders(dict(zip(self._alphabet, free, strict=True)), self._pattern, self._texts)
 
 
-class Twins:
-    """A choice of twins for one request: character -> private-use character, one to one, so lengths stay the same."""
+class Placeholders:
+    """One request's mapping from control characters to private-use characters, one to one: lengths stay the same."""
 
-    def __init__(self, twin_of: dict[str, str], pattern: re.Pattern[str], texts: list[str]) -> None:
-        self._pattern, self._texts = pattern, texts
-        self._twin_of = twin_of
-        self._disguise = str.maketrans(twin_of)
-        self._restore = str.maketrans({twin: char for char, twin in twin_of.items()})
+    def __init__(self, placeholder_of: dict[str, str], pattern: re.Pattern[str], texts: list[str]) -> None:
+        self._placeholder_of, self._pattern, self._texts = placeholder_of, pattern, texts
+        self._disguise = str.maketrans(placeholder_of)
+        self._restore = str.maketrans({placeholder: char for char, placeholder in placeholder_of.items()})
 
-    def broken(self, value: Any) -> Any:
-        """`value` (plain data) with one character of each control text replaced by its twin."""
-        return map_strings(value, lambda text: self._pattern.sub(lambda at: at[1] + self._twin_of[at[2]], text))
+    def masked(self, value: Any) -> Any:
+        """`value` (plain data) with one character of each control text replaced."""
+        return map_strings(value, lambda text: self._pattern.sub(lambda at: at[1] + self._placeholder_of[at[2]], text))
 
     def disguised(self, value: Any, known: Collection[str]) -> Any:
         """`value` without any control character, so that nothing in it can become part of a control token.
 
-        Words that the template itself mentions (`known`) stay, unless they hold a control token or are part of one: a
-        template that writes `'<' + tag + '>'` must not complete one from them.
+        Words that the template itself mentions (`known`) stay, unless they contain a control token or are part of one: a
+        template that writes `'<' + tag + '>'` must not complete a control token from them.
         """
         return map_strings(value, lambda text: text if self._stays(text, known) else text.translate(self._disguise))
 
     def restored(self, text: str) -> str:
-        """`text` with every twin turned back."""
+        """`text` with every placeholder replaced by its original character."""
         return text.translate(self._restore)
 
     def _stays(self, text: str, known: Collection[str]) -> bool:
         if text in _FORMAT_WORDS:
             return True
         return text in known and not any(text in control or control in text for control in self._texts)
+
+
+class PlainEncoder:
+    """Encodes control text as ordinary text, and control tokens only where the caller says.
+
+    It is the tokenizer's own pipeline with every special token renamed, so one native pass keeps all its whitespace rules.
+    """
+
+    def __init__(self, backend: Backend, special: Mapping[int, str], secret: str) -> None:
+        """`special`: id -> text of the control tokens; `secret`: random, so that no prompt contains a new name."""
+        self._name_of = {index: f"\U00100000{secret}.{index}\U00100001" for index in special}
+        names = {text: self._name_of[index] for index, text in special.items()}
+        self._backend = Backend.from_str(json.dumps(_renamed(json.loads(backend.to_str()), names)))
+        self._id_of = {self._backend.token_to_id(name): index for index, name in self._name_of.items()}
+
+    def encode(
+        self, text: str, control: Sequence[tuple[int, int, int]] = (), restore: Callable[[str], str] = str
+    ) -> list[int]:
+        """Ids of `text`; `control`: (start, end, id) of its control tokens, all other text goes through `restore`."""
+        pieces, at = [], 0
+        for start, end, index in control:
+            pieces += [restore(text[at:start]), self._name_of[index]]
+            at = end
+        ids = self._backend.encode("".join([*pieces, restore(text[at:])]), add_special_tokens=False).ids
+        return [self._id_of.get(index, index) for index in ids]
+
+
+def control_finder(backend: Backend) -> Backend:
+    """`backend` for control tokens alone: the same rules find them, all text between two of them is one unknown token.
+
+    It is much faster than the full tokenizer.
+    """
+    state = json.loads(backend.to_str())
+    vocab = {token["content"]: token["id"] for token in state["added_tokens"]}
+    unknown = "\U00100000unknown\U00100001"
+    vocab[unknown] = max(vocab.values(), default=-1) + 1
+    model = {"type": "WordLevel", "vocab": vocab, "unk_token": unknown}
+    return Backend.from_str(json.dumps({**state, "model": model, "pre_tokenizer": None, "post_processor": None}))
+
+
+def _renamed(state: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A tokenizer.json with every text of `names` renamed, and without the merges that could still build one."""
+    for token in state["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = state["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(text, text): index for text, index in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
+    if model.get("unk_token"):
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    if "merges" in model:
+        hidden = names.keys()
+        model["merges"] = [pair for pair in model["merges"] if not hidden & {pair[0], pair[1], pair[0] + pair[1]}]
+    return {**state, "post_processor": None}

@@ -1,8 +1,8 @@
 """Token ids to text, one token at a time: whole characters only, in constant time per token.
 
-Owned by `Tokenizer.detokenizer()`; the server pushes each generated id and streams what comes back. All pushes plus the
-flush are exactly `tokenizer.decode(all ids)`, whatever the ids: half characters, stray bytes, control tokens.
-Byte-level vocabularies and SentencePiece-like ones with byte fallback (Gemma, Llama 2) are known; others are refused.
+Made by `Tokenizer.detokenizer()`; the server pushes each generated id and streams the returned text. All pushes plus the
+flush equal `tokenizer.decode(all ids)` for any ids, also partial characters, stray bytes and control tokens. Byte-level
+vocabularies and SentencePiece vocabularies with byte fallback (Gemma, Llama 2) are supported.
 """
 
 import codecs
@@ -18,32 +18,32 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @runtime_checkable
 class Detokenizer(Protocol):
-    """What the server holds for each choice of a request; not to be used again after `flush`."""
+    """The state of one choice's text; not to be used after `flush`."""
 
     def push(self, token_id: int) -> str:
-        """The text that is certain once `token_id` follows; often "" in the middle of a character."""
+        """The text that is final after `token_id`; often "" in the middle of a character."""
         ...
 
     def flush(self) -> str:
-        """What is left at the end; a character cut in half comes out as U+FFFD, as in a plain decode."""
+        """The remaining text; an incomplete character becomes U+FFFD, as in a plain decode."""
         ...
 
 
 @runtime_checkable
 class TokenBytes(Protocol):
-    """A vocabulary's way of writing text: what one token stands for, and how a stream of them is read."""
+    """How a vocabulary represents text: the bytes of one token, and how a stream of tokens is decoded."""
 
     def of(self, token: str) -> bytes:
-        """The bytes that `token` (an ordinary vocabulary entry) stands for."""
+        """The bytes of `token` (an ordinary vocabulary entry)."""
         ...
 
     def detokenizer(self, token_of: Callable[[int], str | None]) -> Detokenizer:
-        """A fresh stream; `token_of` names an id's vocabulary entry, None for ids that write nothing."""
+        """A new stream; `token_of` gives an id's vocabulary entry, None for ids without text."""
         ...
 
 
 def token_bytes_for(decoder: Mapping[str, Any] | None) -> TokenBytes:
-    """The reading that belongs to the `decoder` entry of a tokenizer.json; an unknown kind is a PshareError."""
+    """The implementation for the `decoder` entry of a tokenizer.json; an unknown kind is a PshareError."""
     steps = decoder.get("decoders", [decoder]) if decoder else []
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
@@ -53,13 +53,13 @@ def token_bytes_for(decoder: Mapping[str, Any] | None) -> TokenBytes:
         strip = (steps[3]["content"], steps[3]["start"]) if steps[3:] else ("", 0)
         return ByteFallback(steps[0]["pattern"]["String"], steps[0]["content"], *strip)
     raise PshareError(
-        f"The tokenizer's decoder {json.dumps(decoder)} is not supported; known are ByteLevel and "
-        "Replace, ByteFallback, Fuse (, Strip on the left)."
+        f"The tokenizer's decoder {json.dumps(decoder)} is not supported; supported are ByteLevel, and the sequence "
+        "Replace, ByteFallback, Fuse with an optional Strip on the left."
     )
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Character -> byte, as byte-level vocabularies write bytes: printable Latin-1 as itself, the rest from U+0100."""
+    """Character -> byte in byte-level vocabularies: printable Latin-1 as itself, the rest from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
@@ -72,19 +72,19 @@ class ByteLevel:
         self._byte_of = byte_alphabet()
 
     def of(self, token: str) -> bytes:
-        """The token's bytes; a token with a character outside the alphabet is plain text."""
+        """The token's bytes; a token with a character outside the byte alphabet is plain text."""
         try:
             return bytes(self._byte_of[char] for char in token)
         except KeyError:
             return token.encode("utf-8")
 
     def detokenizer(self, token_of: Callable[[int], str | None]) -> Detokenizer:
-        """A fresh stream of UTF-8 bytes."""
+        """A new stream of UTF-8 bytes."""
         return _ByteLevelStream(self, token_of)
 
 
 class ByteFallback:
-    """Tokens are text with a visible blank ("▁"); `<0xE2>` tokens are single bytes."""
+    """Tokens are text with "▁" for a space; `<0xE2>` tokens are single bytes."""
 
     def __init__(self, blank: str, blank_text: str, strip: str, strip_count: int) -> None:
         self._blank, self._blank_text = blank, blank_text
@@ -96,7 +96,7 @@ class ByteFallback:
         return self.text(token).encode("utf-8") if byte is None else bytes([byte])
 
     def byte(self, token: str) -> int | None:
-        """The byte that `token` stands for, None for a text token."""
+        """The byte of `token`, None for a text token."""
         match = _BYTE_TOKEN.fullmatch(token)
         return int(match[1], 16) if match else None
 
@@ -105,40 +105,40 @@ class ByteFallback:
         return token.replace(self._blank, self._blank_text)
 
     def detokenizer(self, token_of: Callable[[int], str | None]) -> Detokenizer:
-        """A fresh stream of text tokens and byte runs."""
+        """A new stream of text tokens and byte runs."""
         return _ByteFallbackStream(self, token_of)
 
 
 class _ByteLevelStream:
-    def __init__(self, rule: ByteLevel, token_of: Callable[[int], str | None]) -> None:
-        self._rule, self._token_of = rule, token_of
+    def __init__(self, codec: ByteLevel, token_of: Callable[[int], str | None]) -> None:
+        self._codec, self._token_of = codec, token_of
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
         token = self._token_of(token_id)
-        return "" if token is None else self._decoder.decode(self._rule.of(token))
+        return "" if token is None else self._decoder.decode(self._codec.of(token))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
 
 
 class _ByteFallbackStream:
-    """Byte tokens are held until their run ends, because one bad byte turns the *whole* run into U+FFFD."""
+    """Byte tokens are held back until their run ends, because one invalid byte turns the *whole* run into U+FFFD."""
 
-    def __init__(self, rule: ByteFallback, token_of: Callable[[int], str | None]) -> None:
-        self._rule, self._token_of = rule, token_of
+    def __init__(self, codec: ByteFallback, token_of: Callable[[int], str | None]) -> None:
+        self._codec, self._token_of = codec, token_of
         self._run = bytearray()
-        self._to_strip = rule.strip_count
+        self._to_strip = codec.strip_count
 
     def push(self, token_id: int) -> str:
         token = self._token_of(token_id)
         if token is None:
             return ""
-        byte = self._rule.byte(token)
+        byte = self._codec.byte(token)
         if byte is not None:
             self._run.append(byte)
             return ""
-        return self._stripped(self._end_run() + self._rule.text(token))
+        return self._stripped(self._end_run() + self._codec.text(token))
 
     def flush(self) -> str:
         return self._stripped(self._end_run())
@@ -152,9 +152,9 @@ class _ByteFallbackStream:
 
     def _stripped(self, text: str) -> str:
         while self._to_strip and text:
-            if not text.startswith(self._rule.strip):
+            if not text.startswith(self._codec.strip):
                 self._to_strip = 0
                 break
-            text = text[len(self._rule.strip) :]
+            text = text[len(self._codec.strip) :]
             self._to_strip -= 1
         return text

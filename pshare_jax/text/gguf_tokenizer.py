@@ -1,8 +1,8 @@
 """A tokenizer from GGUF metadata, built with `tokenizers` alone (transformers would need torch for it).
 
-`Tokenizer.from_gguf` is the caller. A GGUF names a vocabulary, merges and a pre-tokenizer by keyword; the pipeline
-behind each keyword is the one of the model's own tokenizer.json. Known: gpt2 with pre smollm, llama-bpe or qwen2, and
-Gemma's SentencePiece vocabulary; every other tokenizer is refused by name.
+`Tokenizer.from_gguf` is the caller. A GGUF file holds a vocabulary, merges and a pre-tokenizer's keyword; the pipeline
+for each keyword is that of the model's own tokenizer.json. Supported: gpt2 with pre smollm, llama-bpe or qwen2, and
+Gemma's SentencePiece vocabulary.
 """
 
 import re
@@ -19,7 +19,7 @@ _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 3, 4, 5, 6
 _PADDING = re.compile(r"\[PAD\d+\]")
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
-# Ends of a turn in the known families; GGUF files often name only the end of the text, or mistype Gemma's as ordinary.
+# End-of-turn tokens of the supported families; GGUF files often name only end-of-text, or type Gemma's as ordinary.
 _TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
 _GEMMA_TURNS = ("<start_of_turn>", "<end_of_turn>")
 
@@ -41,11 +41,26 @@ _PIPELINES = {
 }
 
 
-def build_from_gguf(fields: Mapping[str, Any]) -> tuple[Backend, dict[str, Any], frozenset[int]]:
-    """Backend, config (as in tokenizer_config.json) and the ids that end a turn, from `tokenizer.*` metadata."""
+def read_gguf(fields: Mapping[str, Any]) -> tuple[Backend, dict[str, Any], dict[str, str], frozenset[int]]:
+    """Backend, config (as in tokenizer_config.json), chat templates and end-of-turn ids from `tokenizer.*` metadata."""
+    source = fields.get("tokenizer.chat_template")
+    if source is not None and not isinstance(source, str):
+        raise PshareError("The GGUF file's tokenizer.chat_template must be a string.")
+    try:
+        backend, config, turn_ends = _build(fields)
+    except PshareError:
+        raise
+    except Exception as error:  # the Rust library raises bare Exception
+        raise PshareError(f"The GGUF file's tokenizer metadata is malformed: {error!r}.") from error
+    return backend, config, {"default": source} if source else {}, turn_ends
+
+
+def _build(fields: Mapping[str, Any]) -> tuple[Backend, dict[str, Any], frozenset[int]]:
     name = fields.get("tokenizer.ggml.model")
     if name is None or "tokenizer.ggml.tokens" not in fields:
-        raise PshareError("The GGUF file carries no tokenizer (no tokenizer.ggml.model or tokens); use another file.")
+        raise PshareError(
+            "The GGUF file has no tokenizer (tokenizer.ggml.model or tokens is missing); use another file."
+        )
     tokens = list(fields["tokenizer.ggml.tokens"])
     types = list(fields.get("tokenizer.ggml.token_type") or [1] * len(tokens))
     if name == "gpt2":
@@ -73,7 +88,7 @@ def build_from_gguf(fields: Mapping[str, Any]) -> tuple[Backend, dict[str, Any],
 
 
 def _add_framing(backend: Backend, first: str | None, last: str | None) -> None:
-    """Have text prompts begin with the token `first` and end with `last`."""
+    """Makes text prompts begin with the token `first` and end with `last`."""
     special = [(text, backend.token_to_id(text)) for text in (first, last) if text is not None]
     if special:
         rule = [*([f"{first}:0"] if first is not None else []), "$A:0", *([f"{last}:0"] if last is not None else [])]
@@ -83,8 +98,8 @@ def _add_framing(backend: Backend, first: str | None, last: str | None) -> None:
 
 def _unknown(what: str) -> str:
     return (
-        f"The GGUF tokenizer {what} is not supported; known are gpt2 with pre = {', '.join(_PIPELINES)}, "
-        "and llama as Gemma has it. Use the model's Hugging Face folder instead."
+        f"The GGUF tokenizer {what} is not supported; supported are gpt2 with pre = {', '.join(_PIPELINES)}, "
+        "and llama in Gemma's form. Use the model's Hugging Face folder instead."
     )
 
 
@@ -109,18 +124,18 @@ def _byte_level(fields: Mapping[str, Any], tokens: list[str], types: list[int]) 
 
 
 def _vocab(tokens: list[str], types: list[int]) -> dict[str, int]:
-    """Text -> id, without the entries that only fill the embedding up to a round size."""
+    """Text -> id, without the entries that only pad the embedding."""
     pairs = enumerate(zip(tokens, types, strict=True))
     return {text: index for index, (text, kind) in pairs if not (kind == _UNUSED and _PADDING.fullmatch(text))}
 
 
 def _gemma(tokens: list[str], types: list[int]) -> Backend:
-    # llama.cpp stores user-defined runs of blanks as blanks; the vocabulary spells them "▁▁".
+    # llama.cpp stores user-defined runs of spaces as spaces; the vocabulary spells them "▁▁".
     spelled = [
         text.replace(" ", "▁") if kind == _USER_DEFINED else text for text, kind in zip(tokens, types, strict=True)
     ]
     if "\t" not in spelled and "<0x09>" in spelled:
-        spelled[spelled.index("<0x09>")] = "\t"  # older Gemma files have the tab as a byte only, yet merge it
+        spelled[spelled.index("<0x09>")] = "\t"  # older Gemma files have the tab only as a byte token, but merge it
     vocab = _vocab(spelled, types)
     whole = {text for text, kind in zip(spelled, types, strict=True) if kind in (_CONTROL, _BYTE)} - {"\t"}
     unknown = next((text for text, kind in zip(spelled, types, strict=True) if kind == 2), None)
@@ -137,8 +152,8 @@ def _gemma(tokens: list[str], types: list[int]) -> Backend:
 def merges_of(vocab: Mapping[str, int], whole: set[str]) -> list[tuple[str, str]]:
     """BPE merges that a SentencePiece vocabulary implies: every split of a piece into two pieces, best piece first.
 
-    Gemma's pieces are ranked by their place in the vocabulary (their scores say the same); among the splits of one
-    piece the shorter left part comes first. Pieces in `whole` take no part in merges.
+    Gemma's pieces are ranked by id (their scores have the same order); the splits of one piece by the length of the left
+    part. Pieces in `whole` are never merged.
     """
     merges = []
     for piece in sorted(vocab.keys() - whole, key=vocab.__getitem__):
@@ -157,7 +172,7 @@ def _turn_ends(fields: Mapping[str, Any], tokens: list[str]) -> frozenset[int]:
 
 
 def _add_user_defined(backend: Backend, texts: list[str], special: set[str]) -> None:
-    """Tokens such as <think> are matched whole wherever they occur, but are ordinary text otherwise."""
+    """Adds tokens such as <think>, which are matched whole but are otherwise ordinary text."""
     vocab = backend.get_vocab()
     added = [
         AddedToken(text, special=False, normalized=False) for text in texts if text in vocab and text not in special

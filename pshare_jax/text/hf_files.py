@@ -1,7 +1,7 @@
-"""Tokenizer files of a Hugging Face folder: tokenizer.json, tokenizer_config.json, chat templates; read and written.
+"""Reads and writes the tokenizer files of a Hugging Face folder: tokenizer.json, tokenizer_config.json, chat templates.
 
-`Tokenizer.from_folder` and `Tokenizer.save` are the callers. The files are read as transformers reads them (named and
-extra special tokens, the explicit BOS/EOS switches, every place a chat template may be in), without importing it.
+`Tokenizer.from_folder` and `Tokenizer.save` are the callers. The files are interpreted as in transformers (named and
+extra special tokens, the explicit BOS/EOS switches, every location of a chat template), without importing it.
 """
 
 import json
@@ -19,17 +19,17 @@ _EXTRA_LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
 def read_folder(folder: Path) -> tuple[Backend, dict[str, Any], dict[str, str]]:
-    """The backend with every special token added, the config (special tokens as texts), chat templates by name."""
+    """The backend with every special token added, the config (special tokens as strings), chat templates by name."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise PshareError(
-            f"{folder} has no tokenizer.json; convert its tokenizer with transformers "
-            "(AutoTokenizer.from_pretrained(...).save_pretrained(...)) and try again."
+            f"{folder} has no tokenizer.json; convert its tokenizer with transformers: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
     try:
         backend = Backend.from_file(str(file))
     except Exception as error:  # the Rust library raises bare Exception
-        raise PshareError(f"{file} is not a tokenizer that the tokenizers library reads: {error}.") from error
+        raise PshareError(f"The tokenizers library cannot read {file}: {error}.") from error
     backend.no_truncation()
     backend.no_padding()
     config = _read_json(folder / "tokenizer_config.json")
@@ -39,19 +39,19 @@ def read_folder(folder: Path) -> tuple[Backend, dict[str, Any], dict[str, str]]:
         templates = _templates(folder, config.pop("chat_template", None))
         _add_special_tokens(backend, config)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise PshareError(f"The tokenizer files in {folder} do not have the form they should: {error!r}.") from error
+        raise PshareError(f"The tokenizer files in {folder} are malformed: {error!r}.") from error
     if not all(isinstance(template, str) for template in templates.values()):
-        raise PshareError(f"A chat template in {folder} is not a text.")
+        raise PshareError(f"A chat template in {folder} is not a string.")
     return backend, _with_texts(config), templates
 
 
 def write_folder(folder: Path, backend: Backend, config: Mapping[str, Any], templates: Mapping[str, str]) -> None:
-    """Write the files so that transformers' AutoTokenizer and `read_folder` load the same tokenizer."""
+    """Writes the files so that transformers' AutoTokenizer and `read_folder` load the same tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
     body = dict(config)
     jinja = folder / "chat_template.jinja"
-    # Templates of an earlier save would win over this one's.
+    # Templates of an earlier save would take precedence.
     for old in (jinja, folder / "chat_template.json", *(folder / "additional_chat_templates").glob("*.jinja")):
         old.unlink(missing_ok=True)
     if list(templates) == ["default"]:
@@ -63,7 +63,7 @@ def write_folder(folder: Path, backend: Backend, config: Mapping[str, Any], temp
 
 
 def add_special(backend: Backend, texts: list[str]) -> None:
-    """Make `texts` special tokens of `backend`; known ones keep their id and matching flags."""
+    """Makes `texts` special tokens of `backend`; existing tokens keep their id and matching flags."""
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for text in texts:
         old = added.get(text)
@@ -82,16 +82,16 @@ def _read_json(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise PshareError(f"{file} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
-        raise PshareError(f"{file} must hold one JSON object.")
+        raise PshareError(f"{file} must contain one JSON object.")
     return content
 
 
 def _templates(folder: Path, in_config: Any) -> dict[str, str]:
-    """Files win over the config, as in transformers; chat_template.json is the oldest place."""
+    """Files take precedence over the config, as in transformers; chat_template.json is the oldest location."""
     files = {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
     files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if files:
-        # newline="": jinja itself normalises line ends
+        # Read as bytes: Jinja itself normalises line ends.
         return {name: file.read_bytes().decode("utf-8") for name, file in files.items()}
     if in_config is None:
         in_config = _read_json(folder / "chat_template.json").get("chat_template")
@@ -124,7 +124,7 @@ def _added_token(token: Mapping[str, Any]) -> AddedToken:
 
 
 def _text(token: Any) -> Any:
-    """The text of a special token written as an object (older files); anything else as it is."""
+    """The text of a special token written as an object (older files); any other value unchanged."""
     return token.get("content") if isinstance(token, dict) else token
 
 

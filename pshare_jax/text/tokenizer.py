@@ -1,31 +1,72 @@
-"""Text and chats to token ids and back: the one tokenizer interface of the library, without transformers or jax.
+"""Text and chats to token ids and back: the library's tokenizer, without transformers.
 
-Model sources make one (`from_folder`, `from_gguf`); the server, training and generation use it. Ids equal
-transformers' for the same files. Only control tokens that a chat template itself writes become control ids; what
-clients send inside messages stays text (control_text.py).
+Model sources make it; the server, training and generation use it. Ids equal transformers' for the same files. Only control
+tokens that a chat template itself writes become control ids; text inside messages stays text (control_tokens.py).
 """
 
 import hashlib
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from tokenizers import Tokenizer as Backend
 
 from pshare_jax.errors import PshareError
 from pshare_jax.text.chat_template import ChatTemplate, checked_messages, plain_data
-from pshare_jax.text.control_tokens import ControlText, Twins
+from pshare_jax.text.control_tokens import ControlText, Placeholders, PlainEncoder, control_finder
 from pshare_jax.text.detokenizer import Detokenizer, token_bytes_for
-from pshare_jax.text.gguf_tokenizer import build_from_gguf
+from pshare_jax.text.gguf_tokenizer import read_gguf
 from pshare_jax.text.hf_files import SPECIAL_NAMES, read_folder, write_folder
-from pshare_jax.text.plain_encoder import PlainEncoder, control_finder
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """What the server needs of a tokenizer; a prompt that cannot be encoded is a PshareError. See `Tokenizer`."""
+
+    @property
+    def special_tokens(self) -> dict[str, str | None]:
+        """Texts of the named control tokens, such as `eos_token`."""
+        ...
+
+    @property
+    def special_ids(self) -> Collection[int]:
+        """Ids of the control tokens."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template's source."""
+        ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True) -> list[int]:
+        """Ids of a text prompt."""
+        ...
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of ids."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token."""
+        ...
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Ids of a chat's prompt."""
+        ...
 
 
 class Tokenizer:
-    """Immutable once made, and safe to share between threads. Host code."""
+    """Immutable, so safe to share between threads."""
 
     def __init__(
         self,
@@ -43,7 +84,7 @@ class Tokenizer:
         self._variables |= {k: v for k, v in config.items() if k.endswith("_token") and isinstance(v, str)}
         self._bytes = token_bytes_for(json.loads(backend.decoder.__getstate__()) if backend.decoder else None)
         self._control = ControlText(list(self._special.values()))
-        # The unknown token is special, yet ordinary text that a vocabulary lacks becomes it.
+        # Not the unknown token: ordinary text outside the vocabulary becomes it.
         unknown = getattr(backend.model, "unk_token", None)
         self._control_set = frozenset(index for index, text in self._special.items() if text != unknown)
         self.vocab_size: int = backend.get_vocab_size()
@@ -55,22 +96,13 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "Tokenizer":
-        """The tokenizer of a Hugging Face folder; PshareError if it has no tokenizer.json or one we cannot read."""
+        """The tokenizer of a Hugging Face folder; PshareError if tokenizer.json is missing or cannot be read."""
         return cls(*read_folder(Path(path)))
 
     @classmethod
     def from_gguf(cls, fields: Mapping[str, Any]) -> "Tokenizer":
         """The tokenizer that GGUF metadata describes (`tokenizer.*` keys, plain values); unknown kinds are refused."""
-        try:
-            backend, config, turn_ends = build_from_gguf(fields)
-        except PshareError:
-            raise
-        except Exception as error:  # the Rust library raises bare Exception
-            raise PshareError(f"The GGUF file's tokenizer does not have the form it should: {error!r}.") from error
-        source = fields.get("tokenizer.chat_template")
-        if source is not None and not isinstance(source, str):
-            raise PshareError("The GGUF file's chat template is not a text.")
-        return cls(backend, config, {"default": source} if source else {}, turn_ends)
+        return cls(*read_gguf(fields))
 
     @property
     def chat_template(self) -> str | None:
@@ -79,14 +111,13 @@ class Tokenizer:
 
     @property
     def special_tokens(self) -> dict[str, str | None]:
-        """The texts of the named control tokens, None for those that the model does not have."""
+        """Texts of the named control tokens, None where the model has none."""
         return {name: self._config.get(name) for name in SPECIAL_NAMES}
 
     def encode(self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True) -> list[int]:
-        """Ids of a text prompt.
+        """Ids of a text prompt, with one BOS if the tokenizer adds it, also if the text already starts with it.
 
-        A tokenizer that adds BOS gives exactly one, also when the text already starts with it. With `allow_special`
-        off, control text in `text` is encoded like any other text.
+        Without `allow_special`, control text in `text` is encoded like any other text.
         """
         ids = self._encode(text) if allow_special else self._plain.encode(text)
         if not add_special_tokens:
@@ -95,9 +126,9 @@ class Tokenizer:
         return [*prefix, *ids, *self._suffix]
 
     def encode_completion(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-        """Ids of a text prompt, as `encode` gives them, and of the text that follows it, without an end token.
+        """Ids of a text prompt, as `encode` gives them, and of the completion, without an end token.
 
-        Control text in the completion is ordinary text; a token that would span the border is split there.
+        Control text in the completion is ordinary text; a token that would span the boundary is split there.
         """
         ids = self.encode(prompt)
         if not self._control.inside(completion):
@@ -108,21 +139,20 @@ class Tokenizer:
         return ids, self._plain.encode(_valid(completion))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of `ids`; ids without a token write nothing."""
+        """The text of `ids`; ids outside the vocabulary are skipped."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What the token itself writes: a part of a character for byte tokens, a control token's text in UTF-8."""
+        """The token's own bytes: part of a character for byte tokens, a control token's text in UTF-8."""
         if token_id in self._special:
             return self._special[token_id].encode("utf-8")
         token = self._backend.id_to_token(token_id)
         return b"" if token is None else self._bytes.of(token)
 
     def detokenizer(self) -> Detokenizer:
-        """A fresh stream whose pushes and flush add up to `decode(all ids)`."""
-        return self._bytes.detokenizer(
-            lambda index: None if index in self._special else self._backend.id_to_token(index)
-        )
+        """A new stream whose pushes and flush concatenate to `decode(all ids)`."""
+        special, token_of = self._special, self._backend.id_to_token
+        return self._bytes.detokenizer(lambda index: None if index in special else token_of(index))
 
     def encode_chat(
         self,
@@ -134,16 +164,16 @@ class Tokenizer:
     ) -> list[int]:
         """The prompt's ids for a chat, as the model's template writes it.
 
-        Without control text in messages, tools and kwargs the ids are transformers' `apply_chat_template`'s. Control
-        text in them is encoded as ordinary text. PshareError: no template, a role or part the format does not know,
-        whatever the template refuses, and message text that the template would complete to a control token.
+        Without control text in messages, tools and kwargs the ids equal those of transformers' `apply_chat_template`.
+        Control text in them is encoded as ordinary text. PshareError: the model has no template, a role or part is
+        unknown, the template refuses the messages, or it would complete message text to a control token.
         """
         try:
             variables = plain_data(template_kwargs or {})
             chat = [checked_messages(messages), plain_data(tools), list(variables.values())]
             return self._encode_checked(chat, list(variables), add_generation_prompt)
         except RecursionError as error:
-            raise PshareError("The chat is nested too deeply.") from error
+            raise PshareError("The messages are nested too deeply; flatten them.") from error
 
     def encode_turn(
         self,
@@ -153,11 +183,11 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> tuple[list[int], list[int]]:
-        """The prompt for `messages` as `encode_chat` gives it, and what the template writes after it for `answer`.
+        """Ids of the prompt for `messages` as `encode_chat` gives it, and of what the template writes for `answer` after it.
 
-        The second part goes on to the end of the rendering: the answer, its end-of-turn token, often a line break. A
-        token that would span the border is split there, since generation starts at the border. PshareError: as
-        `encode_chat`, and where the template does not write this answer right after that prompt.
+        The second part runs to the end of the rendering: the answer, its end-of-turn token, often a line break. A token
+        that would span the boundary is split there, since generation starts there. PshareError: as `encode_chat`, and if
+        the template does not write the answer right after the prompt.
         """
         prompt = self.encode_chat(messages, tools=tools, template_kwargs=template_kwargs)
         whole = [*messages, answer]
@@ -169,31 +199,31 @@ class Tokenizer:
         return prompt, self._encode_last(chat, list(variables))
 
     def _encode_last(self, chat: list[Any], names: list[str]) -> list[int]:
-        """What the template writes for the last message, by itself; `chat` and `names` as below."""
+        """Ids of what the template writes for the last message; `chat` and `names` as in `_encode_checked`."""
         template = self._template(chat[1])
-        twins = self._control.twins(chat, template.source)
-        messages, *others = twins.broken(chat)
+        placeholders = self._control.placeholders(chat, template.source)
+        messages, *others = placeholders.masked(chat)
         before = self._rendered(template, [messages[:-1], *others], names, True)
         text = self._rendered(template, [messages, *others], names, False)
         if not text.startswith(before):
-            raise PshareError("The chat template does not write this answer right after its prompt.")
+            raise PshareError("The chat template must write the answer right after its prompt, but does not.")
         text = text[len(before) :]
-        return self._encode_broken(text, twins) if self._control.inside(chat) else self._encode(text)
+        return self._encode_masked(text, placeholders) if self._control.inside(chat) else self._encode(text)
 
     def _encode_checked(self, chat: list[Any], names: list[str], add_generation_prompt: bool) -> list[int]:
         """`chat`: messages, tools, and the values of the template variables called `names`."""
         template = self._template(chat[1])
-        twins = self._control.twins(chat, template.source)
-        disguised = twins.disguised(chat, template.words)
+        placeholders = self._control.placeholders(chat, template.source)
+        disguised = placeholders.disguised(chat, template.words)
         text = self._rendered(template, disguised, names, add_generation_prompt)
         own = self._control_ids(self._finder.encode(_valid(text), add_special_tokens=False).ids)
         if self._control.inside(chat):
-            text = self._rendered(template, twins.broken(chat), names, add_generation_prompt)
-            ids = self._encode_broken(text, twins)
+            text = self._rendered(template, placeholders.masked(chat), names, add_generation_prompt)
+            ids = self._encode_masked(text, placeholders)
         else:
             ids = self._encode(self._rendered(template, chat, names, add_generation_prompt))
         if self._control_ids(ids) != own:
-            raise PshareError("Text of the messages would become control tokens in the chat template; rephrase it.")
+            raise PshareError("The chat template would turn text of the messages into control tokens; rephrase it.")
         return ids
 
     def _rendered(self, template: ChatTemplate, chat: list[Any], names: list[str], add_generation_prompt: bool) -> str:
@@ -201,14 +231,11 @@ class Tokenizer:
         variables = {**self._variables, **dict(zip(names, values, strict=True))}
         return template.render(messages, tools, add_generation_prompt, variables)
 
-    def _encode_broken(self, text: str, twins: Twins) -> list[int]:
+    def _encode_masked(self, text: str, placeholders: Placeholders) -> list[int]:
         encoding = self._backend.encode(_valid(text), add_special_tokens=False)
-        spans = [
-            (start, end, index)
-            for index, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
-            if index in self._control_set
-        ]
-        return self._plain.encode(text, spans, twins.restored)
+        tokens = zip(encoding.ids, encoding.offsets, strict=True)
+        spans = [(start, end, index) for index, (start, end) in tokens if index in self._control_set]
+        return self._plain.encode(text, spans, placeholders.restored)
 
     def _template(self, tools: list | None) -> ChatTemplate:
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
@@ -217,16 +244,15 @@ class Tokenizer:
         return self._templates[name]
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and the chat templates; transformers loads the folder."""
+        """Writes tokenizer.json, tokenizer_config.json and the chat templates; transformers loads the folder."""
         write_folder(Path(folder), self._backend, self._config, self._sources)
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of what decides the ids of a text: vocabulary, merges, normalisation, splitting, special tokens."""
+        """sha256 of everything that determines the ids of a text: vocabulary, merges, normaliser, splitting, special tokens."""
         backend = self._backend
-        added = sorted(
-            (index, *token.__getstate__().items()) for index, token in backend.get_added_tokens_decoder().items()
-        )
+        tokens = backend.get_added_tokens_decoder().items()
+        added = sorted((index, *token.__getstate__().items()) for index, token in tokens)
         framing = [self._prefix, self._suffix, self.bos_id, sorted(self.eos_ids)]
         digest = hashlib.sha256(json.dumps([added, framing]).encode())
         for part in (backend.normalizer, backend.pre_tokenizer, backend.model):
@@ -235,7 +261,7 @@ class Tokenizer:
 
     @cached_property
     def template_fingerprint(self) -> str:
-        """sha256 of the chat templates by name; a trailing newline, which Jinja drops, does not count."""
+        """sha256 of the chat templates by name, without a trailing newline (Jinja drops it)."""
         sources = {name: source.replace("\r\n", "\n").removesuffix("\n") for name, source in self._sources.items()}
         return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
 
@@ -258,11 +284,9 @@ class Tokenizer:
         return None if text is None else self._backend.token_to_id(text)
 
     def _framing(self) -> tuple[list[int], list[int]]:
-        """Ids that tokenizer.json puts before and after a text (transformers ignores add_bos_token next to it)."""
+        """Ids that tokenizer.json adds before and after a text (it overrides add_bos_token, as in transformers)."""
         framed = self._backend.encode("a", add_special_tokens=True)
-        inner = [index for index, is_added in enumerate(framed.special_tokens_mask) if not is_added] or [
-            len(framed.ids)
-        ]
+        inner = [index for index, added in enumerate(framed.special_tokens_mask) if not added] or [len(framed.ids)]
         return framed.ids[: inner[0]], framed.ids[inner[-1] + 1 :]
 
 
@@ -270,7 +294,5 @@ def _valid(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise PshareError(
-            f"The text holds {text[error.start]!r}, half a surrogate pair; send valid Unicode."
-        ) from error
+        raise PshareError(f"The text contains the lone surrogate {text[error.start]!r}; send valid Unicode.") from error
     return text

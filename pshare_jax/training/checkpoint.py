@@ -1,7 +1,8 @@
-"""Checkpoints of a run, by orbax: all of one step boundary, written in the background, complete or ignored.
+"""Checkpoints of a run, by orbax, taken between two steps and written in the background.
 
-One holds the trained parameters, the optimizer's state, and a small JSON of counters with the place in the data. The base
-is in none. A folder becomes a checkpoint by a rename at the end of the save, so one that a kill cut short is not seen.
+A checkpoint holds the trainable parameters, the optimizer state, and JSON with counters and the position in the data;
+never the base. A rename completes the save, so that an interrupted save is not listed. Only the trainer's thread calls
+this.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,8 +24,8 @@ _COUNTERS = ("applied", "bad", "all_bad")
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is, as plain values: steps done, the data's place (`Batches.get_state`), target tokens trained, the
-    base's fingerprint, and the held-out loss where it was measured at this step.
+    """Position of a run in plain values: steps done, state of the data (`Batches.get_state`), target tokens trained,
+    the base's fingerprint, and the held-out loss if it was measured at this step.
     """
 
     step: int
@@ -35,10 +36,10 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints below `folder`. Close it, or use it in a `with`: a save may still be under way."""
+    """The checkpoints in `folder`. Close it, or use it in a `with`: a save may be in progress."""
 
     def __init__(self, folder: Path, config: CheckpointConfig | None = None) -> None:
-        """Without a config nothing is written and nothing deleted."""
+        """Read-only without a config."""
         self._eval_losses: dict[int, float | None] = {}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LatestAndBest(self._eval_losses, config or CheckpointConfig()),
@@ -57,7 +58,7 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The step of the checkpoint with the lowest held-out loss, if any has one."""
+        """The step of the checkpoint with the lowest held-out loss; None if no checkpoint has one."""
         return _best(self._eval_losses, self.steps)
 
     @property
@@ -66,7 +67,7 @@ class Checkpoints:
         return None if self.best is None else self._eval_losses[self.best]
 
     def save(self, state: TrainState, progress: Progress) -> None:
-        """Saves in the background, unless that step is saved; `state` may be donated as soon as this returns."""
+        """Saves in the background unless the step exists; `state` may be donated once this returns."""
         if progress.step in self._manager.all_steps():
             return
         counters = {name: int(getattr(state, name)) for name in _COUNTERS}
@@ -80,18 +81,18 @@ class Checkpoints:
             self._manager.save(progress.step, args=items)
 
     def progress(self, step: int) -> Progress:
-        """The plain values of a checkpoint."""
+        """The `Progress` of a checkpoint."""
         content = self._plain(step)
         return Progress(**{name: value for name, value in content.items() if name not in _COUNTERS})
 
     def applied(self, step: int) -> int:
-        """How many of a checkpoint's steps were applied."""
+        """Number of applied steps up to a checkpoint."""
         return self._plain(step)["applied"]
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state at `step`, in the shapes, dtypes and shardings of `like`, on whatever mesh it was saved.
+        """The state at `step` in the shapes, dtypes and shardings of `like`, whatever the mesh that saved it.
 
-        `like` may hold `ShapeDtypeStruct`s, and should: its arrays would only take memory beside the restored ones.
+        `like` should hold `ShapeDtypeStruct`s, since arrays would take memory beside the restored arrays.
         """
         items = ocp.args.Composite(
             trainable=ocp.args.StandardRestore(_abstract(like.trainable)),
@@ -105,30 +106,30 @@ class Checkpoints:
         return TrainState(restored["trainable"], restored["optimizer"], **counters)
 
     def restore_trainable(self, step: int, like: Mapping[str, jax.ShapeDtypeStruct | jax.Array]) -> Params:
-        """The trained parameters alone."""
+        """The trainable parameters at `step`."""
         items = ocp.args.Composite(trainable=ocp.args.StandardRestore(_abstract(dict(like))))
         return self._restored(step, items)["trainable"]
 
     def wait(self) -> None:
-        """Until all that was saved is complete on disk."""
+        """Blocks until all saves are complete on disk."""
         with self._writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits and ends orbax's threads."""
+        """Waits for all saves and ends orbax's threads."""
         with self._writing():
             self._manager.close()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """What goes wrong in the background comes up with the next save or wait."""
+        """Turns errors of a background save, which orbax raises at the next call, into a `PshareError`."""
         try:
             yield
         except (OSError, ValueError) as error:
-            # What tensorstore says ends with the system's reason, behind a chain of files.
-            told = str(error).strip().split("\n")[0].rsplit(": ", 1)[-1].split(" [")[0]
-            reason = getattr(error, "strerror", None) or told
-            raise PshareError(f"A checkpoint cannot be written to {self._folder}: {reason}.") from error
+            # tensorstore's message ends with the system's reason, after a chain of file names.
+            last_part = str(error).strip().split("\n")[0].rsplit(": ", 1)[-1].split(" [")[0]
+            reason = getattr(error, "strerror", None) or last_part
+            raise PshareError(f"Cannot write a checkpoint to {self._folder}: {reason}.") from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -144,7 +145,7 @@ class Checkpoints:
             return self._manager.restore(step, args=items)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise PshareError(f"The checkpoint {self._folder / str(step)} cannot be read: {reason}") from error
+            raise PshareError(f"Cannot read the checkpoint {self._folder / str(step)}: {reason}") from error
 
 
 def _abstract(tree: Any) -> Any:
@@ -152,14 +153,14 @@ def _abstract(tree: Any) -> Any:
 
 
 class _LatestAndBest:
-    """Which checkpoints stay; orbax asks before and after saves."""
+    """Orbax's preservation policy: the latest checkpoints and the best."""
 
     def __init__(self, eval_losses: Mapping[int, float | None], config: CheckpointConfig) -> None:
         self._eval_losses, self._config = eval_losses, config
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """In the order of `checkpoints`."""
-        steps = [one.step for one in checkpoints]
+        """Whether to keep each of `checkpoints`."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
         kept: set[int | None] = {*sorted(steps)[-self._config.keep :]}
         if self._config.keep_best:
             kept.add(_best(self._eval_losses, steps))

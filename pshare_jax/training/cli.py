@@ -1,9 +1,10 @@
-"""The command lines of training: `pshare-train --config FILE [a.b=c ...]` (also train/main.py) and `pshare-export --run FOLDER`.
+"""The commands `pshare-train --config FILE [a.b=c ...]` (also train/main.py) and `pshare-export --run FOLDER`.
 
-Both end a user's mistake with one sentence and exit status 2. A stop by SIGTERM or Ctrl-C is a wanted end: status 0.
+A user error ends with one sentence and exit status 2, a stop by SIGTERM or Ctrl-C with status 0. Starts without JAX.
 """
 
 import argparse
+import ctypes
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,17 +15,18 @@ from pshare_jax.errors import PshareError
 from pshare_jax.settings import load_settings, to_yaml
 from pshare_jax.training import run_folder
 from pshare_jax.training.config import TrainConfig, check_train_config
-from pshare_jax.training.heap import return_freed_arrays
+
+MMAP_THRESHOLD = 1 << 20
+"""Bytes from which glibc maps an allocation by itself and unmaps it when it is freed."""
+_M_MMAP_THRESHOLD = -3
+"""mallopt's parameter number in malloc.h. Setting it also stops glibc from raising the threshold."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains; the exit status is 0 at the end or after a wanted stop, and 2 after a user's mistake.
-
-    Without `arguments` it is this process's command, and changes how the process frees memory (heap.py).
-    """
+    """Trains and returns the exit status. Without `arguments`, as a command, it sets malloc options."""
     options = _train_parser().parse_intermixed_args(arguments)
     if arguments is None:
-        return_freed_arrays()
+        unmap_freed_arrays()
     try:
         config = load_settings(TrainConfig, options.config, options.overrides)
         check_train_config(config)
@@ -42,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def export_main(arguments: Sequence[str] | None = None) -> int:
-    """Writes a run's decode module; the exit status is 2 after a user's mistake."""
+    """Writes a run's decode module and returns the exit status."""
     options = _export_parser().parse_args(arguments)
-    from pshare_jax.training.export import export
+    from pshare_jax.training.result import export
 
     try:
         folder = export(options.run, step=options.step, output=options.output, merge=options.merge, dtype=options.dtype)
@@ -55,12 +57,25 @@ def export_main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def unmap_freed_arrays() -> None:
+    """Makes glibc return freed arrays to the system, for the whole process; no effect with another C library.
+
+    By default glibc keeps freed blocks of up to 32 MiB. Weights, gradients and moments are such blocks; with smaller
+    blocks between them the next step's arrays do not fit, and gigabytes stay unused.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+
+
 def _train(config: TrainConfig, resume: bool) -> None:
     run_folder.claim(config, resume)
-    # Loaded late: what is wrong with the config is told at once.
+    # Imported late, so that config errors appear at once.
     from pshare_jax.training import run
 
-    # While the base and the data are loaded, SIGTERM means what Ctrl-C means.
+    # Until training begins, SIGTERM acts like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run.prepare_jax(config)
     run.train(config, resume=resume)
@@ -68,7 +83,7 @@ def _train(config: TrainConfig, resume: bool) -> None:
 
 def _dry_run(config: TrainConfig, resume: bool) -> None:
     if resume:
-        raise PshareError("--dry-run is of a whole run, from its start; leave --resume out.")
+        raise PshareError("--dry-run describes a whole run from its start; omit --resume.")
     from pshare_jax.training.plan.dry_run import dry_run
 
     dry_run(config)
@@ -77,28 +92,30 @@ def _dry_run(config: TrainConfig, resume: bool) -> None:
 def _train_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pshare-train", description="Train a decode module on a frozen base.")
     parser.add_argument("--config", required=True, type=Path, help="a YAML file, such as configs/train/example.yaml")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved config and end")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print sizes, tokens, memory and time of the run and end; writes nothing"
+        "--dry-run",
+        action="store_true",
+        help="print model size, tokens, memory and time of the run and exit; writes nothing",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in output")
+    parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in output")
     parser.add_argument(
-        "overrides", nargs="*", metavar="a.b=c", help="config values, such as optimizer.learning_rate=2e-5"
+        "overrides", nargs="*", metavar="a.b=c", help="config overrides, such as optimizer.learning_rate=2e-5"
     )
     return parser
 
 
 def _export_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pshare-export", description="Write the decode module of a training run.")
-    parser.add_argument("--run", required=True, type=Path, help="the run's folder (its config's output)")
+    parser.add_argument("--run", required=True, type=Path, help="the run folder (output in its config)")
     parser.add_argument(
-        "--step", type=_step, help="a checkpoint's step, or best (lowest held-out loss); absent: the last"
+        "--step", type=_step, help="step of the checkpoint, or best (lowest held-out loss); default: the last"
     )
-    parser.add_argument("--output", type=Path, help="the folder to write; absent: module or module-merged in the run's")
+    parser.add_argument(
+        "--output", type=Path, help="the folder to write; default: module or module-merged in the run folder"
+    )
     parser.add_argument("--merge", action="store_true", help="merge LoRA into full weights")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of the files; absent: what the run computed in"
-    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the files; default: the run's")
     return parser
 
 
@@ -106,5 +123,5 @@ def _step(text: str) -> int | Literal["best"]:
     if text == "best":
         return "best"
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor best")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a step; give a number or best")
     return int(text)

@@ -1,7 +1,4 @@
-"""What a train config may say. The command line loads a `TrainConfig` and checks it before anything else is loaded.
-
-Imports no jax.
-"""
+"""The train config and its checks. The command line loads and checks a `TrainConfig` before it imports JAX."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -17,7 +14,7 @@ _TIED = ("embedding", "embed_tokens", "head", "lm_head")
 
 Method = Literal["prefillshare", "full_ft"]
 
-# What a resumed run may say otherwise: none of it changes what a step computes, save that a longer run has another schedule.
+# Keys that a resumed run may change: they do not affect a step, except that the schedule depends on the length.
 CHANGEABLE = (
     "steps",
     "mesh",
@@ -32,10 +29,9 @@ CHANGEABLE = (
 
 @dataclass(frozen=True)
 class ModuleConfig:
-    """What is trained: `full`, all weights of the decode module, or `lora`, an adapter on the base.
+    """The trainable module: `full`, all weights, or `lora`, an adapter on the base.
 
-    A LoRA adapter adds alpha / rank * x A B to the projections `targets`; `dropout` is that of its input. A full module
-    does not use these keys.
+    LoRA adds alpha / rank * x A B to the projections `targets`, with `dropout` on its input.
     """
 
     kind: Literal["full", "lora"] = "lora"
@@ -47,8 +43,8 @@ class ModuleConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. The learning rate rises over `warmup_steps` steps, or else the share `warmup_ratio` of all steps, then follows
-    `schedule` to the last step. Gradients are scaled down to the global norm `clip_norm` (null: never).
+    """AdamW. The learning rate rises over `warmup_steps` steps (null: the fraction `warmup_ratio` of all steps), then
+    follows `schedule` to the last step. Gradients are clipped to the global norm `clip_norm` (null: no clipping).
     """
 
     learning_rate: float = 1e-4
@@ -64,8 +60,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices = data * fsdp * tensor. `data` and `fsdp` split a batch's rows, `fsdp` and `tensor` the
-    weights, where they divide."""
+    """Devices = data * fsdp * tensor. `data` and `fsdp` split a batch's rows, `fsdp` and `tensor` the weights."""
 
     data: int = 1
     fsdp: int = 1
@@ -73,14 +68,14 @@ class MeshConfig:
 
     @property
     def size(self) -> int:
-        """Devices."""
+        """Number of devices."""
         return self.data * self.fsdp * self.tensor
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A checkpoint every `every` steps, and at the end; the last `keep` stay, and with `keep_best` the one with the lowest
-    held-out loss, too (each new best is saved when it is found).
+    """A checkpoint every `every` steps and at the end. The last `keep` are kept, and with `keep_best` also the
+    checkpoint with the lowest held-out loss, which is saved as soon as it is found.
     """
 
     every: int = 100
@@ -90,18 +85,18 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out loss every `every` steps (null: never in between), and at the end, where there are evaluation data."""
+    """Held-out loss every `every` steps (null: only at the end), if there are evaluation data."""
 
     every: int | None = None
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A whole train config. `output` is the run folder.
+    """A train config. `output` is the run folder.
 
-    The run ends after `steps` steps or when the data end, whichever is first. A step sums the gradients of `accumulation`
-    batches. `dtype` is what is computed in; trained weights and the optimizer's state are float32. After `max_bad_steps`
-    steps in a row with a loss or gradient that is not finite the run ends.
+    The run ends after `steps` steps or at the end of the data, whichever is first. A step accumulates the gradients of
+    `accumulation` batches. `dtype` is the compute dtype; trainable weights and optimizer state are float32. The run
+    fails after `max_bad_steps` consecutive steps whose loss or gradient is not finite.
     """
 
     base: str
@@ -121,7 +116,7 @@ class TrainConfig:
 
     @property
     def layout(self) -> Layout:
-        """The batches that the method reads."""
+        """The batch layout of the method."""
         return "two_stream" if self.method == "prefillshare" else "one_stream"
 
 
@@ -129,65 +124,64 @@ def check_train_config(config: TrainConfig) -> None:
     """Checks all values.
 
     Raises:
-        PshareError: naming the key and the way out.
+        PshareError: a wrong value; the message has the key and the allowed values.
     """
     for key, text in (("base", config.base), ("output", config.output)):
         if not text.strip():
-            raise PshareError(f"{key} is empty; give it a value.")
+            raise PshareError(f"{key} must not be empty.")
     check_data(config.data)
     check_least(_least_values(config))
     if config.seed > MAX_SEED:
         raise PshareError(f"seed must be at most {MAX_SEED}, not {config.seed}.")
     if config.steps is None and config.data.epochs is None:
-        raise PshareError("With data.epochs: null the data never end, so steps must say when the run does.")
+        raise PshareError("steps must be set when data.epochs is null, since the data never end.")
     _check_module(config.module)
     _check_optimizer(config.optimizer)
     _check_evaluation(config)
     split = config.mesh.data * config.mesh.fsdp
     if config.data.batch.rows % split:
         raise PshareError(
-            f"data.batch.rows is {config.data.batch.rows}, which mesh.data * mesh.fsdp = {split} devices cannot share; "
-            f"make it a multiple of {split}."
+            f"data.batch.rows must be a multiple of mesh.data * mesh.fsdp = {split}, not {config.data.batch.rows}."
         )
 
 
 def changed_keys(config: TrainConfig, other: TrainConfig) -> list[str]:
-    """Dotted keys, of those that a resumed run must not change, in which two configs differ."""
+    """Dotted keys in which two configs differ and which a resumed run must not change."""
     return [key for key in _differences(asdict(config), asdict(other), "") if not _changeable(key)]
 
 
 def _changeable(key: str) -> bool:
-    return any(key == one or key.startswith(f"{one}.") for one in CHANGEABLE)
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in CHANGEABLE)
 
 
 def _differences(ours: Any, theirs: Any, key: str) -> list[str]:
     if not (isinstance(ours, dict) and isinstance(theirs, dict)):
         return [] if ours == theirs else [key]
     below = [_differences(ours[name], theirs[name], f"{key}.{name}" if key else name) for name in ours]
-    return [one for part in below for one in part]
+    return [key for keys in below for key in keys]
 
 
 def _check_module(module: ModuleConfig) -> None:
     if module.kind == "full":
         if module.dropout:
-            raise PshareError("module.dropout is LoRA's; set it to 0, or module.kind to lora.")
+            raise PshareError("module.dropout needs LoRA; set it to 0, or module.kind to lora.")
         return
     if not 0 < module.alpha < math.inf:
-        raise PshareError(f"module.alpha must be more than 0 and finite, not {module.alpha}.")
+        raise PshareError(f"module.alpha must be positive and finite, not {module.alpha}.")
     if not 0 <= module.dropout < 1:
         raise PshareError(f"module.dropout must be at least 0 and less than 1, not {module.dropout}.")
     if not module.targets:
-        raise PshareError(f"module.targets is empty; name some of {', '.join(TARGETS)}.")
+        raise PshareError(f"module.targets must not be empty; use some of {', '.join(TARGETS)}.")
     for target in module.targets:
         if target in _TIED:
             raise PshareError(
-                f"module.targets has {target}: embeddings and head get no LoRA, since one tensor may be both; "
-                "leave it out, or train with module.kind: full."
+                f"module.targets contains {target}, but embeddings and head get no LoRA, since they may be one "
+                "tensor; remove it, or train with module.kind: full."
             )
         if target not in TARGETS:
-            raise PshareError(f"module.targets has {target!r}; known are {', '.join(TARGETS)}.")
+            raise PshareError(f"module.targets contains {target!r}; allowed are {', '.join(TARGETS)}.")
     if len(set(module.targets)) < len(module.targets):
-        raise PshareError("module.targets names a projection twice.")
+        raise PshareError("module.targets contains a projection twice; list each projection once.")
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:
@@ -197,7 +191,7 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
         ("clip_norm", 0, optimizer.clip_norm, math.inf),
     ):
         if value is not None and not low < value < high:
-            raise PshareError(f"optimizer.{name} must be more than 0 and finite, not {value}.")
+            raise PshareError(f"optimizer.{name} must be positive and finite, not {value}.")
     for name, share in (("b1", optimizer.b1), ("b2", optimizer.b2), ("warmup_ratio", optimizer.warmup_ratio)):
         if not 0 <= share < 1:
             raise PshareError(f"optimizer.{name} must be at least 0 and less than 1, not {share}.")
@@ -208,9 +202,7 @@ def _check_optimizer(optimizer: OptimizerConfig) -> None:
 def _check_evaluation(config: TrainConfig) -> None:
     has_data = config.data.eval_fraction > 0 or bool(config.data.eval_sources)
     if config.evaluation.every is not None and not has_data:
-        raise PshareError(
-            "evaluation.every is set, but there are no evaluation data; set data.eval_fraction or data.eval_sources."
-        )
+        raise PshareError("evaluation.every needs evaluation data; set data.eval_fraction or data.eval_sources.")
 
 
 def _least_values(config: TrainConfig) -> list[tuple[str, int | None, int]]:

@@ -1,12 +1,17 @@
-"""What a run tells while it runs: JSON lines, TensorBoard, and a progress bar or, where there is no terminal, plain lines."""
+"""Progress of a run: metrics as JSON lines and TensorBoard events, a progress bar or plain lines, and the loss figure.
+
+The trainer calls `Reporter` from its own thread; `run.py` draws the figure at the end.
+"""
 
 import json
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
@@ -14,15 +19,15 @@ from tensorboardX import SummaryWriter
 from pshare_jax.training.run_folder import RunFolder
 
 LINE_SECONDS = 10.0
-"""Where there is no terminal: at most one line in this time, and the first and last step's."""
+"""Minimum time between two step lines without a terminal; the first and last step always have one."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step. `step` counts from 1; `loss` is per target token; `tokens` are target tokens, `input_tokens` all that were
-    read, padding apart; `correct` is the share of targets that the argmax hits; `grad_norm` is before clipping; `epoch`
-    counts from 0 and has the share of it that is done; `bad_steps` are those not applied so far; `samples` is a hash of the
-    names of the step's samples in order.
+    """Metrics of a step. `step` counts from 1; `loss` is per target token; `tokens` are target tokens, `input_tokens`
+    all tokens without padding; `correct` is the share of targets with the largest logit; `grad_norm` is before
+    clipping; `epoch` counts from 0 and includes the fraction completed; `bad_steps` counts all steps not applied so
+    far; `samples` is a hash of the step's sample names in order.
     """
 
     step: int
@@ -41,12 +46,12 @@ class StepReport:
 
 
 class Reporter:
-    """Writes into the run's folder and onto the console. Close it, or use it in a `with`."""
+    """Writes to the run's folder and to the console. Close it, or use it in a `with`."""
 
     def __init__(self, run: RunFolder, num_steps: int, done: int, console: Console) -> None:
-        """`done` of `num_steps` steps are done already."""
+        """The run continues after step `done` of `num_steps`."""
         self._file = run.metrics.open("a", encoding="utf-8")
-        # Events that a killed run wrote beyond its checkpoint are taken back.
+        # Discards the events that a killed run wrote after its last checkpoint.
         self._board = SummaryWriter(str(run.tensorboard), purge_step=done + 1)
         self._console, self._num_steps, self._first = console, num_steps, done + 1
         self._first_done = self._last_line = time.monotonic()
@@ -54,48 +59,46 @@ class Reporter:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[summary]}"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=num_steps, completed=done, told="")
+        self._task = self._bar.add_task("", total=num_steps, completed=done, summary="")
         self._bar.start()
 
     def step(self, report: StepReport) -> None:
-        """Writes and shows a step."""
+        """Records a step."""
         values = asdict(report)
         self._write(values)
         self._plot(report.step, {f"train/{name}": values[name] for name in values if name not in ("step", "samples")})
-        told = f"loss {report.loss:.4f}, {report.tokens_per_second:,.0f} tokens/s"
-        self._bar.update(self._task, completed=report.step, told=told)
+        summary = f"loss {report.loss:.4f}, {report.tokens_per_second:,.0f} tokens/s"
+        self._bar.update(self._task, completed=report.step, summary=summary)
         now = time.monotonic()
         if report.step == self._first:
             self._first_done = now
         due = now - self._last_line >= LINE_SECONDS or report.step in (self._first, self._num_steps)
         if not self._console.is_terminal and due:
-            self.say(f"step {report.step}/{self._num_steps}, {told}{self._eta(report.step, now)}")
+            self.say(f"step {report.step}/{self._num_steps}, {summary}{self._eta(report.step, now)}")
             self._last_line = now
         if not report.applied:
-            self.say(f"step {report.step} was not applied: its loss or gradient is not finite")
+            self.say(f"step {report.step} was skipped: its loss, gradient or update is not finite")
 
     def evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes and shows an evaluation of the module after `step`; all names start with eval_."""
+        """Records an evaluation after `step`; all names start with eval_."""
         self._write({"step": step, **values})
         self._plot(step, {f"eval/{name.removeprefix('eval_')}": value for name, value in values.items()})
-        told = ", ".join(
-            f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4g}" for name, value in values.items()
-        )
-        self.say(f"evaluation after step {step}: {told}")
+        summary = [f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4g}" for name, value in values.items()]
+        self.say(f"evaluation after step {step}: {', '.join(summary)}")
 
     def say(self, line: str) -> None:
-        """A line for people, above the bar."""
+        """Prints a line above the bar."""
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Ends the bar and the files."""
+        """Stops the bar and closes the files."""
         self._bar.stop()
         self._file.close()
         self._board.close()
@@ -107,13 +110,13 @@ class Reporter:
         self.close()
 
     def _eta(self, step: int, now: float) -> str:
-        # The first step compiles: it says nothing of the others.
+        # The first step includes compilation, so it does not predict the others.
         if step == self._first:
             return ""
         return f", ETA {_duration((now - self._first_done) / (step - self._first) * (self._num_steps - step))}"
 
     def _write(self, values: Mapping[str, Any]) -> None:
-        # JSON has no NaN.
+        # JSON has no NaN or infinity.
         plain = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
@@ -124,6 +127,36 @@ class Reporter:
     def _plot(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._board.add_scalar(name, float(value), step)
+
+
+def draw_loss(metrics: Path, picture: Path) -> None:
+    """Draws the training loss of each step, its running mean and the held-out losses; writes a PNG."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    # A loss that is not finite is null and has no point.
+    train = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    held_out = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    if train:
+        steps, losses = zip(*train, strict=True)
+        axes.plot(steps, losses, color="0.75", linewidth=0.8, label="training, per step")
+        axes.plot(steps, _running_mean(losses), color="C0", label="training, running mean")
+    if held_out:
+        steps, losses = zip(*held_out, strict=True)
+        axes.plot(steps, losses, "o-", color="C1", label="held out")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per target token (nats)")
+    axes.grid(alpha=0.3)
+    if train or held_out:
+        axes.legend()
+    figure.savefig(picture, dpi=150)
+
+
+def _running_mean(losses: tuple[float, ...]) -> list[float]:
+    """The mean over a window of a twentieth of the run around each step."""
+    half = len(losses) // 40
+    windows = (losses[max(0, at - half) : at + half + 1] for at in range(len(losses)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def _duration(seconds: float) -> str:

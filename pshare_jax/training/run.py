@@ -1,4 +1,7 @@
-"""From a config to a decode module: loads the base, prepares the data, trains, writes the result. Called by the command line."""
+"""A run from config to decode module: loads the base, prepares the data, trains, writes the result.
+
+Called by the command line, in the main thread: it installs signal handlers.
+"""
 
 import logging
 import signal
@@ -20,36 +23,35 @@ from pshare_jax.training.checkpoint import Checkpoints
 from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.data.loader import Batches, evaluation_batches, training_batches
 from pshare_jax.training.data.prepare import PreparedData, prepare
-from pshare_jax.training.figure import draw_loss
-from pshare_jax.training.progress import Reporter
+from pshare_jax.training.progress import Reporter, draw_loss
 from pshare_jax.training.result import save_result, training_info
 from pshare_jax.training.run_folder import RunFolder
 from pshare_jax.training.step.mesh import training_mesh
-from pshare_jax.training.step.objective import decode_module, make_trainee
+from pshare_jax.training.step.objective import decode_module, trainable_module
 from pshare_jax.training.trainer import MakeBatches, ModuleEvaluation, Outcome, Trainer
 
 
 def prepare_jax(config: TrainConfig) -> None:
-    """Splits a CPU as the mesh needs, keeps compiled programs on disk; must run before JAX starts."""
+    """Sets virtual CPU devices for the mesh and the compilation cache; must run before JAX starts."""
     virtual_cpu_devices(config.mesh.size)
     keep_programs(cache_folder())
-    # Orbax and grain print tracebacks of what they also raise, which ends in one sentence.
+    # Orbax and grain log tracebacks of errors that they also raise.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def train(
     config: TrainConfig, *, resume: bool = False, evaluate_module: ModuleEvaluation | None = None
 ) -> tuple[RunFolder, Outcome]:
-    """Trains as `config` says, or goes on with it, and writes the decode module if the run came to its end.
+    """Trains by `config`, or with `resume` continues the run, and writes the decode module if the run is complete.
 
-    SIGTERM and SIGINT end it after the step under way or in an evaluation, with a checkpoint; the result is written to its
-    end. `evaluate_module` adds to each evaluation.
+    SIGTERM and SIGINT stop it with a checkpoint, after the current step or within an evaluation; a result that is being
+    written is completed. `evaluate_module` adds metrics to each evaluation.
 
     Raises:
-        PshareError: anything wrong with the config, the base, the data, or the run folder.
+        PshareError: an error in config, base, data or run folder.
     """
     run = run_folder.claim(config, resume)
-    with run_folder.held(run):
+    with run_folder.locked(run):
         return run, _train_in(run, config, evaluate_module)
 
 
@@ -66,26 +68,26 @@ def _train_in(run: RunFolder, config: TrainConfig, evaluate_module: ModuleEvalua
     say("reading the data")
     data = read_data(config, base.tokenizer, base.stop_ids, base.config)
     say(f"data:\n{data.report}")
-    trainee = make_trainee(base, config.method, config.module, base.architecture.dtype)
+    trained = trainable_module(base, config.method, config.module, base.architecture.dtype)
     with (
         training_batches(data.train, config.data, config.layout) as batches,
         Checkpoints(run.checkpoints, config.checkpoint) as checkpoints,
     ):
         trainer = Trainer(
             config,
-            trainee,
+            trained,
             batches,
             checkpoints,
             evaluation=_held_out(config, data),
             evaluate_module=evaluate_module,
         )
-        # Full fine-tuning does not read the base's weights again: nothing may keep them.
-        trainee = trainer.trainee
-        base = trainee.base
+        # Full fine-tuning does not read the base's weights again, so no reference to them may remain.
+        trained = trainer.module
+        base = trained.base
         run_folder.start(run, config, f"{data.report}\n", trainer.step)
         for line in _plan(config, trainer, batches):
             say(line)
-        # To the very end: a stop that comes while the result is written lets it be written.
+        # Until after the result: a signal must not interrupt its writing.
         with _stopped_by_signals(trainer):
             with Reporter(run, trainer.num_steps, trainer.step, console) as reporter:
                 outcome = trainer.run(reporter)
@@ -94,24 +96,26 @@ def _train_in(run: RunFolder, config: TrainConfig, evaluate_module: ModuleEvalua
                 info = training_info(
                     config, outcome.step, int(outcome.state.applied), outcome.tokens, outcome.evaluation
                 )
-                save_result(run.module, decode_module(trainee, outcome.state.trainable), base, config, info)
+                save_result(run.module, decode_module(trained, outcome.state.trainable), base, config, info)
                 say(f"the decode module is in {run.module}")
             else:
-                say(f"stopped after step {outcome.step} of {trainer.num_steps}; go on with --resume")
+                say(f"stopped after step {outcome.step} of {trainer.num_steps}; continue with --resume")
     return outcome
 
 
 def read_data(config: TrainConfig, tokenizer: Tokenizer, stop_ids: frozenset[int], model: ModelConfig) -> PreparedData:
-    """The data of a run: samples that `model` can read.
+    """The training and evaluation samples of a run.
 
     Raises:
-        PshareError: anything wrong with them.
+        PshareError: an error in the data.
     """
-    # The server refuses what is longer than the model's context, so nothing is gained by training it.
+    # The server refuses sequences beyond the model's context, so they are not trained on either.
     data_config = replace(config.data, max_len=min(config.data.max_len, model.max_len))
     data = prepare(data_config, tokenizer, stop_ids, config.layout, model.vocab_size)
     if config.evaluation.every is not None and not len(data.evaluation):
-        raise PshareError("evaluation.every is set, but no evaluation sample is left; see data.eval_sources.")
+        raise PshareError(
+            "evaluation.every needs an evaluation sample, but none is left; raise data.max_len or add data."
+        )
     return data
 
 
@@ -122,12 +126,13 @@ def _held_out(config: TrainConfig, data: PreparedData) -> MakeBatches | None:
 
 
 def _plan(config: TrainConfig, trainer: Trainer, batches: Batches) -> Iterator[str]:
-    base = trainer.trainee.base
+    base = trainer.module.base
     where = f"{base.mesh.size} {base.mesh.devices.flat[0].platform} devices in {base.architecture.dtype}"
-    yield f"training ({config.method}, {config.module.kind}) on {where}: steps {trainer.step + 1} to {trainer.num_steps}"
-    yield f"{batches.epochs.fill():.0%} of a batch's places hold tokens"
+    steps = f"steps {trainer.step + 1} to {trainer.num_steps}"
+    yield f"training ({config.method}, {config.module.kind}) on {where}: {steps}"
+    yield f"{batches.epochs.fill():.0%} of the positions in a batch hold tokens"
     if config.steps is not None and trainer.num_steps < config.steps:
-        yield f"the data end after {trainer.num_steps} of {config.steps} steps; with data.epochs: null they never end"
+        yield f"the data end after {trainer.num_steps} of {config.steps} steps; data.epochs: null repeats them"
 
 
 @contextmanager

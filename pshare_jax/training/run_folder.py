@@ -1,13 +1,13 @@
-"""The folder of a run: what lies where in it, who may start in it, and what a resumed run takes back.
+"""The run folder: its files, which run may use it, and what a resumed run removes.
 
 config.yaml      the resolved config
-data_report.txt  what became of every record of the data
-metrics.jsonl    one JSON object a step, and one an evaluation
+data_report.txt  how many records of each source were used or dropped, and why
+metrics.jsonl    one JSON object per step and per evaluation
 tensorboard/     the same as TensorBoard event files
-checkpoints/     step by step, for --resume and pshare-export
+checkpoints/     one folder per step, for --resume and pshare-export
 loss.png         the loss over the steps
 module/          the trained decode module
-.lock            held by the process that trains in it
+.lock            locked by the process that trains
 """
 
 import fcntl
@@ -15,7 +15,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from pshare_jax.errors import PshareError
@@ -23,85 +22,59 @@ from pshare_jax.settings import load_settings, to_yaml
 from pshare_jax.training.config import TrainConfig, changed_keys
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run."""
+    """Paths of a run. A folder with a `config` file contains a run."""
 
-    root: Path
-
-    @property
-    def config(self) -> Path:
-        """The resolved config; a folder that has it holds a run."""
-        return self.root / "config.yaml"
-
-    @property
-    def data_report(self) -> Path:
-        """The data's report."""
-        return self.root / "data_report.txt"
-
-    @property
-    def metrics(self) -> Path:
-        """JSON lines."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        """Event files."""
-        return self.root / "tensorboard"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Orbax's folder."""
-        return self.root / "checkpoints"
-
-    @property
-    def loss_figure(self) -> Path:
-        """The figure."""
-        return self.root / "loss.png"
-
-    @property
-    def module(self) -> Path:
-        """The result."""
-        return self.root / "module"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.yaml"
+        self.data_report = root / "data_report.txt"
+        self.metrics = root / "metrics.jsonl"
+        self.tensorboard = root / "tensorboard"
+        self.checkpoints = root / "checkpoints"
+        self.loss_figure = root / "loss.png"
+        self.module = root / "module"
 
     def read_config(self) -> TrainConfig:
-        """The config of the run in this folder.
+        """The config of the run.
 
         Raises:
-            PshareError: there is none.
+            PshareError: the folder contains no run.
         """
         if not self.config.is_file():
-            raise PshareError(f"There is no run in {self.root}: it has no {self.config.name}.")
+            raise PshareError(
+                f"{self.root} is not a run folder: it has no {self.config.name}; give the output of a run."
+            )
         return load_settings(TrainConfig, self.config)
 
 
 def claim(config: TrainConfig, resume: bool) -> RunFolder:
-    """The folder that `config` runs in, looked at but not touched.
+    """The run folder of `config`, checked and not modified.
 
     Raises:
-        PshareError: it holds a run and `resume` is not asked for, or it holds none or another and it is.
+        PshareError: without `resume`, the folder contains a run; with it, no run or a run with another config.
     """
     run = RunFolder(Path(config.output))
     if resume:
         if not run.config.is_file():
-            raise PshareError(f"There is no run in {run.root} to resume; start it without --resume.")
+            raise PshareError(f"{run.root} contains no run to resume; start without --resume.")
         changed = changed_keys(config, run.read_config())
         if changed:
             raise PshareError(
-                f"The run in {run.root} was started with another {', '.join(changed)}; resume it as it was, or give "
-                "another output."
+                f"The run in {run.root} was started with another {', '.join(changed)}; resume with the original value, "
+                "or give another output."
             )
     elif run.config.exists():
-        raise PshareError(f"{run.root} already holds a run; go on with --resume, or give another output.")
+        raise PshareError(f"{run.root} already contains a run; add --resume, or give another output.")
     return run
 
 
 @contextmanager
-def held(run: RunFolder) -> Iterator[None]:
-    """Makes the folder and keeps other processes from training in it, until the end of the `with` or of this process.
+def locked(run: RunFolder) -> Iterator[None]:
+    """Creates the folder and locks it against other training processes until the end of the `with` or of this process.
 
     Raises:
-        PshareError: another process trains in it, or it cannot be written to.
+        PshareError: another process holds the lock, or the folder cannot be written.
     """
     try:
         run.root.mkdir(parents=True, exist_ok=True)
@@ -113,7 +86,7 @@ def held(run: RunFolder) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PshareError(
-                f"Another process trains in {run.root}; wait for its end, or give another output."
+                f"Another process is training in {run.root}; wait until it ends, or give another output."
             ) from None
         except OSError as error:
             raise _cannot_write(run, error) from None
@@ -121,14 +94,14 @@ def held(run: RunFolder) -> Iterator[None]:
 
 
 def start(run: RunFolder, config: TrainConfig, data_report: str, step: int) -> None:
-    """Makes it the folder of a run that goes on after `step`: config and data report are there, later metrics gone.
+    """Writes config and data report and removes the metrics of steps after `step`.
 
     Raises:
-        PshareError: it cannot be written to.
+        PshareError: the folder cannot be written.
     """
     try:
         run.root.mkdir(parents=True, exist_ok=True)
-        _forget_after(run.metrics, step)
+        _truncate(run.metrics, step)
         _write(run.data_report, data_report)
         _write(run.config, to_yaml(config))
     except OSError as error:
@@ -139,8 +112,8 @@ def _cannot_write(run: RunFolder, error: OSError) -> PshareError:
     return PshareError(f"Cannot write to the run folder {run.root}: {error.strerror or error}.")
 
 
-def _forget_after(metrics: Path, step: int) -> None:
-    """Takes the lines of later steps than `step` out of the metrics: a resumed run writes them again."""
+def _truncate(metrics: Path, step: int) -> None:
+    """Removes the lines of steps after `step`, which a resumed run writes again."""
     if not metrics.exists():
         return
     kept = []
@@ -149,13 +122,13 @@ def _forget_after(metrics: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
         except ValueError:
-            # A kill may have cut the last line short.
+            # A killed run may leave an incomplete last line.
             continue
     _write(metrics, "".join(f"{line}\n" for line in kept))
 
 
 def _write(path: Path, text: str) -> None:
-    """The whole text or the old file, whenever the process is killed."""
+    """Replaces the file atomically."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     os.replace(part, path)

@@ -1,8 +1,8 @@
-"""The loop: batches in, steps on the device, reports, evaluations and checkpoints out.
+"""The training loop: takes batches, dispatches device steps, and calls reporter, evaluation and checkpoints.
 
-The host runs one step ahead of what it reports, so that it makes the next batch while the device computes (on CPU too, but
-there a step is given out only when the one before is done: `Trainer._settle`). A stop (a signal)
-takes effect between two steps or two batches of an evaluation: everything is saved and the run can go on later.
+The host reports a step after it has dispatched the next, so that it makes batches while the device computes. All
+methods run in one thread; only `request_stop` may interrupt, as a signal handler. A stop takes effect between two steps
+or two evaluation batches, with a checkpoint.
 """
 
 import hashlib
@@ -24,20 +24,19 @@ from pshare_jax.training.data.batches import OneStreamBatch, TwoStreamBatch
 from pshare_jax.training.data.epochs import Batch
 from pshare_jax.training.data.loader import Batches
 from pshare_jax.training.progress import Reporter, StepReport
-from pshare_jax.training.step.mesh import put_batch
-from pshare_jax.training.step.objective import Trainee, first_values
+from pshare_jax.training.step.mesh import shard_batch
+from pshare_jax.training.step.objective import TrainableModule, init_trainable
 from pshare_jax.training.step.optimizer import make_optimizer, make_schedule
 from pshare_jax.training.step.steps import StepResult, TrainState, TrainSteps, train_steps
 
 MakeBatches = Callable[[], Batches]
-ModuleEvaluation = Callable[[Trainee, Params], Mapping[str, float]]
-"""More to measure of the module at each evaluation, such as task accuracy: (trainee, trained parameters) -> name -> value,
-names starting with eval_."""
+ModuleEvaluation = Callable[[TrainableModule, Params], Mapping[str, float]]
+"""Further metrics at each evaluation, such as task accuracy: (module, trainable parameters) -> {"eval_...": value}."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: the state, steps done, whether they and the last evaluation are all, and what that one gave."""
+    """The end of a run: state, steps, target tokens, whether it is complete, and the last evaluation."""
 
     state: TrainState
     step: int
@@ -48,7 +47,7 @@ class Outcome:
 
 @dataclass
 class _Pending:
-    """A step on its way through the device, and what is known of it already."""
+    """A dispatched step, with the metrics that the host knows."""
 
     result: StepResult
     step: int
@@ -58,41 +57,40 @@ class _Pending:
 
 
 def num_steps(config: TrainConfig, num_batches: int | None, done: int = 0) -> int:
-    """Steps of a whole run that has done `done` and has `num_batches` left (None: endless).
+    """Steps of a whole run after `done` steps with `num_batches` left (None: endless).
 
-    The last one may have fewer batches than `accumulation`; so may one of those done, where a run goes on that was at its
-    end before its data were made more.
+    The last step may have fewer batches than `accumulation`; so may the step after which a run was extended.
     """
     available = None if num_batches is None else done + -(-num_batches // config.accumulation)
     return min(count for count in (config.steps, available) if count is not None)
 
 
 class Trainer:
-    """One run, from its start or from the last checkpoint. `evaluation` makes one pass over the held-out data, if there are
-    any. Its own `trainee` holds no weights that are not read any more: full fine-tuning lets the base go.
+    """A run from its start or its last checkpoint. `evaluation` makes one pass over the held-out data, if any. The
+    attribute `module` holds no unused weights: full fine-tuning drops the base.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        trainee: Trainee,
+        module: TrainableModule,
         batches: Batches,
         checkpoints: Checkpoints,
         *,
         evaluation: MakeBatches | None = None,
         evaluate_module: ModuleEvaluation | None = None,
     ) -> None:
-        """Raises PshareError if the parameters are not finite, or a checkpoint does not fit the data or the base."""
+        """Raises PshareError if parameters are not finite, or the checkpoint has other data or another base."""
         self._config, self._batches, self._checkpoints = config, batches, checkpoints
         self._evaluation, self._evaluate_module = evaluation, evaluate_module
-        self._progress = self._reached(trainee)
+        self._progress = self._restored_progress(module)
         self.num_steps = num_steps(config, batches.num_batches(), self.step)
         optimizer = make_optimizer(config.optimizer, self.num_steps)
         schedule = make_schedule(config.optimizer, self.num_steps)
-        self._steps: TrainSteps = train_steps(trainee.objective, optimizer, schedule, config.seed)
-        self._state = self._start(trainee)
-        self.trainee = trainee.without_base() if config.method == "full_ft" else trainee
-        self._on_cpu = trainee.base.mesh.devices.flat[0].platform == "cpu"
+        self._steps: TrainSteps = train_steps(module.objective, optimizer, schedule, config.seed)
+        self._state = self._initial_state(module)
+        self.module = module.without_base() if config.method == "full_ft" else module
+        self._on_cpu = module.base.mesh.devices.flat[0].platform == "cpu"
         self._pending: _Pending | None = None
         self._stop = False
 
@@ -102,14 +100,14 @@ class Trainer:
         return self._progress.step
 
     def request_stop(self) -> None:
-        """Ends the run after the step that is being computed, or in an evaluation; may be called by a signal handler."""
+        """Ends the run after the current step or evaluation batch; may be called by a signal handler."""
         self._stop = True
 
     def run(self, reporter: Reporter) -> Outcome:
-        """Trains to the last step, or until a stop is asked for.
+        """Trains to the last step or until a stop is requested.
 
         Raises:
-            PshareError: too many steps in a row were not finite, or the data loader failed.
+            PshareError: too many consecutive steps were not finite, or the data loader failed.
         """
         self._reporter, self._clock = reporter, time.monotonic()
         while self.step < self.num_steps:
@@ -118,8 +116,8 @@ class Trainer:
             if self.step < self.num_steps:
                 self._between_steps()
         self._report_pending()
-        # Resumed with fewer steps than were done, a run has nothing left to do.
-        evaluation = self._evaluated() if self.step >= self.num_steps else None
+        # A run may be resumed with fewer steps than are done.
+        evaluation = self._evaluate() if self.step >= self.num_steps else None
         self._save((evaluation or {}).get("eval_loss"))
         self._checkpoints.wait()
         return Outcome(self._state, self.step, self._progress.tokens, evaluation is not None, evaluation or {})
@@ -127,15 +125,15 @@ class Trainer:
     # --- a step ------------------------------------------------------------------------------------------------------
 
     def _train_step(self) -> bool:
-        """One step; False where a stop broke into the reading of its data."""
+        """One step; False if a stop interrupted the reading of its data."""
         try:
             window = self._window()
         except PshareError:
-            # Ctrl-C also ends the loader's workers. The place in the data is still that of the last step.
+            # Ctrl-C also ends the loader's workers. The position in the data is still that of the last step.
             if self._stop:
                 return False
             raise
-        result = self._computed(window)
+        result = self._dispatch(window)
         targets = sum(int(batch.arrays.weights.sum()) for batch in window)
         self._progress = replace(
             self._progress,
@@ -148,29 +146,29 @@ class Trainer:
             result,
             self.step,
             self._epoch(window[-1]),
-            _named(window),
+            _samples_hash(window),
             sum(_num_tokens(batch.arrays) for batch in window),
         )
         self._report_pending()
         self._pending = pending
         return True
 
-    def _computed(self, window: list[Batch]) -> StepResult:
-        """Gives a step to the device and returns at once; on CPU, when the steps before it are done."""
+    def _dispatch(self, window: list[Batch]) -> StepResult:
+        """Dispatches a step and returns at once; on CPU, once the previous steps are complete."""
         sums = None if self._config.accumulation == 1 else self._steps.no_sums()
         for number, batch in enumerate(window, start=self.step * self._config.accumulation):
-            self._settle(sums, self._state)
+            self._wait_on_cpu(sums, self._state)
             sums = self._steps.accumulate(
-                sums, self._state.trainable, *self._fixed(), self._put(batch), np.int32(number)
+                sums, self._state.trainable, *self._fixed_params(), self._sharded(batch), np.int32(number)
             )
         assert sums is not None
-        self._settle(sums)
+        self._wait_on_cpu(sums)
         self._state, result = self._steps.apply(self._state, sums)
         return result
 
-    def _settle(self, *arguments: Any) -> None:
-        """On CPU, waits for what a program is to be given: XLA takes its temporaries there when it is dispatched, so programs
-        on their way would all have theirs at once. Other devices take them when the program's turn comes.
+    def _wait_on_cpu(self, *arguments: Any) -> None:
+        """On CPU, waits for a program's arguments: there XLA allocates temporaries at dispatch, so several dispatched
+        programs would hold theirs at once. Other devices allocate when the program starts.
         """
         if self._on_cpu:
             jax.block_until_ready(arguments)
@@ -186,7 +184,7 @@ class Trainer:
         return window
 
     def _report_pending(self) -> None:
-        """Waits for the step on its way and tells it; ends the run after too many bad ones."""
+        """Waits for the pending step and reports it; ends the run after too many bad steps."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -212,8 +210,8 @@ class Trainer:
         )
         if int(result.bad) >= self._config.max_bad_steps:
             raise PshareError(
-                f"The loss or gradient of {int(result.bad)} steps in a row, up to step {pending.step}, was not finite, so "
-                "the run ends (max_bad_steps); try a lower optimizer.learning_rate or dtype: float32."
+                f"The run ends at step {pending.step}: {int(result.bad)} consecutive steps were not finite "
+                f"(max_bad_steps {self._config.max_bad_steps}); lower optimizer.learning_rate or set dtype: float32."
             )
 
     # --- between steps -----------------------------------------------------------------------------------------------
@@ -222,7 +220,7 @@ class Trainer:
         every = self._config.evaluation.every
         loss = None
         if every is not None and self.step % every == 0:
-            loss = (self._evaluated() or {}).get("eval_loss")
+            loss = (self._evaluate() or {}).get("eval_loss")
         improved = loss is not None and self._config.checkpoint.keep_best and self._is_best(loss)
         if improved or self.step % self._config.checkpoint.every == 0:
             self._save(loss)
@@ -231,8 +229,8 @@ class Trainer:
         best = self._checkpoints.best_loss
         return math.isfinite(loss) and (best is None or loss < best)
 
-    def _evaluated(self) -> Mapping[str, float] | None:
-        """The module as it is, on the held-out data; nothing where there are none, None if a stop broke into it."""
+    def _evaluate(self) -> Mapping[str, float] | None:
+        """Metrics on the held-out data; empty without such data, None if a stop interrupted the evaluation."""
         self._report_pending()
         if self._evaluation is None:
             return {}
@@ -241,58 +239,57 @@ class Trainer:
             for batch in batches:
                 if self._stop:
                     return None
-                value, tallies = self._steps.evaluate(self._state.trainable, *self._fixed(), self._put(batch))
-                nll, tokens, correct = (
-                    nll + float(value),
-                    tokens + float(tallies.tokens),
-                    correct + float(tallies.correct),
-                )
+                params = self._state.trainable, *self._fixed_params()
+                value, tallies = self._steps.evaluate(*params, self._sharded(batch))
+                nll += float(value)
+                tokens += float(tallies.tokens)
+                correct += float(tallies.correct)
         values = {"eval_loss": nll / tokens, "eval_correct": correct / tokens}
         if self._evaluate_module is not None:
-            values |= self._evaluate_module(self.trainee, self._state.trainable)
+            values |= self._evaluate_module(self.module, self._state.trainable)
         self._reporter.evaluation(self.step, values)
         self._clock = time.monotonic()
         return values
 
     def _save(self, eval_loss: float | None) -> None:
         self._report_pending()
-        # A checkpoint holds nothing that is not finite, and such a loss would be the best one for good.
-        known = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
-        self._checkpoints.save(self._state, replace(self._progress, eval_loss=known))
+        # A loss that is not finite could stay the best forever, and checkpoints hold finite numbers only.
+        finite = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None
+        self._checkpoints.save(self._state, replace(self._progress, eval_loss=finite))
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
-    def _reached(self, trainee: Trainee) -> Progress:
-        """Where the run is; the data go there, too."""
+    def _restored_progress(self, module: TrainableModule) -> Progress:
+        """The progress of the last checkpoint, to which it also moves the data; else of a new run."""
         if not self._checkpoints.steps:
-            return Progress(0, self._batches.get_state(), 0, trainee.base.fingerprint)
+            return Progress(0, self._batches.get_state(), 0, module.base.fingerprint)
         progress = self._checkpoints.progress(self._checkpoints.steps[-1])
-        if progress.base != trainee.base.fingerprint:
+        if progress.base != module.base.fingerprint:
             raise PshareError(
-                f"The base {self._config.base} is not the one that the run began with: its weights differ."
+                f"The base {self._config.base} has other weights than the run was started with; restore that base."
             )
         self._batches.set_state(progress.data)
         return progress
 
-    def _start(self, trainee: Trainee) -> TrainState:
+    def _initial_state(self, module: TrainableModule) -> TrainState:
         if self._checkpoints.steps:
             return self._checkpoints.restore(self.step, self._steps.state)
-        state = self._steps.init(first_values(trainee, self._config.seed))
+        state = self._steps.init(init_trainable(module, self._config.seed))
         if not all(bool(jnp.isfinite(x).all()) for x in state.trainable.values()):
-            raise PshareError(f"The weights of the base {self._config.base} have values that are not finite.")
+            raise PshareError(f"The base {self._config.base} has weights that are not finite; use another base.")
         return state
 
-    def _fixed(self) -> tuple[Params, Params]:
-        return self.trainee.frozen, self.trainee.base.params
+    def _fixed_params(self) -> tuple[Params, Params]:
+        return self.module.frozen, self.module.base.params
 
-    def _put(self, batch: Batch) -> Any:
-        return put_batch(batch.arrays, self.trainee.base.mesh)
+    def _sharded(self, batch: Batch) -> Any:
+        return shard_batch(batch.arrays, self.module.base.mesh)
 
     def _epoch(self, batch: Batch) -> float:
         return round(batch.epoch + (batch.number + 1) / self._batches.epochs.num_batches(batch.epoch), 4)
 
 
-def _named(window: list[Batch]) -> str:
+def _samples_hash(window: list[Batch]) -> str:
     return hashlib.blake2b(repr([batch.samples for batch in window]).encode(), digest_size=8).hexdigest()
 
 

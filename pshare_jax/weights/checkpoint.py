@@ -1,6 +1,6 @@
-"""What every weight reader offers: a model source opened for reading, in Hugging Face words whatever the file format.
+"""The interface of all weight readers: an opened model source with Hugging Face names, whatever its file format.
 
-`sources.open_source` returns one; `load` maps its names to parameters and its config to ModelConfig.
+`sources.open_source` returns a `Checkpoint`; `load` turns its tensors into parameters.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Checkpoint(Protocol):
-    """A folder or file with a model's config, tensors and tokenizer."""
+    """An opened folder or file with a model's config, tensors and tokenizer."""
 
     @property
     def path(self) -> Path:
@@ -24,17 +24,17 @@ class Checkpoint(Protocol):
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The content of config.json; for GGUF the same fields, built from the metadata."""
+        """The content of config.json; for a GGUF file the same fields, derived from its metadata."""
         ...
 
     @property
     def generation_config(self) -> Mapping[str, Any]:
-        """The content of generation_config.json, empty if there is none."""
+        """The content of generation_config.json; empty if the file is missing."""
         ...
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the source carries a tokenizer."""
+        """Whether the source has a tokenizer."""
         ...
 
     def names(self) -> list[str]:
@@ -46,9 +46,9 @@ class Checkpoint(Protocol):
         ...
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, freshly read and owned by the caller: float32, float16 or bfloat16, [out, in], HF row order."""
+        """One tensor as a new array: float32, float16 or bfloat16, [out, in], in Hugging Face row order."""
         ...
 
     def tokenizer(self) -> "Tokenizer":
-        """The tokenizer that the source carries."""
+        """The source's tokenizer."""
         ...

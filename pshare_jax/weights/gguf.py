@@ -1,7 +1,7 @@
-"""GGUF files as Hugging Face checkpoints: names, row order, norm convention and values as the original model had them.
+"""GGUF files as Hugging Face checkpoints: the original model's names, row order, norm convention and values.
 
-`sources.open_source` opens a .gguf with `GGUFFile`. Quantised tensors become float32; float16 and bfloat16 stay. What
-llama.cpp's converter did to the weights (q/k rows permuted for llama, 1 added to Gemma's norms) is undone here.
+`sources.open_source` opens a .gguf with `GGUFFile`. Quantised tensors become float32; float16 and bfloat16 stay. It
+undoes the changes of llama.cpp's converter, which permutes the q and k rows of llama and adds 1 to Gemma's norms.
 """
 
 import math
@@ -50,10 +50,10 @@ _TOP_PATTERN = re.compile(r"(\w+)\.(weight|bias)")
 
 
 class GGUFFile:
-    """A .gguf file opened for reading (a `Checkpoint`)."""
+    """An opened .gguf file (a `Checkpoint`)."""
 
     def __init__(self, path: str | Path) -> None:
-        """Parse the head and check everything that can be checked without reading tensors; PshareError otherwise."""
+        """Parse the header and check all that needs no tensor values; PshareError names the fault."""
         self.path = Path(path)
         header = read_header(self.path)
         self._metadata = header.metadata
@@ -66,7 +66,9 @@ class GGUFFile:
             rope_factors = _read_values(self.path, self._tensors.pop(_ROPE_FACTORS))
         self._stored_names = _hf_names(self.path, self._architecture, self._tensors)
         if _EMBEDDING not in self._tensors:
-            raise PshareError(f"{self.path} has no tensor {_EMBEDDING}; a vocabulary-only GGUF cannot be used.")
+            raise PshareError(
+                f"{self.path} has no tensor {_EMBEDDING}, so it is not a whole model; give the .gguf of a whole model."
+            )
         vocab_size = self._tensors[_EMBEDDING].shape[0]
         self.config: Mapping[str, Any] = build_config(
             self.path, header.metadata, self._tensors.keys(), vocab_size, rope_factors
@@ -75,7 +77,7 @@ class GGUFFile:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the metadata describe a tokenizer."""
+        """Whether the metadata contain a tokenizer."""
         return any(key.startswith("tokenizer.") for key in self._metadata)
 
     def names(self) -> list[str]:
@@ -87,7 +89,7 @@ class GGUFFile:
         return self._tensors[self._stored_name(name)].shape
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in Hugging Face row order and norm convention: float16 and bfloat16 as stored, else float32."""
+        """One tensor in Hugging Face row order and norm convention: float16 or bfloat16 as stored, else float32."""
         stored = self._stored_name(name)
         values = _read_values(self.path, self._tensors[stored])
         if self._architecture == "llama" and ".attn_q." in stored:
@@ -99,7 +101,7 @@ class GGUFFile:
         return values
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the metadata describes."""
+        """The tokenizer in the metadata."""
         return Tokenizer.from_gguf(
             {key: value for key, value in self._metadata.items() if key.startswith("tokenizer.")}
         )
@@ -112,49 +114,46 @@ class GGUFFile:
 
 
 def _check_types(path: Path, tensors: Mapping[str, GGUFTensor]) -> None:
-    """Refuse tensor types that are not read, all of them by name."""
+    """Refuse unsupported tensor types; the error names all of them."""
     wrong = sorted({item.type_name for item in tensors.values()} - set(TENSOR_TYPES))
     if wrong:
         raise PshareError(
-            f"{path} has tensors of type {', '.join(wrong)}; only {', '.join(TENSOR_TYPES)} are read, "
-            "so take another quantisation of the model."
+            f"{path} has tensors of type {', '.join(wrong)}, but only {', '.join(TENSOR_TYPES)} are supported; "
+            "use another quantisation of the model."
         )
 
 
 def _check_sizes(path: Path, tensors: Mapping[str, GGUFTensor]) -> None:
-    """Refuse rows that are no whole number of blocks, and tensors that lie beyond the file's end."""
+    """Refuse rows that are not a whole number of blocks, and tensors beyond the end of the file."""
     size = path.stat().st_size
     for name, item in tensors.items():
         block_size = GGML_QUANT_SIZES[GGMLQuantizationType(item.raw_type)][0]
         if 0 in item.shape or item.shape[-1] % block_size:
-            raise PshareError(f"{path} is damaged: rows of {name} are no whole number of {item.type_name} blocks.")
+            raise PshareError(
+                f"{path} is damaged: the rows of {name} are not a whole number of {item.type_name} blocks."
+            )
         end = item.offset + item.num_rows * item.row_bytes
         if end > size:
             raise PshareError(
-                f"{path} is cut short: tensor {name} should end at byte {end}, but the file has {size} bytes; "
-                "download or copy it again."
+                f"{path} is cut short: tensor {name} ends at byte {end}, but the file has {size} bytes; download or "
+                "copy it again."
             )
 
 
 def _hf_names(path: Path, architecture: str, tensors: Mapping[str, GGUFTensor]) -> dict[str, str]:
-    """Hugging Face name -> GGUF name for every tensor; tensors without one are refused, all of them by name."""
-    names, unknown = {}, []
-    for stored in tensors:
-        name = _hf_name(architecture, stored)
-        if name is None:
-            unknown.append(stored)
-        else:
-            names[name] = stored
+    """Hugging Face name -> GGUF name of every tensor; the error for unknown tensors names them."""
+    names = {stored: _hf_name(architecture, stored) for stored in tensors}
+    unknown = [stored for stored, name in names.items() if name is None]
     if unknown:
         raise PshareError(
-            f"{path} has {len(unknown)} tensors that no {architecture} model here has: {', '.join(unknown[:10])}"
+            f"{path} has {len(unknown)} unknown tensors for a {architecture} model: {', '.join(unknown[:10])}"
             f"{', ...' if len(unknown) > 10 else ''}."
         )
-    return names
+    return {name: stored for stored, name in names.items() if name is not None}
 
 
 def _hf_name(architecture: str, stored: str) -> str | None:
-    """The Hugging Face name of one tensor, None if there is none."""
+    """The Hugging Face name of one tensor, if it has one."""
     if match := _LAYER_PATTERN.fullmatch(stored):
         layer, part, kind = match.groups()
         table = _GEMMA3_LAYER_NAMES if architecture == "gemma3" else _LAYER_NAMES
@@ -165,7 +164,7 @@ def _hf_name(architecture: str, stored: str) -> str | None:
 
 
 def _read_values(path: Path, tensor: GGUFTensor) -> np.ndarray:
-    """A tensor's values as the file has them, dequantised a few rows at a time so that no second copy is ever whole."""
+    """A tensor's values as stored, dequantised a few rows at a time so that there is never a second whole copy."""
     dtype = _PLAIN_DTYPES.get(tensor.type_name)
     if dtype is not None:
         return np.fromfile(path, dtype=dtype, count=math.prod(tensor.shape), offset=tensor.offset).reshape(tensor.shape)
@@ -182,17 +181,15 @@ def _read_values(path: Path, tensor: GGUFTensor) -> np.ndarray:
 
 
 def _unpermute(path: Path, stored: str, values: np.ndarray, num_heads: int) -> np.ndarray:
-    """Undo llama.cpp's interleaving of a head's two rotary halves, for weights [heads * head_dim, D] and biases."""
+    """Undo llama.cpp's interleaving of each head's rotary halves, in weights [heads * head_dim, D] or biases."""
     if values.shape[0] % (2 * num_heads):
-        raise PshareError(
-            f"{path} is damaged: {stored} has {values.shape[0]} rows, which {num_heads} heads cannot share."
-        )
+        raise PshareError(f"{path} is damaged: {num_heads} heads cannot share the {values.shape[0]} rows of {stored}.")
     pairs = values.reshape(num_heads, values.shape[0] // num_heads // 2, 2, *values.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
 
 
 def _generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """End tokens beyond the config's: a file may name an end-of-turn token beside its end-of-text token."""
+    """All end tokens, if the file names an end-of-turn token besides its end-of-text token."""
     ends = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot")]
     found = list(dict.fromkeys(end for end in ends if end is not None))
     return {"eos_token_id": found} if len(found) > 1 else {}

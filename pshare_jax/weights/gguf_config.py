@@ -1,8 +1,8 @@
 """GGUF metadata -> the fields of a Hugging Face config.json, one architecture at a time.
 
-`gguf.GGUFFile` is the only caller. A key that the metadata must have and lacks, or one that asks for a computation
-which the named architecture does not do in transformers, is refused by name; nothing is guessed. Defaults are only
-those that the format itself lays down (GGUF's "absent means", llama.cpp's fixed values for gemma3).
+`gguf.GGUFFile` is the only caller. A missing required key, or a key that asks for a computation which the architecture
+does not do in transformers, is an error that names the key. The only defaults are the format's own (GGUF's values for
+absent keys, llama.cpp's fixed values for gemma3).
 """
 
 import math
@@ -22,12 +22,12 @@ _HF_WORDS: Mapping[str, tuple[str, str]] = {
 }
 ARCHITECTURES = tuple(_HF_WORDS)
 
-# llama.cpp fixes these for gemma3 and newer files may override them by key.
+# llama.cpp's fixed values for gemma3; the keys of newer files override them.
 _GEMMA3_PATTERN = 6
 _GEMMA3_LOCAL_THETA = 10000.0
 _GEMMA3_27B_LAYERS = 62
 
-# Keys that change the computation in ways the architectures above do not know: value that means "off".
+# Keys of computations that the architectures above do not have: the value that means "off".
 _FOREIGN_KEYS: Mapping[str, Any] = {
     "expert_count": 0,
     "attention.causal": True,
@@ -42,7 +42,7 @@ _FOREIGN_KEYS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class _Metadata:
-    """The metadata of one architecture: keys without their prefix, faults with the file's name."""
+    """The metadata of one architecture, by keys without its prefix; errors name the file."""
 
     path: Path
     architecture: str
@@ -53,10 +53,10 @@ class _Metadata:
         return self.values.get(f"{self.architecture}.{key}")
 
     def integer(self, key: str) -> int:
-        """A required whole number, at least 1."""
+        """A required integer of at least 1."""
         value = self._required(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.fault(key, f"is {value!r}, not a positive whole number")
+            raise self.fault(key, f"is {value!r}, not a positive integer")
         return value
 
     def number(self, key: str) -> float:
@@ -67,7 +67,7 @@ class _Metadata:
         return float(value)
 
     def fault(self, key: str, what: str) -> PshareError:
-        """An error about one key, to be raised by the caller."""
+        """An error about one key, for the caller to raise."""
         return PshareError(f"{self.path} cannot be used: its metadata key {self.architecture}.{key} {what}.")
 
     def _required(self, key: str) -> Any:
@@ -78,14 +78,12 @@ class _Metadata:
 
 
 def read_architecture(path: Path, metadata: Mapping[str, Any]) -> str:
-    """The file's architecture, refused if it is none of ARCHITECTURES or only a part of a split file."""
+    """The file's architecture; an unknown architecture or a part of a split file is an error."""
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
-        raise PshareError(
-            f"{path} has the GGUF architecture {architecture!r}; only {', '.join(ARCHITECTURES)} are known."
-        )
+        raise PshareError(f"{path}: the architecture must be one of {', '.join(ARCHITECTURES)}, not {architecture!r}.")
     if metadata.get("split.count", 1) not in (0, 1):
-        raise PshareError(f"{path} is one part of a split GGUF; merge the parts first with llama-gguf-split --merge.")
+        raise PshareError(f"{path} is a part of a split GGUF; merge the parts with llama-gguf-split --merge.")
     return architecture
 
 
@@ -96,14 +94,14 @@ def build_config(
     vocab_size: int,
     rope_factors: np.ndarray | None,
 ) -> dict[str, Any]:
-    """The config.json that the model would have as a Hugging Face folder.
+    """The model's config.json as in a Hugging Face folder.
 
     Args:
-        path: the file, for messages.
+        path: the file, for errors.
         metadata: all keys of the file.
-        tensor_names: GGUF names; biases and an untied head are read from them.
+        tensor_names: GGUF names, which show whether there are biases and an untied head.
         vocab_size: rows of the embedding.
-        rope_factors: rope_freqs.weight, [head_dim / 2], which is how llama.cpp stores llama3 rope scaling.
+        rope_factors: rope_freqs.weight, [head_dim / 2]; llama.cpp stores llama3 rope scaling in it.
     """
     architecture = read_architecture(path, metadata)
     keys = _Metadata(path, architecture, metadata)
@@ -112,7 +110,7 @@ def build_config(
     scaling = _rope_scaling(keys)
     if rope_factors is not None:
         if scaling is not None:
-            raise keys.fault("rope.scaling.type", "stands beside a tensor rope_freqs.weight, and only one can hold")
+            raise keys.fault("rope.scaling.type", "conflicts with the tensor rope_freqs.weight; keep one of them")
         scaling = llama3_scaling(path, rope_factors, config["rope_theta"], config["max_position_embeddings"])
     if scaling is not None:
         config["rope_scaling"] = scaling
@@ -122,8 +120,9 @@ def build_config(
 
 
 def _common_fields(keys: _Metadata, tensor_names: Collection[str], vocab_size: int) -> dict[str, Any]:
-    """What all three architectures have."""
+    """The fields of all three architectures."""
     hf_class, model_type = _HF_WORDS[keys.architecture]
+    activation = "gelu_pytorch_tanh" if keys.architecture == "gemma3" else "silu"
     num_heads = keys.integer("attention.head_count")
     num_kv_heads = num_heads if keys.get("attention.head_count_kv") is None else keys.integer("attention.head_count_kv")
     config = {
@@ -136,7 +135,7 @@ def _common_fields(keys: _Metadata, tensor_names: Collection[str], vocab_size: i
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
         "head_dim": _head_dim(keys, num_heads),
-        "hidden_activation" if keys.architecture == "gemma3" else "hidden_act": _activation(keys.architecture),
+        "hidden_activation" if keys.architecture == "gemma3" else "hidden_act": activation,
         "max_position_embeddings": keys.integer("context_length"),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": keys.number("rope.freq_base"),
@@ -152,39 +151,36 @@ def _common_fields(keys: _Metadata, tensor_names: Collection[str], vocab_size: i
     return config
 
 
-def _activation(architecture: str) -> str:
-    """The MLP's activation, which an architecture fixes."""
-    return "gelu_pytorch_tanh" if architecture == "gemma3" else "silu"
-
-
 def _head_dim(keys: _Metadata, num_heads: int) -> int:
-    """attention.key_length, else embedding / heads; partial rotary and unlike value heads are refused."""
+    """attention.key_length, else embedding / heads; partial rotary embeddings and other value sizes are errors."""
     if keys.get("attention.key_length") is not None:
         head_dim = keys.integer("attention.key_length")
     else:
         hidden = keys.integer("embedding_length")
         if hidden % num_heads:
-            raise keys.fault("attention.head_count", f"is {num_heads}, which does not divide the width {hidden}")
+            raise keys.fault(
+                "attention.head_count", f"is {num_heads}, which does not divide the embedding length {hidden}"
+            )
         head_dim = hidden // num_heads
     for key in ("rope.dimension_count", "attention.value_length"):
         if keys.get(key) not in (None, head_dim):
-            raise keys.fault(key, f"is {keys.get(key)}, unlike the head size {head_dim}, which no known model needs")
+            raise keys.fault(key, f"is {keys.get(key)}, but only the head size {head_dim} is supported")
     return head_dim
 
 
 def _refuse_foreign(keys: _Metadata) -> None:
-    """Refuse keys that ask for something the architecture does not compute."""
+    """Refuse keys of computations that the architecture does not have."""
     off = dict(_FOREIGN_KEYS)
     if keys.architecture != "gemma3":
         off["attention.sliding_window"] = 0
         off["final_logit_softcapping"] = 0.0
     for key, value in off.items():
         if keys.get(key) is not None and keys.get(key) != value:
-            raise keys.fault(key, f"is {keys.get(key)}, which a {keys.architecture} model here cannot follow")
+            raise keys.fault(key, f"is {keys.get(key)}, but only {value} is supported for {keys.architecture}")
 
 
 def _rope_scaling(keys: _Metadata) -> dict[str, Any] | None:
-    """rope_scaling as Hugging Face writes it; types other than linear go on by name, for the model to refuse."""
+    """rope_scaling in Hugging Face form; other types than linear keep their name, and `ModelConfig` refuses them."""
     kind = keys.get("rope.scaling.type")
     factor_key = "rope.scaling.factor" if keys.get("rope.scaling.factor") is not None else "rope.scale_linear"
     if kind == "none" or (kind is None and keys.get(factor_key) is None):
@@ -203,7 +199,7 @@ def _rope_scaling(keys: _Metadata) -> dict[str, Any] | None:
 def _gemma3_fields(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     """Sliding windows, the local rope, the attention scale and the soft cap of Gemma 3."""
     num_layers, head_dim = config["num_hidden_layers"], config["head_dim"]
-    # llama.cpp scales 27B by width / heads and every other size by the head's size.
+    # llama.cpp scales 27B by embedding / heads and all other sizes by head size.
     is_27b = num_layers == _GEMMA3_27B_LAYERS
     scalar = config["hidden_size"] // config["num_attention_heads"] if is_27b else head_dim
     fields: dict[str, Any] = {
@@ -222,7 +218,7 @@ def _gemma3_fields(keys: _Metadata, config: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _layer_types(keys: _Metadata, num_layers: int) -> list[str]:
-    """Per layer "sliding_attention" or "full_attention"; a file without a window has full attention everywhere."""
+    """Each layer's "sliding_attention" or "full_attention"; without a window all layers have full attention."""
     if not keys.get("attention.sliding_window"):
         return ["full_attention"] * num_layers
     pattern = keys.get("attention.sliding_window_pattern")
@@ -238,15 +234,15 @@ def _layer_types(keys: _Metadata, num_layers: int) -> list[str]:
 
 
 def llama3_scaling(path: Path, factors: np.ndarray, theta: float, max_len: int) -> dict[str, Any] | None:
-    """The llama3 rope_scaling whose frequency divisors are `factors` [head_dim / 2] to 1e-5; None if all are one.
+    """The llama3 rope_scaling whose frequency divisors are `factors` [head_dim / 2] to 1e-5; None if all are 1.
 
-    llama.cpp keeps only the divisors, so the parameters are found again: the factor is the largest divisor, the
-    original length a power of two (8192 is tried first), low and high frequency factors are Meta's 1 and 4 or kin.
+    llama.cpp stores only the divisors, so this searches for the parameters: the factor is the largest divisor, the
+    original length a power of two (8192 first), the low and high frequency factors Meta's 1 and 4, 1 and 2, or 1 and 8.
     """
     factors = np.asarray(factors, dtype=np.float64)
     if np.allclose(factors, 1.0, rtol=0, atol=1e-5):
         return None
-    # As exact as the divisors are: theirs may be a last bit off, people write 8.0.
+    # Rounded, because the stored 8.0 may be off by its last bit.
     factor = float(f"{factors.max():.6g}")
     lengths = [8192, *(2**k for k in range(4, 21) if 2**k <= max_len and 2**k != 8192)]
     for low, high in ((1.0, 4.0), (1.0, 2.0), (1.0, 8.0)):
@@ -260,11 +256,11 @@ def llama3_scaling(path: Path, factors: np.ndarray, theta: float, max_len: int) 
                     "high_freq_factor": high,
                     "original_max_position_embeddings": length,
                 }
-    raise PshareError(f"{path} cannot be used: its tensor rope_freqs.weight is no llama3 rope scaling that is known.")
+    raise PshareError(f"{path} cannot be used: its tensor rope_freqs.weight is not a known llama3 rope scaling.")
 
 
 def _llama3_divisors(count: int, theta: float, factor: float, low: float, high: float, original_len: int) -> np.ndarray:
-    """What llama3 scaling divides each of `count` rope frequencies by (Llama 3.1's rule, as in transformers)."""
+    """The divisors of llama3 scaling for each of `count` rope frequencies (Llama 3.1's rule, as in transformers)."""
     frequencies = theta ** (-np.arange(count, dtype=np.float64) / count)
     turns = original_len * frequencies / (2 * np.pi)
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)

@@ -1,7 +1,7 @@
-"""The head of a GGUF file: its metadata as plain Python values and its table of tensors.
+"""The header of a GGUF file: its metadata as plain Python values, and its table of tensors.
 
-`gguf.GGUFFile` is the only caller. The constants are the `gguf` package's; the parsing is not, because its reader makes
-a NumPy view of every token string and so takes seconds and 150 MB for one vocabulary.
+`gguf.GGUFFile` is the only caller. The `gguf` package's own reader makes a NumPy view of every token string, which
+takes seconds and 150 MB for one vocabulary; only its constants are used.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -40,7 +40,7 @@ _SCALARS = {
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """One tensor: its shape [out, in] (reversed from the file's), type number and first byte in the file."""
+    """One tensor: its shape [out, in] (the file's in reverse), type number and first byte in the file."""
 
     shape: tuple[int, ...]
     raw_type: int
@@ -48,7 +48,7 @@ class GGUFTensor:
 
     @property
     def type_name(self) -> str:
-        """The quantisation's name ("Q4_K"), or its number if the package does not know it."""
+        """The name of the tensor's type ("Q4_K"), or its number if the package does not know it."""
         try:
             return GGMLQuantizationType(self.raw_type).name
         except ValueError:
@@ -56,37 +56,37 @@ class GGUFTensor:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row of the last axis; the row length must be a multiple of the type's block."""
+        """Bytes of one row of the last axis, whose length must be a multiple of the type's block size."""
         block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(self.raw_type)]
         return self.shape[-1] // block_size * block_bytes
 
     @property
     def num_rows(self) -> int:
-        """How many rows of the last axis the tensor has."""
+        """The number of rows along the last axis."""
         return math.prod(self.shape[:-1])
 
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """Metadata (a float32 as its shortest decimal) and tensors by name."""
+    """Metadata (float32 values as their shortest decimals) and tensors by name."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """Parse the head of a little-endian GGUF file, version 2 or 3; PshareError if it is none or damaged."""
+    """Parse the header of a little-endian GGUF file, version 2 or 3; another or a damaged file raises PshareError."""
     if not path.is_file():
-        raise PshareError(f"There is no file {path}; give the path of a .gguf file.")
+        raise PshareError(f"there is no file {path}; give the path of a .gguf file.")
     size = path.stat().st_size
     with path.open("rb") as stream:
         if size < 24 or stream.read(4) != _MAGIC:
-            raise PshareError(f"{path} is not a GGUF file (its first bytes are not {_MAGIC.decode()!r}).")
+            raise PshareError(f"{path} is not a GGUF file: its first bytes are not {_MAGIC.decode()!r}.")
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             version = _U32.unpack_from(data, 4)[0]
             if version not in _VERSIONS:
                 raise PshareError(
-                    f"{path} has GGUF version {version}, but only little-endian versions 2 and 3 are read; "
+                    f"{path} has GGUF version {version}, but only little-endian versions 2 and 3 are supported; "
                     "convert it again with a current llama.cpp."
                 )
             try:
@@ -96,19 +96,19 @@ def read_header(path: Path) -> GGUFHeader:
 
 
 def _parse(cursor: "_Cursor") -> GGUFHeader:
-    """Everything after magic and version."""
+    """Parse everything after magic and version."""
     num_tensors, num_entries = cursor.u64(), cursor.u64()
     metadata: dict[str, Any] = {}
     for _ in range(num_entries):
         key = cursor.string()
         if key in metadata:
-            raise ValueError(f"the metadata key {key} comes twice")
+            raise ValueError(f"the metadata key {key} is repeated")
         metadata[key] = cursor.value(cursor.u32())
     tensors: dict[str, GGUFTensor] = {}
     for _ in range(num_tensors):
         name = cursor.string()
         if name in tensors:
-            raise ValueError(f"tensor {name} comes twice")
+            raise ValueError(f"tensor {name} is repeated")
         dims = cursor.dims()
         tensors[name] = GGUFTensor(tuple(reversed(dims)), cursor.u32(), cursor.u64())
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
@@ -122,7 +122,7 @@ def _parse(cursor: "_Cursor") -> GGUFHeader:
 
 
 class _Cursor:
-    """Reads the file's primitive values one after the other; struct.error or ValueError past the end."""
+    """Reads the file's primitive values in order; past the end it raises struct.error or ValueError."""
 
     def __init__(self, data: mmap.mmap, position: int) -> None:
         self.data, self.position = data, position
@@ -137,14 +137,13 @@ class _Cursor:
         self.position += 8
         return _U64.unpack_from(self.data, self.position - 8)[0]
 
-    def take(self, length: int) -> bytes:
-        """The next bytes, never fewer than asked for."""
+    def read(self, length: int) -> bytes:
+        """Exactly the next `length` bytes."""
         end = self.position + length
         if end > len(self.data):
-            raise ValueError("it ends inside its header")
-        taken = self.data[self.position : end]
-        self.position = end
-        return taken
+            raise ValueError("it ends within its header")
+        start, self.position = self.position, end
+        return self.data[start:end]
 
     def dims(self) -> list[int]:
         """A tensor's lengths, fastest axis first."""
@@ -154,18 +153,18 @@ class _Cursor:
         return self.numbers(GGUFValueType.UINT64, count).tolist()
 
     def string(self) -> str:
-        """A length and that many bytes of UTF-8."""
-        return self.take(self.u64()).decode("utf-8")
+        """A length and its number of UTF-8 bytes."""
+        return self.read(self.u64()).decode("utf-8")
 
     def strings(self, count: int) -> list[str]:
-        """That many strings; the vocabulary's hot loop, so without a call per string."""
+        """`count` strings; the vocabulary's hot loop, so without a call for each string."""
         data, position, unpack = self.data, self.position, _U64.unpack_from
         found = []
         for _ in range(count):
             start = position + 8
             position = start + unpack(data, position)[0]
             found.append(data[start:position].decode("utf-8"))
-        self.position = position  # past the end after a short slice, so that the next read fails
+        self.position = position  # past the end after a truncated string, so that the next read fails
         return found
 
     def value(self, raw_type: int) -> Any:
@@ -176,11 +175,11 @@ class _Cursor:
         if kind == GGUFValueType.STRING:
             return self.string()
         number = self.numbers(kind, 1)[0]
-        # The shortest decimal that stands for a float32, so that 1e-5 reads as in config.json.
+        # The shortest decimal of a float32, so that 1e-5 equals the value in config.json.
         return float(str(number)) if kind == GGUFValueType.FLOAT32 else number.item()
 
     def array(self) -> list[Any]:
-        """An element type, a length and that many values."""
+        """An array: element type, length, values."""
         raw_type, length = self.u32(), self.u64()
         kind = GGUFValueType(raw_type)
         if kind in _SCALARS:
@@ -190,5 +189,5 @@ class _Cursor:
         return [self.value(raw_type) for _ in range(length)]
 
     def numbers(self, kind: GGUFValueType, count: int) -> np.ndarray:
-        """That many numbers or flags of one kind."""
-        return np.frombuffer(self.take(count * _SCALARS[kind].itemsize), dtype=_SCALARS[kind])
+        """`count` numbers or flags of one kind."""
+        return np.frombuffer(self.read(count * _SCALARS[kind].itemsize), dtype=_SCALARS[kind])

@@ -1,7 +1,6 @@
-"""Fill a model's parameters from a checkpoint, tensor by tensor straight to its sharding, and hash the values read.
+"""Read a model's parameters from a checkpoint, each tensor straight to its sharding, and hash the values.
 
-`read_parameters` is what `pshare_jax.share.model` and `modules.load_module` call. At most one tensor is in host memory beside
-the parameters themselves.
+`share.model` and `share.decode_module` call it. At most one tensor is in host memory beside the parameters themselves.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ def read_parameters(
 ) -> tuple[Params, dict[str, str]]:
     """All parameters on `mesh` in `dtype`, and a hash of each tensor's float32 values by parameter path.
 
-    `progress` is called with the share of tensors read, 0 to 1.
+    `progress` is called with the fraction of tensors read, 0 to 1.
     """
     shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
     matched = plan(config, shapes, str(checkpoint.path))
@@ -36,7 +35,7 @@ def read_parameters(
     for count, (entry, name) in enumerate(matched.entries, start=1):
         values = checkpoint.read(name)
         hashes[entry.path] = known.get(entry.path) or tensor_hash(values)
-        params[entry.path] = place(values, entry, config, mesh, dtype)
+        params[entry.path] = device_put_tensor(values, entry, config, mesh, dtype)
         if progress:
             progress(count / len(matched.entries))
     if hashes != known:
@@ -44,16 +43,15 @@ def read_parameters(
     return params, hashes
 
 
-def place(values: np.ndarray, entry: Entry, config: ModelConfig, mesh: Mesh, dtype: str) -> jax.Array:
-    """One file tensor as the parameter of `entry`: transposed, cast and put to its sharding."""
-    ours = values.T if entry.transpose else values
-    # One copy at most: the transposed view becomes contiguous while it takes its dtype.
-    cast = np.ascontiguousarray(ours, dtype=dtype)
+def device_put_tensor(values: np.ndarray, entry: Entry, config: ModelConfig, mesh: Mesh, dtype: str) -> jax.Array:
+    """One file tensor as the parameter of `entry`: transposed, cast, and on the devices in its sharding."""
+    # At most one copy: casting makes the transposed view contiguous.
+    cast = np.ascontiguousarray(values.T if entry.transpose else values, dtype=dtype)
     return jax.device_put(cast, parameter_sharding(entry.path, config, mesh))
 
 
 def settle_tying(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """The config, untied where it says tied but the file has a head of other values (transformers then does not tie)."""
+    """The config, untied if the file has a head that differs from the embedding, as transformers does."""
     heads = [name for name in checkpoint.names() if name in HEADS]
     embeddings = [name for name in checkpoint.names() if name.endswith("embed_tokens.weight")]
     if not (config.tied and heads and embeddings):
@@ -61,7 +59,7 @@ def settle_tying(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
     if np.array_equal(checkpoint.read(heads[0]), checkpoint.read(embeddings[0])):
         return config
     warnings.warn(
-        f"{checkpoint.path}: config.json says tied embeddings, but {heads[0]} differs from {embeddings[0]}; both are kept.",
+        f"{checkpoint.path}: config.json ties embeddings, but {heads[0]} differs from {embeddings[0]}; loading both.",
         stacklevel=2,
     )
     return dataclasses.replace(config, tied=False)

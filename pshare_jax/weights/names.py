@@ -1,7 +1,7 @@
-"""Hugging Face tensor names <-> our parameter paths, one table for loading and saving.
+"""Hugging Face tensor names <-> our parameter paths: one table for loading and saving.
 
-Every family uses the same names below a prefix, so the table is derived from a `ModelConfig`; kernels are `[in, out]` here
-and `[out, in]` in files. `plan` matches a file's names against it, strictly: all faults come in one message.
+All families use the same names below a prefix, so the table follows from a `ModelConfig`. Kernels are `[in, out]` here
+and `[out, in]` in files. `plan` matches a file's names against the table; one error lists all faults.
 """
 
 import re
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pshare_jax.errors import PshareError
 from pshare_jax.model.config import ModelConfig
 
-# Where the language model sits in text-only and in multimodal repositories (old and new style).
+# Prefixes of the language model in multimodal (old and new style) and in text-only repositories.
 PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 HEADS = ("language_model.lm_head.weight", "lm_head.weight")
-# Left out without a word: buffers that older files carry, and the vision half of multimodal repositories.
+# Ignored: buffers in older files, and the vision part of multimodal repositories.
 SKIPPED = re.compile(
     r".*\.rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector|embed_vision)\..*|"
     r".*\.vision_model\..*"
@@ -32,7 +32,7 @@ PROJECTIONS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: our path, its name in files (below `model.`, save for the head), file shape, and whether to transpose."""
+    """One parameter: our path, the name (below `model.`, except the head) and shape in files, whether to transpose."""
 
     path: str
     name: str
@@ -41,7 +41,7 @@ class Entry:
 
 
 def table(config: ModelConfig) -> list[Entry]:
-    """All parameters of a model, in the order in which files are written."""
+    """All parameters of a model, in file order."""
     hidden = config.hidden_size
     entries = [Entry("embedding.weight", "embed_tokens.weight", (config.vocab_size, hidden))]
     for index in range(config.num_layers):
@@ -67,25 +67,24 @@ def projection_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def _layer(config: ModelConfig, index: int) -> list[Entry]:
-    ours, theirs = f"layers.{index}.", f"layers.{index}."
-    entries = []
+    layer, entries = f"layers.{index}.", []
     for path, (num_in, num_out) in projection_sizes(config).items():
         name = PROJECTIONS[path]
-        entries.append(Entry(f"{ours}{path}.kernel", f"{theirs}{name}.weight", (num_out, num_in), transpose=True))
+        entries.append(Entry(f"{layer}{path}.kernel", f"{layer}{name}.weight", (num_out, num_in), transpose=True))
         if config.attention_bias if path.startswith("attention") else config.mlp_bias:
-            entries.append(Entry(f"{ours}{path}.bias", f"{theirs}{name}.bias", (num_out,)))
+            entries.append(Entry(f"{layer}{path}.bias", f"{layer}{name}.bias", (num_out,)))
     if config.qk_norm:
         for name in ("q_norm", "k_norm"):
             entries.append(
-                Entry(f"{ours}attention.{name}.weight", f"{theirs}self_attn.{name}.weight", (config.head_dim,))
+                Entry(f"{layer}attention.{name}.weight", f"{layer}self_attn.{name}.weight", (config.head_dim,))
             )
     for path, name in _norms(config).items():
-        entries.append(Entry(f"{ours}{path}.weight", f"{theirs}{name}.weight", (config.hidden_size,)))
+        entries.append(Entry(f"{layer}{path}.weight", f"{layer}{name}.weight", (config.hidden_size,)))
     return entries
 
 
 def _norms(config: ModelConfig) -> dict[str, str]:
-    # The same Hugging Face name means the MLP's pre-norm in two-norm families and attention's post-norm in Gemma 3.
+    # post_attention_layernorm is the MLP's pre-norm in families with two norms, and attention's post-norm in Gemma 3.
     if not config.sandwich_norms:
         return {"pre_attention_norm": "input_layernorm", "pre_mlp_norm": "post_attention_layernorm"}
     return {
@@ -98,7 +97,7 @@ def _norms(config: ModelConfig) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which file tensor fills which parameter, and the head that a tied model's file carries nevertheless, if any."""
+    """Each parameter's tensor name, and the name of the redundant head in a tied model's file, if any."""
 
     entries: list[tuple[Entry, str]]
     extra_head: str | None
@@ -107,7 +106,8 @@ class Plan:
 def plan(config: ModelConfig, shapes: dict[str, tuple[int, ...]], where: str) -> Plan:
     """Match a file's tensors (name -> shape) to the model's parameters; `where` names the source in errors.
 
-    Every parameter must be set exactly once with the right shape and every tensor be used or in `SKIPPED`.
+    Raises:
+        PshareError: a parameter has no, several or misshapen tensors, or a tensor is neither used nor `SKIPPED`.
     """
     found, faults = _by_short_name(shapes)
     used: list[tuple[Entry, str]] = []
@@ -115,24 +115,20 @@ def plan(config: ModelConfig, shapes: dict[str, tuple[int, ...]], where: str) ->
     for entry in table(config):
         name = found.pop(entry.name, None)
         if name is None:
-            faults.append(f"{_full(entry.name)} is missing")
+            faults.append(f"{file_name(entry)} is missing")
         elif shapes[name] != entry.shape:
             faults.append(f"{name} has shape {list(shapes[name])} instead of {list(entry.shape)}")
         else:
             used.append((entry, name))
     faults += [f"{name} belongs to no parameter" for name in found.values()]
     if faults:
-        raise PshareError(f"{where} does not fit its config.json: {_listed(faults)}.")
+        raise PshareError(f"the tensors in {where} do not match its config.json: {_listed(faults)}.")
     return Plan(used, extra_head)
 
 
 def file_name(entry: Entry) -> str:
-    """The entry's full name in a text-only Hugging Face file."""
-    return _full(entry.name)
-
-
-def _full(name: str) -> str:
-    return name if name == "lm_head.weight" else f"model.{name}"
+    """The entry's full name in a text-only repository."""
+    return entry.name if entry.name == "lm_head.weight" else f"model.{entry.name}"
 
 
 def _by_short_name(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, str], list[str]]:

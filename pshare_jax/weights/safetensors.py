@@ -1,7 +1,7 @@
-"""Hugging Face folders: config.json, one or several safetensors files, tokenizer files; read strictly, written lazily.
+"""Hugging Face folders: config.json, one or several safetensors files, tokenizer files.
 
-`sources.open_source` opens a folder with `SafetensorsFolder`; saving a model or a decode module calls
-`write_safetensors`. All faults of a folder are told in one message, before any tensor is read.
+`sources.open_source` opens a folder with `SafetensorsFolder`, which reports all faults of a folder in one error before
+it reads a tensor. `share.save` and `share.lora` write the files.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _DTYPES: Mapping[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where one tensor lies: its file, first byte, shape and the format's name of its dtype."""
+    """The location of one tensor: its file, first byte and shape, and the format's name of its dtype."""
 
     file: Path
     offset: int
@@ -44,19 +44,19 @@ class SafetensorsFolder:
     """A Hugging Face model folder with its weights in safetensors, opened for reading (a `Checkpoint`)."""
 
     def __init__(self, path: str | Path, *, weights: bool = True) -> None:
-        """Check the whole folder and read headers only; PshareError lists every fault.
+        """Check the whole folder, reading headers only; PshareError lists all faults.
 
-        Without `weights` weight files are not looked at, so they may be missing, and there are no tensors to read.
+        Without `weights` the folder needs no weight files, and there are no tensors to read.
         """
         self.path = Path(path)
         if not self.path.is_dir():
-            raise PshareError(f"There is no model folder {self.path}; give the path of a Hugging Face model folder.")
+            raise PshareError(f"there is no model folder {self.path}; give the path of a Hugging Face model folder.")
         faults: list[str] = []
         config = _read_json_object(self.path / "config.json", faults, required=True)
         generation_config = _read_json_object(self.path / "generation_config.json", faults, required=False)
         self._entries = _collect_entries(self.path, faults) if weights else {}
         if faults:
-            raise PshareError(f"The model folder {self.path} cannot be used: {'; '.join(faults)}.")
+            raise PshareError(f"the model folder {self.path} cannot be used: {'; '.join(faults)}.")
         self.config: Mapping[str, Any] = config
         self.generation_config: Mapping[str, Any] = generation_config
 
@@ -66,7 +66,7 @@ class SafetensorsFolder:
         return (self.path / "tokenizer.json").is_file()
 
     def names(self) -> list[str]:
-        """Tensor names as stored, file by file."""
+        """Tensor names as stored, in file order."""
         return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -74,19 +74,19 @@ class SafetensorsFolder:
         return self._entry(name).shape
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as a fresh array; float32, float16 and bfloat16 are read, another dtype is refused by name."""
+        """One tensor as a new array; float32, float16 and bfloat16 are supported."""
         entry = self._entry(name)
         dtype = _DTYPES.get(entry.dtype)
         if dtype is None:
             raise PshareError(
-                f"Tensor {name} in {entry.file} has dtype {entry.dtype}; only {', '.join(_DTYPES)} are read, "
-                "so convert the checkpoint to bfloat16 or float32."
+                f"tensor {name} in {entry.file} has dtype {entry.dtype}, but only {', '.join(_DTYPES)} are supported; "
+                "convert the checkpoint to bfloat16 or float32."
             )
-        # Plain reads, not a memory map: the map's pages would count as resident beside the copy on the device.
+        # Plain reads: the pages of a memory map would stay resident beside the copy on the device.
         count = int(np.prod(entry.shape, dtype=np.int64))
         values = np.fromfile(entry.file, dtype=dtype.newbyteorder("<"), count=count, offset=entry.offset)
         if values.size != count:
-            raise PshareError(f"{entry.file} was cut short while tensor {name} was read; download or copy it again.")
+            raise PshareError(f"{entry.file} ends within tensor {name}; download or copy it again.")
         return values.astype(dtype, copy=False).reshape(entry.shape)
 
     def tokenizer(self) -> Tokenizer:
@@ -96,12 +96,12 @@ class SafetensorsFolder:
     def _entry(self, name: str) -> _Entry:
         entry = self._entries.get(name)
         if entry is None:
-            raise PshareError(f"The model folder {self.path} has no tensor {name}.")
+            raise PshareError(f"the model folder {self.path} has no tensor {name}.")
         return entry
 
 
 def _read_json_object(file: Path, faults: list[str], *, required: bool) -> dict[str, Any]:
-    """The file's JSON object; {} and a new fault if it is missing (and required), no JSON or no object."""
+    """The file's JSON object; {} and a new fault if it is not an object, or required and missing."""
     if not file.is_file():
         if required:
             faults.append(f"{file.name} is missing")
@@ -112,13 +112,13 @@ def _read_json_object(file: Path, faults: list[str], *, required: bool) -> dict[
         faults.append(f"{file.name} is not valid JSON ({error})")
         return {}
     if not isinstance(value, dict):
-        faults.append(f"{file.name} holds a JSON {type(value).__name__}, not an object")
+        faults.append(f"{file.name} must contain a JSON object, not a {type(value).__name__}")
         return {}
     return value
 
 
 def _collect_entries(folder: Path, faults: list[str]) -> dict[str, _Entry]:
-    """All tensors of the folder's weight files; what is wrong with the files goes to `faults`."""
+    """All tensors of the folder's weight files; faults of the files are added to `faults`."""
     shards = sorted(folder.glob(SHARD_PATTERN))
     has_single, has_index = (folder / SINGLE_FILE).is_file(), (folder / INDEX_FILE).is_file()
     if has_index:
@@ -133,18 +133,18 @@ def _collect_entries(folder: Path, faults: list[str]) -> dict[str, _Entry]:
 
 
 def _describe_absence(folder: Path) -> str:
-    """Why a folder without safetensors is no use, and the way out."""
+    """The fault of a folder without safetensors, and what to do."""
     pickled = sorted(folder.glob("pytorch_model*.bin"))
     if pickled:
         return (
-            f"its weights are pickled ({pickled[0].name}), which is not read because a pickle can run code; "
-            "convert them to safetensors, for example with transformers' save_pretrained"
+            f"its weights are pickled ({pickled[0].name}), and a pickle can run code; convert them to safetensors, for "
+            "example with transformers' save_pretrained"
         )
     return f"it has no {SINGLE_FILE} and no {INDEX_FILE}"
 
 
 def _collect_sharded(folder: Path, shards: list[Path], faults: list[str]) -> dict[str, _Entry]:
-    """The tensors of all shards that the index names, compared with the index in both directions."""
+    """The tensors of all shards in the index; shards and index must agree in both directions."""
     weight_map = _read_weight_map(folder / INDEX_FILE, faults)
     if weight_map is None:
         return {}
@@ -180,26 +180,26 @@ def _read_weight_map(file: Path, faults: list[str]) -> dict[str, str] | None:
 
 
 def _is_file_name(value: object) -> bool:
-    """Whether a shard name stays in the folder."""
+    """Whether a shard name denotes a file directly in the folder."""
     return isinstance(value, str) and value != "" and Path(value).name == value
 
 
 def _compare_with_index(
     shard: str, header: Mapping[str, _Entry], weight_map: Mapping[str, str], seen: Mapping[str, _Entry]
 ) -> list[str]:
-    """Faults between one shard, the index, and the shards read before it."""
+    """Disagreements of one shard with the index and with earlier shards."""
     faults = [f"tensor {name} is in {seen[name].file.name} and in {shard}" for name in header if name in seen]
     for name in header:
         if name not in weight_map:
-            faults.append(f"{shard} holds tensor {name}, which {INDEX_FILE} does not name")
+            faults.append(f"{shard} has tensor {name}, which {INDEX_FILE} does not name")
     for name, where in weight_map.items():
         if where == shard and name not in header:
-            faults.append(f"{INDEX_FILE} places tensor {name} in {shard}, which lacks it")
+            faults.append(f"{INDEX_FILE} names tensor {name} in {shard}, which does not have it")
     return faults
 
 
 def _read_header(file: Path, faults: list[str]) -> dict[str, _Entry]:
-    """A safetensors file's table of contents; {} and a fault if the file is cut short or damaged."""
+    """A safetensors file's tensors by name; {} and a fault if the file is cut short or damaged."""
     try:
         with safe_open(file, framework="numpy"):  # the library's own checks of header, offsets and file length
             pass
@@ -218,15 +218,13 @@ def _read_header(file: Path, faults: list[str]) -> dict[str, _Entry]:
 
 
 def save_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one safetensors file, whole or not at all, readable by whom the process's umask says; safetensors itself makes it
-    the owner's alone.
-    """
+    """Write one safetensors file atomically, with the umask's mode; safetensors alone would make it private."""
     part = file.with_name(f".writing-{file.name}")
     try:
         part.touch()
         mode = part.stat().st_mode
         save_file(dict(tensors), part, metadata={"format": "pt"})
-        # Some file systems know no modes.
+        # Some file systems do not support modes.
         with contextlib.suppress(OSError):
             part.chmod(mode)
         part.replace(file)
@@ -238,15 +236,15 @@ def save_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
 def write_safetensors(
     folder: str | Path, tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int = 2_000_000_000
 ) -> None:
-    """Write tensors as one model.safetensors, or as shards with an index; older weight files of the folder go.
+    """Write tensors as one model.safetensors, or as shards with an index, in place of the folder's older weight files.
 
     Args:
-        folder: made if missing.
-        tensors: Hugging Face names and host arrays, drawn one by one; at most one shard is held in memory.
-        max_shard_bytes: a shard's largest size in bytes of tensors; a larger tensor gets a shard of its own.
+        folder: created if missing.
+        tensors: Hugging Face names and host arrays, consumed lazily; at most one shard is held in memory.
+        max_shard_bytes: the most tensor bytes in a shard; a larger tensor gets its own shard.
 
     Raises:
-        PshareError: a name comes twice.
+        PshareError: a name is given twice.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -269,12 +267,12 @@ def write_safetensors(
 
 
 def _shards(tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int) -> Iterable[dict[str, np.ndarray]]:
-    """Group consecutive tensors into shards; a single empty shard if there are no tensors."""
+    """Group consecutive tensors into shards; without tensors, one empty shard."""
     shard: dict[str, np.ndarray] = {}
     size, seen = 0, set()
     for name, value in tensors:
         if name in seen:
-            raise PshareError(f"Tensor {name} was given twice, so the weights were not saved.")
+            raise PshareError(f"tensor {name} was given twice, so the weights were not saved.")
         seen.add(name)
         if shard and size + value.nbytes > max_shard_bytes:
             yield shard
@@ -286,7 +284,7 @@ def _shards(tensors: Iterable[tuple[str, np.ndarray]], max_shard_bytes: int) -> 
 
 
 def _publish(folder: Path, parts: list[tuple[Path, list[str]]], total_bytes: int) -> None:
-    """Give the written parts their final names, which depend on how many there are, and write the index."""
+    """Give the written parts their final names, which depend on their number, and write the index."""
     if len(parts) == 1:
         parts[0][0].replace(folder / SINGLE_FILE)
         return

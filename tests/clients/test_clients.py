@@ -1,6 +1,6 @@
-"""Real clients against the real server: `pytest -m clients tests/clients`. They live in an environment of their own.
+"""Real clients against the real server: `pytest -m clients tests/clients`, in a virtual environment of their own.
 
-PSHARE_CLIENTS_ENV names a virtual environment to use and keep; without it one is made for the run, which takes minutes.
+PSHARE_CLIENTS_ENV names an environment to use and keep; without it one is made for the run, which takes minutes.
 """
 
 import json

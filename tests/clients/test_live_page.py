@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.clients, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def browse(environment):
-    """Runs a scenario of use_browser.py; what it saw."""
+    """Runs a scenario of use_browser.py and returns its observations."""
     python, chromium = environment / "python", shutil.which("chromium")
     if chromium is None:
         pytest.skip("chromium is missing: apt-get install chromium")
@@ -51,11 +51,11 @@ def test_one_prompt_to_several_tasks(browse, base, tmp_path):
         asked = {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12}
         whole = {task: server.ask(CHAT, model=task, **asked) for task in TASKS}
         live = server.client.get("/live").json()
-    # Names are shown as they are, even where they look like HTML.
+    # Names are shown verbatim, even if they look like HTML.
     assert [name.strip() for name in saw["offered"]] == [row[0] for row in saw["tasks"]] == TASKS
-    assert saw["empty_sessions"][0][0].startswith("No session yet")
+    assert saw["empty_sessions"][0][0].startswith("No session")
     assert saw["before"] == "≈ 0 s"
-    # The answers are the API's and the oracle's; all but one had every full page from the others.
+    # The answers equal those of the API and the oracle; all but one reused every full page.
     assert set(saw["cards"]) == set(TASKS)
     cached = []
     for task, (state, text, figures) in saw["cards"].items():
@@ -72,8 +72,8 @@ def test_one_prompt_to_several_tasks(browse, base, tmp_path):
     assert saw["side_by_side"]
     assert saw["note"].startswith(f"{2 * full} of {3 * len(ids)} prompt tokens of 3 answers")
     # The board, after these three answers.
-    assert saw["chart"].startswith("Time to the first token over the last 10 minutes: median")
-    assert saw["other_chart"].startswith("Time of whole requests over the last 10 minutes: median")
+    assert all("last 10 minutes: median" in saw[chart] for chart in ("chart", "other_chart"))
+    assert saw["chart"] != saw["other_chart"]
     prefilled = 3 * (len(ids) - 1) - 2 * full
     assert saw["bars"][0] == f"since the start: {prefilled} prefilled · {2 * full} reused"
     assert [text.split(":")[0] for text in saw["bars"][1:]] == [pool["name"] for pool in live["pools"]]
@@ -82,9 +82,9 @@ def test_one_prompt_to_several_tasks(browse, base, tmp_path):
     assert [row[3] for row in saw["tasks"]] == ["1", "1", "1"]
     (session,) = saw["sessions"]
     assert session[2:5] == ["3", str(3 * len(ids)), f"{2 * full} ({100 * 2 * full / (3 * len(ids)):.1f} %)"]
-    # Refusals say what the API says.
+    # Errors show the API's message.
     assert "context" in server_message(saw["refused"])
-    # Nothing was asked of anybody else, and nothing went wrong that was not meant to.
+    # The page sent requests to this server alone, and no unexpected error occurred.
     clean = saw["clean"]
     assert {url.split("/", 3)[2] for url in clean["requests"] if not url.startswith("data:")} == {server.url[7:]}
     assert clean["exceptions"] == []
@@ -101,7 +101,7 @@ def test_answers_are_stopped(browse, base, tmp_path):
         limit = time.monotonic() + 10
         tasks = server.client.get("/live").json()["tasks"]
         while any(task["running"] for task in tasks):
-            assert time.monotonic() < limit, "an answer goes on though nobody listens"
+            assert time.monotonic() < limit, "an answer still runs after the stop"
             tasks = server.client.get("/live").json()["tasks"]
         ended = {task["name"]: task["ended"]["aborted"] for task in tasks}
     assert saw["exceptions"] == []
@@ -112,13 +112,13 @@ def test_answers_are_stopped(browse, base, tmp_path):
 
 
 def server_message(cards):
-    """The one message of refused answers."""
+    """The common message of refused answers."""
     assert {state for state, *_ in cards.values()} == {"error"}
     (message,) = {text for _, text, _ in cards.values()}
     return message
 
 
-def test_the_key_is_asked_for(browse, base, tmp_path):
+def test_the_key_is_requested(browse, base, tmp_path):
     with serving(base[0], {"chat": "base"}, tmp_path, server={"api_key": KEY}) as server:
         saw = browse("key", server.url, KEY)
     assert (saw["first"], saw["board"]) == ("This server needs its API key.", False)
@@ -131,11 +131,10 @@ def test_the_key_is_asked_for(browse, base, tmp_path):
     assert [text for text in saw["console"] if "401 (Unauthorized)" not in text] == []
 
 
-def test_an_outage_is_told_and_ends_by_itself(browse, base, tmp_path):
+def test_an_outage_is_reported_and_recovered_from(browse, base, tmp_path):
     with serving(base[0], {"chat": "base"}, tmp_path) as server:
         saw = browse("outage", server.url)
-    assert saw["told"].startswith("The server does not answer.")
-    assert saw["state"] == "no answer"
-    assert server_message(saw["cards"]) == "The server does not answer."
+    assert saw["trouble"].startswith(server_message(saw["cards"]))
+    assert saw["state"] == "unreachable"
     assert saw["after"] == "live"
     assert saw["exceptions"] == []

@@ -1,6 +1,6 @@
-"""The live page in a real browser: what a person does with it, step by step. Prints what it saw.
+"""Uses the live page in a real browser and prints its observations as JSON.
 
-Arguments: scenario (see SCENARIOS), URL, the browser's program, and what the scenario needs as JSON.
+Arguments: scenario (see SCENARIOS), URL, the browser's executable, and the scenario's arguments as JSON.
 """
 
 import json
@@ -16,7 +16,7 @@ CARD = "article.answer"
 
 @contextmanager
 def browser_page(program, **options):
-    """A page, and lists of what it asked for, of errors on its console and of exceptions in it."""
+    """A page, and lists of its requests, console errors and exceptions."""
     arguments = ["--no-sandbox"] if os.getuid() == 0 else []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=arguments)
@@ -24,7 +24,7 @@ def browser_page(program, **options):
         seen = {"requests": [], "console": [], "exceptions": []}
         page.on("request", lambda request: seen["requests"].append(request.url))
         page.on(
-            "console", lambda told: seen["console"].append(told.text) if told.type in ("error", "warning") else None
+            "console", lambda entry: seen["console"].append(entry.text) if entry.type in ("error", "warning") else None
         )
         page.on("pageerror", lambda error: seen["exceptions"].append(str(error)))
         yield page, seen
@@ -32,9 +32,9 @@ def browser_page(program, **options):
 
 
 def ask_all(page, prompt, tasks, most):
-    """Sends a prompt to these tasks and waits for the ends; each task's card as (state, text, figures)."""
+    """Sends a prompt to these tasks and waits for their ends; each task's card as (state, text, figures)."""
     page.get_by_label("Prompt").fill(prompt)
-    page.get_by_label("Most tokens").fill(str(most))
+    page.get_by_label("Max tokens").fill(str(most))
     for box in page.locator("#ask-tasks input").all():
         box.set_checked(box.get_attribute("value") in tasks)
     page.get_by_role("button", name="Send").click()
@@ -43,12 +43,12 @@ def ask_all(page, prompt, tasks, most):
 
 
 def cards(page):
-    told = {}
+    seen = {}
     for card in page.locator(CARD).all():
         figures = dict(zip(card.locator("dt").all_inner_texts(), card.locator("dd").all_inner_texts(), strict=True))
         text = card.locator(".text").evaluate("element => element.textContent")
-        told[card.get_attribute("data-task")] = (card.locator("h3 span").inner_text(), text, figures)
-    return told
+        seen[card.get_attribute("data-task")] = (card.locator("h3 span").inner_text(), text, figures)
+    return seen
 
 
 def rows(page, table):
@@ -69,31 +69,31 @@ def ask(url, program, prompt, tasks, most):
         saw["chart"] = page.locator("#latency-chart").get_attribute("aria-label")
         page.get_by_label("whole request").check()
         saw["other_chart"] = page.locator("#latency-chart").get_attribute("aria-label")
-        saw["bars"] = page.locator(".bar svg").evaluate_all("all => all.map((one) => one.getAttribute('aria-label'))")
+        saw["bars"] = page.locator(".bar svg").evaluate_all("all => all.map((bar) => bar.getAttribute('aria-label'))")
         saw["tasks"], saw["sessions"] = rows(page, "tasks"), rows(page, "sessions")
         saw["reused"], saw["saved"] = page.locator("#reused-note").inner_text(), page.locator("#saved").inner_text()
         saw["refused"] = ask_all(page, prompt, tasks, 10**6)
         page.set_viewport_size({"width": 360, "height": 800})
         saw["overflow"] = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-        # What the policy forbids: another host, a style or a script that is not the page's.
-        saw["clean"] = {name: list(told) for name, told in seen.items()}
+        # The policy forbids other hosts, and styles and scripts that are not the page's.
+        saw["clean"] = {name: list(entries) for name, entries in seen.items()}
         saw["elsewhere"] = page.evaluate("fetch('http://127.0.0.2:1/').then(() => 'went', (error) => error.name)")
-        saw["violations"] = [told for told in seen["console"] if "Content Security Policy" in told]
+        saw["violations"] = [text for text in seen["console"] if "Content Security Policy" in text]
     return saw
 
 
 def stop(url, program, prompt, most):
-    """Answers that go on until they are stopped, by the keyboard alone."""
+    """Answers that run until they are stopped, by keyboard."""
 
-    def go_on(route):
-        # A tiny model's end would come before the stop.
+    def ignore_eos(route):
+        # The tiny model would end before the stop.
         route.continue_(post_data={**route.request.post_data_json, "ignore_eos": True})
 
     with browser_page(program) as (page, seen):
         page.goto(url)
         page.locator("#state.good").wait_for()
-        page.route("**/v1/chat/completions", go_on)
-        page.get_by_label("Most tokens").fill(str(most))
+        page.route("**/v1/chat/completions", ignore_eos)
+        page.get_by_label("Max tokens").fill(str(most))
         page.get_by_label("Prompt").fill(prompt)
         page.get_by_label("Prompt").press("Control+Enter")
         for text in page.locator(f"{CARD} .text").all():
@@ -107,13 +107,13 @@ def stop(url, program, prompt, most):
 def key(url, program, right):
     with browser_page(program) as (page, seen):
         page.goto(url)
-        told = page.locator("#key-told")
-        told.wait_for()
-        saw = {"first": told.inner_text(), "board": page.locator("#board").is_visible()}
+        message = page.locator("#key-message")
+        message.wait_for()
+        saw = {"first": message.inner_text(), "board": page.locator("#board").is_visible()}
         page.get_by_label("Key").fill("wrong")
         page.get_by_role("button", name="Open").click()
         page.get_by_text("refused").wait_for()
-        saw["wrong"] = told.inner_text()
+        saw["wrong"] = message.inner_text()
         page.get_by_label("Key").fill(right)
         page.get_by_label("Key").press("Enter")
         page.locator("#board").wait_for()
@@ -123,19 +123,19 @@ def key(url, program, right):
         page.locator("#board").wait_for()
         saw["in_url"] = right in "".join(seen["requests"])
         page.get_by_role("button", name="Forget the key").click()
-        told.wait_for()
-        saw["forgotten"] = (told.inner_text(), page.evaluate("sessionStorage.length"))
+        message.wait_for()
+        saw["forgotten"] = (message.inner_text(), page.evaluate("sessionStorage.length"))
     return {**saw, **seen}
 
 
 def outage(url, program):
-    """The server goes and comes back; the page says so and recovers by itself."""
+    """The server becomes unreachable and returns; the page reports it and recovers by itself."""
     with browser_page(program) as (page, seen):
         page.goto(url)
         page.locator("#state.good").wait_for()
         page.route("**/live", lambda route: route.abort("connectionrefused"))
         page.locator("#trouble").wait_for(timeout=10_000)
-        saw = {"told": page.locator("#trouble").inner_text(), "state": page.locator("#state").inner_text()}
+        saw = {"trouble": page.locator("#trouble").inner_text(), "state": page.locator("#state").inner_text()}
         page.route("**/v1/**", lambda route: route.abort("connectionrefused"))
         saw["cards"] = ask_all(page, "hello", ["chat"], 4)
         page.unroute_all()

@@ -18,7 +18,7 @@ print(
             "streamed": "".join(part.content for part in streamed),
             "usage": whole.usage_metadata["input_tokens"],
             "stream_usage": sum((part.usage_metadata or {}).get("input_tokens", 0) for part in streamed),
-            "batch": [one.content for one in batch],
+            "batch": [message.content for message in batch],
         }
     )
 )

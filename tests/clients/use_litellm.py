@@ -1,4 +1,4 @@
-"""litellm: a chat by both prefixes that users write, whole and streamed, a slash in the name, its context error."""
+"""litellm: a chat with both provider prefixes, whole and streamed, a slash in the name, its context error."""
 
 import json
 import sys

@@ -42,12 +42,12 @@ def samples_of(model, concurrent):
     return {
         name: [
             [list(args), answers[0]]
-            for one in found
+            for sample in found
             for args, answers in zip(
-                [list(value.values()) for value in one["arguments"].values()]
-                if isinstance(one["arguments"], dict)
-                else one["arguments"],
-                one["resps"],
+                [list(value.values()) for value in sample["arguments"].values()]
+                if isinstance(sample["arguments"], dict)
+                else sample["arguments"],
+                sample["resps"],
                 strict=True,
             )
         ]

@@ -1,4 +1,4 @@
-"""The openai SDK: models, chats and completions, streamed and not, n, log-probabilities, errors. Prints what it saw."""
+"""The openai SDK: models, chats and completions, streamed and not, n, logprobs, errors. Prints the results."""
 
 import json
 import sys

@@ -1,6 +1,6 @@
-"""schemathesis: bodies drawn from /openapi.json at every operation. Prints how often each status came.
+"""schemathesis: bodies drawn from /openapi.json for every operation. Prints the number of each status.
 
-Answers are cut to a few tokens and choices, so that thousands of cases take minutes.
+Completions are limited to a few tokens and choices, so that thousands of cases take minutes.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Makes a picture of the live page after some agents' sessions: `python use_screenshot.py URL FILE.png [dark]`.
+"""Takes a screenshot of the live page after some agents' sessions: `python use_screenshot.py URL FILE.png [dark]`.
 
-docs/testing.md has the server's command. Each session is a context that all tasks read in turn, and that grows; then one
-prompt goes to several tasks at once.
+docs/testing.md has the server's command. Each session is a growing context that all tasks read in turn; then one prompt is
+sent to several tasks at once.
 """
 
 import shutil
@@ -51,7 +51,7 @@ def main(url, file, scheme="light"):
         ask_all(page, PROMPT, tasks[1:4], 48)
         page.wait_for_timeout(2500)
         page.screenshot(path=file, full_page=True)
-    # A palette is enough, and a third of the bytes.
+    # A palette is enough and takes a third of the bytes.
     Image.open(file).quantize(256, Image.Quantize.MAXCOVERAGE).save(file, optimize=True)
 
 

@@ -126,7 +126,7 @@ def test_a_copy_that_never_comes_is_given_up_though_others_wait_for_it(clock):
     fakes.step(10)
     fakes.engine.abort("owner")
     fakes.step(2)
-    assert fakes.engine.admission.num_inherited_copies == 2
+    assert fakes.engine.admission.num_adopted == 2
     clock(STALL - 1)
     fakes.engine.step()
     ask_now(client, "late", [1] * 30, max_tokens=4)

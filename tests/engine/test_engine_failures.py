@@ -45,7 +45,7 @@ def test_a_failed_decode_step_fails_everyone_with_pages_in_that_pool(caplog):
         State.WAITING,
         State.DECODING,
     ]
-    old = fakes.engine.decode_workers[0].pool.cache
+    old = fakes.engine.decode_workers[0].pool.manager
     fakes.decode["t"].fail_on = FAIL
     fakes.step_until(lambda: client.ended("fails"))
     fakes.decode["t"].fail_on = None
@@ -56,7 +56,7 @@ def test_a_failed_decode_step_fails_everyone_with_pages_in_that_pool(caplog):
     check_answer(client, "elsewhere", 8)
     pool = fakes.engine.decode_workers[0].pool
     assert pool.generation == 1
-    assert pool.cache is not old
+    assert pool.manager is not old
     assert (fakes.engine.decode_workers[1].pool.generation, fakes.engine.prefill_workers[0].pool.generation) == (0, 0)
     assert len(caplog.records) == 1
     assert caplog.records[0].exc_info is not None

@@ -134,7 +134,7 @@ def test_a_copy_that_others_wait_for_outlives_its_request():
     fakes.engine.abort("t")
     fakes.step(3)
     admission = fakes.engine.admission
-    assert (admission.num_inherited_copies, admission.num_restarts) == (1, 0)
+    assert (admission.num_adopted, admission.num_restarts) == (1, 0)
     assert not any(client.events[name] for name in "uvw")
     fakes.engine.admission.check()
     gate.open = True
@@ -156,7 +156,7 @@ def test_several_copies_outlive_their_request_in_order():
     fakes.engine.abort("t")
     second.open = True
     fakes.step(5)
-    assert fakes.engine.admission.num_inherited_copies == 2
+    assert fakes.engine.admission.num_adopted == 2
     assert fakes.engine.admission.num_restarts == 0
     first.open = True
     fakes.run()
@@ -171,7 +171,7 @@ def test_a_copy_that_nobody_waits_for_any_more_is_dropped():
     fakes.step(10)
     fakes.engine.abort("t")
     fakes.step(2)
-    assert fakes.engine.admission.num_inherited_copies >= 1
+    assert fakes.engine.admission.num_adopted >= 1
     fakes.engine.abort("u")
     # It still may come, but it is needed by nobody and need not.
     fakes.step(3)

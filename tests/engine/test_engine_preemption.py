@@ -49,8 +49,8 @@ def test_a_base_page_that_was_evicted_meanwhile_is_prefilled_again():
         client.ask(prompt=[token] * 21, max_tokens=20)
     fakes.step_until(lambda: fakes.engine.decode_workers[0].num_preempted == 1)
     fakes.prefill_stores[0].pages[:] = -1
-    fakes.engine.prefill_workers[0].pool.cache.flush()
-    fakes.engine.decode_workers[0].pool.cache.flush()
+    fakes.engine.prefill_workers[0].pool.manager.flush()
+    fakes.engine.decode_workers[0].pool.manager.flush()
     fakes.run()
     assert fakes.prefill[0].num_tokens == 60
     for name in client.events:

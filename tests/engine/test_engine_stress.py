@@ -122,9 +122,9 @@ def check_traffic(place, mood, seeds, num_requests):
         engine = fakes.engine
         preempted = sum(worker.num_preempted for worker in engine.decode_workers)
         seen.update(preempted=preempted, restarts=engine.admission.num_restarts)
-        seen.update(inherited=engine.admission.num_inherited_copies)
+        seen.update(inherited=engine.admission.num_adopted)
         for worker in (*engine.prefill_workers, *engine.decode_workers):
-            seen.update(evicted=worker.pool.allocator.num_evicted, cached=worker.pool.cache_stats.cached_tokens)
+            seen.update(evicted=worker.pool.manager.num_evicted, cached=worker.pool.cache_stats.cached_tokens)
         if mood == "calm":
             # What was not cached was prefilled; more only for those who were preempted.
             asked = sum(len(one.request.prompt) - 1 - one.cached_tokens for one in traffic.client.sequences.values())

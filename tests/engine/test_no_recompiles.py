@@ -12,14 +12,13 @@ from tiny import VOCAB
 from tiny_engine import Answer, Engines, placed
 
 import pshare_jax as ps
-from pshare_jax.engine.build import Plan, Sides, assemble
 from pshare_jax.engine.compile_counter import count_compilations
-from pshare_jax.engine.config import BatchConfig, KVConfig
+from pshare_jax.engine.config import EngineConfig, KVConfig
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Request, State
 from pshare_jax.engine.scoring import SCORE_TOKENS
 from pshare_jax.engine.shapes import prefill_shapes, row_buckets
-from pshare_jax.engine.warmup import BackgroundCompiler, Variant, variants
+from pshare_jax.engine.warmup import BackgroundCompiler, variants
 from pshare_jax.model.architecture import is_lora
 from pshare_jax.model.layers import LoraConfig
 from pshare_jax.sampling.params import SamplingParams
@@ -32,16 +31,6 @@ TASKS = ("chat", "math", "lora")
 @pytest.fixture(scope="module")
 def sources(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     return task_sources(tiny_folders["llama"], tmp_path_factory.mktemp("compiles"))
-
-
-def parts(world: Engines) -> tuple[Engine, Sides]:
-    """A cold engine and what it is made of."""
-    sides = assemble(world.model, world.plan, lambda line: None)
-    return Engine(sides.prefill, sides.decode, world.tokenizer.detokenizer, sides.settings), sides
-
-
-def all_variants(sides: Sides) -> list[Variant]:
-    return variants(sides.prefill, sides.decode, sides.settings)
 
 
 def random_request(world: Engines, draw: np.random.Generator, most: int) -> Request:
@@ -76,7 +65,7 @@ def play(world: Engines, engine: Engine, draw: np.random.Generator, count: int) 
         if draw.random() < 0.05:
             wanted = int(draw.integers(1, 13))
         while count and len(live) < wanted:
-            live.append(Answer(engine, random_request(world, draw, engine.settings.max_len)))
+            live.append(Answer(engine, random_request(world, draw, engine.facts.max_len)))
             count -= 1
         engine.step()
         if live and draw.random() < 0.01:
@@ -86,8 +75,8 @@ def play(world: Engines, engine: Engine, draw: np.random.Generator, count: int) 
 
 def check_warm(world: Engines, count: int) -> None:
     """After its variants are compiled, an engine compiles nothing and its pools keep their shardings."""
-    engine, sides = parts(world)
-    for variant in all_variants(sides):
+    engine = world.new_engine()
+    for variant in variants(engine):
         variant.lower().compile()
     before, given = count_compilations().count, shardings(engine)
     for num_pages in range(1, 41):
@@ -98,7 +87,7 @@ def check_warm(world: Engines, count: int) -> None:
     assert shardings(engine) == given
     assert State.FAILED not in engine.num_ended
     assert Counters.of(engine).preemptions > 0
-    colocated = sides.prefill[0].pool is sides.decode[0].pool
+    colocated = engine.prefill_specs[0].pool is engine.decode_specs[0].pool
     assert (Counters.of(engine).transfers > 100) is not colocated
     assert_restored(engine)
 
@@ -131,16 +120,15 @@ def lora_of(base: ps.Model, rank: int) -> ps.DecodeModule:
 def test_the_default_config_has_few_programs(sources, ranks, expected):
     base = ps.load(sources[0])
     tasks = {"chat": "base", **{f"lora{rank}": lora_of(base, rank) for rank in ranks}}
-    plan = Plan(tasks, placed([[1]], [[0]]), kv=KVConfig(pages=64), batch=BatchConfig())
-    sides = assemble(base, plan, lambda line: None)
-    assert (sides.settings.chunk_tokens, sides.settings.max_rows, plan.kv.page_size) == (512, 16, 16)
-    assert len(all_variants(sides)) == expected
+    engine = Engine.build(base, EngineConfig(tasks=tasks, placement=placed([[1]], [[0]]), kv=KVConfig(pages=64)))
+    assert (engine.chunk_tokens, engine.config.batch.decode_rows, engine.page_size) == (512, 16, 16)
+    assert len(variants(engine)) == expected
 
 
 def test_an_engine_serves_with_the_small_programs_while_the_rest_is_compiled(sources):
     world = world_on(sources, SPLIT, chunk=128)
-    engine, sides = parts(world)
-    programs = all_variants(sides)
+    engine = world.new_engine()
+    programs = variants(engine)
     workers = engine.workers
     for worker in workers:
         worker.compiled.limit(one.shape for one in programs if one.small and one.shape is not None)
@@ -163,14 +151,14 @@ def test_an_engine_serves_with_the_small_programs_while_the_rest_is_compiled(sou
 
 def test_what_is_compiled_has_its_first_run_once_and_hurts_nobody(sources):
     world = world_on(sources, SPLIT, chunk=128)
-    engine, sides = parts(world)
+    engine = world.new_engine()
     workers = engine.workers
     assert engine.warm
     assert not any(worker.warm_up() for worker in workers)
     draw = np.random.default_rng(11)
     requests = [world.clear(draw, "chat", length) for length in (3, 40, 130)]
     world.check(*requests, engine=engine)
-    shapes = [one.shape for one in all_variants(sides) if one.shape is not None]
+    shapes = [one.shape for one in variants(engine) if one.shape is not None]
     for worker in workers:
         worker.compiled.limit(shapes)
     ran: list[tuple[int, ...]] = []
@@ -182,7 +170,7 @@ def test_what_is_compiled_has_its_first_run_once_and_hurts_nobody(sources):
         pass
     assert engine.warm
     assert set(ran) == {*prefill_shapes(128), *((rows, 1) for rows in row_buckets(4)), (1, SCORE_TOKENS)}
-    assert len(ran) == sum(one.name.startswith(("prefill", "decode", "score")) for one in all_variants(sides))
+    assert len(ran) == sum(one.name.startswith(("prefill", "decode", "score")) for one in variants(engine))
     # The same prompts hit what is cached, which the first runs have left alone.
     world.check(*requests, engine=engine)
 

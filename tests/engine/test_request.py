@@ -83,33 +83,33 @@ def feed(seq, ids):
 
 def test_ends_by_length_counting_every_token():
     events = feed(sequence(max_tokens=2), b"ab")
-    assert events == [Event("a", 1), Event("b", 2, "length")]
+    assert events == [Event("a", 1, token_id=97), Event("b", 2, "length", token_id=98)]
 
 
 def test_ends_at_an_end_id_that_is_counted_but_not_shown():
     events = feed(sequence(stop_ids=frozenset({EOS})), [97, EOS])
-    assert events[-1] == Event("", 2, "stop")
+    assert events[-1] == Event("", 2, "stop", token_id=EOS)
 
 
 def test_an_end_id_releases_what_a_stop_string_held():
     events = feed(sequence(stop=("abX",), stop_ids=frozenset({EOS})), [*b"ab", EOS])
-    assert events == [Event("", 1), Event("", 2), Event("ab", 3, "stop")]
+    assert events == [Event("", 1, token_id=97), Event("", 2, token_id=98), Event("ab", 3, "stop", token_id=EOS)]
 
 
 def test_ends_at_a_stop_string():
-    assert feed(sequence(stop=("bc",)), b"abc")[-1] == Event("", 3, "stop")
-    assert feed(sequence(stop=("bc",), max_tokens=3), b"abc")[-1] == Event("", 3, "stop")
+    assert feed(sequence(stop=("bc",)), b"abc")[-1] == Event("", 3, "stop", token_id=99)
+    assert feed(sequence(stop=("bc",), max_tokens=3), b"abc")[-1] == Event("", 3, "stop", token_id=99)
 
 
 def test_a_half_character_at_the_limit_is_flushed():
-    assert feed(sequence(max_tokens=1), "é".encode()[:1]) == [Event("\ufffd", 1, "length")]
+    assert feed(sequence(max_tokens=1), "é".encode()[:1]) == [Event("\ufffd", 1, "length", token_id=0xC3)]
 
 
 def test_events_carry_hits_and_logprobs():
     seq = sequence()
     seq.cached_tokens = 16
     told = TokenLogprobs(97, -0.5, ((97, -0.5), (98, -1.5)))
-    assert seq.accept(97, told) == Event("a", 1, None, None, 16, told)
+    assert seq.accept(97, told) == Event("a", 1, None, None, 16, told, token_id=97)
 
 
 def test_accepted_tokens_reach_the_history():

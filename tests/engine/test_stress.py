@@ -153,7 +153,7 @@ class Storm:
 
     def _abort(self, live: list[Asked]) -> None:
         sequences = [one.answer.sequence for one in live]
-        on_way = [one for one in sequences if one.copies_in_flight and not one.final]
+        on_way = [one for one in sequences if self.engine.admission.transfers_of(one) and not one.final]
         awaited = [one for one in on_way if has_waiters(one)]
         prefilling = [one for one in sequences if one.state is State.PREFILLING and has_waiters(one)]
         for kind, able in zip(ABORTS, (sequences, prefilling, on_way, awaited), strict=True):
@@ -202,8 +202,8 @@ def storm(
     check_answers(played.plan)
     assert played.num_idle > 2
     for pool in pools_of(engine):
-        pool.cache.flush()
-        assert pool.allocator.num_free == pool.num_usable
+        pool.manager.flush()
+        assert pool.manager.num_free == pool.num_usable
     counters = Counters.of(engine)
     print(counters, engine.num_ended, f"delta={sent.num_delta}", played.aborts, f"idle={played.num_idle}")
     return counters, sent, played

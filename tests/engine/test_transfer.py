@@ -26,7 +26,7 @@ def noted_moves(fakes):
 
 
 def copies(fakes):
-    return fakes.engine.admission.copies[0]
+    return fakes.engine.admission.in_flight[0]
 
 
 def test_a_context_moves_in_parts_of_the_largest_bucket():
@@ -74,10 +74,10 @@ def test_both_sides_are_pinned_until_the_copy_is_done():
     fakes.step(3)
     assert client.state("a") is State.TRANSFERRING
     (copy,) = copies(fakes)
-    source, target = (worker.pool.allocator for worker in (*fakes.engine.prefill_workers, *fakes.engine.decode_workers))
+    source, target = (worker.pool.manager for worker in (*fakes.engine.prefill_workers, *fakes.engine.decode_workers))
     assert source.holders["transfer"] == 6
     fakes.engine.abort("a")
-    fakes.engine.prefill_workers[0].pool.cache.flush()
+    fakes.engine.prefill_workers[0].pool.manager.flush()
     assert all(source.references(page) for page in copy.source_pages)
     assert all(target.references(page) for page in copy.target.pages)
     fakes.step(2)

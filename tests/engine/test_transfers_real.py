@@ -20,6 +20,7 @@ from faults import (
     has_waiters,
     pools_of,
     shardings,
+    stall_after,
     step_until,
     store_of,
     task_sources,
@@ -95,7 +96,7 @@ def test_an_aborted_copy_is_never_written_into_pages_that_were_lent_again(world,
     store = held_back(engine)
     gone = Answer(engine, first)
     engine.prefill_workers[0].step()
-    assert gone.sequence.copies_in_flight
+    assert engine.admission.transfers_of(gone.sequence)
     assert gone.sequence.state is state
     pages = set(decode_pages(gone))
     stale = list(store.late)
@@ -141,7 +142,7 @@ def test_a_copy_that_never_comes_is_given_up_and_its_pages_come_back(world, draw
     store = held_back(engine)
     lost = Answer(engine, first)
     engine.step()
-    engine.settings = dataclasses.replace(engine.settings, stall_seconds=0.2)
+    stall_after(engine, 0.2)
     time.sleep(0.12)
     late = Answer(engine, world.request("lora", first.prompt))
     engine.step()
@@ -151,7 +152,7 @@ def test_a_copy_that_never_comes_is_given_up_and_its_pages_come_back(world, draw
     assert lost.error == TIMED_OUT
     # Who waited for that copy gets its own, or is given up in its turn: nobody may ever wait for it again.
     step_until(engine, lambda: late.ended and not time.sleep(0.01))
-    engine.settings = dataclasses.replace(engine.settings, stall_seconds=300.0)
+    stall_after(engine, 300.0)
     step_until(engine, lambda: engine.idle)
     assert_restored(engine)
     world.check(world.request("chat", first.prompt), engine=engine)
@@ -165,17 +166,17 @@ def test_an_inherited_copy_that_never_comes_is_given_up(world, draw):
     engine.step()
     engine.abort(first.id)
     engine.step()
-    assert engine.admission.num_inherited_copies == 1
+    assert engine.admission.num_adopted == 1
     assert gone.ended
     store.polls = lambda: 0
-    engine.settings = dataclasses.replace(engine.settings, stall_seconds=0.2)
+    stall_after(engine, 0.2)
     newest = waiting
     for _ in range(20):
         # A chain of requests that wait for it, each before the one before it is given up.
         time.sleep(0.05)
         newest = Answer(engine, world.request("lora", first.prompt))
         engine.step()
-    engine.settings = dataclasses.replace(engine.settings, stall_seconds=300.0)
+    stall_after(engine, 300.0)
     finish(world, engine, newest)
 
 
@@ -235,7 +236,7 @@ def test_copies_that_finish_in_reversed_order_into_adjacent_pages(world, draw):
         step_until(engine, lambda answers=answers: all(one.ended for one in answers))
         assert [one.ids for one in answers] == expected[turn]
         for pool in pools_of(engine):
-            pool.cache.flush()
+            pool.manager.flush()
     assert adjacent > 100
     assert_restored(engine)
 
@@ -250,7 +251,7 @@ def test_a_delayed_copy_does_not_slow_running_streams(world, draw):
         before = [len(one.ids) for one in streams]
         engine.step()
         assert [len(one.ids) for one in streams] == [count + 1 for count in before]
-    assert held.sequence.copies_in_flight == 2
+    assert len(engine.admission.transfers_of(held.sequence)) == 2
     assert held.ids == []
     let_come(store)
     finish(world, engine, held, *streams)
@@ -263,7 +264,7 @@ def test_small_pools_and_many_arrivals_end_all(world, draw):
     requests = [distinct[index % 15] for index in range(64)]
     world.check(*[world.again(one) for one in requests], engine=engine)
     # Idle for longer than a request may stand still.
-    engine.settings = dataclasses.replace(engine.settings, stall_seconds=0.5)
+    stall_after(engine, 0.5)
     time.sleep(0.6)
     world.check(world.again(requests[0]), engine=engine)
     assert_restored(engine)
@@ -305,13 +306,13 @@ def test_pages_that_come_back_wake_every_worker(world, draw, what):
     for worker in (engine.prefill_workers[0], *[engine.decode_workers[0]] * 3):
         for thread in engine._threads:
             thread.wake.clear()
-        before = [pool.allocator.num_used for pool in pools_of(engine)]
+        before = [pool.manager.num_used for pool in pools_of(engine)]
         worker.step()
-        fewer = any(pool.allocator.num_used < used for pool, used in zip(pools_of(engine), before, strict=True))
+        fewer = any(pool.manager.num_used < used for pool, used in zip(pools_of(engine), before, strict=True))
         returned += fewer
         assert not fewer or all(thread.wake.is_set() for thread in engine._threads)
     assert returned
-    assert engine.admission.prefill_pools[0].allocator.num_used == 0
+    assert engine.admission.prefill_pools[0].manager.num_used == 0
     engine.abort(request.id)
     assert_restored(engine)
 
@@ -320,7 +321,7 @@ def test_pages_that_come_back_wake_every_worker(world, draw, what):
 
 
 def store_on(config: ModelConfig, devices: range) -> DevicePages:
-    return DevicePages(config, make_mesh(list(devices), len(devices)), 9, 4, "float32", [2, 6])
+    return DevicePages(config, make_mesh(list(devices)), 9, 4, "float32", [2, 6])
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -351,13 +352,13 @@ def test_every_pair_of_degrees_moves_the_same_arrays(draw, kv_heads):
 
 def published(pool: Pool) -> dict[bytes, np.ndarray]:
     """Digest -> content of every page that the pool's prefix cache offers."""
-    entries = pool.cache._entries
-    return {digest: np.asarray(pool.store.gather([entry.page]))[:, :, :, 0] for digest, entry in entries.items()}
+    entries = pool.manager._tree
+    return {digest: np.asarray(pool.store.gather([entry.id]))[:, :, :, 0] for digest, entry in entries.items()}
 
 
 def oracle_pages(world: Engines, request: Request) -> np.ndarray:
     """KV of the request's full pages as the plain loop makes it: `[L, 2, K, pages, page, H]`."""
-    size = world.plan.kv.page_size
+    size = world.config.kv.page_size
     num_pages = (len(request.prompt) - 1) // size
     dense = world.oracle(request.task).prefill([list(request.prompt[:-1])])
     layers = np.array([[np.asarray(part)[0, :, : num_pages * size] for part in layer] for layer in dense.layers])

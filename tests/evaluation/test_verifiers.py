@@ -163,7 +163,7 @@ def test_a_checker_that_ends_is_told(tmp_path, capfd):
     question = {"id": "simple_7", "category": "simple_python", "functions": [], "ground_truth": []}
     with (
         BfclVerifier(tmp_path / "no.whl") as verifier,
-        pytest.raises(PshareError, match="ended while it looked at simple_7"),
+        pytest.raises(PshareError, match="simple_7"),
     ):
         verifier.check([], question)
     assert "No module named 'bfcl_eval'" in capfd.readouterr().err
@@ -175,8 +175,8 @@ def test_another_wheel_or_category_is_refused(wheel, tmp_path, monkeypatch):
         return target / "bfcl_eval.whl"
 
     monkeypatch.setattr(bfcl, "download_wheel", download)
-    with pytest.raises(PshareError, match="is not the known one"):
+    with pytest.raises(PshareError, match="checksum"):
         fetch_wheel(tmp_path)
     assert not list(tmp_path.rglob("*.whl"))
-    with pytest.raises(PshareError, match="'java' is not one of simple, multiple, parallel"):
+    with pytest.raises(PshareError, match=r"java.* simple, multiple, parallel"):
         read_questions("java", wheel)

@@ -18,11 +18,13 @@ from serving_fakes import (
     Script,
 )
 
-from pshare_jax.engine.engine import DecodeSpec, Engine, EngineSettings, PrefillSpec
+from pshare_jax.engine.config import BatchConfig, EngineConfig, LimitsConfig
+from pshare_jax.engine.engine import Engine
+from pshare_jax.engine.interfaces import DecodeSpec, ModelFacts, PrefillSpec
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.request import Event, Request, State
 from pshare_jax.engine.request import Sequence as Running
-from pshare_jax.engine.router import Route
+from pshare_jax.engine.router import Policy, Route
 
 PAGE = 4
 """Tokens of a page, unless a test says otherwise."""
@@ -82,7 +84,11 @@ def make_engine(
     chunk: int = 16,
     rows: int = 4,
     debug: bool = True,
-    **settings: Any,
+    key_of: Callable[[str], str] = lambda task: "base",
+    max_len: int | None = None,
+    max_requests: int = 256,
+    stall_seconds: float = 300.0,
+    policy: Policy = "prefix",
 ) -> Fakes:
     """An engine whose tasks say what their script or echo says; tasks with the very same one have the same weights.
 
@@ -99,16 +105,20 @@ def make_engine(
     if devices is None:
         first = 0 if colocated else num_prefill
         devices = [{i} for i in range(num_prefill)], [{first + i} for i in range(num_decode)]
-    max_len = page_size * min(pool.num_usable for pool in (*pools, *decode_pools))
-    fields = {"key_of": lambda task: "base", "vocab_size": VOCAB, "max_len": max_len, "page_bytes": 10}
+    max_len = max_len or page_size * min(pool.num_usable for pool in (*pools, *decode_pools))
     engine = Engine(
         [
             PrefillSpec(weights, pool, on, None if prefill_tasks is None else prefill_tasks[i])
             for i, (weights, pool, on) in enumerate(zip(prefill, pools, devices[0], strict=True))
         ],
         [DecodeSpec(dict(decode), pool, FakeSampler(), on) for pool, on in zip(decode_pools, devices[1], strict=True)],
-        ByteTokenizer().detokenizer,
-        EngineSettings(**{**fields, "chunk_tokens": chunk, "max_rows": rows, **settings}),
+        ModelFacts(key_of, ByteTokenizer().detokenizer, VOCAB, max_len, page_bytes=10, stop_ids=frozenset({EOS})),
+        EngineConfig(
+            tasks=tasks,
+            batch=BatchConfig(chunk, rows),
+            routing=policy,
+            limits=LimitsConfig(max_requests, stall_seconds),
+        ),
     )
     return Fakes(engine, prefill, decode, stores, stores if colocated else others, faults)
 
@@ -132,10 +142,10 @@ class Client:
     ) -> str:
         name = name or f"request {next(self._names)}"
         events = self.events[name] = []
-        room = self.engine.settings.max_len - len(prompt)
+        room = self.engine.facts.max_len - len(prompt)
         fields = {"max_tokens": min(50, room), "stop_ids": frozenset({EOS}), **fields}
-        self.engine.submit(Request(name, task, tuple(prompt), **fields), events.append, route)
-        self.sequences[name] = self.engine._live[name]
+        handle = self.engine.submit(Request(name, task, tuple(prompt), **fields), events.append, route)
+        self.sequences[name] = handle.sequence
         return name
 
     def text(self, name: str) -> str:

@@ -11,8 +11,8 @@ import uvicorn
 from fake_engine import make_engine
 from serving_fakes import EOS, EOT, VOCAB, ByteTokenizer
 
-from pshare_jax.server.app import Served, make_app
-from pshare_jax.server.cli import Server
+from pshare_jax.server.app import AppContext, make_app
+from pshare_jax.server.draining import DrainingServer
 from pshare_jax.server.openai.to_requests import Limits
 from pshare_jax.server.tasks.table import TaskTable
 
@@ -100,8 +100,8 @@ def serving(
         SCRIPTS, page_size=PAGE, pages=max_len // PAGE + 1, chunk=chunk, moves=(2, 32), debug=False, **settings
     )
     engine = fakes.engine
-    limits = Limits(max_len, VOCAB, frozenset({EOS, EOT}), engine.settings.max_requests)
-    names, table = list(SCRIPTS), None
+    limits = Limits(max_len, VOCAB, frozenset({EOS, EOT}), engine.config.limits.max_requests)
+    table = None
     if modules_dir is not None and load is not None:
 
         def loaded(folder, workers, check) -> Any:
@@ -109,8 +109,8 @@ def serving(
             check()
             return dict.fromkeys(workers, weights)
 
-        table = TaskTable(engine, names, modules_dir, range(len(engine.decode_workers)), loaded, refusal)
-    served = Served(engine, names, ByteTokenizer(), limits, max_body_bytes, api_key, task_table=table)
+        table = TaskTable(engine, modules_dir, range(len(engine.decode_workers)), loaded, refusal)
+    served = AppContext(engine, ByteTokenizer(), limits, max_body_bytes, api_key, task_table=table)
     engine.start()
     try:
         with answering(served, drain_seconds) as (client, server):
@@ -132,7 +132,7 @@ def answering(served, drain_seconds=0.0):
     config = uvicorn.Config(
         make_app(served), port=0, log_level="error", ws="none", timeout_graceful_shutdown=int(drain_seconds) + 1
     )
-    server = Server(config, served.engine, lambda: None, drain_seconds)
+    server = DrainingServer(config, served.engine, lambda: None, drain_seconds)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

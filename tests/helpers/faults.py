@@ -12,7 +12,6 @@ import numpy as np
 from tiny import tiny_module
 from tiny_engine import Answer, Engines, settle
 
-from pshare_jax.engine.build import assemble
 from pshare_jax.engine.config import Placement
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.kv.device_pages import DevicePages
@@ -108,25 +107,30 @@ def faulty_engine(
     prefill_pages: int | None = None,
     decode_pages: int | None = None,
     polls: Callable[[], int] = lambda: 0,
-    **settings: Any,
 ) -> Engine:
     """A cold engine over `FaultyStore`s. Pages to lend are counted without the one for padding.
 
     Its arrays keep the size that the world says, so that small pools need no programs of their own.
     """
-    sides = assemble(world.model, world.plan, lambda line: None)
+    built = world.new_engine()
     pools: dict[int, Pool] = {}
 
-    def changed(side: Any, usable: int | None) -> Any:
-        old = side.pool
+    def changed(spec: Any, usable: int | None) -> Any:
+        old = spec.pool
         if id(old) not in pools:
             store = FaultyStore(old.store, old.num_pages if usable is None else usable + 1, polls)
-            pools[id(old)] = Pool(old.name, store, world.plan.debug)
-        return dataclasses.replace(side, pool=pools[id(old)])
+            pools[id(old)] = Pool(old.name, store, world.config.debug)
+        return dataclasses.replace(spec, pool=pools[id(old)])
 
-    prefill = [changed(side, prefill_pages) for side in sides.prefill]
-    decode = [changed(side, decode_pages) for side in sides.decode]
-    return Engine(prefill, decode, world.tokenizer.detokenizer, dataclasses.replace(sides.settings, **settings))
+    prefill = [changed(spec, prefill_pages) for spec in built.prefill_specs]
+    decode = [changed(spec, decode_pages) for spec in built.decode_specs]
+    return Engine(prefill, decode, built.facts, built.config)
+
+
+def stall_after(engine: Engine, seconds: float) -> None:
+    """Requests without progress for so long are given up from now on."""
+    limits = dataclasses.replace(engine.config.limits, stall_seconds=seconds)
+    engine.config = dataclasses.replace(engine.config, limits=limits)
 
 
 def store_of(pool: Pool) -> FaultyStore:
@@ -164,10 +168,10 @@ def assert_restored(engine: Engine) -> None:
     """An idle engine holds no page: all are free or cached, and nothing is pending."""
     settle(engine)
     for pool in pools_of(engine):
-        allocator = pool.allocator
-        assert allocator.num_used == 0
-        assert allocator.num_free + allocator.num_cached == pool.num_usable
-        assert not allocator.holders
+        manager = pool.manager
+        assert manager.num_used == 0
+        assert manager.num_free + manager.num_cached == pool.num_usable
+        assert not manager.holders
 
 
 def step_until(engine: Engine, condition: Callable[[], bool], steps: int = 2000) -> None:
@@ -209,13 +213,13 @@ class Sent:
 def _is_delta(copy: PageTransfer) -> bool:
     """Whether it is an admission's first copy, and leaves out pages that the decode pool had (not: awaits)."""
     found = copy.target.num_shared
-    return copy.first == found > 0 and not copy.target.cache.waiting(copy.sequence)
+    return copy.first == found > 0 and not copy.target.manager.waiting(copy.sequence)
 
 
 def has_waiters(sequence: Running) -> bool:
     """Whether another sequence waits for one of its pages."""
     holdings = [held for held in (sequence.prefill_pages, sequence.decode_pages) if held is not None]
-    return any(held.cache.has_waiters(held.pages) for held in holdings)
+    return any(held.manager.has_waiters(held.pages) for held in holdings)
 
 
 @dataclasses.dataclass
@@ -235,10 +239,10 @@ class Counters:
         pools = pools_of(engine)
         return cls(
             preemptions=sum(worker.num_preempted for worker in engine.decode_workers),
-            evictions=sum(pool.allocator.num_evicted for pool in pools),
+            evictions=sum(pool.manager.num_evicted for pool in pools),
             waits=sum(pool.cache_stats.num_waits for pool in pools),
             duplicates=sum(pool.cache_stats.num_duplicates for pool in pools),
             restarts=engine.admission.num_restarts,
-            inherited=engine.admission.num_inherited_copies,
+            inherited=engine.admission.num_adopted,
             transfers=sum(transfer.stats.count for transfer in engine.transfers),
         )

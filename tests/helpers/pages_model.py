@@ -1,20 +1,20 @@
-"""What allocator and prefix cache should do, the slow way: prefixes as plain tuples, scans instead of indexes.
+"""What the page manager should do, the slow way: prefixes as plain tuples, scans instead of indexes.
 
-A prefix is (salt, *tokens), so two are the same page exactly if they are equal. pages_world.py asks both.
+A prefix is (salt, *tokens), so two prefixes are the same page exactly if they are equal. pages_world.py asks both.
 """
 
 from collections import Counter
 
 
 class PagesModel:
-    """Predicts every result; ids of newly lent pages alone are taken from the real thing, and checked."""
+    """Predicts every result; only the ids of newly lent pages are taken from the real manager, and checked."""
 
     def __init__(self, total):
         self.total = total
         self.refs = Counter()
         self.published = {}
         self.pending = {}
-        self.owner = {}
+        self.producer = {}
         self.waits = {}
         self.last_use = {}
         self.now = 0
@@ -75,20 +75,19 @@ class PagesModel:
         if reservation is None:
             self.release(shared)
             return
-        awaited = {page for page in shared if page in self.owner}
-        assert reservation.pages[: len(shared)] == shared
-        assert (reservation.num_hits, reservation.num_awaited) == (len(shared) - len(awaited), len(awaited))
+        awaited = {page for page in shared if page in self.producer}
+        assert reservation.pages[: reservation.num_shared] == shared
         if awaited:
             self.waits[name] = awaited
         for prefix, page in list(zip(prefixes, reservation.pages, strict=False))[len(shared) :]:
             self.pending[prefix] = page
-            self.owner[page] = name
+            self.producer[page] = name
 
     def publish(self, name, prefixes, pages, first, last):
         table = list(pages)
         for index in range(first, last):
             prefix, page = prefixes[index], table[index]
-            if self.owner.get(page) == name:
+            if self.producer.get(page) == name:
                 self.done(page)
             if index and self.published.get(prefixes[index - 1]) != table[index - 1]:
                 continue
@@ -103,25 +102,25 @@ class PagesModel:
         return table[first:last]
 
     def done(self, page):
-        del self.owner[page]
+        del self.producer[page]
         self.waits = {waiter: pages - {page} for waiter, pages in self.waits.items() if pages != {page}}
 
     def drop(self, gone):
-        """The set of those who must start anew."""
-        told, more, lost = set(), {gone}, set()
+        """All that waited for its pages, directly or not."""
+        leaving, more, lost = set(), {gone}, set()
         while more:
-            told |= more
-            lost = {page for page, owner in self.owner.items() if owner in told}
-            more = {waiter for waiter, pages in self.waits.items() if pages & lost} - told
-        self.waits = {waiter: pages for waiter, pages in self.waits.items() if waiter not in told}
+            leaving |= more
+            lost = {page for page, producer in self.producer.items() if producer in leaving}
+            more = {waiter for waiter, pages in self.waits.items() if pages & lost} - leaving
+        self.waits = {waiter: pages for waiter, pages in self.waits.items() if waiter not in leaving}
         for page in lost:
-            del self.owner[page]
+            del self.producer[page]
             for prefix in [prefix for prefix, other in self.pending.items() if other == page]:
                 self.unlink(prefix)
-        return told - {gone}
+        return leaving - {gone}
 
-    def hand_over(self, owner, heir, pages):
-        self.owner.update({page: heir for page in pages if self.owner.get(page) == owner})
+    def adopt(self, adopter, producer, pages):
+        self.producer.update({page: adopter for page in pages if self.producer.get(page) == producer})
 
     def evict_oldest(self):
         oldest = min(self.cached, key=lambda page: self.last_use[page])

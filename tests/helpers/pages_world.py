@@ -1,4 +1,4 @@
-"""Sequences, copies and pins that live on one PageAllocator + PrefixCache, as the engine would drive them.
+"""Sequences, transfers and pins that live on one PageManager, as the engine would drive them.
 
 Content is tracked as the engine would write it: a page holds the prefix whose KV was written last, nothing once freed.
 With a PagesModel beside it every result is compared. test_pages_machine.py chooses the actions.
@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 
 from pages_model import PagesModel
 
-from pshare_jax.engine.kv.allocator import PageAllocator
 from pshare_jax.engine.kv.keys import page_keys
-from pshare_jax.engine.kv.prefix_cache import PrefixCache
+from pshare_jax.engine.kv.page_manager import PageManager
 from pshare_jax.share.boundary import base_len
 
 SIZE = 2
@@ -20,7 +19,7 @@ SIZE = 2
 
 @dataclass
 class Live:
-    """A sequence or a copy: its table, how far it is made, and the content it relies on by page."""
+    """A sequence or a transfer: its table, how far it is produced, and the content it relies on by page."""
 
     prefixes: list
     keys: list
@@ -35,8 +34,7 @@ class PagesWorld:
     """Every action takes plain values; `choice` picks among what is possible, and nothing possible is no action."""
 
     def __init__(self, num_pages, exact=True, loose_pins=False):
-        self.allocator = PageAllocator(num_pages, on_free=self._erase)
-        self.cache = PrefixCache(self.allocator)
+        self.manager = PageManager(num_pages, on_free=self._erase)
         self.model = PagesModel(num_pages - 1) if exact else None
         self.loose_pins = loose_pins
         self.live = {}
@@ -48,29 +46,27 @@ class PagesWorld:
     # Sequences
 
     def reserve(self, prompt, salt="", tail=1, lookup=True):
-        """A request is admitted if it fits. Without lookup (scored prompts) it makes all pages itself."""
+        """A request is admitted if it fits. Without lookup it produces all pages itself, unregistered."""
         keys = page_keys("base", salt, prompt[: base_len(len(prompt))], SIZE)
         prefixes = [(salt, *prompt[: SIZE * (index + 1)]) for index in range(len(keys))]
         asked, num = keys if lookup else [], len(keys) + tail
         name = f"sequence {self.seen['sequences']}"
         self.seen["sequences"] += 1
-        evicted = self.allocator.num_evicted
-        reservation = self.cache.reserve(name, asked, num)
+        evicted, hits = self.manager.num_evicted, self.manager.num_hits(asked)
+        reservation = self.manager.reserve(name, asked, num)
         self._expect("reserve", name, prefixes if lookup else [], num, reservation)
-        self.seen["evicted"] += self.allocator.num_evicted - evicted
+        self.seen["evicted"] += self.manager.num_evicted - evicted
         self.seen["refused"] += reservation is None
         if reservation is None:
             return
         first = reservation.num_shared
-        registered = self.cache.pend(name, asked, reservation.pages, first)
-        assert registered == len(asked) - first or not self.model
         self.live[name] = Live(prefixes, keys, reservation.pages, first, len(keys))
-        self._rely(self.live[name], reservation.num_hits)
-        self.seen.update(hits=reservation.num_hits, waits=reservation.num_awaited)
-        self.seen["hit, wait and own"] += bool(reservation.num_hits and reservation.num_awaited and registered)
+        self._rely(self.live[name], hits)
+        self.seen.update(hits=hits, waits=first - hits)
+        self.seen["hit, wait and own"] += 0 < hits < first < len(asked)
 
     def publish(self, choice, num):
-        """A sequence or copy whose turn it is gets some more pages written and published."""
+        """A sequence or transfer that waits for no page gets some more pages written and published."""
         name = self._pick(choice, self._can_publish)
         if name is None:
             return
@@ -80,135 +76,137 @@ class PagesWorld:
         for page, prefix in list(zip(live.table, live.prefixes, strict=False))[first:last]:
             assert self.content.setdefault(page, prefix) == prefix
         expected = self._expect("publish", name, live.prefixes, live.table, first, last)
-        used = self.cache.publish(name, live.keys, live.table, first, last)
+        used = self.manager.publish(name, live.keys, live.table, first, last)
         assert expected in (None, used)
         self.seen["duplicates"] += used != live.table[first:last]
-        self.seen["private"] += self.cache.num_cached(live.keys) < last
+        self.seen["private"] += self.manager.num_hits(live.keys) < last
         self.seen["published"] += 1
         live.table[first:last] = used
         live.made = last
         self._rely(live, last)
 
     def finish(self, choice):
-        """A sequence that has made all its pages ends."""
-        name = self._pick(choice, lambda name: not self.cache.waiting(name) and not self._can_publish(name))
+        """A sequence that has produced all its pages ends."""
+        name = self._pick(choice, lambda name: not self.manager.waiting(name) and not self._can_publish(name))
         if name is not None:
-            assert self.cache.drop(name) == []
+            assert self.manager.drop(name) == []
             self._release(name)
 
     def abort(self, choice):
-        """A sequence or copy fails in any state; whoever needed it goes back too."""
+        """A sequence or transfer fails in any state; all that wait for it go too."""
         name = self._pick(choice, lambda name: True)
         if name is not None:
             self._drop(name, choice)
 
     def _drop(self, name, choice):
         expected = self._expect("drop", name)
-        told = self.cache.drop(name)
-        assert expected in (None, set(told))
-        assert len(set(told)) == len(told)
-        self.seen.update(told=len(told), told_more=len(told) > 1)
-        leaving = [name, *told]
+        dropped = self.manager.drop(name)
+        assert expected in (None, set(dropped))
+        assert len(set(dropped)) == len(dropped)
+        self.seen.update(dropped=len(dropped), dropped_more=len(dropped) > 1)
+        leaving = [name, *dropped]
         random.Random(choice).shuffle(leaving)
         for gone in leaving:
-            assert self.cache.drop(gone) == []
+            assert self.manager.drop(gone) == []
             self._release(gone)
 
-    # Copies and pins
+    # Transfers and pins
 
-    def leave_a_copy_behind(self, choice, num):
-        """A sequence is aborted while a copy of its next pages is in flight, which inherits them."""
+    def leave_a_transfer(self, choice, num):
+        """A sequence is aborted while a transfer of its next pages is in flight, which adopts them."""
         name = self._pick(choice, lambda name: self._can_publish(name) and self.live[name].holder == "sequence")
         if name is None:
             return
-        live, copy = self.live[name], f"copy of {name}"
+        live, transfer = self.live[name], f"transfer of {name}"
         self._rely(live, live.made)
         last = min(live.made + num, live.last)
         table = live.table[:last]
-        self.allocator.retain(table, "transfer")
+        self.manager.retain(table, "transfer")
         self._expect("retain", table)
-        self.seen["inherited waits"] += self.cache.has_waiters(table)
-        self.cache.hand_over(name, copy, table)
-        self._expect("hand_over", name, copy, table)
+        self.seen["adopted"] += self.manager.has_waiters(table)
+        self.manager.adopt(transfer, name, table)
+        self._expect("adopt", transfer, name, table)
         content = {page: live.content[page] for page in table[: live.made]}
-        self.live[copy] = Live(live.prefixes, live.keys, table, live.made, last, "transfer", content)
+        self.live[transfer] = Live(live.prefixes, live.keys, table, live.made, last, "transfer", content)
         self._drop(name, choice)
 
     def pin(self, choice, cut):
-        """Somebody holds what is made of a table, from its beginning; a loose pin, against the rule, any part."""
+        """The pages produced so far are held, from the first; a loose pin, against the rule, holds any part."""
         name = self._pick(choice, lambda name: True)
         if name is not None:
             live = self.live[name]
             pages = live.table[cut // 2 : cut] if self.loose_pins else live.table[: min(cut, live.made)]
-            self.allocator.retain(pages, "pin")
+            self.manager.retain(pages, "pin")
             self._expect("retain", pages)
             self.pins.append(pages)
 
     def unpin(self, choice):
-        """One pin goes."""
+        """One pin is released."""
         if self.pins:
             pages = self.pins.pop(choice % len(self.pins))
-            self.allocator.release(pages, "pin")
+            self.manager.release(pages, "pin")
             self._expect("release", pages)
 
     # Pressure
 
     def allocate(self, num):
         """Private pages, as decoding takes them."""
-        evicted = self.allocator.num_evicted
-        pages = self.allocator.allocate(num)
+        evicted = self.manager.num_evicted
+        pages = self.manager.allocate(num)
         self._expect("allocate", num, pages)
-        self.seen["evicted"] += self.allocator.num_evicted - evicted
+        self.seen["evicted"] += self.manager.num_evicted - evicted
         if pages is not None:
             assert not any(page in self.content for page in pages), "a lent page still has content"
             self.private.append(pages)
 
     def free(self, choice):
-        """Some private pages go back."""
+        """Some private pages are released."""
         if self.private:
             pages = self.private.pop(choice % len(self.private))
-            self.allocator.release(pages)
+            self.manager.release(pages)
             self._expect("release", pages)
 
     def flush(self):
-        """All that nobody holds is forgotten."""
-        num_cached = self.allocator.num_cached
-        assert self.cache.flush() == num_cached
-        assert self.allocator.num_cached == 0
+        """All unreferenced pages are freed."""
+        num_cached = self.manager.num_cached
+        assert self.manager.flush() == num_cached
+        assert self.manager.num_cached == 0
         while self.model and self.model.cached:
             self.model.evict_oldest()
 
     # Always
 
     def check(self):
-        """The books are right, nobody's content has changed, and all is as the model says."""
-        self.cache.check(self.live)
+        """The invariants hold, no content that is relied on has changed, and all is as the model says."""
+        self.manager.check(self.live)
         for live in self.live.values():
             assert all(self.content[page] == prefix for page, prefix in live.content.items()), "content changed"
         if self.model is None:
             return
-        real, model = self.allocator, self.model
+        real, model = self.manager, self.model
         states = (model.num_free, len(model.cached), model.num_used)
         assert (real.num_free, real.num_cached, real.num_used) == states
+        assert {page.id for page in real._tree.values()} == {*model.published.values(), *model.pending.values()}
+        assert {page.id: page.producer for page in real._pages if page.producer} == model.producer
         for name, live in self.live.items():
-            assert self.cache.waiting(name) == (name in model.waits)
-            assert self.cache.num_cached(live.keys) == model.hits(live.prefixes)
+            assert self.manager.waiting(name) == (name in model.waits)
+            assert self.manager.num_hits(live.keys) == model.hits(live.prefixes)
         if not self.loose_pins:
             assert model.num_cut_off == 0, "a beginning was evicted before its end"
 
     def end(self):
-        """Everybody goes: every page is back."""
+        """All sequences, transfers and pins go: every page is free."""
         while self.live:
             self.abort(0)
         while self.pins:
             self.unpin(0)
         while self.private:
             self.free(0)
-        self.cache.check(())
-        assert not self.allocator.holders
-        assert self.allocator.num_free + self.allocator.num_cached == self.allocator.num_pages - 1
+        self.manager.check(())
+        assert not self.manager.holders
+        assert self.manager.num_free + self.manager.num_cached == self.manager.num_pages - 1
         self.flush()
-        assert self.allocator.num_free == self.allocator.num_pages - 1
+        assert self.manager.num_free == self.manager.num_pages - 1
         assert not self.content
 
     def _erase(self, pages):
@@ -223,7 +221,7 @@ class PagesWorld:
         return names[choice % len(names)] if names else None
 
     def _can_publish(self, name):
-        return self.live[name].made < self.live[name].last and not self.cache.waiting(name)
+        return self.live[name].made < self.live[name].last and not self.manager.waiting(name)
 
     def _rely(self, live, num):
         for page, prefix in list(zip(live.table, live.prefixes, strict=False))[:num]:
@@ -233,4 +231,4 @@ class PagesWorld:
     def _release(self, name):
         live = self.live.pop(name)
         self._expect("release", live.table)
-        self.allocator.release(live.table, live.holder)
+        self.manager.release(live.table, live.holder)

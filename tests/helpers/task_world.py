@@ -17,7 +17,7 @@ from pshare_jax.engine.router import Route
 from pshare_jax.model.architecture import is_lora
 from pshare_jax.model.layers import LoraConfig
 from pshare_jax.server import startup
-from pshare_jax.server.app import Served
+from pshare_jax.server.app import AppContext
 from pshare_jax.server.config import ServeConfig, ServerConfig
 from pshare_jax.server.openai.schema import ApiError
 
@@ -79,8 +79,8 @@ class World:
     def serve(self, tasks: dict[str, str], placement: Any = PLACE, **changes: Any) -> "Stepped":
         sources = {name: source if source == "base" else str(self.modules / source) for name, source in tasks.items()}
         config = ServeConfig(
-            str(self.base),
-            sources,
+            base=str(self.base),
+            tasks=sources,
             placement=placement,
             kv=KVConfig(page_size=4, pages=64),
             batch=BatchConfig(prefill_tokens=16, decode_rows=2),
@@ -92,7 +92,7 @@ class World:
 class Stepped:
     """An engine that the test steps, and its task table."""
 
-    def __init__(self, world: World, served: Served, programs: list[Any]):
+    def __init__(self, world: World, served: AppContext, programs: list[Any]):
         self.world, self.served, self.programs, self.engine = world, served, programs, served.engine
         assert served.task_table is not None
         self.table = served.task_table

@@ -8,8 +8,14 @@ from typing import Any
 import numpy as np
 
 import pshare_jax as ps
-from pshare_jax.engine.build import Plan, assemble
-from pshare_jax.engine.config import BatchConfig, DecodePlacement, KVConfig, Placement, PrefillPlacement
+from pshare_jax.engine.config import (
+    BatchConfig,
+    DecodePlacement,
+    EngineConfig,
+    KVConfig,
+    Placement,
+    PrefillPlacement,
+)
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Event, Request
 from pshare_jax.engine.router import Route
@@ -42,28 +48,32 @@ class Engines:
         chunk: int = 16,
         rows: int = 4,
         sharing: str = "shared",
-        **plan: Any,
+        **config: Any,
     ):
         self.model = ps.load(base)
         self.sharing = sharing
-        kv, batch = KVConfig(page_size, pages), BatchConfig(chunk, rows)
-        self.plan = Plan({name: str(one) for name, one in tasks.items()}, placement, sharing, kv, batch, **plan)  # type: ignore[arg-type]
+        self.config = EngineConfig(
+            tasks={name: str(source) for name, source in tasks.items()},
+            placement=placement,
+            sharing=sharing,  # type: ignore[arg-type]
+            kv=KVConfig(page_size, pages),
+            batch=BatchConfig(chunk, rows),
+            **config,
+        )
         self.tokenizer: Tokenizer = self.model.tokenizer
         self._oracles: dict[str, ps.SharedModel] = {}
         self.engine = self.new_engine()
         self._names = itertools.count()
 
-    def new_engine(self, **settings: Any) -> Engine:
+    def new_engine(self, **changes: Any) -> Engine:
         """A cold engine."""
-        sides = assemble(self.model, self.plan, lambda line: None)
-        changed = dataclasses.replace(sides.settings, **settings)
-        return Engine(sides.prefill, sides.decode, self.tokenizer.detokenizer, changed)
+        return Engine.build(self.model, dataclasses.replace(self.config, **changes))
 
     def oracle(self, task: str) -> ps.SharedModel:
         """The plain loop's factorised model for the task: in the isolated baseline prefill is its own weights too."""
         if task not in self._oracles:
             shared = ps.factorize(self.model)
-            shared.add_task(task, self.plan.tasks[task])
+            shared.add_task(task, self.config.tasks[task])
             if self.sharing == "isolated":
                 module = shared.task_modules.module(task)
                 own = dataclasses.replace(self.model, architecture=module.architecture, params=module.params)
@@ -127,8 +137,7 @@ class Answer:
 
     def __init__(self, engine: Engine, request: Request, route: Route | None = None):
         self.events: list[Event] = []
-        engine.submit(request, self.events.append, route)
-        self.sequence = engine._live[request.id]
+        self.sequence = engine.submit(request, self.events.append, route).sequence
 
     @property
     def ended(self) -> bool:

@@ -1,4 +1,4 @@
-"""What the tests of training runs share: a tiny base and data, configs, runs that are stopped or killed on command."""
+"""Shared by the tests of training runs: a tiny base with data, configs, and runs that are stopped or killed at a step."""
 
 import json
 import os
@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[2]
 LORA = ModuleConfig("lora", rank=3, alpha=6.0, targets=("q", "v", "down"), dropout=0.0)
 FULL = ModuleConfig("full")
 
-# Kills itself just after the checkpoint of step argv[1] has begun, which orbax writes in the background, or (argv[2]) when a
-# later step is told, while the one after it is computed; the rest is pshare-train's.
+# pshare-train that kills itself right after the save of step argv[1] has started in the background (argv[2] True), or when the
+# next step is reported while the step after it is computed.
 KILLED = """
 import os, signal, sys
 from pshare_jax.training import cli
@@ -44,7 +44,7 @@ sys.exit(cli.main(sys.argv[3:]))
 """
 
 
-def make_world(root: Path, num_layers: int = 2, records: int = 19) -> tuple[Path, str]:
+def make_base_and_data(root: Path, num_layers: int = 2, records: int = 19) -> tuple[Path, str]:
     """A tiny base and a data file with one and two answers a record."""
     base = tiny_folder("llama", root / "base", num_hidden_layers=num_layers)
     rng = np.random.default_rng(3)
@@ -56,9 +56,9 @@ def make_world(root: Path, num_layers: int = 2, records: int = 19) -> tuple[Path
     return base, write_jsonl(root / "data.jsonl", lines)
 
 
-def run_config(world: tuple[Path, str], output: Path, **changes: Any) -> TrainConfig:
-    """Three epochs of few packed batches, two of them a step, with some held out."""
-    base, path = world
+def run_config(base_and_data: tuple[Path, str], output: Path, **changes: Any) -> TrainConfig:
+    """Three epochs of few packed batches, two per step, with held-out records."""
+    base, path = base_and_data
     data = DataConfig([SourceConfig(path)], epochs=3, eval_fraction=0.2, batch=RowsConfig(rows=2, context_len=64))
     config = TrainConfig(
         base=str(base),
@@ -74,7 +74,7 @@ def run_config(world: tuple[Path, str], output: Path, **changes: Any) -> TrainCo
 
 
 def metrics(output: str | Path) -> list[dict]:
-    """The steps of a run, as its folder has them."""
+    """The metrics of a run's steps."""
     return [line for line in all_metrics(output) if "loss" in line]
 
 
@@ -91,7 +91,7 @@ def assert_same_steps(ours: list[dict], theirs: list[dict]) -> None:
 
 
 def stop_after(monkeypatch, step: int) -> None:
-    """Sends this process a SIGTERM when `step` is reported, the next time a run gets there."""
+    """Sends SIGTERM to this process when `step` is reported."""
     report = run_module.Reporter.step
 
     def step_and_stop(self, values):
@@ -103,9 +103,9 @@ def stop_after(monkeypatch, step: int) -> None:
 
 
 def killed(config: TrainConfig, tmp_path: Path, step: int, in_save: bool) -> subprocess.CompletedProcess:
-    """pshare-train in a process that is killed while it saves after `step`, or at the end of the next step.
+    """pshare-train in a process that is killed during the save after `step`, or at the end of the next step.
 
-    Its pipes close when its workers, too, are gone: one that stays behind is a timeout.
+    Its pipes close only after its workers have ended, so a worker that survives is a timeout.
     """
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
@@ -113,7 +113,7 @@ def killed(config: TrainConfig, tmp_path: Path, step: int, in_save: bool) -> sub
 
 
 def exported_alone(run: Path, output: Path) -> subprocess.CompletedProcess:
-    """pshare-export in a process that has one device."""
+    """pshare-export in a process with one device."""
     code = "import sys; from pshare_jax.training.cli import export_main; sys.exit(export_main())"
     return _run(output.parent, code, "--run", str(run), "--output", str(output))
 
@@ -125,5 +125,5 @@ def _run(tmp_path: Path, code: str, *arguments: str) -> subprocess.CompletedProc
 
 
 def moments(state: Any) -> Any:
-    """Adam's `mu` and `nu` in the optimizer's chain behind the clipping."""
+    """Adam's `mu` and `nu`, which follow clipping in the optimizer's chain."""
     return state.optimizer[1][0]

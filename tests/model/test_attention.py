@@ -1,4 +1,4 @@
-"""Dense attention against transformers' eager function and against itself in other shapes."""
+"""Dense attention equals transformers' eager function, and itself in other shapes."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ SIZES = {"B": 2, "N": 6, "K": 3, "H": 10}
 
 
 def heads(seed: int, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q `[B, T, N, H]`, k and v `[B, K, T, H]`; no two sizes are equal."""
+    """q `[B, T, N, H]`, k and v `[B, K, T, H]`; all sizes differ."""
     B, N, K, H = SIZES.values()
     draw = np.random.default_rng(seed)
     shapes = (B, length, N, H), (B, K, length, H), (B, K, length, H)
@@ -27,21 +27,21 @@ def heads(seed: int, length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def eager(q: Any, k: Any, v: Any, visible: np.ndarray, scale: float, softcap: float | None) -> Any:
-    """transformers' attention: `[B, N, T, H]` queries, an additive mask."""
+    """transformers' attention, with `[B, N, T, H]` queries and an additive mask."""
     module: Any = SimpleNamespace(num_key_value_groups=SIZES["N"] // SIZES["K"], training=False)
     mask = torch.where(torch.tensor(visible), 0.0, -torch.inf)[None, None]
     query, key, value = (torch.tensor(np.asarray(x)) for x in (q.swapaxes(1, 2), k, v))
     return eager_attention_forward(module, query, key, value, mask, scaling=scale, softcap=softcap)[0].numpy()
 
 
-def over(q: Any, k: Any, v: Any, visible: Any, scale: float = 0.3, softcap: float | None = None) -> jax.Array:
+def single_segment(q: Any, k: Any, v: Any, visible: Any, scale: float = 0.3, softcap: float | None = None) -> jax.Array:
     """Our attention over one segment."""
 
     @jax.jit
-    def one(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array) -> jax.Array:
         return attention(q, [Segment(k, v, visible)], scale=scale, softcap=softcap)
 
-    return one(q, k, v, jnp.asarray(visible))
+    return attend(q, k, v, jnp.asarray(visible))
 
 
 @pytest.mark.parametrize("softcap", [None, 0.5])
@@ -50,7 +50,7 @@ def test_eager_attention(window, softcap):
     q, k, v = heads(0, 23)
     visible = np.array(visible_keys(jnp.arange(23), jnp.arange(23), window))
     expected = eager(q, k, v, visible, 0.37, softcap)
-    assert_close(over(q, k, v, visible, 0.37, softcap), expected, 1e-5)
+    assert_close(single_segment(q, k, v, visible, 0.37, softcap), expected, 1e-5)
     assert_close(causal_attention(q, k, v, window=window, scale=0.37, softcap=softcap), expected, 1e-5)
 
 
@@ -59,7 +59,7 @@ def test_segments_share_one_softmax(cut):
     q, k, v = heads(4, 23)
     visible = visible_keys(jnp.arange(23), jnp.arange(23), 12)
     segments = [Segment(k[:, :, part], v[:, :, part], visible[:, part]) for part in (slice(cut), slice(cut, None))]
-    assert_close(attention(q, segments, scale=0.3, softcap=2.0), over(q, k, v, visible, 0.3, 2.0), 1e-6)
+    assert_close(attention(q, segments, scale=0.3, softcap=2.0), single_segment(q, k, v, visible, 0.3, 2.0), 1e-6)
 
 
 def test_window_counts_the_query_itself():
@@ -70,24 +70,24 @@ def test_window_counts_the_query_itself():
 
 @pytest.mark.parametrize("length", [QUERY_BLOCK, QUERY_BLOCK + 1, 2 * QUERY_BLOCK + 5])
 @pytest.mark.parametrize("window", [None, 9, QUERY_BLOCK + 1])
-def test_blocks_of_queries_change_nothing(length, window):
+def test_blocks_of_queries_do_not_change_the_result(length, window):
     q, k, v = heads(1, length)
     positions = jnp.arange(length)
-    whole = over(q, k, v, visible_keys(positions, positions, window))
+    whole = single_segment(q, k, v, visible_keys(positions, positions, window))
     in_blocks = jax.jit(partial(causal_attention, window=window, scale=0.3, softcap=None))
     assert_close(in_blocks(q, k, v), whole, 1e-5)
 
 
 def test_large_scores_do_not_overflow():
     q, k, v = heads(2, 5)
-    out = over(q * 1e4, k * 1e4, v, visible_keys(jnp.arange(5), jnp.arange(5), None))
+    out = single_segment(q * 1e4, k * 1e4, v, visible_keys(jnp.arange(5), jnp.arange(5), None))
     assert np.isfinite(np.asarray(out)).all()
     np.testing.assert_allclose(out[:, 0, ::2], v[:, :, 0], rtol=1e-6)
 
 
-def test_slots_after_the_newest_token_weigh_exactly_nothing():
+def test_slots_after_the_newest_token_have_zero_weight():
     q, k, v = heads(3, 12)
     visible = visible_keys(jnp.array([4]), jnp.arange(12), None)
-    expected = over(q[:, :1], k, v, visible)
+    expected = single_segment(q[:, :1], k, v, visible)
     k, v = k.at[:, :, 5:].set(1e30), v.at[:, :, 5:].set(-1e30)
-    np.testing.assert_array_equal(over(q[:, :1], k, v, visible), expected)
+    np.testing.assert_array_equal(single_segment(q[:, :1], k, v, visible), expected)

@@ -1,4 +1,4 @@
-"""Paged attention against the dense plain loop: any page table, row lengths, chunk split, page size; garbage never seen."""
+"""Paged attention equals the plain forward pass for any page table, lengths, chunks and page size, and ignores garbage."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from tiny import FAMILIES, tiny_folder
 import pshare_jax as ps
 from pshare_jax.mesh import make_mesh
 from pshare_jax.model.attention.paged import blocked, gathered, paged_attend, positions_of
-from pshare_jax.model.kv.pages import empty_pages, place_content
+from pshare_jax.model.kv.pages import device_put_content, empty_pages
 from pshare_jax.model.paged_batch import PagedBatch
 from pshare_jax.model.paged_steps import page_moves
 from pshare_jax.model.sharding import pages_sharding
@@ -18,7 +18,7 @@ TOTAL = 70
 
 
 class Paged:
-    """A pool filled with NaN, and three rows whose pages are dealt at random; tokens are fed chunk by chunk."""
+    """A pool filled with NaN, and three rows with random pages; tokens are fed chunk by chunk."""
 
     def __init__(self, model, page_size, attention_fn, seed=0, num_tables=TOTAL):
         self.model, self.page_size = model, page_size
@@ -31,17 +31,17 @@ class Paged:
         self.tokens = draw.integers(0, model.config.vocab_size, (3, TOTAL)).astype(np.int32)
 
         @jax.jit(donate_argnums=2)
-        def step(params, tokens, pool, rows):
+        def step(params, tokens, pool, batch):
             decoder = model.architecture.bind(params)
             hidden, pool = decoder(
-                tokens, positions_of(rows, tokens.shape[1]), paged_attend(model.config, rows, attention_fn), pool
+                tokens, positions_of(batch, tokens.shape[1]), paged_attend(model.config, batch, attention_fn), pool
             )
             return decoder.logits(hidden), pool
 
         self.step = step
 
     def feed(self, counts, width):
-        """Feed the next `counts[b]` tokens of each row in a batch of `width` columns; logits of the real ones."""
+        """Feed each row's next `counts[b]` tokens in a batch of `width` columns; returns the logits of real tokens."""
         counts = np.array(counts, np.int32)
         chunk = np.zeros((3, width), np.int32)
         for row, count in enumerate(counts):
@@ -58,7 +58,7 @@ def model(request, tmp_path_factory):
 
 @pytest.mark.parametrize(("attention_fn", "page_size"), [(gathered, 4), (blocked, 1), (blocked, 16)])
 def test_any_split_into_chunks_equals_the_plain_forward(model, attention_fn, page_size, monkeypatch):
-    # Several blocks even at these lengths, so that the loop's borders matter.
+    # Several blocks even at these lengths, to test the loop's borders.
     monkeypatch.setattr("pshare_jax.model.attention.paged.BLOCK_TOKENS", 32)
     paged = Paged(model, page_size, attention_fn)
     expected = np.asarray(model.logits(paged.tokens))
@@ -71,8 +71,8 @@ def test_any_split_into_chunks_equals_the_plain_forward(model, attention_fn, pag
         np.testing.assert_allclose(logits, expected[row, : len(logits)], atol=1e-4, rtol=0)
 
 
-def test_alone_a_token_sees_the_stored_keys_before_it_and_its_own(model):
-    """Scored as the first of an answer: as a chunk of one token would be, and nothing is written."""
+def test_independent_tokens_equal_chunks_of_one_token(model):
+    """Each token sees the stored keys before it and its own key, and nothing is written."""
     draw = np.random.default_rng(5)
     results = []
     for attention_fn in (gathered, blocked):
@@ -84,31 +84,31 @@ def test_alone_a_token_sees_the_stored_keys_before_it_and_its_own(model):
         starts, counts = np.array([20, 12, 9], np.int32), np.array([8, 8, 8], np.int32)
 
         @jax.jit
-        def step(tokens, rows, pool, alone, attention_fn=attention_fn):
+        def step(tokens, batch, pool, independent, attention_fn=attention_fn):
             decoder = model.architecture.bind(model.params)
-            attend = paged_attend(model.config, rows, attention_fn, alone)
-            hidden, pool = decoder(tokens, positions_of(rows, tokens.shape[1]), attend, pool)
+            attend = paged_attend(model.config, batch, attention_fn, independent)
+            hidden, pool = decoder(tokens, positions_of(batch, tokens.shape[1]), attend, pool)
             return decoder.logits(hidden), pool
 
-        rows = PagedBatch(paged.table, starts, counts)
-        logits, after = step(tokens, rows, stored, np.array(True))
+        batch = PagedBatch(paged.table, starts, counts)
+        logits, after = step(tokens, batch, stored, np.array(True))
         for before, now in zip(jax.tree.leaves(stored), jax.tree.leaves(after), strict=True):
             np.testing.assert_array_equal(before[:, 1:], now[:, 1:])
         for index in range(8):
-            one = PagedBatch(paged.table, starts + index, np.ones(3, np.int32))
-            expected, _ = step(tokens[:, index : index + 1], one, stored, np.array(False))
+            batch = PagedBatch(paged.table, starts + index, np.ones(3, np.int32))
+            expected, _ = step(tokens[:, index : index + 1], batch, stored, np.array(False))
             np.testing.assert_allclose(logits[:, index], expected[:, 0], atol=1e-4, rtol=0)
         results.append(np.asarray(logits))
     assert np.isfinite(results).all()
 
 
-def test_pages_move_between_pools_of_other_tp_degrees(tiny_folders):
+def test_pages_move_between_pools_of_different_tp_degrees(tiny_folders):
     model = ps.load(tiny_folders["llama"])
-    meshes = make_mesh([0, 1], 2), make_mesh([4], 1)
+    meshes = make_mesh([0, 1]), make_mesh([4])
     empty, target = (empty_pages(model.config, 9, 4, "float32", mesh) for mesh in meshes)
     source = jax.tree.map(lambda x: jax.device_put(jax.random.normal(jax.random.key(7), x.shape), x.sharding), empty)
     ids, target_ids = np.array([3, 5, 0, 0], np.int32), np.array([7, 2, 0, 0], np.int32)
-    content = place_content(page_moves(model.config, meshes[0]).gather(source, ids), model.config, meshes[1])
+    content = device_put_content(page_moves(model.config, meshes[0]).gather(source, ids), model.config, meshes[1])
     moved = page_moves(model.config, meshes[1]).scatter(target, target_ids, content)
     for before, after in zip(source, moved, strict=True):
         for part, moved_part in zip(before, after, strict=True):

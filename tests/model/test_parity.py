@@ -1,4 +1,4 @@
-"""Logits equal transformers' for every family, in float32 to 1e-4, with odd config values (cases A4-01, 05, 08, 10, 17)."""
+"""Logits equal transformers' for every family, in float32 to 1e-4, with unusual configs (cases A4-01, 05, 08, 10, 17)."""
 
 import dataclasses
 from pathlib import Path
@@ -26,7 +26,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
     "rope_theta": 12345.0,
 }
-# Two layers (one of each kind in Gemma 3) keep compilation short; the twelve of T-gemma3 are checked once.
+# Two layers (both kinds in Gemma 3) keep compilation short; T-gemma3's twelve layers are checked once.
 FEW: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 2},
     "qwen3": {"num_hidden_layers": 2},
@@ -67,12 +67,12 @@ def pair(tmp_path: Path, family: str, **changes: Any) -> tuple[Any, ps.Model]:
 def test_logits(variant, tmp_path):
     family, changes = VARIANTS[variant]
     theirs, ours = pair(tmp_path, family, **changes)
-    # Longer than a block of queries, and not a multiple of one.
+    # More than one block of queries, and not whole blocks.
     tokens = random_tokens(0, 2, QUERY_BLOCK + 21)
     assert_close(ours.logits(tokens), hf_logits(theirs, tokens))
 
 
-def test_window_is_ignored_where_the_config_turns_it_off(tmp_path):
+def test_window_is_ignored_if_the_config_disables_it(tmp_path):
     theirs, ours = pair(tmp_path, "qwen3", use_sliding_window=False, sliding_window=5, max_window_layers=1)
     assert all(layer.window is None for layer in ours.config.layers)
     tokens = random_tokens(0, 1, 40)
@@ -91,7 +91,7 @@ def test_llama3_rope_at_every_band(tmp_path):
 
 
 def test_linear_rope_on_gemmas_global_layers_only(tmp_path):
-    """A4-08: all twelve layers, right at position 1 and still right at 400, also in the order of the best tokens."""
+    """A4-08: all twelve layers, from position 1 to 400, including the order of the best tokens."""
     theirs, ours = pair(tmp_path, "gemma3", num_hidden_layers=12, layer_types=None)
     assert [layer.rope.type for layer in ours.config.layers] == (["default"] * 5 + ["linear"]) * 2
     tokens = random_tokens(2, 1, 401)
@@ -102,7 +102,7 @@ def test_linear_rope_on_gemmas_global_layers_only(tmp_path):
 
 
 def test_softcap_on_attention_scores(tmp_path, monkeypatch):
-    """transformers' Gemma 3 reads attn_logit_softcapping and then ignores it, so its own eager function is given it here."""
+    """transformers' Gemma 3 ignores attn_logit_softcapping, so the test passes it to its eager function."""
     changes = {"attn_logit_softcapping": 0.7}
     theirs, ours = pair(tmp_path, "gemma3", **changes)
     tokens = random_tokens(3, 1, 150)
@@ -118,7 +118,7 @@ def test_softcap_on_attention_scores(tmp_path, monkeypatch):
 
 
 def logits_with(model: ps.Model, config: Any, tokens: np.ndarray) -> np.ndarray:
-    """Logits of the same weights under another config, operation by operation (nothing is compiled for one use)."""
+    """Logits of the same weights with another config, without compiling for one use."""
     decoder = dataclasses.replace(model.architecture, config=config).bind(model.params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = decoder(jnp.asarray(tokens), positions, fresh_attend(config), ())
@@ -143,8 +143,8 @@ FIELDS = {
 }
 
 
-def test_every_field_can_be_noticed(tmp_path):
-    """What makes the parity above mean something: a field that is a little wrong shows at 20 times the tolerance."""
+def test_every_field_matters(tmp_path):
+    """A slightly wrong field changes the logits by more than 20 times the tolerance."""
     layers = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
     ours = ps.load(tiny_folder("gemma3", tmp_path, std=0.1, **layers))
     tokens = random_tokens(4, 1, 30)
@@ -157,7 +157,7 @@ def test_every_field_can_be_noticed(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decode_logits(family, tmp_path):
-    """Prefill, then tokens one at a time and several at a time: the logits of one full forward pass."""
+    """Prefill, one token, then several tokens give the logits of one forward pass."""
     theirs, ours = pair(tmp_path, family)
     shared = ps.factorize(ours)
     shared.add_task("base", "base")
@@ -172,7 +172,7 @@ def test_decode_logits(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16(family, tmp_path):
-    """A4-17. Both sides round in other places; ours may be no farther from the float32 result of the same weights."""
+    """A4-17: both round differently; our distance from the float32 result must not be larger."""
     folder = tmp_path / "model"
     one_layer = {"num_hidden_layers": 1, **({"layer_types": None} if family == "gemma3" else {})}
     tiny_folder(family, folder, std=0.1, dtype=ml_dtypes.bfloat16, **one_layer)

@@ -1,4 +1,4 @@
-"""Rotary frequencies against transformers' own functions, and the types that are refused."""
+"""Rotary frequencies equal transformers'; other types and wrong fields are errors."""
 
 import math
 from typing import Any
@@ -62,14 +62,14 @@ def test_llama3_scales_long_wavelengths_only():
     assert np.all((between > 1) & (between < 8))
 
 
-def test_llama3_takes_the_context_length_where_its_own_is_missing():
+def test_llama3_defaults_to_the_context_length():
     content = {"rope_scaling": LLAMA3, "max_position_embeddings": 64}
     assert parse(content).original_max_len == 64
     with pytest.raises(PshareError, match="original_max_position_embeddings"):
         parse({"rope_scaling": LLAMA3})
 
 
-def test_oldest_spelling():
+def test_oldest_style():
     assert parse({"rope_theta": 7, "rope_scaling": {"type": "linear", "factor": 2}}) == RopeConfig(7.0, "linear", 2.0)
     local = parse(
         {"rope_local_base_freq": 9.0, "rope_scaling": {"type": "linear", "factor": 2}},
@@ -81,11 +81,11 @@ def test_oldest_spelling():
 
 
 @pytest.mark.parametrize("name", ["nonsense", *sorted(set(ROPE_INIT_FUNCTIONS) - set(KNOWN_TYPES))])
-@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize("key", ["rope_type", "type"])
-def test_other_types_are_refused_by_name(name, spelling, key):
+def test_error_names_an_unknown_type(name, field, key):
     with pytest.raises(PshareError, match=f"'{name}'.*default, linear, llama3"):
-        parse({spelling: {key: name, "factor": 2.0}, "max_position_embeddings": 64})
+        parse({field: {key: name, "factor": 2.0}, "max_position_embeddings": 64})
 
 
 @pytest.mark.parametrize(
@@ -100,15 +100,14 @@ def test_other_types_are_refused_by_name(name, spelling, key):
         ({**LLAMA3, "original_max_position_embeddings": "32"}, "original_max_position_embeddings"),
     ],
 )
-def test_wrong_numbers_are_named(rope, named):
+def test_error_names_a_wrong_number(rope, named):
     with pytest.raises(PshareError, match=named):
         parse({"rope_parameters": rope})
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(0, 300))
-def test_scores_depend_on_distance_alone(first, second, shift):
-    """Rotated q.k is a function of the distance of their positions."""
+def test_scores_depend_only_on_distance(first, second, shift):
     rope = RopeConfig(321.0)
     draw = np.random.default_rng(0)
     q, k = (jnp.asarray(draw.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))

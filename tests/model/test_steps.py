@@ -1,4 +1,4 @@
-"""The jitted steps: what they compile to (values are tested in test_generate.py and test_share.py)."""
+"""The compiled dense steps (tests/share tests their values)."""
 
 import re
 from typing import Any
@@ -24,7 +24,7 @@ def test_a_donated_decode_step_copies_no_cache(tiny_folders, family):
     assert re.findall(rf"= f32\[{shape}\]\S* copy\(", compiled) == []
 
 
-def test_a_donated_cache_is_gone_and_another_stays(tiny_folders):
+def test_only_a_donated_cache_is_deleted(tiny_folders):
     model = ps.load(tiny_folders["llama"])
     shared = ps.factorize(model)
     shared.add_task("chat", "base")

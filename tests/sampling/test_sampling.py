@@ -1,4 +1,4 @@
-"""Sampling against a NumPy reference of its own, and what a draw may depend on: (seed, choice, position) alone."""
+"""Sampling equals a NumPy reference, and a draw depends on (seed, choice, position) alone."""
 
 from typing import Any
 
@@ -9,14 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pshare_jax.sampling.sample import SamplingParams, kept, sample
+from pshare_jax.sampling.params import SamplingParams
+from pshare_jax.sampling.sample import kept, sample
 
 VOCAB = 23
 jitted_kept = jax.jit(kept)
 
 
 def reference_kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> set[int]:
-    """Ids that may be drawn, by walking down the sorted probabilities one at a time."""
+    """Ids that may be drawn, computed token by token from the sorted probabilities."""
     scores = logits.astype(np.float64) / temperature
     order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
     if top_k:
@@ -42,7 +43,7 @@ def ours_kept(logits: np.ndarray, temperature: float, top_k: int, top_p: float, 
 def is_borderline(
     logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float, margin: float = 1e-5
 ) -> bool:
-    """Whether rounding decides: a cumulated mass or a ratio within `margin` of a limit that is on."""
+    """Whether rounding decides: a cumulative mass or a ratio within `margin` of an active limit."""
     scores = np.sort(logits.astype(np.float64) / temperature)[::-1]
     weights = np.exp(scores - scores[0])[: top_k or None]
     shares = weights / weights.sum()
@@ -83,7 +84,7 @@ def test_masks(seed, temperature, top_k, top_p, min_p):
     ],
 )
 def test_masks_of_a_large_vocabulary(limits):
-    """Where the best 1024 tokens are enough, and where they are not."""
+    """With limits that the best 1024 tokens satisfy, and limits that need more."""
     compared = 0
     for seed, spread in enumerate((0.1, 1.0, 1.0, 2.0, 6.0)):
         logits = np.random.default_rng(seed).normal(0, spread, 3000).astype(np.float32)
@@ -107,8 +108,8 @@ def test_the_best_token_always_stays():
 
 
 @pytest.mark.parametrize(("size", "temperature"), [(VOCAB, 0.1), (VOCAB, 0.02), (50_000, 1.0)])
-def test_off_means_off(size, temperature):
-    """The rounding of a cumulated sum may not cut off the last tokens."""
+def test_limits_that_are_off_keep_every_token(size, temperature):
+    """Rounding of a cumulative sum must not drop the last tokens."""
     for seed in range(5):
         logits = np.random.default_rng(seed).normal(0, 2, size).astype(np.float32)
         assert len(ours_kept(logits, temperature, 0, 1.0, 0.0)) == size
@@ -139,13 +140,13 @@ def test_a_draw_depends_on_seed_choice_and_position_alone():
     assert len(set(row(seed=3))) > 4
 
 
-def test_seeds_of_64_bits_all_count():
+def test_all_64_bits_of_a_seed_matter():
     logits = np.zeros(300, np.float32)
     seeds = (0, 1, 1 << 31, 1 << 32, (1 << 32) + 1, 1 << 63, (1 << 64) - 1, -2)
     assert len({tuple(draw(logits, position, seed=seed) for position in range(4)) for seed in seeds}) == len(seeds)
 
 
-def test_noise_is_that_of_jaxs_own_key():
+def test_noise_is_that_of_jax_random_keys():
     """fold_in(fold_in(key(seed), choice), position): the formula that design.md promises."""
     logits = np.random.default_rng(2).normal(size=64).astype(np.float32)
     for seed, choice, position in ((5, 0, 0), (5, 2, 77), (123456789, 1, 4000)):
@@ -157,7 +158,7 @@ def test_noise_is_that_of_jaxs_own_key():
         assert float(gap) == pytest.approx(float(best[0] - best[1]), abs=1e-5)
 
 
-def test_gap_is_infinite_where_only_one_token_is_left():
+def test_gap_is_infinite_if_only_one_token_is_left():
     token, gap = sample(jnp.array([0.0, 1.0, 0.5]), SamplingParams(1.0, top_k=1), 0)
     assert int(token) == 1
     assert float(gap) == np.inf
@@ -167,7 +168,7 @@ def test_gap_is_infinite_where_only_one_token_is_left():
     ("temperature", "options"), [(1.0, {}), (0.6, {"top_k": 6}), (1.7, {"top_p": 0.8, "min_p": 0.1})]
 )
 def test_frequencies(temperature, options):
-    """Chi-square of 1500 draws against the reference's distribution; the limit is passed by chance once in 10^5 runs."""
+    """Chi-square of 1500 draws against the reference distribution; the limit is exceeded by chance once in 10^5 runs."""
     logits = np.random.default_rng(3).normal(0, 1, 8).astype(np.float32)
     params = SamplingParams(temperature, seed=11, **options)
     count = 1500

@@ -1,4 +1,4 @@
-"""Batched sampling against a NumPy reference of its documented meaning, and that a row depends on itself alone."""
+"""Batched sampling equals a NumPy reference of the documented steps, and a row is independent of its batch."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pshare_jax.errors import PshareError
 from pshare_jax.sampling import sample as sample_module
-from pshare_jax.sampling.sample import Adjustments, Sampled, SamplingParams, sample, sample_rows, sampling_rows
+from pshare_jax.sampling.params import SamplingParams, sampling_rows
+from pshare_jax.sampling.sample import Adjustments, Sampled, sample, sample_rows
 
 VOCAB = 37
 YES, NO = np.array(True), np.array(False)
@@ -26,7 +26,7 @@ def run(
     drawn: bool | None = None,
     logprobs: bool = False,
 ) -> Sampled:
-    """The rows as NumPy arrays; flags as an engine would set them."""
+    """The sampled rows as NumPy arrays; flags as the engine sets them."""
     rows = sampling_rows(params, positions or [0] * len(params), len(logits))
     zeros = Adjustments(np.zeros(logits.shape, np.float32), np.zeros(logits.shape, bool))
     needed = any(not row.is_greedy for row in params) if drawn is None else drawn
@@ -35,7 +35,7 @@ def run(
 
 
 def random_params(rng: np.random.Generator) -> SamplingParams:
-    """Odd values, each option often off."""
+    """Unusual values, each option often off."""
     return SamplingParams(
         temperature=float(rng.choice([0, 1e-6, 0.31, 0.9, 1.0, 2.7])),
         top_k=int(rng.choice([0, 0, 1, 5, 17, 1500])),
@@ -65,7 +65,7 @@ def adjusted(logits: np.ndarray, penalty: float, bias: Any, repeated: Any) -> np
 
 
 def expected(scores: np.ndarray, params: SamplingParams, position: int) -> tuple[int, float] | None:
-    """Step 4: the token and the gap between the two best scores; None where rounding would decide."""
+    """Step 4: the token and the gap between the two best scores; None if rounding would decide."""
     if params.temperature >= 1e-5:
         scores = scores / params.temperature
         order = np.argsort(-scores, kind="stable")[: params.top_k or None]
@@ -112,7 +112,7 @@ def assert_same(one: Sampled, other: Sampled) -> None:
         assert left.tobytes() == right.tobytes(), name
 
 
-# Smaller than the top tokens; where a CPU takes other loops for a few rows than for many; more than are looked at first.
+# Fewer than the top tokens; where a CPU uses another loop for few rows than for many; more than the best 1024.
 @pytest.mark.parametrize("size", [2, 321, 3000])
 def test_a_row_depends_on_neither_neighbours_nor_batch_size(size):
     rng = np.random.default_rng(size)
@@ -135,8 +135,8 @@ def test_a_row_depends_on_neither_neighbours_nor_batch_size(size):
         assert_same(picked(rows), Sampled(*(field[rows] for field in everything)))
 
 
-def test_a_row_that_asks_for_nothing_is_not_changed_by_one_that_does():
-    """The flags are the whole batch's: a row comes out alike with and without each of them."""
+def test_a_row_without_options_is_unchanged_by_a_row_with_them():
+    """The flags apply to the whole batch: a row has the same result with and without each of them."""
     rng = np.random.default_rng(3)
     logits = rng.normal(0, 2, (2, 1500)).astype(np.float32)
     logits[0] = -np.abs(logits[0]) - 0.01
@@ -152,8 +152,8 @@ def test_a_row_that_asks_for_nothing_is_not_changed_by_one_that_does():
         assert alone.gaps[0].tobytes() == beside.gaps[0].tobytes()
 
 
-def test_a_neighbour_whose_nucleus_is_large_changes_nothing():
-    """One row with a flat distribution makes the batch sort everything; the others' few best tokens were enough."""
+def test_a_large_nucleus_in_one_row_does_not_change_others():
+    """One row with a flat distribution makes the batch sort everything; the best 1024 tokens suffice for the others."""
     rng = np.random.default_rng(4)
     logits = rng.normal(0, [[8], [0.1]], (2, 4000)).astype(np.float32)
     each: tuple[dict[str, Any], ...] = (
@@ -171,7 +171,7 @@ def test_a_neighbour_whose_nucleus_is_large_changes_nothing():
                 assert (one.ids[0], one.gaps[0]) == (both.ids[row], both.gaps[row])
 
 
-def test_the_plain_loop_draws_alike():
+def test_single_rows_equal_batched_rows():
     rng = np.random.default_rng(5)
     logits = rng.normal(0, 2, (12, VOCAB)).astype(np.float32)
     params = [random_params(rng) for _ in range(12)]
@@ -185,7 +185,7 @@ def test_the_plain_loop_draws_alike():
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.85}])
 def test_frequencies_with_penalties(options: dict[str, Any]):
-    """Chi-square of 4000 draws; the limit is passed by chance once in 10^5 runs."""
+    """Chi-square of 4000 draws; the limit is exceeded by chance once in 10^5 runs."""
     count, size = 4000, 8
     logits = np.random.default_rng(6).normal(0, 1, size).astype(np.float32)
     bias, repeated = np.array([0, 0.5, 2.3, -np.inf, 0, 0.2, 0, -0.4], np.float32), np.arange(size) % 2 == 0
@@ -206,7 +206,7 @@ def test_frequencies_with_penalties(options: dict[str, Any]):
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 20, 21, 3000])
-def test_logprobs_are_the_raw_ones(size):
+def test_logprobs_are_of_the_raw_logits(size):
     rng = np.random.default_rng(size)
     logits = rng.normal(0, 9, (4, size)).astype(np.float32)
     params = [SamplingParams(), SamplingParams(2.5, top_k=2, seed=1), SamplingParams(0.2), SamplingParams()]
@@ -220,7 +220,7 @@ def test_logprobs_are_the_raw_ones(size):
     np.testing.assert_allclose(sampled.logprobs, reference[np.arange(4), sampled.ids], rtol=0, atol=1e-5)
 
 
-def test_logprobs_nobody_asked_for_are_zeros():
+def test_logprobs_are_zeros_unless_requested():
     sampled = run(np.random.default_rng(1).normal(size=(2, 7)).astype(np.float32), [SamplingParams()] * 2)
     assert not sampled.logprobs.any()
     assert not sampled.top_ids.any()
@@ -242,7 +242,7 @@ def test_all_banned_but_one(temperature, options: dict[str, Any]):
     assert np.isfinite(sampled.logprobs).all()
 
 
-def test_without_its_flag_nothing_is_read():
+def test_inputs_are_ignored_without_their_flag():
     rng = np.random.default_rng(7)
     logits = rng.normal(size=(2, VOCAB)).astype(np.float32)
     garbage = Adjustments(np.full(logits.shape, np.nan, np.float32), np.ones(logits.shape, bool))
@@ -269,49 +269,11 @@ def test_one_compile_for_each_batch_size():
     assert traced == [(1, VOCAB), (3, VOCAB)]
 
 
-def test_the_best_tokens_are_found_without_a_sort():
-    """On a CPU a sort of a real vocabulary takes 10 ms a row; the compiler falls back to it unless it is kept from it."""
+def test_top_k_compiles_to_no_sort():
+    """On a CPU a sort of a real vocabulary takes 10 ms per row; the compiler falls back to it unless prevented."""
     logits = jnp.zeros((2, 5000))
     for function in (sample_module._best, lambda x: sample_module.best_logprobs(x, jnp.zeros(2, jnp.int32))):
         program = jax.jit(function).lower(logits).compile().as_text()
         assert program is not None
         assert "TopK" in program
         assert " sort(" not in program
-
-
-def test_rows_are_filled_up_with_greedy_ones():
-    params = SamplingParams(0.7, 5, 0.9, 0.1, seed=-2, choice=3, repetition_penalty=1.2)
-    rows = sampling_rows([params, SamplingParams(9.9999999e-6)], [17, 4], 4)
-    assert rows.temperature.tolist() == [np.float32(0.7), 0, 0, 0]
-    assert rows.top_k.tolist() == [5, 0, 0, 0]
-    assert rows.top_p.tolist() == [np.float32(0.9), 1, 1, 1]
-    assert rows.min_p.tolist() == [np.float32(0.1), 0, 0, 0]
-    assert rows.seed.tolist() == [[2**32 - 1, 2**32 - 2], [0, 0], [0, 0], [0, 0]]
-    assert rows.choice.tolist() == [3, 0, 0, 0]
-    assert rows.position.tolist() == [17, 4, 0, 0]
-    assert rows.repetition_penalty.tolist() == [np.float32(1.2), 1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be a number above 0, but is 0.0"),
-        ({"repetition_penalty": float("nan")}, "repetition_penalty must be a number above 0"),
-        ({"repetition_penalty": float("inf")}, "repetition_penalty must be a number above 0"),
-        ({"presence_penalty": float("nan")}, "presence_penalty must be a finite number"),
-        ({"frequency_penalty": -float("inf")}, "frequency_penalty must be a finite number, but is -inf"),
-        ({"logit_bias": ((4, float("inf")),)}, "logit_bias of token 4 must be a finite number or -inf, but is inf"),
-        ({"logit_bias": ((4, float("nan")),)}, "logit_bias of token 4 must be a finite number or -inf, but is nan"),
-    ],
-)
-def test_params_that_give_no_scores_are_refused(options: dict[str, Any], message):
-    with pytest.raises(PshareError, match=message):
-        SamplingParams(**options)
-
-
-def test_what_needs_adjustments():
-    assert not SamplingParams(0.7, 5, 0.9, 0.1, 3, 2).needs_adjustments
-    assert SamplingParams(presence_penalty=-0.1).needs_adjustments
-    assert SamplingParams(frequency_penalty=0.1).needs_adjustments
-    assert SamplingParams(repetition_penalty=0.9).needs_adjustments
-    assert SamplingParams(logit_bias=((1, 0.5),)).needs_adjustments

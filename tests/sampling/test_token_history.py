@@ -1,4 +1,4 @@
-"""Token histories against a computation from scratch, and that what is not asked for costs no memory."""
+"""Token histories equal a computation from scratch, and options that are off take no memory."""
 
 import numpy as np
 import pytest
@@ -10,14 +10,13 @@ from pshare_jax.sampling.history import TokenHistory
 from pshare_jax.sampling.params import SamplingParams
 
 pytestmark = pytest.mark.host
-
 VOCAB = 13
 tokens = st.integers(0, VOCAB - 1)
 penalties = st.one_of(st.just(0.0), st.floats(-2, 2))
 
 
 def expected(prompt, answer, sampling, banned, min_tokens):
-    """The bias and the repeated tokens, token by token from the whole answer."""
+    """The bias and the repeated tokens, computed per token from the whole completion."""
     bias, repeated = np.zeros(VOCAB, np.float32), np.zeros(VOCAB, bool)
     for token in range(VOCAB):
         added = sum(value for named, value in sampling.logit_bias if named == token)
@@ -31,7 +30,7 @@ def expected(prompt, answer, sampling, banned, min_tokens):
 
 
 def written(history):
-    """What `write` leaves of a row that was used before."""
+    """The rows after `write`, which were used before."""
     bias, repeated = np.full(VOCAB, 7.5, np.float32), np.ones(VOCAB, bool)
     history.write(bias, repeated)
     return bias, repeated
@@ -63,13 +62,13 @@ def test_equals_a_computation_from_scratch(
         ours_bias, ours_repeated = written(history)
         np.testing.assert_array_equal(ours_bias, bias)
         np.testing.assert_array_equal(ours_repeated, repeated)
-        # Only where it says so may the batch go without its row.
+        # An inactive history changes nothing.
         assert history.active or not (bias.any() or repeated.any())
         if count < len(answer):
             history.push(answer[count])
 
 
-def test_active_only_while_something_can_change():
+def test_active_only_while_adjustments_are_possible():
     plain = TokenHistory([1, 2], SamplingParams(0.7, top_k=3), VOCAB, {4}, 0)
     plain.push(4)
     assert not plain.active
@@ -89,14 +88,14 @@ def test_active_only_while_something_can_change():
     assert TokenHistory([1], SamplingParams(logit_bias=((3, 0.5),)), VOCAB).active
 
 
-def test_arrays_only_for_what_was_asked():
-    """A vocabulary that no memory would hold shows that nothing of its length is made."""
+def test_arrays_are_allocated_only_for_options_in_use():
+    """An array for this vocabulary would not fit into memory."""
     history = TokenHistory([1, 2], SamplingParams(0.7), 1 << 50, {4}, 3)
     history.push(5)
     assert history.active
 
 
-def test_rounding_does_not_add_up():
+def test_rounding_errors_do_not_accumulate():
     history = TokenHistory([1], SamplingParams(frequency_penalty=0.1), VOCAB)
     for _ in range(10_000):
         history.push(3)
@@ -104,6 +103,6 @@ def test_rounding_does_not_add_up():
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB])
-def test_a_bias_for_no_token_is_refused(token):
-    with pytest.raises(PshareError, match=f"logit_bias names token {token}, but token ids are 0 to 12"):
+def test_a_bias_outside_the_vocabulary_is_refused(token):
+    with pytest.raises(PshareError, match=rf"logit_bias\D*{token}\D.* 12\b"):
         TokenHistory([1], SamplingParams(logit_bias=((token, 1.0),)), VOCAB)

@@ -1,4 +1,4 @@
-"""api.py over real sockets: clients that hang up in every state, steps that fail, full, dead and stopping servers."""
+"""app.py over real sockets: clients that disconnect in every state, failed steps, full, failed and stopping servers."""
 
 import json
 import socket
@@ -12,7 +12,6 @@ from fake_server import PATHS, error_of, serving
 from pshare_jax.engine.request import ABORTED, FAILED, Request, State
 
 pytestmark = pytest.mark.host
-
 ENDLESS = {"model": "endless", "prompt": "p", "max_tokens": 90_000}
 SMALL_LEN = 1024
 LONG = [100] * 700
@@ -27,24 +26,24 @@ def server():
 def wait_for(reached, seconds=5.0):
     limit = time.monotonic() + seconds
     while not reached():
-        assert time.monotonic() < limit, "that does not happen"
+        assert time.monotonic() < limit, "timed out"
         time.sleep(0.002)
 
 
 @contextmanager
 def endless_stream(server):
-    """A stream that runs until the block ends; gives its lines after the first one."""
+    """A stream that runs until the block ends; yields its lines after the first."""
     with httpx.stream("POST", f"{server.client.base_url}/v1/completions", json={**ENDLESS, "stream": True}) as response:
         lines = response.iter_lines()
         assert next(lines).startswith("data: ")
         yield lines
 
 
-# --- hanging up ------------------------------------------------------------------------------------------------------
+# --- disconnects -----------------------------------------------------------------------------------------------------
 
 
 def queued(server):
-    """A copy that never comes holds most of the pool."""
+    """A transfer that never completes holds most of the pool."""
     server.fakes.hold(130)
     server.engine.submit(Request("hog", "abc", (130,) * 700, 5), lambda event: None)
     return State.WAITING
@@ -66,7 +65,7 @@ def decoding(server):
 
 
 def send(server, body):
-    """A request whose answer nobody reads: its socket."""
+    """Sends a request and returns its socket; the response is never read."""
     raw = json.dumps(body).encode()
     client = socket.create_connection((server.client.base_url.host, server.client.base_url.port))
     head = (
@@ -78,8 +77,8 @@ def send(server, body):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prepare", [queued, prefilling, transferring, decoding])
-def test_hanging_up_in_every_state(prepare, stream):
-    """Case A1-26: the request is gone and its pages are back in less than two seconds."""
+def test_disconnecting_in_every_state(prepare, stream):
+    """Case A1-26: the request is aborted and its pages are free in less than two seconds."""
     with serving(max_len=SMALL_LEN, chunk=64) as server:
         state = prepare(server)
         others = server.engine.num_live
@@ -113,18 +112,20 @@ def test_a_failed_step_is_an_error_object(server, stream, caplog):
     assert server.ask("/v1/completions")[0] == "ABCDEFGH"
 
 
-def test_a_full_server_says_when_to_try_again():
+def test_a_full_server_reports_its_limit_and_when_to_retry():
     with serving(max_requests=1) as server:
         with endless_stream(server):
             refusal = server.post()
-            assert error_of(refusal, 429)["code"] == "rate_limit_exceeded"
+            error = error_of(refusal, 429)
+            assert (error["code"], error["type"]) == ("rate_limit_exceeded", "rate_limit_error")
+            assert " 1 " in error["message"]
             assert refusal.headers["retry-after"] == "1"
         server.rest()
         assert server.post().status_code == 200
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_health_tells_of_a_dead_worker(monkeypatch):
+def test_health_reports_a_failed_worker(monkeypatch):
     with serving() as server:
         assert server.client.get("/health").json() == {"status": "ok"}
 

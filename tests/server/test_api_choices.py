@@ -1,4 +1,4 @@
-"""api.py: several choices and prompts in one call, and log-probabilities, over real sockets."""
+"""app.py over real sockets: several choices and prompts in one call, logprobs, tokenizer endpoints."""
 
 import pytest
 from fake_server import FAMILY, PATHS, error_of, serving
@@ -7,7 +7,6 @@ from serving_fakes import EOS
 from pshare_jax.engine.request import State
 
 pytestmark = pytest.mark.host
-
 CHOICES = ["ABCDEFGH", "A", "AB", "ABC"]
 EMOJI = "qwen3:mit Leer ü"
 
@@ -30,7 +29,7 @@ def content(choice):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_every_choice_has_its_text_and_one_end(server, path):
+def test_every_choice_has_its_text_and_one_finish_reason(server, path):
     whole = server.client.post(path, json=body_for(path, n=4)).json()
     assert [(one["index"], content(one), one["finish_reason"]) for one in whole["choices"]] == [
         (index, text, "stop") for index, text in enumerate(CHOICES)
@@ -50,13 +49,13 @@ def test_every_choice_has_its_text_and_one_end(server, path):
     assert chunks[-1]["choices"] == []
 
 
-def test_prompts_come_in_order_and_count_once(server):
+def test_prompts_are_in_order_and_count_once(server):
     prompts = ["p" * 40, "q" * 70]
     answer = server.post(prompt=prompts, n=3).json()
     assert [(one["index"], one["text"]) for one in answer["choices"]] == list(enumerate(CHOICES[:3] * 2))
     assert answer["usage"]["prompt_tokens"] == 110
     assert answer["usage"]["completion_tokens"] == 2 * (9 + 2 + 3)
-    # The first choice of each prompt was prefilled, so nothing was cached before the call; afterwards full pages are.
+    # Nothing was cached before the call; after it, all full pages are.
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     again = server.post(prompt=[[*prompts[0].encode()], [*prompts[1].encode()]], n=3).json()
     assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 32 + 64
@@ -64,7 +63,7 @@ def test_prompts_come_in_order_and_count_once(server):
     assert chunks[-1]["usage"] == again["usage"]
 
 
-def test_a_call_is_taken_whole_or_not_at_all(server):
+def test_a_call_is_accepted_as_a_whole_or_not_at_all(server):
     assert error_of(server.post(prompt=["a", "b"], n=4), 400)["param"] == "n"
     with server.client.stream("POST", PATHS[0], json=body_for(PATHS[0], model="endless", stream=True)) as running:
         lines = running.iter_lines()
@@ -78,7 +77,7 @@ def test_a_call_is_taken_whole_or_not_at_all(server):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_hanging_up_ends_all_choices(server, stream):
+def test_disconnecting_aborts_all_choices(server, stream):
     body = body_for(PATHS[0], model="endless", stream=stream, max_tokens=50_000, prompt=["a", "b", "c"])
     if stream:
         with server.client.stream("POST", PATHS[0], json=body) as response:
@@ -107,7 +106,7 @@ def test_one_failure_ends_the_call(stream, caplog):
 
 
 @pytest.mark.parametrize("top", [None, 0, 1, 5])
-def test_chat_logprobs_are_the_tokens_own_bytes(server, top):
+def test_chat_logprobs_have_the_tokens_own_bytes(server, top):
     body = body_for(PATHS[1], model=EMOJI, logprobs=True, top_logprobs=top)
     whole = server.client.post(PATHS[1], json=body).json()["choices"][0]["logprobs"]
     chunks = server.stream(PATHS[1], **body)
@@ -115,7 +114,7 @@ def test_chat_logprobs_are_the_tokens_own_bytes(server, top):
     entries = [entry for one in streamed if one for entry in one["content"]]
     assert entries == whole["content"]
     assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == FAMILY
-    # One entry a token, the end's excepted, and each with its alternatives, the taken one first.
+    # One entry per token except the end, each with its alternatives, the chosen token first.
     assert len(entries) == len(FAMILY.encode())
     for entry in entries:
         assert len(entry["top_logprobs"]) == (top or 0)
@@ -127,7 +126,7 @@ def test_chat_logprobs_are_the_tokens_own_bytes(server, top):
 
 
 @pytest.mark.parametrize("top", [0, 1, 4])
-def test_text_logprobs_are_one_entry_a_token(server, top):
+def test_completion_logprobs_have_one_entry_per_token(server, top):
     body = body_for(PATHS[0], model=EMOJI, logprobs=top)
     whole = server.client.post(PATHS[0], json=body).json()["choices"][0]
     lists = whole["logprobs"]
@@ -139,7 +138,7 @@ def test_text_logprobs_are_one_entry_a_token(server, top):
     for token, logprob, tops in zip(lists["tokens"], lists["token_logprobs"], lists["top_logprobs"], strict=True):
         assert tops[token] == logprob == max(tops.values())
         assert len(tops) == max(top, 1)
-    # Each byte of a character points to that character.
+    # Each byte of a character has that character's offset.
     offsets = [index for index, character in enumerate(FAMILY) for _ in character.encode()]
     assert lists["text_offset"] == [*offsets, len(FAMILY)]
     parts = [chunk["choices"][0]["logprobs"] for chunk in server.stream(PATHS[0], **body)]
@@ -147,7 +146,7 @@ def test_text_logprobs_are_one_entry_a_token(server, top):
     assert joined == lists
 
 
-def test_no_logprobs_unless_asked_for(server):
+def test_no_logprobs_unless_requested(server):
     for path in PATHS:
         assert server.client.post(path, json=body_for(path)).json()["choices"][0]["logprobs"] is None
         chunks = server.stream(path, **body_for(path))
@@ -190,7 +189,7 @@ def test_echo_begins_with_the_prompt(server, prompt, logprobs):
         assert {name: [value for part in parts for value in part[name]] for name in lists} == lists
 
 
-def test_the_prompt_alone(server):
+def test_echo_without_generation(server):
     choice = server.post(prompt="hello", echo=True, max_tokens=0, logprobs=1).json()["choices"][0]
     assert (choice["text"], choice["finish_reason"], len(choice["logprobs"]["tokens"])) == ("hello", "length", 5)
     choice = server.post(prompt="hello", echo=True, max_tokens=0).json()["choices"][0]
@@ -221,27 +220,27 @@ def test_every_length_with_and_without_echo(server, max_tokens, echo, logprobs):
     assert {**chunks[-1]["usage"], "prompt_tokens_details": 0} == {**whole["usage"], "prompt_tokens_details": 0}
 
 
-def test_prompt_scores_are_bounded(server):
+def test_prompt_logprobs_are_limited(server):
     body = {"prompt": "x" * 60_000, "echo": True, "logprobs": 20, "max_tokens": 1}
     assert error_of(server.post(**body), 400)["param"] == "logprobs"
     assert error_of(server.post(**{**body, "logprobs": 4, "n": 6}), 400)["param"] == "logprobs"
 
 
-def test_a_begun_answer_has_scores_from_its_start_on(server):
+def test_response_start_scores_the_response_tokens(server):
     body = {"prompt": ["pABC", "ppppA"], "response_start": [1, 4], "echo": True, "logprobs": 0, "max_tokens": 1}
     first, second = server.post(**body).json()["choices"]
-    # The script's next tokens have the log-probability 0, others -1.
+    # The script's next token has logprob 0, others -1.
     assert first["logprobs"]["token_logprobs"][:4] == [None, 0.0, 0.0, 0.0]
     assert second["logprobs"]["token_logprobs"][:5] == [None, None, None, None, 0.0]
     assert (first["text"], second["text"]) == ("pABCD", "ppppAB")
-    # Without echo the answer goes on after what the prompt has begun.
+    # Without echo the completion continues the response.
     assert server.post(prompt="pABC", response_start=1, max_tokens=3).json()["choices"][0]["text"] == "DEF"
 
 
 @pytest.mark.parametrize(
     ("prompt", "start"), [("abc", 0), ("abc", 3), ("abc", -1), ("a", 1), (["abc", "de"], [1]), (["abc", "de"], [1, 2])]
 )
-def test_a_start_that_no_prompt_has_is_refused(server, prompt, start):
+def test_a_response_start_outside_the_prompt_is_refused(server, prompt, start):
     assert error_of(server.post(prompt=prompt, response_start=start), 400)["param"] == "response_start"
 
 
@@ -252,7 +251,7 @@ def test_tokenize_and_back(server):
     answer = server.client.post("/tokenize", json={"model": "abc", "prompt": "hé", "return_token_strs": True}).json()
     assert answer == {
         "count": 3,
-        "max_model_len": server.engine.settings.max_len,
+        "max_model_len": server.engine.facts.max_len,
         "tokens": [*"hé".encode()],
         "token_strs": ["h", "bytes:\\xc3", "bytes:\\xa9"],
     }
@@ -280,11 +279,11 @@ def test_tokenize_and_back(server):
         ("/detokenize", {"tokens": [True]}, "tokens"),
     ],
 )
-def test_token_bodies_are_refused_by_field(server, path, body, param):
+def test_tokenizer_bodies_are_refused_by_field(server, path, body, param):
     assert error_of(server.client.post(path, json=body), 400)["param"] == param
 
 
-def test_a_flushed_cache_has_nothing_to_reuse(server):
+def test_flush_cache_drops_all_cached_pages(server):
     prompt = "r" * 64
     cached = [server.post(prompt=prompt).json()["usage"]["prompt_tokens_details"]["cached_tokens"] for _ in range(2)]
     server.rest()

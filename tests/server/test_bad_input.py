@@ -1,4 +1,4 @@
-"""Bad input of every kind, in one table: the status, OpenAI's error object, the field by name; and the server lives on."""
+"""Invalid input of every kind in one table: the status, OpenAI's error object and the field; and the server stays healthy."""
 
 import json
 from typing import Any
@@ -9,7 +9,6 @@ from fake_server import PATHS, error_of, serving
 from pshare_jax.server.openai.fields import NEUTRAL
 
 pytestmark = pytest.mark.host
-
 TEXT, CHAT = PATHS
 BASE = {
     TEXT: {"model": "abc", "prompt": "p", "max_tokens": 3},
@@ -27,24 +26,25 @@ FIELDS: list[tuple[list[str], str, list[Any], int]] = [
     (PATHS, "max_completion_tokens", ["5", 0, -1, {}, 2], 400),
     (PATHS, "temperature", ["1", -0.1, 2.1, [], True], 400),
     (PATHS, "top_p", ["1", -0.1, 1.1], 400),
-    (PATHS, "top_k", [-2, 1.5, "3", 2**31], 400),
+    (PATHS, "top_k", [-2, 1.5, 1.0, "3", 2**31], 400),
     (PATHS, "min_p", [-0.1, 1.1, "x"], 400),
     (PATHS, "seed", ["x", 1.5, 2**63], 400),
-    (PATHS, "n", [0, -1, 129, "2", 1.5], 400),
-    (PATHS, "stop", [5, [5], [""], "", ["a", "b", "c", "d", "e"], {}], 400),
-    (PATHS, "stop_token_ids", ["x", [-1], ["a"], 3], 400),
+    (PATHS, "n", [0, -1, 129, "2", True, 1.5], 400),
+    (PATHS, "stop", [5, [5], ["a", 5], [""], "", ["a", "b", "c", "d", "e"], {}], 400),
+    (PATHS, "stop_token_ids", ["x", [-1], ["a"], [True], 3], 400),
     (PATHS, "stream", ["true", 1, []], 400),
     (PATHS, "stream_options", [5, [], {"include_usage": "yes"}], 400),
     (PATHS, "ignore_eos", ["no", 0], 400),
-    (PATHS, "min_tokens", [-1, "1", 4], 400),
+    (PATHS, "min_tokens", [-1, "1", True, 4], 400),
     (PATHS, "presence_penalty", [-2.1, 2.1, "x"], 400),
     (PATHS, "frequency_penalty", [-2.1, 2.1, "x"], 400),
-    (PATHS, "repetition_penalty", [0, -1, 1000, "x"], 400),
-    (PATHS, "logit_bias", [[], {"a": 1}, {"-1": 1}, {"260": 1}, {"1": 101}, {"1": "x"}], 400),
+    (PATHS, "repetition_penalty", [0, -1, 1e-60, 101, "x"], 400),
+    (PATHS, "logit_bias", [[], {"a": 1}, {"-1": 1}, {"260": 1}, {"1": 101}, {"1": "x"}, {"1": True}, {"٣": 1}], 400),
     (PATHS, "cache_salt", [5, []], 400),
     (PATHS, "user", [5, {}], 400),
-    (PATHS, "prompt_cache_key", [5], 400),
+    (PATHS, "prompt_cache_key", [5, []], 400),
     ([TEXT], "prompt", [None, 5, {}, [], "", [[]], ["a", [1]], [1, "a"], [1.5], [-1], [260], [True], [["a"]]], 400),
+    ([TEXT], "prompt", [[1, True], [1.0], [[1, None]], ["a", 5], [[1], ["a"]]], 400),
     ([TEXT], "logprobs", [-1, 21, True, "x"], 400),
     ([TEXT], "echo", [1, "x"], 400),
     ([TEXT], "response_start", [0, 1, -1, "x", [1, 1], 1.5, True], 400),
@@ -76,8 +76,8 @@ def refused(server, path, body, status):
 
 
 @pytest.mark.parametrize(("path", "name", "values", "status"), CASES)
-def test_a_wrong_value_is_refused_by_its_fields_name(server, path, name, values, status):
-    # A stream is refused in the same way, before its first byte.
+def test_wrong_values_are_refused_by_field_name(server, path, name, values, status):
+    # Streams are refused in the same way, before the first byte.
     streamed = [{}, {"stream": True}] if path in PATHS and name != "stream" else [{}]
     for value in values:
         expected = 400 if name == "model" and value in WRONG_MODEL_TYPES else status
@@ -118,13 +118,13 @@ UNOFFERED = {
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
-def test_what_is_not_offered_is_refused_by_name_and_its_neutral_values_pass(server, name):
+def test_unsupported_fields_are_refused_by_name_except_for_neutral_values(server, name):
     for path in PATHS:
         if path == TEXT and name in ("echo", "response_start"):
             continue
         error = refused(server, path, {**BASE[path], name: UNOFFERED[name]}, 400)
         assert error["param"] == name
-        assert f"{name} is not offered" in error["message"]
+        assert name in error["message"]
         for neutral in (None, *NEUTRAL[name]):
             assert server.client.post(path, json={**BASE[path], name: neutral}).status_code == 200
 
@@ -140,6 +140,11 @@ RAW = [
     (b'{"model": "abc", "prompt": "p", "temperature": 1e999}', JSON, 400),
     (b'{"model": "abc", "prompt": "\\ud800"}', JSON, 400),
     (b'{"model": "abc", "prompt": "\xff"}', JSON, 400),
+    (b'{"model": "\\udc00x", "prompt": "p"}', JSON, 400),
+    (b'{"model": "abc", "prompt": "p", "a": {"\\ud800": 1}}', JSON, 400),
+    (b'{"model": "abc", "prompt": "p", "a": ' + b"[" * 200 + b"]" * 200 + b"}", JSON, 400),
+    (b'{"model": "abc", "prompt": "p", "temperature": Infinity}', JSON, 400),
+    (b'{"model": "abc", "prompt": "p", "seed": ' + b"9" * 5000 + b"}", JSON, 400),
     (b"[" * 90_000, JSON, 400),
     (b'{"a":' * 200 + b"1" + b"}" * 200, JSON, 400),
     (b"model=abc", {"content-type": "application/x-www-form-urlencoded"}, 415),
@@ -150,7 +155,7 @@ RAW = [
 
 
 @pytest.mark.parametrize(("raw", "headers", "status"), RAW, ids=range(len(RAW)))
-def test_what_is_no_body_is_refused(server, raw, headers, status):
+def test_malformed_bodies_are_refused(server, raw, headers, status):
     error_of(server.client.post(TEXT, content=raw, headers=headers), status)
     assert server.post().status_code == 200
 
@@ -169,20 +174,11 @@ ROUTES = [
 
 
 @pytest.mark.parametrize(("method", "path", "status"), ROUTES)
-def test_what_is_no_route_is_refused(server, method, path, status):
+def test_unknown_routes_and_methods_are_refused(server, method, path, status):
     error_of(server.client.request(method, path), status)
 
 
-def test_what_does_not_fit_is_refused_with_its_numbers(server):
-    long = "x" * (MAX_LEN + 5)
-    for path, prompt in ((TEXT, {"prompt": long}), (CHAT, {"messages": [{"role": "user", "content": long}]})):
-        error = refused(server, path, {**BASE[path], **prompt}, 400)
-        assert (error["code"], error["param"]) == ("context_length_exceeded", next(iter(prompt)))
-        assert f"maximum context length is {server.engine.settings.max_len} tokens" in error["message"]
-        assert f"{MAX_LEN + 5} tokens" in error["message"]
-
-
-def test_after_all_of_it_the_server_answers_and_holds_nothing(server):
+def test_afterwards_the_server_works_and_holds_no_pages(server):
     assert server.post().json()["choices"][0]["text"] == "ABCDEFGH"
     server.rest()
     text = json.dumps(server.client.get("/openapi.json").json())

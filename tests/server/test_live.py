@@ -1,4 +1,4 @@
-"""The live page and its data, over real sockets: numbers against usage, what must never be told, the key, bounds."""
+"""The live page and its data over real sockets: counts equal the usage, secrets stay secret, the key, bounds."""
 
 import base64
 import hashlib
@@ -13,11 +13,10 @@ from fake_server import PATHS, SCRIPTS, error_of, serving
 from serving_fakes import EOS
 
 from pshare_jax.engine.prefill_speed import PrefillSpeed
-from pshare_jax.server.dashboard import stats as live_module
-from pshare_jax.server.dashboard.stats import Live
+from pshare_jax.server.dashboard import stats as stats_module
+from pshare_jax.server.dashboard.stats import DashboardStats
 
 pytestmark = pytest.mark.host
-
 TASK, OTHER = "abc", "org/math-v1.5"
 SESSION_FIELDS = {"label", "live", "calls", "prompt_tokens", "cached_tokens", "last_task", "seconds_ago"}
 
@@ -36,24 +35,24 @@ def of(snapshot, task):
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def test_before_any_request_it_says_so():
+def test_before_any_request():
     with serving() as server:
-        told = look(server)
-        assert [one["name"] for one in told["tasks"]] == list(SCRIPTS)
+        stats = look(server)
+        assert [one["name"] for one in stats["tasks"]] == list(SCRIPTS)
         zero = {"running": 0, "waiting": 0, "prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
         nothing = {"ended": {"finished": 0, "aborted": 0, "failed": 0}, "ttft_seconds": None, "request_seconds": None}
-        assert all({**one, "name": 0} == {"name": 0, "served": True, **zero, **nothing} for one in told["tasks"])
-        assert (told["sessions"], told["ended_without_session"], told["healthy"]) == ([], 0, True)
-        assert told["window"] == {"seconds": 600, "requests": 0, "full": False}
-        assert told["latency"]["buckets"] == []
+        assert all({**one, "name": 0} == {"name": 0, "served": True, **zero, **nothing} for one in stats["tasks"])
+        assert (stats["sessions"], stats["ended_without_session"], stats["healthy"]) == ([], 0, True)
+        assert stats["window"] == {"seconds": 600, "requests": 0, "full": False}
+        assert stats["latency"]["buckets"] == []
         nothing = {"tokens_per_second": None, "seconds_saved_estimate": None}
-        assert told["prefill"] == {"prefilled_tokens": 0, "reused_tokens": 0, **nothing}
-        assert told["pools"] == [
+        assert stats["prefill"] == {"prefilled_tokens": 0, "reused_tokens": 0, **nothing}
+        assert stats["pools"] == [
             {"name": pool.name, "used": 0, "cached": 0, "free": pool.num_usable} for pool in server.engine.pools
         ]
 
 
-def test_counts_are_the_usages_of_the_requests():
+def test_counts_equal_the_usage_of_the_requests():
     with serving() as server:
         asked = [
             (TASK, "p" * 40, "one"),
@@ -67,67 +66,67 @@ def test_counts_are_the_usages_of_the_requests():
             answer = server.post(model=task, prompt=prompt, prompt_cache_key=session)
             usages.append((task, session, answer.json()["usage"]))
         server.rest()
-        told = look(server)
+        stats = look(server)
 
     def total(name, wanted=None):
-        """Over all requests, or over those of a task or session."""
+        """The sum over all requests, or over those of a task or session."""
         chosen = [usage for task, session, usage in usages if wanted in (None, task, session)]
         return sum({**usage, **usage["prompt_tokens_details"]}[name] for usage in chosen)
 
     for task in (TASK, OTHER):
-        one = of(told, task)
+        one = of(stats, task)
         assert one["ended"] == {"finished": sum(t == task for t, *_ in asked), "aborted": 0, "failed": 0}
         assert one["prompt_tokens"] == total("prompt_tokens", task)
         assert one["cached_tokens"] == total("cached_tokens", task)
         assert one["generated_tokens"] == total("completion_tokens", task)
         assert 0 < one["ttft_seconds"]["p50"] <= one["ttft_seconds"]["p95"]
         assert one["ttft_seconds"]["p50"] <= one["request_seconds"]["p50"] <= one["request_seconds"]["p95"]
-    # The last token of a prompt is its decode module's: neither prefilled nor reused.
-    prefill = told["prefill"]
+    # The last token of a prompt is processed by the decode module: neither prefilled nor reused.
+    prefill = stats["prefill"]
     assert prefill["reused_tokens"] == total("cached_tokens") == 32 + 64
     assert prefill["prefilled_tokens"] == total("prompt_tokens") - len(asked) - total("cached_tokens")
     assert prefill["prefilled_tokens"] == server.fakes.prefill[0].num_tokens
     assert prefill["tokens_per_second"] > 0
     estimate = prefill["reused_tokens"] / prefill["tokens_per_second"]
     assert prefill["seconds_saved_estimate"] == pytest.approx(estimate, abs=1e-3)
-    # Sessions, the last seen first; those without one are only counted.
-    second, first = told["sessions"]
+    # Sessions by last use; requests without a session are only counted.
+    second, first = stats["sessions"]
     for one, session, calls, last in ((first, "one", 2, OTHER), (second, "two", 1, TASK)):
         assert set(one) == SESSION_FIELDS
         assert (one["calls"], one["live"], one["last_task"]) == (calls, 0, last)
         assert one["prompt_tokens"] == total("prompt_tokens", session)
         assert one["cached_tokens"] == total("cached_tokens", session)
         assert 0 <= one["seconds_ago"] < 20
-    assert told["ended_without_session"] == 2
-    assert told["window"]["requests"] == sum(one["ended"] for one in told["latency"]["buckets"]) == len(asked)
-    assert all(0 <= one["seconds_ago"] <= 30 for one in told["latency"]["buckets"])
-    assert [sum(pool[state] for state in ("used", "cached", "free")) for pool in told["pools"]] == [
+    assert stats["ended_without_session"] == 2
+    assert stats["window"]["requests"] == sum(one["ended"] for one in stats["latency"]["buckets"]) == len(asked)
+    assert all(0 <= one["seconds_ago"] <= 30 for one in stats["latency"]["buckets"])
+    assert [sum(pool[state] for state in ("used", "cached", "free")) for pool in stats["pools"]] == [
         pool.num_usable for pool in server.engine.pools
     ]
-    assert all(pool["used"] == 0 < pool["cached"] for pool in told["pools"])
+    assert all(pool["used"] == 0 < pool["cached"] for pool in stats["pools"])
 
 
-def test_live_and_aborted_requests_are_told():
+def test_live_and_aborted_requests_are_counted():
     with serving() as server:
         body = {"model": "endless", "prompt": "p" * 20, "stream": True, "max_tokens": 90_000}
         with server.client.stream("POST", PATHS[0], json=body, headers={"x-session-id": "mine"}) as response:
             lines = response.iter_lines()
             next(lines)
-            told = look(server)
-            assert (of(told, "endless")["running"], of(told, "endless")["waiting"]) == (1, 0)
-            (session,) = told["sessions"]
+            stats = look(server)
+            assert (of(stats, "endless")["running"], of(stats, "endless")["waiting"]) == (1, 0)
+            (session,) = stats["sessions"]
             assert (session["live"], session["calls"], session["last_task"]) == (1, 0, "endless")
-            assert all(pool["used"] > 0 for pool in told["pools"][1:])
+            assert all(pool["used"] > 0 for pool in stats["pools"][1:])
         server.rest()
-        told = look(server)
-        assert of(told, "endless")["ended"] == {"finished": 0, "aborted": 1, "failed": 0}
-        # Time to the first token is known, a whole time is not: it was cut.
-        assert of(told, "endless")["ttft_seconds"] is not None
-        assert of(told, "endless")["request_seconds"] is None
-        assert (told["sessions"][0]["live"], told["sessions"][0]["calls"]) == (0, 1)
+        stats = look(server)
+        assert of(stats, "endless")["ended"] == {"finished": 0, "aborted": 1, "failed": 0}
+        # An aborted request has a time to first token, but no request time.
+        assert of(stats, "endless")["ttft_seconds"] is not None
+        assert of(stats, "endless")["request_seconds"] is None
+        assert (stats["sessions"][0]["live"], stats["sessions"][0]["calls"]) == (0, 1)
 
 
-def test_who_waits_is_not_running():
+def test_queued_requests_are_waiting():
     with serving(max_len=1600) as server:
         gate = threading.Event()
         server.fakes.prefill[0].before = lambda: gate.wait(10)
@@ -145,17 +144,17 @@ def test_who_waits_is_not_running():
 
 
 def test_percentiles_are_nearest_rank():
-    assert live_module._percentiles([]) is None
-    assert live_module._percentiles([None]) is None
-    assert live_module._percentiles([3.0]) == {"p50": 3.0, "p95": 3.0}
-    assert live_module._percentiles([float(n) for n in range(20, 0, -1)]) == {"p50": 10.0, "p95": 19.0}
-    assert live_module._percentiles([1.0, None, 2.0, 100.0]) == {"p50": 2.0, "p95": 100.0}
+    assert stats_module._percentiles([]) is None
+    assert stats_module._percentiles([None]) is None
+    assert stats_module._percentiles([3.0]) == {"p50": 3.0, "p95": 3.0}
+    assert stats_module._percentiles([float(n) for n in range(20, 0, -1)]) == {"p50": 10.0, "p95": 19.0}
+    assert stats_module._percentiles([1.0, None, 2.0, 100.0]) == {"p50": 2.0, "p95": 100.0}
 
 
-# --- what is never told ----------------------------------------------------------------------------------------------
+# --- secrets ---------------------------------------------------------------------------------------------------------
 
 
-def test_no_prompt_no_answer_and_no_session_key_is_told():
+def test_no_prompt_completion_or_session_key_is_shown():
     secrets = ["user-4711@example.org", "a chat about my illness", "Größe-é", "prompt-cache-secret"]
     with serving() as server:
         prompt = "my secret prompt " * 5
@@ -175,8 +174,8 @@ def test_no_prompt_no_answer_and_no_session_key_is_told():
             assert hashlib.new(name, secret.encode()).hexdigest()[:8] not in text
 
 
-def test_a_label_means_nothing_in_another_process():
-    first, second = (Live(make_engine({"t": [EOS]}).engine, ["t"], "") for _ in range(2))
+def test_labels_differ_between_processes():
+    first, second = (DashboardStats(make_engine({"t": [EOS]}).engine, "") for _ in range(2))
     assert first.label("one") == first.label("one") != first.label("two")
     assert first.label("one") != second.label("one")
 
@@ -186,11 +185,11 @@ def test_a_label_means_nothing_in_another_process():
 
 @pytest.fixture
 def small(monkeypatch):
-    """An engine, its client and its live data with small bounds."""
-    monkeypatch.setattr(live_module, "MAX_RECORDS", 10)
-    monkeypatch.setattr(live_module, "MAX_SESSIONS", 3)
+    """An engine's client and its statistics, with small bounds."""
+    monkeypatch.setattr(stats_module, "MAX_RECORDS", 10)
+    monkeypatch.setattr(stats_module, "MAX_SESSIONS", 3)
     fakes = make_engine({"t": [7, EOS]})
-    return Client(fakes), Live(fakes.engine, ["t"], "base")
+    return Client(fakes), DashboardStats(fakes.engine, "base")
 
 
 def test_records_and_sessions_are_bounded(small):
@@ -198,60 +197,60 @@ def test_records_and_sessions_are_bounded(small):
     for number in range(25):
         client.ask(session=f"session {number}")
         client.fakes.run()
-    told = live.snapshot()
-    assert told["window"] == {"seconds": 600, "requests": 10, "full": True}
-    assert told["tasks"][0]["ended"]["finished"] == 25
-    assert [one["label"] for one in told["sessions"]] == [live.label(f"session {n}") for n in (24, 23, 22)]
-    # A live one comes first, whether it was known or not, and the bound holds.
+    stats = live.snapshot()
+    assert stats["window"] == {"seconds": 600, "requests": 10, "full": True}
+    assert stats["tasks"][0]["ended"]["finished"] == 25
+    assert [one["label"] for one in stats["sessions"]] == [live.label(f"session {n}") for n in (24, 23, 22)]
+    # Sessions with live requests come first, new or not, and the bound holds.
     client.ask(session="session 22")
     client.ask(session="new")
-    told = live.snapshot()
-    assert {one["label"] for one in told["sessions"][:2]} == {live.label("session 22"), live.label("new")}
-    assert [one["live"] for one in told["sessions"]] == [1, 1, 0]
+    stats = live.snapshot()
+    assert {one["label"] for one in stats["sessions"][:2]} == {live.label("session 22"), live.label("new")}
+    assert [one["live"] for one in stats["sessions"]] == [1, 1, 0]
     client.fakes.run()
 
 
-def test_what_is_older_than_the_window_is_not_shown(small, monkeypatch):
+def test_records_older_than_the_window_are_not_shown(small, monkeypatch):
     client, live = small
     client.ask()
     client.fakes.run()
     assert live.snapshot()["window"]["requests"] == 1
-    monkeypatch.setattr(live_module, "WINDOW_SECONDS", 0)
-    told = live.snapshot()
-    assert (told["window"]["requests"], told["latency"]["buckets"]) == (0, [])
-    assert told["tasks"][0]["ttft_seconds"] is None
-    assert told["tasks"][0]["ended"]["finished"] == 1
+    monkeypatch.setattr(stats_module, "WINDOW_SECONDS", 0)
+    stats = live.snapshot()
+    assert (stats["window"]["requests"], stats["latency"]["buckets"]) == (0, [])
+    assert stats["tasks"][0]["ttft_seconds"] is None
+    assert stats["tasks"][0]["ended"]["finished"] == 1
 
 
-def test_everybody_is_told_of_an_end(small):
+def test_other_hooks_see_an_end_too(small):
     client, live = small
-    told = []
-    client.engine.on_end.append(told.append)
+    ended = []
+    client.engine.on_end.append(ended.append)
     client.ask("one")
     client.fakes.run()
-    assert told == [client.sequences["one"]]
+    assert ended == [client.sequences["one"]]
     assert live.snapshot()["tasks"][0]["ended"]["finished"] == 1
 
 
-def test_a_failed_request_is_told(small):
+def test_failed_requests_are_counted(small):
     client, live = small
     client.fakes.prefill[0].fail_on = 66
     client.ask(prompt=[66] * 9, session="s")
     client.fakes.step_until(lambda: client.engine.idle)
-    told = live.snapshot()
-    assert told["tasks"][0]["ended"] == {"finished": 0, "aborted": 0, "failed": 1}
-    assert told["latency"]["ttft_seconds"] is None
-    assert told["latency"]["buckets"][0]["ended"] == 1
+    stats = live.snapshot()
+    assert stats["tasks"][0]["ended"] == {"finished": 0, "aborted": 0, "failed": 1}
+    assert stats["latency"]["ttft_seconds"] is None
+    assert stats["latency"]["buckets"][0]["ended"] == 1
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_is_whole_and_loads_nothing():
+def test_the_page_is_complete_and_loads_nothing():
     with serving() as server:
         response = server.client.get("/")
         paths = server.client.get("/openapi.json").json()["paths"]
-        told = error_of(server.client.get("/nothing"), 404)["message"]
+        message = error_of(server.client.get("/nothing"), 404)["message"]
     assert response.headers["content-type"] == "text/html; charset=utf-8"
     page = response.text
     assert not re.search(r"https?://|//[a-z]+\.|@import|url\(|srcset|<link[^>]+href=\"(?!data:)|\bsrc=", page)
@@ -272,10 +271,10 @@ def test_the_page_is_whole_and_loads_nothing():
         "frame-ancestors": "'none'",
     }
     assert ("/" in paths, "/live" in paths) == (False, True)
-    assert "GET /live" in told
+    assert "GET /live" in message
 
 
-def test_with_a_key_the_page_is_open_and_its_data_is_not():
+def test_the_page_needs_no_key_and_its_data_does():
     with serving(api_key="sécret") as server:
         page = server.client.get("/")
         assert page.status_code == 200
@@ -288,7 +287,7 @@ def test_with_a_key_the_page_is_open_and_its_data_is_not():
 # --- the estimate ----------------------------------------------------------------------------------------------------
 
 
-def test_the_speed_is_that_of_the_fastest_size():
+def test_prefill_speed_is_that_of_the_fastest_step_size():
     speed = PrefillSpeed()
     assert (speed.best, speed.seconds) == (None, 0)
     speed.add([7], 0.7)

@@ -1,4 +1,4 @@
-"""What an operator relies on: metrics, the API key, the request log and a stop that drains; over real sockets."""
+"""Operation over real sockets: metrics, the API key, the request log, shutdown with draining."""
 
 import json
 import logging
@@ -13,8 +13,9 @@ import pytest
 from fake_server import PATHS, error_of, pieces, serving
 from prometheus_client.parser import text_string_to_metric_families
 
-pytestmark = pytest.mark.host
+from pshare_jax.engine.request import ABORTED
 
+pytestmark = pytest.mark.host
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -33,7 +34,7 @@ def of_task(samples, name, task="abc", **labels):
     return samples.get((name, tuple(sorted({"task": task, **labels}.items()))), 0.0)
 
 
-def test_tokens_and_times_are_told_by_task():
+def test_tokens_and_times_by_task():
     with serving() as server:
         server.post(prompt="p" * 40)
         server.post(prompt="p" * 40, n=2)
@@ -48,7 +49,7 @@ def test_tokens_and_times_are_told_by_task():
         for name in ("queue", "time_to_first_token", "request", "time_per_output_token"):
             assert of_task(samples, f"pshare_{name}_seconds_count") == 3
             assert of_task(samples, f"pshare_{name}_seconds_sum") > 0
-        # Both pools' pages add up, and nothing is used any more.
+        # The pages of both pools add up, and none is in use.
         for pool in server.engine.pools:
             pages = {
                 state: samples["pshare_pages", (("pool", pool.name), ("state", state))]
@@ -60,7 +61,7 @@ def test_tokens_and_times_are_told_by_task():
         assert samples["pshare_prefilled_tokens_total", (("worker", "0"),)] == 39 + 2 * 7
 
 
-def test_live_and_aborted_requests_are_told():
+def test_live_and_aborted_requests_are_counted():
     with serving() as server:
         url = f"{server.client.base_url}{PATHS[0]}"
         body = {"model": "endless", "prompt": "p", "stream": True}
@@ -74,7 +75,7 @@ def test_live_and_aborted_requests_are_told():
         assert samples["pshare_live_requests", (("state", "decoding"),)] == 0
 
 
-def test_the_dashboard_reads_what_there_is():
+def test_the_grafana_dashboard_uses_existing_metrics():
     dashboard = json.loads((DOCS / "grafana.json").read_text())
     asked = {
         name
@@ -85,15 +86,15 @@ def test_the_dashboard_reads_what_there_is():
     with serving() as server:
         server.post()
         server.rest()
-        told = {name for name, _ in scrape(server)}
+        existing = {name for name, _ in scrape(server)}
     assert asked
-    assert asked <= told
+    assert asked <= existing
 
 
 # --- the key ---------------------------------------------------------------------------------------------------------
 
 
-def test_without_the_key_nothing_tells_anything():
+def test_every_route_but_health_needs_the_key():
     with serving(api_key="sécret") as server:
         right = {b"authorization": "Bearer sécret".encode()}
         assert server.client.get("/health").status_code == 200
@@ -109,7 +110,7 @@ def test_without_the_key_nothing_tells_anything():
         assert server.post(headers=right).json()["choices"][0]["text"] == "ABCDEFGH"
 
 
-def test_pages_of_other_sites_cannot_drive_the_server():
+def test_cross_origin_requests_are_refused():
     with serving() as server:
         host = f"{server.client.base_url.host}:{server.client.base_url.port}"
         for origin, status in (("http://evil.example", 403), ("null", 403), (f"http://{host}", 200)):
@@ -123,7 +124,7 @@ def test_pages_of_other_sites_cannot_drive_the_server():
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_each_call_is_a_line(caplog, stream):
+def test_each_call_is_one_log_line(caplog, stream):
     with caplog.at_level(logging.INFO, "pshare_jax.requests"), serving() as server:
         server.post(headers={"x-request-id": "mine"}, stream=stream, n=2)
         server.client.get("/v1/models")
@@ -148,7 +149,7 @@ def test_each_call_is_a_line(caplog, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_hangs_up_is_told_apart(caplog, stream):
+def test_a_disconnect_is_logged_as_499(caplog, stream):
     with caplog.at_level(logging.INFO, "pshare_jax.requests"), serving() as server:
         body = {"model": "endless", "prompt": "p", "stream": stream}
         if stream:
@@ -169,7 +170,7 @@ def test_a_client_that_hangs_up_is_told_apart(caplog, stream):
     assert "Traceback" not in caplog.text
 
 
-def test_a_client_that_hangs_up_in_its_body_leaves_no_traceback(caplog):
+def test_a_disconnect_within_the_body_leaves_no_traceback(caplog):
     with caplog.at_level(logging.INFO), serving() as server:
         url = server.client.base_url
         with socket.create_connection((url.host, url.port)) as end:
@@ -185,7 +186,7 @@ def test_a_client_that_hangs_up_in_its_body_leaves_no_traceback(caplog):
     assert "Traceback" not in caplog.text
 
 
-def test_a_bug_is_an_error_object_with_its_id(monkeypatch, caplog):
+def test_an_unexpected_exception_is_an_error_object_with_its_request_id(monkeypatch, caplog):
     with serving() as server:
         monkeypatch.setattr(server.engine, "submit_all", lambda *_: 1 / 0)
         refusal = server.post(headers={"x-request-id": "mine"})
@@ -196,11 +197,11 @@ def test_a_bug_is_an_error_object_with_its_id(monkeypatch, caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
-# --- a stop ----------------------------------------------------------------------------------------------------------
+# --- shutdown --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("model", "drain", "ends"), [("abc", 5.0, "stop"), ("endless", 0.3, None)])
-def test_a_stop_lets_answers_end_for_a_while(model, drain, ends):
+def test_shutdown_drains_running_requests(model, drain, ends):
     with serving(drain_seconds=drain) as server:
         gate = threading.Event()
         server.fakes.decode[model].before = lambda: gate.wait(0.02)
@@ -216,4 +217,4 @@ def test_a_stop_lets_answers_end_for_a_while(model, drain, ends):
             assert "".join(pieces(chunks)) == "ABCDEFGH"
             assert chunks[-1]["choices"][0]["finish_reason"] == ends
         else:
-            assert "aborted" in chunks[-1]["error"]["message"]
+            assert chunks[-1]["error"]["message"] == ABORTED

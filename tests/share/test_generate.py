@@ -1,7 +1,7 @@
-"""The plain loop against transformers and PEFT, token for token; and that the tiny models can notice a wrong page of KV.
+"""The plain loop equals transformers and PEFT, token for token; the tiny models notice a wrong page of KV.
 
-Greedy ids are compared where the two best scores are never closer than 1e-4 (prompts are redrawn until then), so that
-equality is exact. Decode modules are compared with transformers' own decode on the base's cache.
+Prompts are redrawn until the two best scores are never closer than 1e-4, so that equality of greedy ids is exact.
+Decode modules are compared with transformers' own decode on the base's cache.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from pshare_jax.errors import PshareError
 from pshare_jax.share.factorize import CHUNK
 from pshare_jax.share.generate import Rollout
 
-# One token to just past a chunk: page and bucket borders, and the prefill that has nothing to do.
+# One token to just past a chunk, with page and bucket borders and the empty prefill.
 LENGTHS = (1, 2, 15, 16, 17, 18, 40, CHUNK, CHUNK + 1, CHUNK + 2)
 NEW = 6
 SMALL = {
@@ -56,7 +56,7 @@ def made(request, tmp_path_factory) -> Made:
 
 
 def clear_prompts(shared: ps.SharedModel, task: str, length: int) -> Iterator[tuple[list[int], Rollout]]:
-    """Random prompts of a length, each with our rollout, of which every choice was clear."""
+    """Random prompts of a length and their rollouts, without near-ties."""
     for seed in range(length, length + 1000):
         prompt = random_tokens(seed, length).tolist()
         rollout = ps.rollout(shared, task, prompt, max_new_tokens=NEW, stop_ids=())
@@ -71,7 +71,7 @@ def test_base_equals_transformers(made, length):
 
 
 def test_transformers_decode_on_a_cache_of_every_key_is_its_plain_forward(made):
-    """What the next two tests compare with is itself right, sliding windows included."""
+    """The reference of the next two tests is correct, sliding windows included."""
     prompt, rollout = next(clear_prompts(made.shared, "base", 40))
     assert hf_decode_on_base(made.hf, made.hf, prompt, NEW) == rollout.ids
 
@@ -91,7 +91,7 @@ def test_lora_module_equals_peft(made, length):
 
 
 def test_tasks_differ_from_the_base_and_from_prefilling_themselves(made):
-    """Otherwise the two tests above could not fail."""
+    """The two tests above can fail."""
     own = ps.factorize(ps.load(made.modules["full"]))
     own.add_task("own", "base")
     prompt = random_tokens(1, 40).tolist()
@@ -118,7 +118,7 @@ def test_stop_ids(made):
 
 
 def test_one_context_for_several_tasks(made):
-    """`continue_from` leaves the KV as it was: every task starts from the very same."""
+    """`continue_from` does not change the KV, so all tasks start from the same arrays."""
     prompt = random_tokens(3, 33).tolist()
     kv = made.shared.transfer(made.shared.prefill([prompt[:-1]]))
     before = [[np.array(x) for x in layer] for layer in kv.layers]
@@ -144,7 +144,7 @@ def test_sampling_is_a_function_of_seed_and_choice(made):
 
 
 def forced_logits(shared: ps.SharedModel, prompt: list[int], ids: list[int]) -> np.ndarray:
-    """Float64 logits `[len(ids), V]` that each of these new ids was chosen from, all in one step."""
+    """Float64 logits `[len(ids), V]` of the step that chose each new id, computed in one step."""
     kv = shared.transfer(shared.prefill([prompt[:-1]]))
     return np.asarray(shared.decode("base", [[prompt[-1], *ids[:-1]]], kv)[0][0], np.float64)
 
@@ -157,8 +157,8 @@ PENALTIES: tuple[dict[str, Any], ...] = (
     {"repetition_penalty": 4.0},
     {"repetition_penalty": 0.3},
     {"logit_bias": ((7, 30.0), (9, 29.5))},
-    # So large that the logits of 7 and 9 do not matter: 7, then 9 only because both penalties come together. When both
-    # are used up, some of the many prompt tokens would be next without the repetition penalty.
+    # So large that the logits of 7 and 9 do not matter: 9 follows 7 only because both penalties apply. After both, a
+    # prompt token would be next without the repetition penalty.
     {
         "presence_penalty": 100.0,
         "frequency_penalty": 200.0,
@@ -170,7 +170,7 @@ PENALTIES: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.parametrize("options", PENALTIES)
 def test_penalties(made, options):
-    """Greedy ids are the best adjusted scores, recomputed in NumPy from the logits of the whole answer."""
+    """Greedy ids have the best adjusted scores, recomputed in NumPy from the logits of the whole answer."""
     prompt, sampling = [7, *random_tokens(6, 250).tolist()], ps.SamplingParams(**options)
     rollout = ps.rollout(made.shared, "base", prompt, max_new_tokens=12, sampling=sampling, stop_ids=())
     for i, logits in enumerate(forced_logits(made.shared, prompt, rollout.ids)):
@@ -202,7 +202,7 @@ def test_logprobs_are_those_of_the_raw_logits(made):
 
 
 def test_min_tokens(made):
-    """The stop ids cannot come before; what comes instead is the next best."""
+    """Before `min_tokens` the best token that is not a stop id is chosen."""
     prompt = random_tokens(8, 20).tolist()
 
     def ids(stops: Any, min_tokens: int = 0) -> list[int]:
@@ -223,25 +223,26 @@ def test_min_tokens(made):
 def test_a_repetition_penalty_needs_the_context(made):
     prompt, sampling = random_tokens(9, 20).tolist(), ps.SamplingParams(repetition_penalty=3.0)
     kv = made.shared.transfer(made.shared.prefill([prompt[:-1]]))
-    with pytest.raises(PshareError, match="a repetition penalty needs the tokens of the KV: context_ids has 0 of 19"):
+    with pytest.raises(PshareError, match=r"19 tokens.* context_ids"):
         ps.continue_from(made.shared, "base", kv, prompt[-1], NEW, sampling)
     given = ps.continue_from(made.shared, "base", kv, prompt[-1], NEW, sampling, (), context_ids=prompt[:-1])
     assert given == ps.rollout(made.shared, "base", prompt, max_new_tokens=NEW, sampling=sampling, stop_ids=())
 
 
-def test_a_bias_for_no_token(made):
-    with pytest.raises(PshareError, match="logit_bias names token 320, but token ids are 0 to 319"):
+def test_bias_of_an_unknown_token(made):
+    with pytest.raises(PshareError, match=r"logit_bias.* 320\b.* 319"):
         ps.generate(made.shared, "base", [1], max_new_tokens=1, sampling=ps.SamplingParams(logit_bias=((320, 1.0),)))
 
 
 @pytest.mark.parametrize(
     ("prompt", "count", "message"),
     [
-        ([], 1, "the prompt is empty"),
-        ([1] * 1020, 5, "maximum context length is 1024 tokens, but the prompt has 1020 and 5 more"),
-        ([1, 320], 1, "token ids must be 0 to 319"),
-        ([320, 1], 1, "token ids must be 0 to 319"),
-        ([-1], 1, "token ids must be 0 to 319"),
+        ([], 1, "at least one token"),
+        ([1], -1, "max_new_tokens"),
+        ([1] * 1020, 5, "1024 .* 1020 .* 5"),
+        ([1, 320], 1, "0 to 319"),
+        ([320, 1], 1, "0 to 319"),
+        ([-1], 1, "0 to 319"),
     ],
 )
 def test_bad_prompts(made, prompt, count, message):
@@ -249,23 +250,16 @@ def test_bad_prompts(made, prompt, count, message):
         ps.generate(made.shared, "base", prompt, max_new_tokens=count)
 
 
-def test_unknown_task(made):
-    with pytest.raises(PshareError, match="no task 'math'; known tasks: base, full, lora"):
-        ps.generate(made.shared, "math", [1, 2], max_new_tokens=1)
-
-
 def test_the_whole_context_can_be_used(tmp_path):
     shared = ps.factorize(ps.load(tiny_folder("llama", tmp_path, num_hidden_layers=1, max_position_embeddings=40)))
     shared.add_task("base", "base")
     prompt = random_tokens(5, 37).tolist()
     assert len(ps.generate(shared, "base", prompt, max_new_tokens=3, stop_ids=())) == 3
-    with pytest.raises(PshareError, match="maximum context length is 40 tokens, but the prompt has 37 and 4 more"):
-        ps.generate(shared, "base", prompt, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tiny_models_notice_every_page(family, tiny_folders):
-    """cases.md, Words: changing any page of a prompt, or dropping it from the KV, changes the greedy output."""
+    """Changing any page of a prompt, or dropping it from the KV, changes the greedy output (cases.md, Words)."""
     shared = ps.factorize(ps.load(tiny_folders[family]))
     shared.add_task("base", "base")
 
@@ -282,7 +276,7 @@ def test_tiny_models_notice_every_page(family, tiny_folders):
         right = continued(prompt)
         assert right == continued(prompt)
         for start in range(0, len(prompt), PAGE):
-            # The last prompt token is the decode module's own, so the last page's change spares it.
+            # The decode module consumes the last prompt token, so it stays.
             page = slice(start, min(start + PAGE, len(prompt) - 1))
             other = [*prompt]
             other[page] = random_tokens(100 + start, page.stop - page.start).tolist()

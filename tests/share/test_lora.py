@@ -1,8 +1,7 @@
-"""LoRA folders in PEFT's format: ours load there, theirs load here, and what we do not compute is refused by name."""
+"""LoRA folders in PEFT's format: PEFT loads ours, we load PEFT's; an unsupported option is an error that names it."""
 
 import dataclasses
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -51,14 +50,14 @@ def random_lora(model: ps.Model, lora: LoraConfig, seed: int = 0) -> Params:
 
 
 def logits_with(model: ps.Model, lora: LoraConfig, params: Params) -> np.ndarray:
-    """The plain forward pass with the adapter on every token, which is what PEFT computes."""
+    """The plain forward pass with the adapter on every token, as PEFT computes it."""
     architecture = model.architecture.with_lora(lora)
     adapted = dataclasses.replace(model, architecture=architecture, params={**model.params, **params})
     return np.asarray(adapted.logits(TOKENS))
 
 
 def written(tmp_path: Path, model: ps.Model, lora: LoraConfig | None = None, **changes: Any) -> Path:
-    """An adapter folder of ours, its adapter_config.json changed afterwards."""
+    """An adapter folder of ours with changes in adapter_config.json."""
     lora = lora or LoraConfig(3, 1.5, ("q", "down"))
     write_adapter(tmp_path, lora, random_lora(model, lora), model.config)
     content = {**json.loads((tmp_path / CONFIG_FILE).read_text()), **changes}
@@ -69,20 +68,10 @@ def written(tmp_path: Path, model: ps.Model, lora: LoraConfig | None = None, **c
 def refusal(folder: Path, model: ps.Model) -> str:
     with pytest.raises(PshareError) as caught:
         read_adapter(folder, model)
-    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_an_adapter_is_for_whom_the_umask_says(base, tmp_path):
-    before = os.umask(0o022)
-    try:
-        written(tmp_path, base[1])
-    finally:
-        os.umask(before)
-    assert (tmp_path / WEIGHTS_FILE).stat().st_mode & 0o777 == 0o644
-
-
-def test_ours_in_peft(base, tmp_path):
+def test_peft_loads_our_adapter(base, tmp_path):
     folder, model = base
     lora = LoraConfig(3, 1.5, EVERY)
     params = random_lora(model, lora)
@@ -98,7 +87,7 @@ def test_ours_in_peft(base, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"use_rslora": True}, {"target_modules": "all-linear"}], ids=str)
-def test_theirs_here(base, options, tmp_path):
+def test_we_load_an_adapter_of_peft(base, options, tmp_path):
     folder, model = base
     settings = {"r": 5, "lora_alpha": 7, "target_modules": ["q_proj", "o_proj", "up_proj"], "lora_dropout": 0.1}
     with warnings.catch_warnings():
@@ -159,14 +148,14 @@ REFUSED = {field.name for field in dataclasses.fields(peft.LoraConfig)} - USED -
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED | {"an_option_of_tomorrow"}))
-def test_options_that_change_the_output_are_refused_by_name(name, llama, tmp_path):
+def test_error_names_an_option_that_changes_the_output(name, llama, tmp_path):
     value = ON.get(name, True)
     message = refusal(written(tmp_path, llama, **{name: value}), llama)
     assert f"{name}: {value!r}" in message
     assert str(tmp_path) in message
 
 
-def test_lists_of_options_hold_real_ones():
+def test_lists_of_options_name_options_of_peft():
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     assert set(ON) <= REFUSED
     assert known >= USED | HARMLESS | set(OFF)
@@ -174,17 +163,12 @@ def test_lists_of_options_hold_real_ones():
 
 
 @pytest.mark.parametrize("value", [True, False, None, "gaussian", "eva", "orthogonal"])
-def test_initialisations_that_leave_the_base_alone(value, llama, tmp_path):
+def test_initialisations_that_do_not_change_the_base(value, llama, tmp_path):
     read_adapter(written(tmp_path, llama, init_lora_weights=value), llama)
 
 
-@pytest.mark.parametrize("value", ["pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
-def test_initialisations_that_change_the_base(value, llama, tmp_path):
-    assert f"init_lora_weights: '{value}'" in refusal(written(tmp_path, llama, init_lora_weights=value), llama)
-
-
 def test_defaults_of_peft_are_accepted(llama, tmp_path):
-    """Everything that PEFT itself writes for a plain adapter."""
+    """All fields that PEFT writes for a plain adapter."""
     folder = written(tmp_path, llama)
     content = json.loads((folder / CONFIG_FILE).read_text())
     plain = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"]).to_dict()
@@ -194,8 +178,10 @@ def test_defaults_of_peft_are_accepted(llama, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "value"), [("r", 0), ("r", "8"), ("r", True), ("r", None), ("lora_alpha", -1)])
-def test_wrong_numbers(name, value, llama, tmp_path):
-    assert f"positive number {name}" in refusal(written(tmp_path, llama, **{name: value}), llama)
+def test_numbers_must_be_positive(name, value, llama, tmp_path):
+    assert f"{name} must be a positive number, not {value!r}" in refusal(
+        written(tmp_path, llama, **{name: value}), llama
+    )
 
 
 def test_missing_and_broken_files(llama, tmp_path):
@@ -207,12 +193,12 @@ def test_missing_and_broken_files(llama, tmp_path):
     (folder / CONFIG_FILE).write_text("{")
     assert CONFIG_FILE in refusal(folder, llama)
     (folder / CONFIG_FILE).write_text("[]")
-    assert "must hold a JSON object" in refusal(folder, llama)
+    assert "JSON object" in refusal(folder, llama)
     (folder / CONFIG_FILE).unlink()
     assert CONFIG_FILE in refusal(folder, llama)
 
 
-def test_faults_of_tensors_come_in_one_message(llama, tmp_path):
+def test_one_error_lists_all_faults_of_tensors(llama, tmp_path):
     folder = written(tmp_path, llama)
     tensors = load_file(folder / WEIGHTS_FILE)
     prefix = "base_model.model.model.layers"
@@ -231,20 +217,9 @@ def test_faults_of_tensors_come_in_one_message(llama, tmp_path):
         assert part in message
 
 
-def test_target_that_has_no_tensors(llama, tmp_path):
-    """An adapter_config.json that names more than the file holds would leave projections without their part."""
-    folder = written(tmp_path, llama, target_modules=["q_proj", "down_proj", "v_proj"])
-    assert "v_proj.lora_A.weight is missing" in refusal(folder, llama)
-
-
 def test_adapter_without_tensors(llama, tmp_path):
     folder = written(tmp_path, llama)
     save_file({}, folder / WEIGHTS_FILE)
     assert "q_proj.lora_A.weight is missing" in refusal(folder, llama)
     edit_json(folder / CONFIG_FILE, target_modules="all-linear")
     assert "has no LoRA tensors" in refusal(folder, llama)
-
-
-def test_rank_of_another_base(llama, tmp_path):
-    edit_json(written(tmp_path, llama) / CONFIG_FILE, r=4)
-    assert "has shape [3, 64] instead of [4, 64]" in refusal(tmp_path, llama)

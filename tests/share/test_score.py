@@ -1,4 +1,4 @@
-"""The scoring oracle against transformers: every token's log-probability, as the first of an answer or in a begun answer."""
+"""The scoring oracle equals transformers: each token's log-probability as the first of an answer or within an answer."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_a_module_scores_on_the_bases_kv(tmp_path):
     ids = random_tokens(2, LENGTH).tolist()
 
     def consumed(num_base, end):
-        """The module's logits for ids[num_base:end] on the base's KV of all before."""
+        """The module's logits for ids[num_base:end] on the base's KV of ids[:num_base]."""
         cache = DynamicCache()
         with torch.no_grad():
             if num_base:
@@ -58,11 +58,11 @@ def test_a_module_scores_on_the_bases_kv(tmp_path):
     for start in (1, 2, 9, LENGTH - 1):
         begun = of_targets(consumed(start - 1, LENGTH - 1), ids, start)
         assert_scores(ps.score(shared, "full", ids, response_start=start), begun, start)
-    # The two differ: a begun answer is on the module's own KV.
+    # The two differ, because an answer is scored on the module's own KV.
     assert abs(np.array(plain[9:]) - of_targets(consumed(8, LENGTH - 1), ids, 10)).max() > 1e-3
 
 
-def test_a_begun_answer_goes_on_as_if_never_cut(tmp_path):
+def test_continuing_an_answer_equals_generating_it_whole(tmp_path):
     base = tiny_folder("llama", tmp_path / "base")
     shared = ps.factorize(ps.load(base))
     shared.add_task("lora", tiny_module(base, tmp_path / "lora", kind="lora"))
@@ -79,10 +79,10 @@ def test_a_begun_answer_goes_on_as_if_never_cut(tmp_path):
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 5), (-1, 5), (5, 5), (1, 1)])
-def test_a_start_outside_the_prompt(tiny_folders, start, length):
+def test_response_start_outside_the_prompt(tiny_folders, start, length):
     shared = ps.factorize(ps.load(tiny_folders["llama"]))
     shared.add_task("base", "base")
-    with pytest.raises(PshareError, match=f"response_start is {start}"):
+    with pytest.raises(PshareError, match=rf"response_start.* {length} .*{start}\."):
         ps.score(shared, "base", [1] * length, response_start=start)
-    with pytest.raises(PshareError, match=f"response_start is {start}"):
+    with pytest.raises(PshareError, match=rf"response_start.* {length} .*{start}\."):
         ps.generate(shared, "base", [1] * length, max_new_tokens=1, response_start=start)

@@ -1,4 +1,4 @@
-"""The factorised model: prefill in pieces, KV that several tasks start from, donation, placement, refusals."""
+"""The factorised model: prefill in pieces, KV shared by several tasks, donation, meshes, errors."""
 
 import dataclasses
 from typing import Any
@@ -17,7 +17,7 @@ from pshare_jax.share.factorize import CHUNK
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory) -> ps.SharedModel:
-    """A tiny factorised Gemma 3 with a base task and a full one: a layer of shared kind, windows shorter than prompts."""
+    """A tiny factorised Gemma 3 with a base task and a full task; its sliding window is shorter than the prompts."""
     root = tmp_path_factory.mktemp("shared")
     layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
     folder = tiny_folder("gemma3", root / "base", max_position_embeddings=1024, **layers)
@@ -28,14 +28,14 @@ def shared(tmp_path_factory) -> ps.SharedModel:
 
 
 def used(kv: DenseKV) -> list[np.ndarray]:
-    """The arrays of a KV without the slots that hold nothing yet."""
+    """The arrays of a KV without its undefined slots."""
     return [np.array(x[:, :, : kv.length]) for layer in kv.layers for x in layer]
 
 
 def assert_same_kv(ours: DenseKV, theirs: DenseKV) -> None:
     assert ours.length == theirs.length
-    for one, other in zip(used(ours), used(theirs), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    for our, their in zip(used(ours), used(theirs), strict=True):
+        np.testing.assert_allclose(our, their, rtol=1e-4, atol=1e-4)
 
 
 def split_cases() -> list[tuple[int, list[int]]]:
@@ -46,7 +46,7 @@ def split_cases() -> list[tuple[int, list[int]]]:
 
 @pytest.mark.parametrize(("length", "splits"), split_cases(), ids=str)
 def test_prefill_in_pieces(shared, length, splits):
-    """The same KV in any pieces (A2-21's dense share)."""
+    """The KV is the same for any split (A2-21, dense)."""
     tokens = random_tokens(length, 2, length)
     whole = shared.prefill(tokens)
     kv = shared.prefill(tokens[:, : splits[0]])
@@ -57,7 +57,7 @@ def test_prefill_in_pieces(shared, length, splits):
 
 
 def test_decode_after_pieces(shared):
-    """What earlier pieces left in the slots behind the newest token is never seen."""
+    """Attention never sees the padding that earlier pieces left in later slots."""
     tokens = random_tokens(10, 2, 40)
     kv = shared.prefill(tokens[:, 15:], shared.prefill(tokens[:, :15]))
     whole = shared.prefill(tokens)
@@ -71,12 +71,12 @@ def test_rows_do_not_see_each_other(shared):
     tokens = random_tokens(0, 2, 20)
     both = shared.prefill(tokens)
     for row in (0, 1):
-        alone = shared.prefill(tokens[row : row + 1])
-        for one, other in zip(used(alone), used(both), strict=True):
-            np.testing.assert_allclose(one[0], other[row], rtol=1e-5, atol=1e-5)
+        single = shared.prefill(tokens[row : row + 1])
+        for ours, batched in zip(used(single), used(both), strict=True):
+            np.testing.assert_allclose(ours[0], batched[row], rtol=1e-5, atol=1e-5)
 
 
-def test_prefill_leaves_the_kv_that_it_continues(shared):
+def test_prefill_does_not_change_the_kv_that_it_extends(shared):
     tokens = random_tokens(1, 1, 20)
     first = shared.prefill(tokens[:, :9])
     before = used(first)
@@ -86,7 +86,7 @@ def test_prefill_leaves_the_kv_that_it_continues(shared):
         np.testing.assert_array_equal(old, new)
 
 
-def test_donation_changes_memory_and_nothing_else(shared):
+def test_donation_does_not_change_results(shared):
     tokens = random_tokens(2, 2, 25)
     kv = shared.prefill(tokens[:, :20])
     expected, after = shared.decode("tuned", tokens[:, 20:21], kv)
@@ -94,24 +94,17 @@ def test_donation_changes_memory_and_nothing_else(shared):
     np.testing.assert_array_equal(logits, expected)
     for old, new in zip(used(after), used(donated), strict=True):
         np.testing.assert_array_equal(old, new)
-    # The first KV is still there after both, and gives the same again.
+    # The first KV is still usable.
     again, _ = shared.decode("tuned", tokens[:, 20:21], kv)
     np.testing.assert_array_equal(again, expected)
 
 
-def test_donated_kv_is_gone(shared):
-    kv = shared.prefill(random_tokens(3, 1, 5))
-    shared.decode("base", [[1]], kv, donate=True)
-    with pytest.raises(RuntimeError, match="deleted"):
-        used(kv)
-
-
 def test_two_tasks_from_one_kv(shared):
-    """Each task's own KV stays its own: in turn and alone they give the same."""
+    """Alternating tasks and separate tasks give the same logits."""
     tokens = random_tokens(4, 1, 26)
     kv = shared.prefill(tokens[:, :20])
 
-    def alone(task: str) -> np.ndarray:
+    def separate(task: str) -> np.ndarray:
         return np.asarray(shared.decode(task, tokens[:, 20:], shared.prefill(tokens[:, :20]))[0])
 
     caches, logits = {"base": kv, "tuned": kv}, {"base": [], "tuned": []}
@@ -120,13 +113,13 @@ def test_two_tasks_from_one_kv(shared):
             step, caches[task] = shared.decode(task, tokens[:, at : at + 1], caches[task])
             logits[task].append(step)
     for task, steps in logits.items():
-        assert_close(np.concatenate(steps, axis=1), alone(task))
-    assert np.abs(alone("base") - alone("tuned")).max() > 0.1
+        assert_close(np.concatenate(steps, axis=1), separate(task))
+    assert np.abs(separate("base") - separate("tuned")).max() > 0.1
     assert kv.length == 20
 
 
-def test_decode_from_nothing(shared):
-    """A prompt of one token: the base has nothing to encode."""
+def test_decode_from_empty_kv(shared):
+    """For a prompt of one token the base encodes nothing."""
     kv = shared.transfer(shared.prefill(np.zeros((2, 0), int)))
     assert (kv.length, kv.batch, kv.nbytes) == (0, 2, 0)
     tokens = random_tokens(5, 2, 7)
@@ -144,10 +137,10 @@ def test_size_of_the_kv(shared):
     assert (kv.grown(33).capacity, kv.grown(33).length) == (64, 21)
 
 
-def test_meshes_apart(tiny_folders):
-    """Invariant 8: prefill and decode arrays on disjoint devices, the KV's layout what the decode step expects."""
+def test_disjoint_meshes(tiny_folders):
+    """Invariant 8: prefill and decode arrays are on disjoint devices, and transferred KV has the decode sharding."""
     model = ps.load(tiny_folders["llama"])
-    shared = ps.factorize(model, prefill_mesh=ps.make_mesh([2, 3], 2), decode_mesh=ps.make_mesh([5], 1))
+    shared = ps.factorize(model, prefill_mesh=ps.make_mesh([2, 3]), decode_mesh=ps.make_mesh([5]))
     shared.add_task("base", "base")
     kv = shared.prefill(random_tokens(8, 1, 5))
     moved = shared.transfer(kv)
@@ -162,15 +155,15 @@ def test_meshes_apart(tiny_folders):
     }
     logits, _ = shared.decode("base", [[3]], moved)
     assert devices(logits) == {5}
-    # The source is still whole: it may be in use by another hand-off.
+    # The source stays usable for other transfers.
     assert_same_kv(kv, moved)
 
 
-def test_base_is_there_once_for_each_mesh(tiny_folders):
+def test_each_mesh_has_one_copy_of_the_base(tiny_folders):
     model = ps.load(tiny_folders["llama"])
     here = ps.factorize(model)
     assert here.model.params is model.params
-    elsewhere = ps.factorize(model, decode_mesh=ps.make_mesh([1], 1))
+    elsewhere = ps.factorize(model, decode_mesh=ps.make_mesh([1]))
     for name in ("one", "two"):
         here.add_task(name, "base")
         elsewhere.add_task(name, "base")
@@ -182,30 +175,30 @@ def test_base_is_there_once_for_each_mesh(tiny_folders):
 
 def test_tasks(shared):
     fresh = ps.factorize(shared.model)
-    with pytest.raises(PshareError, match="no task 'math'; known tasks: none"):
-        fresh.decode("math", [[1]], shared.prefill([[1]]))
     fresh.add_task("b", "base")
     fresh.add_task("a", ps.DecodeModule(shared.model.architecture, shared.model.params, shared.model.mesh))
     assert fresh.tasks == ("b", "a")
-    with pytest.raises(PshareError, match="'a' exists already"):
+    with pytest.raises(PshareError, match=r"'math'.* b, a\."):
+        fresh.decode("math", [[1]], shared.prefill([[1]]))
+    with pytest.raises(PshareError, match="'a' exists"):
         fresh.add_task("a", "base")
-    with pytest.raises(PshareError, match="needs a name"):
+    with pytest.raises(PshareError, match="name must not be empty"):
         fresh.add_task("", "base")
 
 
-def test_refusals(shared):
+def test_errors_name_the_numbers(shared):
     kv = shared.prefill(random_tokens(9, 2, 4))
     long = dataclasses.replace(kv, length=1020)
     for call, part in (
         (lambda: shared.prefill([1, 2]), r"\[batch, length\]"),
-        (lambda: shared.prefill([[320]]), "token ids must be 0 to 319"),
-        (lambda: shared.prefill(np.zeros((1, 1025), int)), "1025 tokens are more than .* 1024"),
-        (lambda: shared.prefill([[1] * 5] * 2, long), "1025 tokens are more than .* 1024"),
+        (lambda: shared.prefill([[320]]), "0 to 319"),
+        (lambda: shared.prefill(np.zeros((1, 1025), int)), "1025 .* 1024"),
+        (lambda: shared.prefill([[1] * 5] * 2, long), "1025 .* 1024"),
         (lambda: shared.decode("base", np.zeros((2, 0), int), kv), "at least one token"),
-        (lambda: shared.decode("base", [[1] * 5] * 2, long), "1025 tokens are more than .* 1024"),
-        (lambda: shared.decode("base", [[-1], [1]], kv), "token ids must be 0 to 319"),
-        (lambda: shared.decode("base", [[1]], kv), "1 rows, but the KV has 2"),
-        (lambda: shared.prefill([[1]], kv), "1 rows, but the KV has 2"),
+        (lambda: shared.decode("base", [[1] * 5] * 2, long), "1025 .* 1024"),
+        (lambda: shared.decode("base", [[-1], [1]], kv), "0 to 319"),
+        (lambda: shared.decode("base", [[1]], kv), "1 rows.* 2"),
+        (lambda: shared.prefill([[1]], kv), "1 rows.* 2"),
     ):
         with pytest.raises(PshareError, match=part):
             call()
@@ -216,17 +209,17 @@ def test_buckets(size, expected):
     assert bucket(size) == expected
 
 
-def test_a_moved_kv_and_its_source_are_apart(shared):
+def test_a_transferred_kv_and_its_source_are_separate(shared):
     kv = shared.prefill([[5, 6, 7]])
     moved, again = shared.transfer(kv), shared.prefill([[]], kv)
-    for one in (moved, again):
-        shared.decode("base", [[8]], one, donate=True)
+    for copy in (moved, again):
+        shared.decode("base", [[8]], copy, donate=True)
     logits, _ = shared.decode("base", [[8]], kv)
     assert np.isfinite(np.asarray(logits)).all()
 
 
-def test_a_module_on_other_devices_is_refused(shared):
+def test_module_on_other_devices_is_an_error(shared):
     base = shared.model
-    elsewhere = base.on(ps.make_mesh([3], 1))
-    with pytest.raises(PshareError, match="other devices"):
+    elsewhere = base.on(ps.make_mesh([3]))
+    with pytest.raises(PshareError, match="devices"):
         shared.add_task("elsewhere", ps.DecodeModule(base.architecture, elsewhere.params, elsewhere.mesh))

@@ -1,4 +1,4 @@
-"""The incremental detokenizer: pushes + flush == decode(all ids) for any ids, and never half a character."""
+"""The incremental detokenizer: pushes + flush == decode(all ids) for any ids, and only whole characters."""
 
 import pytest
 from hypothesis import example, given, settings
@@ -12,12 +12,11 @@ from pshare_jax.text.detokenizer import token_bytes_for
 from pshare_jax.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.host
-
 HARD = "🦄 👨‍👩‍👧‍👦 🇩🇪🇫🇷 안녕하세요 각 हिन्दी क्षि e\u0301 ﷽ \ufffd ok"
 
 
 def stripping() -> Tokenizer:
-    """Llama-2-like: byte fallback, and the decoder takes one blank off the start of the text."""
+    """Llama-2-like: byte fallback, and the decoder strips one space at the start of the text."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     for piece in ("▁", "▁▁", "▁a", "b", "é", "<x>", "<0x2>", "\ufffd"):
         vocab[piece] = len(vocab)
@@ -45,7 +44,7 @@ def deltas_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["stripping", "llama", "qwen3", "gemma3"])
-def test_any_ids_stream_to_what_decode_says(tokenizers, name):
+def test_streams_of_any_ids_equal_decode(tokenizers, name):
     tokenizer = tokenizers[name]
     flat = lambda runs: [index for run in runs for index in run]  # noqa: E731
     any_id = st.integers(0, tokenizer.vocab_size + 3)
@@ -66,8 +65,8 @@ def test_any_ids_stream_to_what_decode_says(tokenizers, name):
 
 
 @pytest.mark.parametrize("name", ["stripping", "llama", "qwen3", "gemma3"])
-def test_texts_stream_whole_and_cut_anywhere(tokenizers, name):
-    """A1-10, A1-12: no delta holds half a character; a cut gives the same text streamed and at once."""
+def test_texts_stream_in_whole_characters_wherever_they_are_cut(tokenizers, name):
+    """A1-10, A1-12: no delta contains part of a character; a truncated text is the same streamed and decoded whole."""
     tokenizer = tokenizers[name]
 
     @given(st.text(max_size=20))
@@ -85,12 +84,12 @@ def test_texts_stream_whole_and_cut_anywhere(tokenizers, name):
     check()
 
 
-def test_characters_come_as_soon_as_they_are_certain(tokenizers):
+def test_characters_are_emitted_as_soon_as_they_are_final(tokenizers):
     tokenizer = tokenizers["llama"]
     ids = tokenizer.encode("é🦄a", add_special_tokens=False)
     assert deltas_of(tokenizer, ids) == ["", "é", "", "", "", "🦄", "a", ""]
     gemma = tokenizers["gemma3"]
-    # A byte run is certain only once it has ended.
+    # A byte run is final only once it has ended.
     assert deltas_of(gemma, gemma.encode("éa", add_special_tokens=False)) == ["", "", "éa", ""]
 
 

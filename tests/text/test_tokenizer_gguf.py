@@ -1,4 +1,4 @@
-"""Tokenizers from GGUF metadata: the ids of the model's own tokenizer.json and of transformers."""
+"""Tokenizers from GGUF metadata: ids equal to those of the model's own tokenizer.json and of transformers."""
 
 import json
 import warnings
@@ -89,7 +89,7 @@ def test_byte_level_tokenizers_equal_their_folder(tmp_path, family):
     assert gguf.vocab_size == folder.vocab_size
 
 
-def test_llama_takes_whole_words_of_the_vocabulary_without_merges(tmp_path):
+def test_llama_matches_whole_words_of_the_vocabulary_without_merges(tmp_path):
     write_tokenizer(tmp_path, "llama", vocab_size=320)
     fields = fields_of(tmp_path, "llama-bpe")
     fields["tokenizer.ggml.tokens"][-1], fields["tokenizer.ggml.token_type"][-1] = "zzyx", 1
@@ -97,7 +97,7 @@ def test_llama_takes_whole_words_of_the_vocabulary_without_merges(tmp_path):
     assert gguf.encode("zzyx", add_special_tokens=False) == [len(fields["tokenizer.ggml.tokens"]) - 1]
 
 
-def test_gemma_equals_transformers_converter():
+def test_gemma_equals_transformers():
     fields = gemma_fields()
     ours = Tokenizer.from_gguf(fields)
     vocab = {token.replace(" ", "▁"): index for index, token in enumerate(fields["tokenizer.ggml.tokens"])}
@@ -137,14 +137,14 @@ def test_a_gguf_tokenizer_survives_saving(tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"tokenizer.ggml.pre": "tekken"}, "gpt2 with pre = tekken"),
-        ({"tokenizer.ggml.pre": None}, "gpt2 with pre = None"),
-        ({"tokenizer.ggml.model": "t5"}, "tokenizer t5"),
+        ({"tokenizer.ggml.pre": "tekken"}, "tekken"),
+        ({"tokenizer.ggml.pre": None}, "None"),
+        ({"tokenizer.ggml.model": "t5"}, "t5"),
         ({"tokenizer.ggml.model": "llama"}, "llama .*space prefix"),
-        ({"tokenizer.ggml.model": None}, "no tokenizer"),
+        ({"tokenizer.ggml.model": None}, "tokenizer.ggml.model"),
     ],
 )
-def test_other_tokenizers_are_refused_by_name(change, reason):
+def test_unsupported_tokenizers_are_refused_by_name(change, reason):
     fields = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": ["a"]}
     with pytest.raises(PshareError, match=reason):
         Tokenizer.from_gguf(fields | change)
@@ -154,8 +154,8 @@ def test_the_real_smollm2_equals_transformers(smollm2_gguf):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
-    # transformers knows the vocabulary of this file but not its pre-tokenizer, which sets digits apart first; the
-    # model's own tokenizer.json has it, and it matters for blanks before digits ("a  1").
+    # transformers reads this file's vocabulary but not its pre-tokenizer, which splits digits first, as the model's own
+    # tokenizer.json does; it matters for spaces before digits ("a  1").
     backend = Backend.from_str(theirs.backend_tokenizer.to_str())
     steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Checkpoints by themselves: which stay, on which mesh they come back, what is in them."""
+"""Checkpoints: which are kept, what they contain, and restoring on another mesh."""
 
 import resource
 from pathlib import Path
@@ -49,11 +49,11 @@ def saved(folder: Path, losses: dict[int, float | None], config: CheckpointConfi
         ({1: 1.0, 2: 1.0, 3: 3.0}, CheckpointConfig(keep=1), [1, 3]),
     ],
 )
-def test_which_ones_stay(tmp_path, losses, config, left):
+def test_the_latest_and_the_best_are_kept(tmp_path, losses, config, left):
     assert saved(tmp_path / "checkpoints", losses, config) == left
 
 
-def test_the_best_is_known_again_in_another_process(tmp_path):
+def test_the_best_is_known_after_reopening(tmp_path):
     saved(tmp_path, {1: 2.0, 5: 1.5, 7: 1.7}, CheckpointConfig(keep=3))
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps == [1, 5, 7]
@@ -61,7 +61,7 @@ def test_the_best_is_known_again_in_another_process(tmp_path):
     assert saved(tmp_path, {8: 3.0}, CheckpointConfig(keep=1)) == [5, 8]
 
 
-def test_what_is_in_one(tmp_path):
+def test_the_content_of_a_checkpoint(tmp_path):
     config = CheckpointConfig()
     with Checkpoints(tmp_path, config) as checkpoints:
         progress = Progress(3, DATA, 99, "base", 0.1)
@@ -71,11 +71,11 @@ def test_what_is_in_one(tmp_path):
         assert checkpoints.progress(3) == progress
         assert checkpoints.applied(3) == 4
     names = {path.name for path in (tmp_path / "3").iterdir() if path.is_dir()}
-    # Nothing of the base.
+    # The base is not saved.
     assert names == {"trainable", "optimizer", "progress"}
 
 
-def test_it_comes_back_on_any_mesh(tmp_path):
+def test_restoring_on_any_mesh(tmp_path):
     first = training_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     state = state_on(first, ("fsdp", "model"))
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
@@ -98,19 +98,19 @@ def test_it_comes_back_on_any_mesh(tmp_path):
             np.testing.assert_array_equal(only["head"], state.trainable["head"])
 
 
-def test_one_that_is_not_of_this_shape_is_refused(tmp_path):
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
     mesh = training_mesh(MeshConfig())
     state = state_on(mesh, ())
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         checkpoints.save(state, Progress(3, DATA, 9, "base"))
         checkpoints.wait()
-        with pytest.raises(PshareError, match="3 cannot be read"):
+        with pytest.raises(PshareError, match=r"3: "):
             checkpoints.restore_trainable(3, {"other": state.trainable["head"]})
 
 
 def save_without_room(folder: Path, notices: str) -> None:
-    """Here the system lets no file grow beyond 10 kB."""
-    # Noise does not compress.
+    """Saves while the system limits files to 10 kB."""
+    # Random values do not compress.
     noise = jnp.asarray(np.random.default_rng(0).normal(size=(64, 512)), jnp.float32)
     state = state_on(training_mesh(MeshConfig()), ())._replace(trainable={"head": noise})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -127,14 +127,14 @@ def save_without_room(folder: Path, notices: str) -> None:
 
 
 @pytest.mark.parametrize("notices", ["wait", "save", "close"])
-def test_a_disk_without_room_is_one_sentence(tmp_path, notices):
-    """The save is in the background; whatever comes next tells."""
-    with pytest.raises(PshareError, match=r"^A checkpoint cannot be written to .*: File too large\.$"):
+def test_a_full_disk_is_one_sentence(tmp_path, notices):
+    """The save runs in the background, so the next call reports its error."""
+    with pytest.raises(PshareError, match=r"^Cannot write a checkpoint to .*: File too large\.$"):
         save_without_room(tmp_path, notices)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps == []
 
 
-def test_more_devices_than_there_are():
-    with pytest.raises(PshareError, match="= 16, but JAX sees only 8 devices"):
+def test_more_devices_than_available():
+    with pytest.raises(PshareError, match=r"16.*8"):
         training_mesh(MeshConfig(data=16))

@@ -1,11 +1,11 @@
-"""A module that was trained on eight devices is served on any number of them (cases A5-14), as the plain loop answers."""
+"""A module trained on eight devices is served on other numbers of devices with the oracle's answers (A5-14)."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 from tiny_engine import Engines, placed
-from tiny_runs import LORA, make_world, run_config
+from tiny_runs import LORA, make_base_and_data, run_config
 
 from pshare_jax.training.config import EvaluationConfig, MeshConfig
 from pshare_jax.training.data.config import RowsConfig
@@ -14,11 +14,11 @@ from pshare_jax.training.run import train
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The base and the module's folder."""
+    """The base's and the module's folder."""
     root = tmp_path_factory.mktemp("served")
-    world = make_world(root, num_layers=1)
+    base_and_data = make_base_and_data(root, num_layers=1)
     config = run_config(
-        world,
+        base_and_data,
         root / "run",
         module=dataclasses.replace(LORA, targets=("q", "k", "o", "up")),
         mesh=MeshConfig(data=2, fsdp=2, tensor=2),
@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
         config, data=dataclasses.replace(config.data, batch=RowsConfig(rows=4, context_len=64), epochs=None)
     )
     train(config)
-    return world[0], root / "run" / "module"
+    return base_and_data[0], root / "run" / "module"
 
 
 @pytest.mark.parametrize("degrees", [(2, 4), (4, 2)])

@@ -1,4 +1,4 @@
-"""Whole runs on tiny models: a resumed run is the straight one, whatever ended it; signals, checkpoints, folders."""
+"""Whole runs on tiny models: a resumed run equals an uninterrupted run; signals, checkpoints, run folders."""
 
 import json
 import os
@@ -11,44 +11,50 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from tiny import edit_json, tiny_folder
 from tiny_runs import (
     LORA,
     all_metrics,
     assert_same_steps,
     exported_alone,
     killed,
-    make_world,
+    make_base_and_data,
     metrics,
     moments,
     run_config,
     stop_after,
 )
+from training_data import chat, write_jsonl
 
 import pshare_jax.training.result as result_module
 import pshare_jax.training.run as run_module
 import pshare_jax.training.trainer as trainer_module
 from pshare_jax.errors import PshareError
+from pshare_jax.evaluation.tasks import open_task
 from pshare_jax.settings import load_settings, to_yaml
 from pshare_jax.share.decode_module import read_manifest
+from pshare_jax.share.model import load
+from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.training.checkpoint import Checkpoints
 from pshare_jax.training.cli import main
 from pshare_jax.training.config import CheckpointConfig, EvaluationConfig, MeshConfig, TrainConfig
-from pshare_jax.training.data.config import DataConfig
+from pshare_jax.training.data.config import DataConfig, SourceConfig
 from pshare_jax.training.data.loader import evaluation_batches
+from pshare_jax.training.data.prepare import prepare
 from pshare_jax.training.run import train
-from pshare_jax.training.run_folder import RunFolder, claim, held
+from pshare_jax.training.run_folder import RunFolder, claim, locked
 from pshare_jax.training.trainer import num_steps
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"), num_layers=1)
+def base_and_data(tmp_path_factory):
+    return make_base_and_data(tmp_path_factory.mktemp("base_and_data"), num_layers=1)
 
 
 @pytest.fixture(scope="module")
-def straight(world, tmp_path_factory):
-    """A run that nothing interrupts: its config, outcome and steps. Never written to."""
-    config = run_config(world, tmp_path_factory.mktemp("straight") / "run", module=replace(LORA, dropout=0.1))
+def straight(base_and_data, tmp_path_factory):
+    """An uninterrupted run: its config, outcome and steps. Never written to."""
+    config = run_config(base_and_data, tmp_path_factory.mktemp("straight") / "run", module=replace(LORA, dropout=0.1))
     _, outcome = train(config)
     return config, outcome, metrics(config.output)
 
@@ -67,8 +73,8 @@ def test_a_run_and_its_folder(straight):
     run = Path(config.output)
     assert outcome.finished
     assert [line["step"] for line in steps] == list(range(1, outcome.step + 1))
-    # The premise of the tests below: three epochs of seven batches, two of them a step. So the first epoch ends inside of a
-    # step, and the last step has one batch.
+    # Premise of the tests below: three epochs of seven batches, two per step. So the first epoch ends within a step, and the
+    # last step has one batch.
     assert [line["epoch"] for line in steps] == pytest.approx([*np.arange(2, 21, 2) / 7, 3], abs=1e-4)
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert set(steps[0]) == {
@@ -108,11 +114,11 @@ def test_tensorboard_reads_the_events(straight):
     np.testing.assert_allclose([loss for _, loss in found], [line["loss"] for line in straight[2]], rtol=1e-6)
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(straight, tmp_path, monkeypatch, capsys):
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_run(straight, tmp_path, monkeypatch, capsys):
     config, expected, lines = straight
     config = replace(config, output=str(tmp_path / "run"))
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    # JAX runs already.
+    # JAX has already started.
     monkeypatch.setattr(run_module, "prepare_jax", lambda config: None)
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -120,9 +126,9 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(straight, tmp_path, monkey
             with monkeypatch.context() as patch:
                 stop_after(patch, step)
                 assert main(["--config", str(tmp_path / "config.yaml"), *(["--resume"] if step > 1 else [])]) == 0
-            # The signal comes while the next step is on its way, which is done first.
-            told = capsys.readouterr().out
-            assert any(f"stopped after step {at} of 11; go on with --resume" in told for at in (step, step + 1))
+            # The signal arrives while the next step is pending, which is completed first.
+            printed = capsys.readouterr().out
+            assert any(f"stopped after step {at} of 11" in printed for at in (step, step + 1))
             assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
             assert not (tmp_path / "run" / "module").exists()
     finally:
@@ -136,7 +142,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(straight, tmp_path, monkey
 
 
 class Endless:
-    """Held-out data of which a stop comes in the middle; it must end them."""
+    """Held-out data with a stop after the first batch, which must end the evaluation."""
 
     def __init__(self, batches):
         self._batches = batches
@@ -152,11 +158,11 @@ class Endless:
         yield batch
         os.kill(os.getpid(), signal.SIGTERM)
         yield batch
-        raise AssertionError("the evaluation went on")
+        raise AssertionError("the evaluation continued")
 
 
 def test_a_stop_ends_an_evaluation_and_the_step_is_saved(straight, tmp_path, monkeypatch):
-    """In the middle of a run, at a step that has a checkpoint of its own, and at its end, before the module is written."""
+    """In the middle of a run, at a step with a regular checkpoint, and at its end, before the module is written."""
     config, expected, lines = straight
     config = replace(config, output=str(tmp_path / "run"), checkpoint=CheckpointConfig(every=3))
     for step, resume in ((3, False), (expected.step, True)):
@@ -173,7 +179,7 @@ def test_a_stop_ends_an_evaluation_and_the_step_is_saved(straight, tmp_path, mon
 
 
 def test_a_stop_while_the_result_is_written(straight, tmp_path, monkeypatch):
-    """It is written to its end: exit status 0 means that it is whole, or that the run can go on."""
+    """The result is completed: exit status 0 means a complete result or a run that can be resumed."""
     config = replace(straight[0], output=str(tmp_path / "run"))
     shutil.copytree(straight[0].output, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "module")
@@ -194,8 +200,8 @@ def test_a_stop_while_the_result_is_written(straight, tmp_path, monkeypatch):
     assert read_manifest(tmp_path / "run" / "module").kind == "lora"
 
 
-def test_a_longer_run_after_a_short_step_leaves_no_batch_out(straight, tmp_path):
-    """The straight run's last step has one batch of two: that step stays, and all batches of the new epoch are used."""
+def test_an_extended_run_uses_every_batch(straight, tmp_path):
+    """The last step had one batch instead of two; it is unchanged, and all batches of the new epoch are used."""
     config, expected, _ = straight
     shutil.copytree(config.output, tmp_path / "run")
     longer = replace(config, output=str(tmp_path / "run"), data=replace(config.data, epochs=4))
@@ -204,9 +210,9 @@ def test_a_longer_run_after_a_short_step_leaves_no_batch_out(straight, tmp_path)
     assert metrics(tmp_path / "run")[-1]["epoch"] == 4
 
 
-def test_kill_9_in_the_middle_of_a_save(straight, tmp_path):
-    """The command line is killed at a random step, in a save or a step after it; it goes on here with another number of
-    workers, and is the straight run: over the border of an epoch inside of a step, with packed rows and dropout.
+def test_kill_9_during_or_after_a_save(straight, tmp_path):
+    """pshare-train is killed at a random step and resumed here with another number of workers; it equals the uninterrupted
+    run, across an epoch's end within a step, with packed rows and dropout.
     """
     config, expected, lines = straight
     draw = np.random.default_rng()
@@ -216,20 +222,20 @@ def test_kill_9_in_the_middle_of_a_save(straight, tmp_path):
     died = killed(with_workers(config, workers), tmp_path, step, in_save)
     assert died.returncode == -signal.SIGKILL, died.stderr
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
-        # As a rule the kill cuts this save short. The one before it is whole: orbax saves one after the other.
+        # The kill usually interrupts this save; the previous save is complete, since orbax saves sequentially.
         assert step - 2 <= checkpoints.steps[-1] <= step
     _, outcome = train(with_workers(config, 2 - workers), resume=True)
     assert_same_steps(metrics(config.output), lines)
     same_state(outcome.state, expected.state)
 
 
-def test_a_partial_checkpoint_is_not_seen(straight, tmp_path):
+def test_a_partial_checkpoint_is_ignored(straight, tmp_path):
     config, _, lines = straight
     shutil.copytree(config.output, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
     config = replace(config, output=str(tmp_path / "run"))
     last = max(int(path.name) for path in folder.iterdir())
-    # What a kill leaves: orbax's temporary folder, some files in it; and the last line of the metrics cut short.
+    # As after a kill: orbax's temporary folder with some of its files, and an incomplete last line of the metrics.
     half = folder / f"{last + 1}.orbax-checkpoint-tmp"
     shutil.copytree(folder / str(last), half)
     shutil.rmtree(half / "optimizer")
@@ -245,7 +251,7 @@ def test_a_partial_checkpoint_is_not_seen(straight, tmp_path):
     assert not half.exists()
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(straight, tmp_path):
+def test_a_run_without_a_checkpoint_starts_again(straight, tmp_path):
     config, _, lines = straight
     shutil.copytree(config.output, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     train(replace(config, output=str(tmp_path / "run")), resume=True)
@@ -253,8 +259,8 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(straight
 
 
 @pytest.mark.parametrize("steps", [None, 2])
-def test_a_finished_run_only_writes_its_module_again(straight, tmp_path, steps):
-    """Also if it shall have fewer steps than it has done."""
+def test_resuming_a_finished_run_only_writes_the_module(straight, tmp_path, steps):
+    """Also with fewer steps than are done."""
     config, expected, lines = straight
     config = replace(config, steps=steps)
     shutil.copytree(straight[0].output, tmp_path / "run")
@@ -267,7 +273,7 @@ def test_a_finished_run_only_writes_its_module_again(straight, tmp_path, steps):
     assert (tmp_path / "run" / "module" / "decode_module.json").is_file()
 
 
-def test_a_run_goes_on_on_another_mesh(straight, tmp_path):
+def test_a_run_resumes_on_another_mesh(straight, tmp_path):
     config, expected, lines = straight
     shutil.copytree(config.output, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
@@ -277,13 +283,13 @@ def test_a_run_goes_on_on_another_mesh(straight, tmp_path):
     _, outcome = train(replace(config, output=str(tmp_path / "run"), mesh=mesh), resume=True)
     ours = metrics(tmp_path / "run")
     assert [line["samples"] for line in ours] == [line["samples"] for line in lines]
-    # Sums over devices come in another order.
+    # Sums over devices have another order.
     np.testing.assert_allclose([x["loss"] for x in ours], [x["loss"] for x in lines], rtol=1e-5)
     for path, array in expected.state.trainable.items():
         np.testing.assert_allclose(
             np.asarray(outcome.state.trainable[path]), np.asarray(array), atol=1e-5, err_msg=path
         )
-    # A of q: its long side over fsdp. A of down: over tensor.
+    # A of q is sharded over fsdp, A of down over tensor.
     for path, parts in (
         ("layers.0.attention.q.lora_a", 2),
         ("layers.0.mlp.down.lora_a", 2),
@@ -291,30 +297,26 @@ def test_a_run_goes_on_on_another_mesh(straight, tmp_path):
     ):
         array = outcome.state.trainable[path]
         moment = moments(outcome.state).mu[path]
-        for one in (array, moment):
-            assert len(one.sharding.device_set) == 4
-            assert one.addressable_shards[0].data.size * parts == one.size, path
+        for x in (array, moment):
+            assert len(x.sharding.device_set) == 4
+            assert x.addressable_shards[0].data.size * parts == x.size, path
     assert read_manifest(tmp_path / "run" / "module").kind == "lora"
-    # Four devices saved the last checkpoint; a process with one exports it (A5-14).
+    # Four devices saved the last checkpoint; a process with one device exports it (A5-14).
     alone = exported_alone(tmp_path / "run", tmp_path / "alone")
     assert alone.returncode == 0, alone.stderr
     name = "adapter_model.safetensors"
     assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "run" / "module" / name).read_bytes()
 
 
-def test_the_last_ones_and_the_best_are_kept(world, tmp_path, monkeypatch):
-    """The held-out loss is lowest after step 2 by force: its checkpoint outlives later ones, and is what best means. What is
-    not finite is never the best one, nor in a checkpoint.
-    """
-    import pshare_jax.training.trainer as trainer_module
-
-    told = iter([float("nan"), 1.0, 2.0, float("nan"), float("inf")])
-    evaluated = trainer_module.Trainer._evaluated
+def test_the_best_checkpoint_is_kept(base_and_data, tmp_path, monkeypatch):
+    """With the lowest held-out loss set at step 2, its checkpoint is kept. A loss that is not finite is never the best."""
+    losses = iter([float("nan"), 1.0, 2.0, float("nan"), float("inf")])
+    evaluated = trainer_module.Trainer._evaluate
     monkeypatch.setattr(
-        trainer_module.Trainer, "_evaluated", lambda self: {**(evaluated(self) or {}), "eval_loss": next(told)}
+        trainer_module.Trainer, "_evaluate", lambda self: {**(evaluated(self) or {}), "eval_loss": next(losses)}
     )
     config = run_config(
-        world,
+        base_and_data,
         tmp_path / "run",
         steps=5,
         accumulation=1,
@@ -328,11 +330,11 @@ def test_the_last_ones_and_the_best_are_kept(world, tmp_path, monkeypatch):
         assert checkpoints.progress(5).eval_loss is None
 
 
-def test_folders_and_configs_that_do_not_go_together(straight, tmp_path):
+def test_a_folder_with_another_run_is_refused(straight, tmp_path):
     config = straight[0]
-    with pytest.raises(PshareError, match="already holds a run; go on with --resume"):
+    with pytest.raises(PshareError, match=r"--resume"):
         train(config)
-    with pytest.raises(PshareError, match=r"started with another optimizer\.learning_rate;"):
+    with pytest.raises(PshareError, match=r" optimizer\.learning_rate;"):
         train(replace(config, optimizer=replace(config.optimizer, learning_rate=1.0)), resume=True)
     shutil.copytree(config.output, tmp_path / "run")
     config = replace(config, output=str(tmp_path / "run"))
@@ -341,12 +343,12 @@ def test_folders_and_configs_that_do_not_go_together(straight, tmp_path):
     other.write_text(Path(config.data.sources[0].path).read_text() + json.dumps(content) + "\n")
     saved = (tmp_path / "run" / "config.yaml").read_text().replace(config.data.sources[0].path, str(other))
     (tmp_path / "run" / "config.yaml").write_text(saved)
-    with pytest.raises(PshareError, match="its samples are not the same"):
+    with pytest.raises(PshareError, match="samples"):
         train(replace(load_settings(TrainConfig, tmp_path / "run" / "config.yaml"), output=config.output), resume=True)
 
 
-def test_a_run_that_fails_early_leaves_its_folder_free(world, tmp_path):
-    config = run_config(world, tmp_path / "run")
+def test_an_early_failure_leaves_the_folder_unused(base_and_data, tmp_path):
+    config = run_config(base_and_data, tmp_path / "run")
     broken = replace(config, data=DataConfig([replace(config.data.sources[0], path=str(tmp_path / "none.jsonl"))]))
     with pytest.raises(PshareError, match=r"evaluation|none\.jsonl"):
         train(replace(broken, evaluation=EvaluationConfig()))
@@ -356,44 +358,73 @@ def test_a_run_that_fails_early_leaves_its_folder_free(world, tmp_path):
 
 def test_one_process_at_a_time(straight):
     config, _, lines = straight
-    with held(RunFolder(Path(config.output))), pytest.raises(PshareError, match="Another process trains in"):
+    with locked(RunFolder(Path(config.output))), pytest.raises(PshareError, match="Another process"):
         train(config, resume=True)
     assert metrics(config.output) == lines
 
 
-def test_on_a_cpu_a_program_waits_for_its_arguments(world, tmp_path, monkeypatch):
-    """XLA takes a program's temporaries there when it is dispatched, so two on their way would have theirs at once."""
-    waited, given = [], []
+def test_on_a_cpu_a_program_waits_for_its_arguments(base_and_data, tmp_path, monkeypatch):
+    """There XLA allocates temporaries at dispatch, so two dispatched programs would hold theirs at once."""
+    waited, ready = [], []
     wait, make_steps = jax.block_until_ready, trainer_module.train_steps
 
     def recorded(values):
         waited.extend(jax.tree.leaves(values))
         return wait(values)
 
-    def told(program):
+    def checked(program):
         def call(*values):
             known = set(map(id, waited))
-            given.append(all(id(leaf) in known for leaf in jax.tree.leaves(values[:2])))
+            ready.append(all(id(leaf) in known for leaf in jax.tree.leaves(values[:2])))
             return program(*values)
 
         return call
 
-    def told_steps(*arguments):
+    def checked_steps(*arguments):
         steps = make_steps(*arguments)
-        return replace(steps, accumulate=told(steps.accumulate), apply=told(steps.apply))
+        return replace(steps, accumulate=checked(steps.accumulate), apply=checked(steps.apply))
 
     monkeypatch.setattr(jax, "block_until_ready", recorded)
-    monkeypatch.setattr(trainer_module, "train_steps", told_steps)
-    train(run_config(world, tmp_path / "run", steps=2, evaluation=EvaluationConfig()))
+    monkeypatch.setattr(trainer_module, "train_steps", checked_steps)
+    train(run_config(base_and_data, tmp_path / "run", steps=2, evaluation=EvaluationConfig()))
     # Two batches and an update, twice.
-    assert given == [True] * 6
+    assert ready == [True] * 6
 
 
 @pytest.mark.parametrize(
     ("steps", "batches", "accumulation", "expected"),
     [(None, 5, 2, 3), (2, 5, 2, 2), (9, 5, 1, 5), (7, None, 4, 7), (None, 4, 4, 1)],
 )
-def test_how_many_steps_a_run_has(world, tmp_path, steps, batches, accumulation, expected):
-    config = run_config(world, tmp_path, steps=steps, accumulation=accumulation)
+def test_the_number_of_steps(base_and_data, tmp_path, steps, batches, accumulation, expected):
+    config = run_config(base_and_data, tmp_path, steps=steps, accumulation=accumulation)
     assert num_steps(config, batches) == expected
     assert num_steps(replace(config, steps=None), 3, done=7) == 7 + -(-3 // accumulation)
+
+
+@pytest.mark.parametrize("form", ["chat", "text"])
+def test_tokens_without_an_embedding_are_counted(tmp_path, form):
+    """For an added token without a row in the embedding XLA would read the last row."""
+    size = Tokenizer.from_folder(tiny_folder("llama", tmp_path / "other", num_hidden_layers=1)).vocab_size
+    base = tiny_folder("llama", tmp_path / "base", num_hidden_layers=1, vocab_size=size)
+    content = json.loads((base / "tokenizer.json").read_text())
+    new = {"id": size, "content": "<new>", "special": False}
+    new |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    edit_json(base / "tokenizer.json", added_tokens=[*content["added_tokens"], new])
+    answers = ["good", "a <new> one", "good again"]
+    lines = [
+        {"prompt": "q", "completion": text} if form == "text" else {"messages": chat("q", text)} for text in answers
+    ]
+    config = DataConfig([SourceConfig(write_jsonl(tmp_path / "a.jsonl", lines))], format=form)
+    tok = Tokenizer.from_folder(base)
+    found = prepare(config, tok, tok.eos_ids, vocab_size=size)
+    assert [sample.line for sample in found.train.store] == [1, 3]
+    (reason,) = found.report.sources[0].dropped.values()
+    assert reason.lines == [2]
+    assert all(fact in reason.detail for fact in (str(size), "'<new>'", f"0 to {size - 1}"))
+    assert len(prepare(config, tok, tok.eos_ids, vocab_size=size + 1).train) == 3
+    # Runs and evaluations pass the vocabulary size.
+    with open_task(str(tmp_path / "a.jsonl"), load(base)) as task:
+        assert [item.expected for item in task.items] == [answers[0], answers[2]]
+    only = DataConfig([SourceConfig(write_jsonl(tmp_path / "b.jsonl", lines[1:2]))], format=form)
+    with pytest.raises(PshareError, match=r"1 records .*<new>"):
+        train(TrainConfig(str(base), only, str(tmp_path / "run")))

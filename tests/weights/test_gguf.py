@@ -1,4 +1,4 @@
-"""GGUF files read back as the Hugging Face models they were written from."""
+"""GGUF files are read as the Hugging Face models that they were written from."""
 
 import json
 
@@ -18,7 +18,7 @@ MODELS = ["llama", "llama-biases", "qwen3", "gemma3"]
 
 
 def rebuilt(checkpoint):
-    """A transformers model made of nothing but the checkpoint's config and tensors."""
+    """A transformers model of the checkpoint's config and tensors."""
     config = AutoConfig.for_model(**dict(checkpoint.config))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     state = {name: torch.from_numpy(checkpoint.read(name).astype(np.float32)) for name in checkpoint.names()}
@@ -29,7 +29,7 @@ def rebuilt(checkpoint):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_tensors_come_back(name, tiny_model, write_tiny):
+def test_tensors_round_trip(name, tiny_model, write_tiny):
     checkpoint = GGUFFile(write_tiny(name))
     state = tiny_model(name).state_dict()
     if checkpoint.config["tie_word_embeddings"]:
@@ -38,7 +38,7 @@ def test_tensors_come_back(name, tiny_model, write_tiny):
     for key, value in state.items():
         read = checkpoint.read(key)
         assert checkpoint.shape(key) == read.shape == tuple(value.shape)
-        # 1 added and taken off again costs the last bits of Gemma's norms.
+        # Adding and subtracting 1 rounds the last bits of Gemma's norms.
         plus_one = name == "gemma3" and key.endswith("norm.weight")
         np.testing.assert_allclose(read, value.numpy(), rtol=0, atol=1e-6 if plus_one else 0, err_msg=key)
 
@@ -63,7 +63,7 @@ def test_config_fields_equal_the_original(name, tiny_model, write_tiny):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_layers_read_the_same_config_from_gguf_and_folder(name, tiny_model, write_tiny):
-    """Otherwise the base fingerprint would depend on the file format."""
+    """The base fingerprint does not depend on the file format."""
     original = json.loads(json.dumps(tiny_model(name).config.to_dict()))
     ours = ModelConfig.from_hf(GGUFFile(write_tiny(name)).config)
     assert ours.layer_fields() == ModelConfig.from_hf(original).layer_fields()
@@ -101,7 +101,7 @@ def test_tokenizer_gets_plain_values(write_tiny, monkeypatch):
     }
 
 
-def test_half_precision_stays_but_gemma_norms_are_float32(write_tiny, write_gguf, tiny_model):
+def test_half_precision_stays_as_stored(write_tiny, write_embedding):
     from gguf import GGMLQuantizationType
 
     path = write_tiny("llama", tensors={"blk.0.attn_v.weight": np.full((16, 32), 0.5, np.float16)})
@@ -109,21 +109,12 @@ def test_half_precision_stays_but_gemma_norms_are_float32(write_tiny, write_gguf
     assert GGUFFile(path).read("model.layers.1.self_attn.v_proj.weight").dtype == np.float32
 
     values = np.linspace(-2, 2, 64 * 32).reshape(64, 32).astype(ml_dtypes.bfloat16)
-    metadata = {
-        "llama.block_count": 1,
-        "llama.context_length": 8,
-        "llama.embedding_length": 32,
-        "llama.feed_forward_length": 8,
-        "llama.attention.head_count": 4,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-        "llama.rope.freq_base": 1e4,
-    }
-    path = write_gguf("llama", metadata, {}, {"token_embd.weight": (values.view(np.uint8), GGMLQuantizationType.BF16)})
+    path = write_embedding(values.view(np.uint8), GGMLQuantizationType.BF16)
     checkpoint = GGUFFile(path)
     read = checkpoint.read("model.embed_tokens.weight")
     assert read.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(read, values)
-    # Absent means: as many key/value heads as heads, and a head of width / heads.
+    # Defaults: as many key/value heads as heads, and a head size of embedding / heads.
     assert (checkpoint.config["num_key_value_heads"], checkpoint.config["head_dim"]) == (4, 8)
 
 
@@ -155,7 +146,7 @@ def test_gemma_without_the_newer_keys_uses_the_fixed_pattern(write_tiny):
 
 
 def test_gemma_attention_scale(write_tiny):
-    """llama.cpp tells 27B by its 62 layers: that size alone scales by width / heads."""
+    """llama.cpp recognises 27B by its 62 layers; only that size scales by embedding / heads."""
     keys = {"gemma3.attention.sliding_window_pattern": None}
     assert GGUFFile(write_tiny("gemma3", keys)).config["query_pre_attn_scalar"] == 12
     assert GGUFFile(write_tiny("gemma3", keys | {"gemma3.block_count": 62})).config["query_pre_attn_scalar"] == 8
@@ -187,7 +178,7 @@ def test_rope_scaling(keys, scaling, write_tiny):
 
 
 def llama3_divisors(head_dim, theta, factor, original, low=1.0, high=4.0):
-    """What transformers' llama3 rope divides each frequency by, in float32 as the converter stores it."""
+    """The frequency divisors of transformers' llama3 rope, in float32 as the converter stores them."""
     from transformers import LlamaConfig
 
     rope = {
@@ -207,7 +198,7 @@ def llama3_divisors(head_dim, theta, factor, original, low=1.0, high=4.0):
     ("head_dim", "theta", "factor", "original"),
     [(128, 500000.0, 8.0, 8192), (64, 500000.0, 32.0, 8192), (8, 12345.0, 8.0, 32), (64, 10000.0, 4.0, 4096)],
 )
-def test_llama3_scaling_is_found_again(head_dim, theta, factor, original, tmp_path):
+def test_llama3_scaling_is_recovered_from_its_divisors(head_dim, theta, factor, original, tmp_path):
     divisors = llama3_divisors(head_dim, theta, factor, original)
     assert llama3_scaling(tmp_path, divisors, theta, int(original * factor)) == {
         "rope_type": "llama3",

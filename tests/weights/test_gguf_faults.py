@@ -1,4 +1,4 @@
-"""Damaged, foreign and unsupported GGUF files: one sentence each."""
+"""Damaged, foreign and unsupported GGUF files: the error names the fault."""
 
 import contextlib
 
@@ -47,13 +47,13 @@ def test_missing_key_is_named(key, name, write_tiny):
         ("llama", "attention.head_count_kv", [2, 2, 1]),
     ],
 )
-def test_keys_that_cannot_be_followed_are_named(name, key, value, write_tiny):
+def test_error_names_an_unsupported_key(name, key, value, write_tiny):
     with pytest.raises(PshareError, match=rf"{name}\.{key}"):
         GGUFFile(write_tiny(name, {f"{name}.{key}": value}))
 
 
 def test_unknown_architecture(write_gguf):
-    with pytest.raises(PshareError, match="'mamba'; only llama, qwen3, gemma3"):
+    with pytest.raises(PshareError, match="llama, qwen3, gemma3, not 'mamba'"):
         GGUFFile(write_gguf("mamba", {}, {}))
 
 
@@ -68,12 +68,12 @@ def test_all_unsupported_types_are_named(write_gguf):
         "output.weight": (np.zeros((2, 176), np.uint8), gguf.GGMLQuantizationType.Q5_K),
         "output_norm.weight": (np.zeros((1, 34), np.uint8), gguf.GGMLQuantizationType.Q8_0),
     }
-    with pytest.raises(PshareError, match=r"type Q2_K, Q5_K; only F32, .* Q6_K are read"):
+    with pytest.raises(PshareError, match=r"Q2_K, Q5_K.* F32, .* Q6_K"):
         GGUFFile(write_gguf("llama", {}, {}, raw))
 
 
 def test_unknown_tensors_are_named(write_tiny):
-    with pytest.raises(PshareError, match=r"2 tensors .*blk\.0\.ssm_a\.weight, v\.patch\.weight"):
+    with pytest.raises(PshareError, match=r"2 .*blk\.0\.ssm_a\.weight, v\.patch\.weight"):
         GGUFFile(
             write_tiny(
                 "llama",
@@ -88,12 +88,12 @@ def test_vocabulary_only(write_tiny):
 
 
 def test_unknown_name_in_read(write_tiny):
-    with pytest.raises(PshareError, match="no tensor nonsense"):
+    with pytest.raises(PshareError, match="nonsense"):
         GGUFFile(write_tiny("llama")).read("nonsense")
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(PshareError, match="no file"):
+    with pytest.raises(PshareError, match="absent"):
         GGUFFile(tmp_path / "absent.gguf")
 
 
@@ -124,7 +124,7 @@ def test_cut_short(kept, write_tiny):
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damage_never_ends_in_a_traceback(data, write_tiny, tmp_path):
-    """Bytes of the head overwritten at random: the file opens, or is refused with the one exception type."""
+    """With random bytes in its header a file opens or raises PshareError."""
     whole = tmp_path / "whole.bin"
     if not whole.exists():
         write_tiny("llama").rename(whole)

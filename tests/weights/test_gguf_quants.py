@@ -1,4 +1,4 @@
-"""Quantised GGUF tensors against a decoder written here, block by block, from the format's description."""
+"""Quantised GGUF tensors equal the results of decoders written here from the format's description."""
 
 import gguf
 import numpy as np
@@ -8,23 +8,13 @@ from pshare_jax.weights.gguf import GGUFFile
 
 pytestmark = pytest.mark.host
 
-METADATA = {
-    "llama.block_count": 1,
-    "llama.context_length": 8,
-    "llama.embedding_length": 512,
-    "llama.feed_forward_length": 8,
-    "llama.attention.head_count": 4,
-    "llama.attention.layer_norm_rms_epsilon": 1e-5,
-    "llama.rope.freq_base": 1e4,
-}
-
 
 def half(block, at):
     return float(np.frombuffer(bytes(block[at : at + 2]), np.float16)[0])
 
 
 def nibbles(packed):
-    """Low halves of all bytes, then high halves."""
+    """The low halves of all bytes, then the high halves."""
     return [byte & 15 for byte in packed] + [byte >> 4 for byte in packed]
 
 
@@ -84,7 +74,7 @@ DECODERS = {
 
 
 def random_rows(kind, rows, rng):
-    """Random blocks whose half-precision numbers (at the given bytes of a block) are finite and varied."""
+    """Random blocks with finite half-precision numbers."""
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = rng.integers(0, 256, (rows * 512 // block_size, block_bytes), dtype=np.uint8)
     for at in DECODERS[kind.name][1]:
@@ -94,25 +84,24 @@ def random_rows(kind, rows, rng):
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_random_blocks(name, write_gguf, monkeypatch):
+def test_random_blocks_are_decoded(name, write_embedding, monkeypatch):
     kind = gguf.GGMLQuantizationType[name]
     blocks = random_rows(kind, 5, np.random.default_rng(0))
-    path = write_gguf("llama", METADATA, {}, {"token_embd.weight": (blocks.reshape(5, -1), kind)})
+    path = write_embedding(blocks.reshape(5, -1), kind)
     expected = np.concatenate([DECODERS[name][0]([int(b) for b in block]) for block in blocks]).reshape(5, 512)
-    monkeypatch.setattr(
-        "pshare_jax.weights.gguf._CHUNK_BYTES", 2 * 512 * 4
-    )  # two rows at a time, so also a last single one
+    # Two rows at a time, so that the last is read alone.
+    monkeypatch.setattr("pshare_jax.weights.gguf._CHUNK_BYTES", 2 * 512 * 4)
     read = GGUFFile(path).read("model.embed_tokens.weight")
     assert read.dtype == np.float32
     np.testing.assert_allclose(read, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "error"), [("Q4_0", 0.3), ("Q4_1", 0.3), ("Q5_0", 0.16), ("Q8_0", 0.02)])
-def test_quantised_by_the_package(name, error, write_gguf):
+def test_quantised_by_the_package(name, error, write_embedding):
     values = np.random.default_rng(0).standard_normal((7, 512)).astype(np.float32)
     kind = gguf.GGMLQuantizationType[name]
     packed = gguf.quants.quantize(values, kind)
-    path = write_gguf("llama", METADATA, {}, {"token_embd.weight": (packed, kind)})
+    path = write_embedding(packed, kind)
     checkpoint = GGUFFile(path)
     assert checkpoint.shape("model.embed_tokens.weight") == (7, 512)
     assert checkpoint.config["vocab_size"] == 7

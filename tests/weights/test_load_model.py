@@ -1,10 +1,9 @@
-"""`load`: what the parameters are afterwards, tied heads as transformers takes them, end sets, refusals (A4-01, 02, 11, 15)."""
+"""`load`: parameters, tied heads as in transformers, end tokens, errors (A4-01, 02, 11, 15)."""
 
 import json
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -51,11 +50,11 @@ def test_tied_file_with_an_equal_head(tmp_path):
 
 
 def test_tied_file_with_another_head(tmp_path):
-    """A tuned head wins over the config, as in transformers, and is told."""
+    """A different head takes precedence over the config, as in transformers, with a warning."""
     folder = tiny_folder("llama", tmp_path, **SMALL)
     plain = ps.load(folder)
     edit_tensors(folder, lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"] + 0.1}))
-    with pytest.warns(UserWarning, match=r"says tied embeddings, but lm_head\.weight differs"):
+    with pytest.warns(UserWarning, match=r"lm_head\.weight differs"):
         model = ps.load(folder)
     assert not model.config.tied
     assert model.fingerprint != plain.fingerprint
@@ -66,7 +65,7 @@ def test_tied_file_with_another_head(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["model.", "language_model.model.", "model.language_model."])
 def test_multimodal_gemma(prefix, tmp_path):
-    """A4-15: three prefixes, text_config nested, vision tensors beside."""
+    """A4-15: three prefixes, a nested text_config, vision tensors."""
     layers = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "std": 0.1}
     folder = tiny_folder("gemma3", tmp_path, **layers)
     plain = ps.load(folder)
@@ -90,33 +89,8 @@ def test_multimodal_gemma(prefix, tmp_path):
     np.testing.assert_array_equal(model.logits(TOKENS), plain.logits(TOKENS))
 
 
-def test_rotary_buffers_are_left_out(tmp_path):
-    folder = tiny_folder("llama", tmp_path, **SMALL)
-    edit_tensors(folder, lambda x: x.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
-    ps.load(folder)
-
-
-def test_faults_name_the_folder_and_all_tensors(tmp_path):
-    folder = tiny_folder("llama", tmp_path, **SMALL)
-
-    def break_it(tensors):
-        tensors["model.layers.0.mlp.gate.weight"] = tensors.pop("model.layers.0.mlp.gate_proj.weight")
-        tensors["model.norm.weight"] = torch.ones(65)
-
-    edit_tensors(folder, break_it)
-    with pytest.raises(PshareError) as caught:
-        ps.load(folder)
-    for part in (
-        str(folder),
-        "gate_proj.weight is missing",
-        "mlp.gate.weight belongs to no",
-        "norm.weight has shape [65]",
-    ):
-        assert part in str(caught.value)
-
-
 @pytest.mark.parametrize(("dtype", "stored"), [("float32", ml_dtypes.bfloat16), ("bfloat16", np.float32)])
-def test_run_dtype_is_what_was_asked_for(dtype, stored, tmp_path):
+def test_run_dtype(dtype, stored, tmp_path):
     folder = tiny_folder("qwen3", tmp_path / "model", num_hidden_layers=1, dtype=stored)
     model = ps.load(folder, dtype=dtype)
     assert {array.dtype for array in model.params.values()} == {jnp.dtype(dtype)}
@@ -152,35 +126,33 @@ def test_end_set_is_a_union(tmp_path):
     assert ps.load(folder).stop_ids == tokenizer_eos
 
 
-def test_refusals(tmp_path):
+def test_errors(tmp_path):
     folder = tiny_folder("llama", tmp_path, **SMALL)
     for call, part in (
-        (lambda: ps.load(folder, dtype="float64"), "dtype 'float64' is not one of float32, bfloat16"),
-        (lambda: ps.load(folder, mesh=ps.make_mesh([0, 1, 2], 3)), "tp 3 does not divide the model's 4 query heads"),
+        (lambda: ps.load(folder, dtype="float64"), "float32, bfloat16, not 'float64'"),
+        (lambda: ps.load(folder, mesh=ps.make_mesh([0, 1, 2])), "tp 3 does not divide the model's 4 query heads"),
         (lambda: ps.load(tmp_path / "nowhere"), "nowhere"),
     ):
-        with pytest.raises(PshareError) as caught:
+        with pytest.raises(PshareError, match=part):
             call()
-        assert part in str(caught.value)
-        assert "\n" not in str(caught.value)
     edit_json(folder / "config.json", architectures=["MambaForCausalLM"])
-    with pytest.raises(PshareError, match="unknown architecture"):
+    with pytest.raises(PshareError, match="MambaForCausalLM"):
         ps.load(folder)
 
 
 @pytest.mark.parametrize(
     ("tokens", "part"),
     [
-        ([1, 2, 3], r"\[batch, length\], but their shape is \[3\]"),
-        ([[1, 320]], "token ids must be 0 to 319"),
-        ([[-1, 3]], "token ids must be 0 to 319"),
-        ([[1 << 40]], "token ids must be 0 to 319"),
-        ([[1.5, 2.0]], "whole numbers"),
+        ([1, 2, 3], r"\[batch, length\], not \[3\]"),
+        ([[1, 320]], "0 to 319"),
+        ([[-1, 3]], "0 to 319"),
+        ([[1 << 40]], "0 to 319"),
+        ([[1.5, 2.0]], "integers"),
         ([[1, 2], [3]], r"\[batch, length\]"),
-        ([["a"]], "whole numbers"),
+        ([["a"]], "integers"),
     ],
 )
-def test_bad_tokens(tokens, part, tiny_folders):
+def test_tokens_of_wrong_shape_or_range(tokens, part, tiny_folders):
     model = ps.load(tiny_folders["llama"])
     with pytest.raises(PshareError, match=part):
         model.logits(tokens)
@@ -192,7 +164,7 @@ import pshare_jax as ps
 from pshare_jax.model.architecture import nbytes
 
 def memory(kind):
-    # ru_maxrss will not do: a new process inherits its parent's peak.
+    # Not ru_maxrss: a new process inherits its parent's peak.
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(kind))
 
 tiny, big = sys.argv[1:]
@@ -205,7 +177,7 @@ print((memory("VmHWM") - before) / nbytes(model.params), nbytes(model.params))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_memory_of_a_large_model(tmp_path, tiny_folders):
-    """Peak RSS grows by at most 1.3 times the parameters' size: one tensor at a time beside them, and nothing kept."""
+    """Peak RSS grows by at most 1.3 times the parameters' size: one tensor at a time is beside them."""
     folder = tmp_path / "big"
     big_folder(folder, tiny_folders["llama"])
     command = [sys.executable, "-c", LOAD_AND_MEASURE, str(tiny_folders["llama"]), str(folder)]
@@ -234,14 +206,8 @@ def big_folder(folder: Path, tiny: Path) -> None:
     write_safetensors(folder, ((file_name(entry), draw.random(entry.shape, np.float32)) for entry in entries))
 
 
-def test_nothing_warns(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ps.load(tiny_folder("gemma3", tmp_path, num_hidden_layers=1))
-
-
 @pytest.mark.parametrize("eos", ["2", "</s>", True, -1, [None], [2.0], {"a": 1}, [[2]]])
-def test_end_ids_that_are_none_are_refused(tmp_path, eos):
+def test_end_ids_must_be_token_ids(tmp_path, eos):
     folder = tiny_folder("llama", tmp_path, **SMALL)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     with pytest.raises(PshareError, match="eos_token_id"):

@@ -1,4 +1,4 @@
-"""Hugging Face folders: read strictly, written so that transformers loads them."""
+"""Hugging Face folders: read strictly, written so that transformers can load them."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def single(tmp_path):
 
 @pytest.fixture
 def sharded(tmp_path):
-    """Tensors a, b and c in a shard each, with an index."""
+    """Tensors a, b and c, each in its own shard, with an index."""
     for shard, name in zip(SHARDS, "abc", strict=True):
         save_file({name: tensors()[name]}, tmp_path / shard)
     write_index(tmp_path, dict(zip("abc", SHARDS, strict=True)))
@@ -77,14 +77,14 @@ def test_single_file(single):
 
 def test_sharded(sharded):
     (sharded / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
-    (sharded / "adapter_model.safetensors").write_bytes(b"another kind of file is left alone")
+    (sharded / "adapter_model.safetensors").write_bytes(b"another kind of file is ignored")
     checkpoint = SafetensorsFolder(str(sharded))
     assert checkpoint.generation_config == {"eos_token_id": [1, 2]}
     assert_holds(checkpoint, {name: tensors()[name] for name in "abc"})
 
 
 def test_folder_missing(tmp_path):
-    assert "no model folder" in faults(tmp_path / "absent")
+    assert str(tmp_path / "absent") in faults(tmp_path / "absent")
 
 
 def test_empty_folder_lists_both_faults(tmp_path):
@@ -93,28 +93,26 @@ def test_empty_folder_lists_both_faults(tmp_path):
     assert SINGLE_FILE in message
 
 
-@pytest.mark.parametrize(
-    ("text", "told"), [("{", "not valid JSON"), ("[1]", "a JSON list, not an object"), ('"x"', "a JSON str")]
-)
+@pytest.mark.parametrize(("text", "named"), [("{", "not valid JSON"), ("[1]", "not a list"), ('"x"', "not a str")])
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_bad_json(file, text, told, single):
+def test_bad_json(file, text, named, single):
     (single / file).write_text(text)
     message = faults(single)
     assert file in message
-    assert told in message
+    assert named in message
 
 
 def test_pickled_weights_only(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
-    message = faults(tmp_path)
-    assert "pytorch_model.bin" in message
-    assert "convert them to safetensors" in message
+    assert "pytorch_model.bin" in faults(tmp_path)
 
 
 def test_shard_without_index(sharded):
     (sharded / INDEX_FILE).unlink()
-    assert f"{SHARDS[0]} but no {INDEX_FILE}" in faults(sharded)
+    message = faults(sharded)
+    assert SHARDS[0] in message
+    assert INDEX_FILE in message
 
 
 @pytest.mark.parametrize(
@@ -125,20 +123,20 @@ def test_bad_index(text, sharded):
     assert INDEX_FILE in faults(sharded)
 
 
-def test_every_fault_of_the_shards_in_one_message(sharded):
+def test_one_error_lists_all_faults_of_the_shards(sharded):
     save_file({"b": tensors()["b"], "a": tensors()["a"], "stray": tensors()["c"]}, sharded / SHARDS[1])
     (sharded / SHARDS[2]).unlink()
     save_file({"z": tensors()["a"]}, sharded / "model-00009-of-00009.safetensors")
     write_index(sharded, {"a": SHARDS[0], "gone": SHARDS[0], "b": SHARDS[1], "c": SHARDS[2]})
     message = faults(sharded)
-    for told in (
+    for fault in (
         f"tensor a is in {SHARDS[0]} and in {SHARDS[1]}",
-        f"{SHARDS[1]} holds tensor stray, which {INDEX_FILE} does not name",
-        f"places tensor gone in {SHARDS[0]}, which lacks it",
+        f"{SHARDS[1]} has tensor stray",
+        f"names tensor gone in {SHARDS[0]}",
         f"names the shard {SHARDS[2]}, which is missing",
         "does not name the file model-00009-of-00009.safetensors",
     ):
-        assert told in message
+        assert fault in message
     assert message.count(";") == 4
 
 
@@ -156,9 +154,7 @@ def test_truncated_file_is_named(kept, single, sharded):
         if name != SINGLE_FILE:
             (folder / SINGLE_FILE).unlink()
             write_index(folder, dict(zip("abc", SHARDS, strict=True)))
-        message = faults(folder)
-        assert f"{name} is cut short or damaged" in message
-        assert "\n" not in message
+        assert f"{name} is cut short or damaged" in faults(folder)
 
 
 @settings(max_examples=60, deadline=None)
@@ -183,7 +179,7 @@ def test_damage_never_ends_in_a_traceback(at, patch, tmp_path_factory):
 def test_file_cut_after_opening(single):
     checkpoint = SafetensorsFolder(single)
     (single / SINGLE_FILE).write_bytes(b"")
-    with pytest.raises(PshareError, match="cut short"):
+    with pytest.raises(PshareError, match=f"{SINGLE_FILE}.*tensor a"):
         checkpoint.read("a")
 
 
@@ -202,12 +198,12 @@ def test_other_dtypes_are_refused_when_read(value, dtype, single):
     checkpoint = SafetensorsFolder(single)
     assert checkpoint.shape("odd") == (4,)
     np.testing.assert_array_equal(checkpoint.read("fine"), 1)
-    with pytest.raises(PshareError, match=f"odd .* dtype {dtype}; only F32, F16, BF16"):
+    with pytest.raises(PshareError, match=f"odd .* {dtype}.* F32, F16, BF16"):
         checkpoint.read("odd")
 
 
 def test_unknown_name(single):
-    with pytest.raises(PshareError, match="no tensor nonsense"):
+    with pytest.raises(PshareError, match="nonsense"):
         SafetensorsFolder(single).read("nonsense")
 
 
@@ -231,7 +227,7 @@ def test_written_views_are_made_contiguous(tmp_path):
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_written_files_are_for_whom_the_umask_says(mask, tmp_path):
+def test_the_umask_decides_who_reads_written_files(mask, tmp_path):
     before = os.umask(mask)
     try:
         write_safetensors(tmp_path, tensors().items())
@@ -263,14 +259,14 @@ def test_failed_writing_leaves_the_older_files(tmp_path):
         yield "b", np.zeros(2, np.float32)
         yield "a", np.zeros(2, np.float32)
 
-    with pytest.raises(PshareError, match="a was given twice"):
+    with pytest.raises(PshareError, match="tensor a"):
         write_safetensors(tmp_path, failing(), max_shard_bytes=1)
     assert [file.name for file in tmp_path.iterdir()] == [SINGLE_FILE]
     np.testing.assert_array_equal(load_file(tmp_path / SINGLE_FILE)["a"], 1)
 
 
-def test_writing_draws_tensors_lazily(tmp_path):
-    """Before the third tensor is made, the first shard is already on disk and out of memory."""
+def test_writing_consumes_tensors_lazily(tmp_path):
+    """The first shard is on disk and freed before the third tensor is created."""
     on_disk = []
 
     def drawn():

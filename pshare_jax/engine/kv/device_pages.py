@@ -1,6 +1,6 @@
 """The device arrays of one KV pool, and the moves of pages in, out and between pools by buckets of few shapes.
 
-Used by `Pool`; only the thread that owns the pool calls it, except `place`, which touches no array of the pool.
+Only the thread that owns the pool calls it, except `device_put`, which touches no array of the pool.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.shapes import bucket_of
 from pshare_jax.model.config import ModelConfig
-from pshare_jax.model.kv.pages import KVPages, content_shape, empty_pages, place_content
+from pshare_jax.model.kv.pages import KVPages, content_shape, device_put_content, empty_pages
 from pshare_jax.model.paged_steps import page_moves
 from pshare_jax.model.sharding import content_sharding, pages_sharding
 
@@ -42,7 +42,7 @@ class DevicePages:
 
     def device_put(self, content: Any) -> jax.Array:
         """Content of another pool, or from host memory, on its way to this pool's devices (dispatched)."""
-        return place_content(content, self.config, self.mesh)
+        return device_put_content(content, self.config, self.mesh)
 
     def scatter(self, ids: Sequence[int], content: jax.Array) -> None:
         """Writes placed content into pages."""
@@ -67,13 +67,13 @@ class DevicePages:
         return tuple((part, part) for _ in self.config.layers)
 
     def content_spec(self, num_pages: int) -> jax.ShapeDtypeStruct:
-        """Shape and sharding of placed content of so many pages."""
+        """Shape and sharding of the placed content of `num_pages` pages."""
         shape = content_shape(self.config, num_pages, self.page_size)
         return jax.ShapeDtypeStruct(shape, self.dtype, sharding=content_sharding(self.config, self.mesh))
 
     @classmethod
     def of(cls, pool: Pool) -> "DevicePages":
-        """The arrays of a pool that is on devices (tests have others)."""
+        """The arrays of a pool that is on devices (tests have other stores)."""
         assert isinstance(pool.store, cls)
         return pool.store
 

@@ -1,7 +1,7 @@
-"""Names the full pages of a prompt by content: the one key function of every prefix cache and of the router.
+"""Names the full pages of a prompt by content: the one key function of every page manager and of the router.
 
-A key chains over what made the page's KV: whose weights (fingerprint), which tenant (salt), all tokens before and its
-own. Keys are SHA-256 over length-framed bytes, so they are equal in every process. Host code without jax.
+A key chains over what determines the page's KV: the weights (fingerprint), the tenant (salt), all tokens before it and
+its own. Keys are SHA-256 over length-framed bytes, so they are equal in every process.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pshare_jax.share.boundary import shareable_pages
 class PageKey(NamedTuple):
     """One full page: the chained digest, and the bytes that it stands for beyond the previous page's digest.
 
-    A cache finds a page by `digest` and believes it only if `content` is equal too and the page before is the same.
+    A page is found by `digest`, and is a hit only if `content` is equal too and the page before it is the same.
     """
 
     digest: bytes
@@ -55,5 +55,5 @@ def _framed(*parts: bytes) -> bytes:
 
 
 def _utf8(text: str) -> bytes:
-    # JSON may carry half a surrogate pair in a salt; it is as good a salt as any.
+    # JSON may carry half a surrogate pair in a salt, which is a valid salt.
     return text.encode("utf-8", "surrogatepass")

@@ -1,7 +1,7 @@
-"""One KV pool: its books (allocator, prefix cache) and the device arrays behind them. Host-side, imports no jax.
+"""One KV pool: its page manager, and the device arrays behind it.
 
-Books are kept under the engine's lock; the device arrays are touched only by the thread that owns the pool. When a step
-fails, the arrays and everything known about them are replaced by new, empty ones.
+The manager is used under the engine's lock; only the thread that owns the pool touches the arrays, without the lock. When
+a step fails, both are replaced by empty ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,13 +10,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from pshare_jax.engine.kv.allocator import PageAllocator
-from pshare_jax.engine.kv.prefix_cache import CacheStats, PrefixCache
+from pshare_jax.engine.kv.page_manager import CacheStats, PageManager
 
 
 @runtime_checkable
 class PageStore(Protocol):
-    """A pool's device arrays (page_store.py): `num_pages` pages of `page_size` tokens, moved in these numbers."""
+    """A pool's device arrays (device_pages.py): `num_pages` pages of `page_size` tokens, moved in these numbers."""
 
     num_pages: int
     page_size: int
@@ -50,7 +49,7 @@ class PageStore(Protocol):
 class Pool:
     """`num_pages` pages of `page_size` tokens, page 0 included. `generation` counts how often it was rebuilt.
 
-    With `debug`, pages whose content has become nobody's are filled with NaN before they are used again.
+    With `debug`, freed pages are filled with NaN before they are used again.
     """
 
     def __init__(self, name: str, store: PageStore, debug: bool = False):
@@ -59,12 +58,7 @@ class Pool:
         self.generation = 0
         self.cache_stats = CacheStats()
         self._debug = debug
-        self.cache = self._new_cache()
-
-    @property
-    def allocator(self) -> PageAllocator:
-        """The books of the pages."""
-        return self.cache.allocator
+        self.manager = self._new_manager()
 
     @property
     def num_usable(self) -> int:
@@ -73,61 +67,60 @@ class Pool:
 
     @property
     def num_in_state(self) -> dict[str, int]:
-        """The usable pages: used by live requests, cached for prompts to come, or free."""
-        books = self.allocator
-        return {"used": books.num_used, "cached": books.num_cached, "free": books.num_free}
+        """The usable pages: used by live requests, cached for later prompts, or free."""
+        manager = self.manager
+        return {"used": manager.num_used, "cached": manager.num_cached, "free": manager.num_free}
 
     def rebuild(self) -> None:
-        """Forgets everything: the old pages are lost. Called by the owner, under the engine's lock."""
+        """Replaces the manager and the arrays by empty ones. Called by the pool's thread, under the engine's lock."""
         self.generation += 1
-        self.cache = self._new_cache()
+        self.manager = self._new_manager()
         self.store.reset()
 
     def run(self, step: Callable[..., tuple[Any, Any]], params: Any, tokens: np.ndarray, rows: Any) -> Any:
-        """A prefill or decode step over the pool; called by the owner."""
+        """A prefill or decode step over the pool; called by the pool's thread."""
         self._erase_freed()
         return self.store.run(step, params, tokens, rows)
 
     def scatter(self, ids: Sequence[int], content: Any) -> None:
-        """Placed content into pages; called by the owner."""
+        """Writes placed content into pages; called by the pool's thread."""
         self._erase_freed()
         self.store.scatter(ids, content)
 
     def _erase_freed(self) -> None:
         """Before each write, since a page may have been lent again: what is written now must not be erased later."""
         freed = set()
-        # One by one: others may give pages back meanwhile.
+        # Not `clear`: other threads may free pages meanwhile.
         while self._freed:
             freed.add(self._freed.pop())
         if freed:
             self.store.fill(sorted(freed))
 
-    def _new_cache(self) -> PrefixCache:
-        # A list of its own: what is given back to the books of a failed pool says nothing about the new pages.
+    def _new_manager(self) -> PageManager:
+        # A list of its own: what is released to the manager of a failed pool says nothing about the new pages.
         self._freed: list[int] = []
-        on_free = self._freed.extend if self._debug else None
-        return PrefixCache(PageAllocator(self.num_pages, on_free), self.cache_stats)
+        return PageManager(self.num_pages, self._freed.extend if self._debug else None, self.cache_stats)
 
 
 @dataclass(eq=False)
 class PageTable:
-    """A sequence's pages in one pool, in prompt order. `cache` is the pool's at the time, whatever becomes of the pool."""
+    """A sequence's pages in one pool, in prompt order. `manager` lent them, even if the pool has a new manager since."""
 
     pool: Pool
-    cache: PrefixCache
+    manager: PageManager
     pages: list[int]
     num_shared: int
 
     @property
-    def lost(self) -> bool:
-        """Whether the pool was rebuilt since."""
-        return self.cache is not self.pool.cache
+    def stale(self) -> bool:
+        """Whether the pool was rebuilt since, so that the pages' content is lost."""
+        return self.manager is not self.pool.manager
 
     def fits(self, num_tokens: int) -> bool:
         """Whether the pages have room for so many tokens."""
         return num_tokens <= len(self.pages) * self.pool.page_size
 
     def release(self) -> None:
-        """Gives all pages back."""
-        self.cache.allocator.release(self.pages)
+        """Releases all pages."""
+        self.manager.release(self.pages)
         self.pages = []

@@ -1,7 +1,7 @@
 """Dense attention: masked softmax over heads-first keys and values, and the two `attend` functions built on it.
 
-Used by the plain forward pass, the dense prefill/decode steps and the notebook. Heads-first products
-(`[B, K, queries, H] x [B, K, S, H]`) are 3-5x faster on CPU than contracting over interleaved heads.
+The dense steps use it, and paged attention's reference. Heads-first products (`[B, K, queries, H] x [B, K, S, H]`) are
+3-5x faster on CPU than a contraction over interleaved heads.
 """
 
 import functools
@@ -17,14 +17,12 @@ from pshare_jax.model.kv.dense import LayerKV, write
 from pshare_jax.model.layers import soft_cap
 
 QUERY_BLOCK = 128
-"""Queries a block of causal attention: later keys of a block's queries are never multiplied."""
+"""Queries in a block of causal attention; keys after a block's last query are not multiplied."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of keys and values that queries may look at, and which of its S keys each of the T queries sees, in all
-    rows or row by row.
-    """
+    """A range of keys and values, and which of its S keys each of T queries sees, for all rows or for each row."""
 
     k: Float[Array, "B K S H"]
     v: Float[Array, "B K S H"]
@@ -34,7 +32,7 @@ class Segment:
 def attention(
     q: Float[Array, "B T N H"], segments: Sequence[Segment], *, scale: float, softcap: float | None
 ) -> Float[Array, "B T N H"]:
-    """Grouped-query attention to all segments' visible keys under one softmax, in float32; a query sees at least one key."""
+    """Grouped-query attention to all segments' visible keys in one float32 softmax; a query must see a key."""
     B, T, N, H = q.shape
     K = segments[0].k.shape[1]
     grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * T, H)
@@ -45,17 +43,17 @@ def attention(
         visible = segment.visible if segment.visible.ndim == 2 else segment.visible[:, None, None]
         return jnp.where(visible, capped, -jnp.inf)
 
-    # The segments' scores stay apart: joining them and splitting the weights again would copy both.
+    # Concatenating the segments' scores and splitting the weights would copy both.
     all_scores = [scores(segment) for segment in segments]
-    highest = functools.reduce(jnp.maximum, [one.max(axis=-1, keepdims=True) for one in all_scores])
-    weights = [jnp.exp(one - highest) for one in all_scores]
-    total = functools.reduce(jnp.add, [one.sum(axis=-1, keepdims=True) for one in weights])
+    highest = functools.reduce(jnp.maximum, [part.max(axis=-1, keepdims=True) for part in all_scores])
+    weights = [jnp.exp(part - highest) for part in all_scores]
+    total = functools.reduce(jnp.add, [part.sum(axis=-1, keepdims=True) for part in weights])
 
-    def looked_up(weight: Array, segment: Segment) -> Array:
+    def weighted(weight: Array, segment: Segment) -> Array:
         rows = weight.astype(q.dtype).reshape(B, K, N // K * T, -1)
         return jnp.einsum("BKQS,BKSH->BKQH", rows, segment.v, preferred_element_type=jnp.float32)
 
-    parts = [looked_up(weight, segment) for weight, segment in zip(weights, segments, strict=True)]
+    parts = [weighted(weight, segment) for weight, segment in zip(weights, segments, strict=True)]
     out = (functools.reduce(jnp.add, parts) / total.reshape(B, K, -1, 1)).astype(q.dtype)
     return out.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
@@ -63,7 +61,7 @@ def attention(
 def visible_keys(
     query_positions: Int[Array, "T"], key_positions: Int[Array, "S"], window: int | None
 ) -> Bool[Array, "T S"]:
-    """A query sees the keys at or before it, of which the last `window` only, itself included (transformers' meaning)."""
+    """A query sees the last `window` keys up to and including its own position, as in transformers; None means all."""
     distance = query_positions[:, None] - key_positions[None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
@@ -77,7 +75,7 @@ def causal_attention(
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "B T N H"]:
-    """Self-attention of a whole sequence from position 0, by blocks of queries with the keys that they may see."""
+    """Self-attention of a whole sequence from position 0, computed for blocks of queries and their visible keys."""
 
     def block(start: int, end: int) -> Array:
         first = 0 if window is None else max(0, start - window + 1)
@@ -89,14 +87,14 @@ def causal_attention(
 
 
 def in_query_blocks(num_queries: int, block: Callable[[int, int], Array]) -> Float[Array, "B T N H"]:
-    """What `block(start, end)` gives for one block of queries after another, joined."""
+    """The concatenated results of `block(start, end)` for all blocks of queries."""
     starts = range(0, num_queries, QUERY_BLOCK)
     outs = [block(start, min(start + QUERY_BLOCK, num_queries)) for start in starts]
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
 
 
 def fresh_attend(config: ModelConfig) -> Attend:
-    """`attend` for a sequence that starts at position 0: kv goes in empty and comes out as this call's keys and values."""
+    """`attend` for a sequence from position 0: takes an empty kv and returns the call's keys and values."""
 
     def attend(
         layer: int, q: Array | None, k: Array, v: Array, kv: tuple[LayerKV, ...]
@@ -119,10 +117,10 @@ def fresh_attend(config: ModelConfig) -> Attend:
 
 
 def cached_attend(config: ModelConfig, start: Int[Array, ""]) -> Attend:
-    """`attend` for tokens at positions `start`, `start` + 1, ... after a dense KV: reads it, then writes theirs into it.
+    """`attend` for tokens at positions `start`, `start` + 1, ...: reads the dense KV before them, then writes theirs.
 
-    New keys are a segment of their own, and the write comes after the look-up: the other way round, or unordered, XLA
-    copies every layer's whole cache several times a step.
+    New keys are a separate segment, and the write depends on the attention's output; otherwise XLA copies every layer's
+    whole cache several times in a step.
     """
 
     def attend(
@@ -135,7 +133,7 @@ def cached_attend(config: ModelConfig, start: Int[Array, ""]) -> Attend:
     def attend_to(layer: int, q: Array, k: Array, v: Array, old: LayerKV) -> Array:
         window = config.layers[layer].window
         positions, slots = start + jnp.arange(q.shape[1]), jnp.arange(old[0].shape[2])
-        # Slots from `start` on hold padding or nothing yet.
+        # Slots from `start` on hold padding or undefined values.
         cached = Segment(*old, visible_keys(positions, slots, window) & (slots < start))
         new = Segment(k, v, visible_keys(positions, positions, window))
         return attention(q, [cached, new], scale=config.attention_scale, softcap=config.attention_softcap)

@@ -1,7 +1,7 @@
-"""Attention over paged KV: one function for prefill chunks and decode steps, the seam for GPU and TPU kernels.
+"""Attention over paged KV: one function for prefill chunks and decode steps, replaceable by GPU and TPU kernels.
 
-PagedBatch of a batch have page tables and lengths of their own. `blocked` walks the pages in blocks with an online softmax and a
-run-time trip count, so one compilation serves all lengths; `gathered` materialises everything and is the tests' truth.
+Each row has its own page table and lengths. `blocked` processes blocks of pages with an online softmax and a run-time
+trip count, so one compilation serves all lengths; `gathered` materialises all pages and is the tests' reference.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from pshare_jax.model.layers import soft_cap
 from pshare_jax.model.paged_batch import PagedBatch
 
 BLOCK_TOKENS = 256
-"""Cached tokens a step of `blocked` looks at."""
+"""Cached tokens in one block of `blocked`."""
 
 
 def positions_of(batch: PagedBatch, num_tokens: int) -> Int[Array, "B T"]:
@@ -29,7 +29,7 @@ def positions_of(batch: PagedBatch, num_tokens: int) -> Int[Array, "B T"]:
 def _slots(
     batch: PagedBatch, num_tokens: int, page_size: int, independent: Bool[Array, ""] | None
 ) -> Int[Array, "B T"]:
-    """Slots of the new tokens; padding and independent tokens go to page 0."""
+    """Slots of the new tokens; padding and independent tokens are written to page 0."""
     real = jnp.arange(num_tokens) < jnp.asarray(batch.query_lens)[:, None]
     real = real if independent is None else real & ~independent
     positions = jnp.where(real, positions_of(batch, num_tokens), 0)
@@ -39,18 +39,18 @@ def _slots(
 PagedAttention = Callable[
     [Array, Array, Array, LayerPages, PagedBatch, int | None, float, float | None, Array | None], Array
 ]
-"""(q, k, v, pages, batch, window, scale, softcap, independent) -> out: attention to the cached pages and to the new k, v.
+"""(q, k, v, pages, batch, window, scale, softcap, independent) -> out: attention to the cached pages and the new k, v.
 
-With `independent` each new token is by itself: it sees what the pages hold at the positions before its own, and its own k, v.
+With `independent` each new token sees the pages' KV at all earlier positions and its own k, v, but no other new token.
 """
 
 
 def paged_attend(
     config: ModelConfig, batch: PagedBatch, attention_fn: PagedAttention, independent: Bool[Array, ""] | None = None
 ) -> Attend:
-    """`attend` over a pool: looks up through `attention_fn`, then writes the new tokens' keys and values into their slots.
+    """`attend` over a pool: computes `attention_fn`, then writes the new tokens' keys and values into their slots.
 
-    Tokens that are `independent` are not written: the pages hold other KV at their positions, that of the base.
+    `independent` tokens are not written, because the pages hold the base's KV at their positions.
     """
 
     def attend(layer: int, q: Array | None, k: Array, v: Array, kv: KVPages) -> tuple[Array | None, KVPages]:
@@ -78,21 +78,21 @@ def gathered(
     softcap: float | None,
     independent: Bool[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """The plain form, row by row: all pages of the table laid out densely, one softmax."""
+    """The reference: for each row, one softmax over all pages of its table in dense form."""
     lengths, ends = jnp.asarray(batch.context_lens), _stored_ends(batch, independent)
 
-    def one(q: Array, k: Array, v: Array, table: Array, length: Array, end: Array) -> Array:
+    def row(q: Array, k: Array, v: Array, table: Array, length: Array, end: Array) -> Array:
         cached = [part[:, table].reshape(part.shape[0], -1, part.shape[3]) for part in pages]
         positions, slots = length + jnp.arange(q.shape[0]), jnp.arange(cached[0].shape[1])
         stored = slots < end
-        # What lies past the end may be anything, NaN included: zero weights independent would not silence it.
+        # Slots past the end may hold NaN, which a zero weight would not remove.
         cached_k, cached_v = (jnp.where(stored[:, None], part, 0)[None] for part in cached)
         old = Segment(cached_k, cached_v, _visible_old(positions, slots, window, independent) & stored)
         own = _visible_new(positions, window, independent)
         new = Segment(k.swapaxes(0, 1)[None], v.swapaxes(0, 1)[None], own)
         return attention(q[None], [old, new], scale=scale, softcap=softcap)[0]
 
-    return jax.vmap(one)(q, k, v, jnp.asarray(batch.page_table), lengths, ends)
+    return jax.vmap(row)(q, k, v, jnp.asarray(batch.page_table), lengths, ends)
 
 
 def blocked(
@@ -106,7 +106,7 @@ def blocked(
     softcap: float | None,
     independent: Bool[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Online softmax (FlashAttention, arXiv 2205.14135, alg. 1) over blocks of pages, begun with the new tokens."""
+    """Online softmax (FlashAttention, arXiv 2205.14135, alg. 1) over the new tokens, then over blocks of pages."""
     B, T, N, H = q.shape
     K, page_size = k.shape[2], pages[0].shape[2]
     G = N // K
@@ -130,7 +130,7 @@ def blocked(
         )
         return new_highest, total * shrink + weights.sum(-1), out * shrink[..., None] + product
 
-    # A query sees itself, so the highest score is finite from here on.
+    # Every query sees itself, so all later maxima are finite.
     own = jax.vmap(_visible_new, in_axes=(0, None, None))(positions, window, independent)
     start = (
         jnp.full((K, B, G * T), -jnp.inf, jnp.float32),
@@ -141,7 +141,7 @@ def blocked(
     block = min(max(1, BLOCK_TOKENS // page_size), batch.page_table.shape[1])
 
     def step(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        # Past the table's end dynamic_slice would shift the block; the table is padded to whole blocks below.
+        # The table is padded to whole blocks below: at its end dynamic_slice would shift the block.
         ids = jax.lax.dynamic_slice_in_dim(table, index * block, block, axis=1)
         keys, values = (part[:, ids].reshape(K, B, block * page_size, H) for part in pages)
         slots = index * block * page_size + jnp.arange(block * page_size)
@@ -160,18 +160,18 @@ def blocked(
 
 
 def _stored_ends(batch: PagedBatch, independent: Array | None) -> Int[Array, "B"]:
-    """Where the KV ends that the new tokens may look at: tokens that are independent have base KV at their own positions too."""
+    """The end of the KV that new tokens read; for independent tokens it includes the base's KV at their positions."""
     lengths = jnp.asarray(batch.context_lens)
     return lengths if independent is None else lengths + jnp.where(independent, jnp.asarray(batch.query_lens), 0)
 
 
 def _visible_old(positions: Array, slots: Array, window: int | None, independent: Array | None) -> Bool[Array, "T S"]:
-    """Which stored keys each new token may see; at its own position an independent one has a key of its own."""
+    """The stored keys that each new token sees; an independent token uses its own key at its position."""
     visible = visible_keys(positions, slots, window)
     return visible if independent is None else visible & (~independent | (slots[None, :] != positions[:, None]))
 
 
 def _visible_new(positions: Array, window: int | None, independent: Array | None) -> Bool[Array, "T T"]:
-    """Which of the new keys each new token may see."""
+    """The new keys that each new token sees."""
     visible = visible_keys(positions, positions, window)
     return visible if independent is None else visible & (~independent | (positions[None, :] == positions[:, None]))

@@ -1,7 +1,7 @@
-"""The two `attend` functions of training: over packed rows, and of a decode stream on the base's KV of its context.
+"""The two `attend` functions of training: over packed rows, and of a decode stream over the base's KV of its context.
 
-Rows hold several samples one after another, told apart by segments; a turn's decode stream sees the base at positions before
-its first input and its own turn (the two-stream objective, training/trainee.py). Queries go in blocks, so that scores stay small.
+A row holds several samples, distinguished by segments. A turn's decode stream sees the base's KV at positions before
+its first input, and its own turn (the two-stream objective, training/step). Blocks of queries keep the scores small.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from pshare_jax.model.kv.dense import LayerKV
 
 
 def packed_attend(config: ModelConfig, segments: Int[Array, "B T"], *, keep_kv: bool) -> Attend:
-    """`attend` of whole packed rows: causal inside each segment. With `keep_kv` kv comes out as the keys and values."""
+    """`attend` of packed rows, causal within each segment. With `keep_kv` the result's kv is the keys and values."""
 
     def attend(layer: int, q: Array | None, k: Array, v: Array, kv: tuple) -> tuple[Array | None, tuple]:
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -27,10 +27,10 @@ def packed_attend(config: ModelConfig, segments: Int[Array, "B T"], *, keep_kv: 
         window = config.layers[layer].window
 
         def block(start: int, end: int) -> Array:
-            # Inside a segment places are as far apart as positions.
+            # Within a segment, distances of indices equal distances of positions.
             first = 0 if window is None else max(0, start - window + 1)
-            places = visible_keys(jnp.arange(start, end), jnp.arange(first, end), window)
-            visible = places & (segments[:, start:end, None] == segments[:, None, first:end])
+            causal = visible_keys(jnp.arange(start, end), jnp.arange(first, end), window)
+            visible = causal & (segments[:, start:end, None] == segments[:, None, first:end])
             return _attention(config, q[:, start:end], [Segment(k[:, :, first:end], v[:, :, first:end], visible)])
 
         return in_query_blocks(q.shape[1], block)
@@ -39,9 +39,7 @@ def packed_attend(config: ModelConfig, segments: Int[Array, "B T"], *, keep_kv: 
 
 
 class DecodeStream(NamedTuple):
-    """Where the tokens of a decode stream belong: positions, segments, turns (unique in a row, 0: padding) `[B, D]`, and of
-    each the number of leading positions that it sees in the base's KV.
-    """
+    """A decode stream's positions, segments, turns (0: padding) and numbers of visible leading base positions."""
 
     positions: Int[Array, "B D"]
     segments: Int[Array, "B D"]
@@ -50,7 +48,7 @@ class DecodeStream(NamedTuple):
 
 
 class ContextStream(NamedTuple):
-    """Positions and segments of the context tokens `[B, C]`, and the base's keys and values of each layer."""
+    """Positions and segments of the context tokens, and each layer's keys and values from the base."""
 
     positions: Int[Array, "B C"]
     segments: Int[Array, "B C"]
@@ -58,7 +56,7 @@ class ContextStream(NamedTuple):
 
 
 def two_stream_attend(config: ModelConfig, decode: DecodeStream, context: ContextStream) -> Attend:
-    """`attend` of the decode module in training; kv goes through as it is."""
+    """`attend` of the decode module in training; returns kv unchanged."""
 
     def attend(layer: int, q: Array | None, k: Array, v: Array, kv: Any) -> tuple[Array | None, Any]:
         assert q is not None
@@ -87,7 +85,7 @@ def _visible_context(queries: DecodeStream, context: ContextStream, window: int 
 def _visible_turn(
     queries: DecodeStream, decode: DecodeStream, start: int, end: int, window: int | None
 ) -> Bool[Array, "B T S"]:
-    """Its own turn up to itself; so padding sees padding, and every query something."""
+    """Each query sees its own turn up to itself, so that padding, too, sees at least one key."""
     own_turn = queries.turns[:, :, None] == decode.turns[:, None, :end]
     before = jnp.arange(start, end)[:, None] >= jnp.arange(end)
     return own_turn & before & _in_window(queries.positions, decode.positions[:, :end], window)

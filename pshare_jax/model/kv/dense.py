@@ -1,7 +1,7 @@
-"""Dense KV of one batch of sequences: what prefill makes, transfer moves and decode grows. The only file that knows its layout.
+"""Dense KV of one batch of sequences, for the plain loop: prefill computes it, transfer copies it, decode extends it.
 
-Per layer a pair (keys, values) of `[B, kv_heads, capacity, head_dim]`; slot s holds the token at absolute position s.
-Capacities are bucketed so that few shapes are compiled. (The paged pool of the serving engine will stand beside it.)
+Each layer has a pair (keys, values) of `[B, kv_heads, capacity, head_dim]`; slot s holds the token at absolute position
+s. Capacities are bucketed so that few shapes are compiled.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ LayerKV = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
 
 @dataclass(frozen=True)
 class DenseKV:
-    """Keys and values of `length` tokens (equal for all rows) in arrays of `capacity` slots; later slots are undefined."""
+    """Keys and values of `length` tokens in each row, in arrays of `capacity` slots; later slots are undefined."""
 
     layers: tuple[LayerKV, ...]
     length: int
@@ -32,9 +32,8 @@ class DenseKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the `length` tokens' keys and values over all layers (logical: replicas on a mesh count once)."""
-        used = sum(k.nbytes + v.nbytes for k, v in self.layers)
-        return used * self.length // self.capacity
+        """Bytes of the `length` tokens' keys and values in all layers; replicas on a mesh count once."""
+        return sum(k.nbytes + v.nbytes for k, v in self.layers) * self.length // self.capacity
 
     def grown(self, capacity: int) -> "DenseKV":
         """The same KV with room for at least `capacity` tokens."""
@@ -43,15 +42,15 @@ class DenseKV:
         return replace(self, layers=_pad(self.layers, bucket(capacity) - self.capacity))
 
     def copy(self, capacity: int = 0) -> "DenseKV":
-        """The same KV in arrays of its own, with room for at least `capacity` tokens."""
+        """The same KV in new arrays, with room for at least `capacity` tokens."""
         extra = max(0, bucket(max(capacity, self.length)) - self.capacity)
         return replace(self, layers=_pad(self.layers, extra))
 
 
 def bucket(size: int, smallest: int = 16) -> int:
-    """The least of 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, ... that holds `size`.
+    """The smallest of 16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, ... that is at least `size`.
 
-    Powers of two, and from 256 on also what lies half-way between: few shapes to compile, at most a third of it empty.
+    Powers of two, and above 256 also the midpoints: few shapes to compile, long arrays are at most a third empty.
     """
     power = max(smallest, 1 << max(0, size - 1).bit_length())
     half_way = power // 4 * 3
@@ -66,10 +65,10 @@ def write(
     *,
     after: Array | None,
 ) -> LayerKV:
-    """Put T tokens' keys and values at slots `start`.. (the caller makes room: past the end, XLA would shift them).
+    """Write T tokens' keys and values at slots `start`, ...; the caller provides room (XLA would shift the write).
 
-    `after` is a result computed from the old cache, which a donated cache must not be written before. XLA drops
-    optimization barriers before it looks at orders, so the dependency is a real one, on a comparison that is always false.
+    A donated cache must not be written before `after`, a result computed from the old cache. XLA drops optimization
+    barriers before it orders operations, so the new values depend on a comparison with `after` that is always false.
     """
     keys, values = layer
     at = (0, 0, start, 0)
@@ -81,5 +80,5 @@ def write(
 
 @jax.jit(static_argnums=1)
 def _pad(layers: tuple, extra: int) -> tuple:
-    # A copy also where nothing is added: the result may be donated, the argument stays usable.
+    # Always a copy: the result may be donated, and the argument must stay usable.
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) if extra else jnp.copy(x), layers)

@@ -1,7 +1,7 @@
-"""KV in pages: the device arrays that a serving worker's pool owns, and how tokens are written into them and moved out.
+"""Paged KV: the device arrays of a worker's pool, and the functions that write, gather, scatter and transfer pages.
 
-Per layer a pair (keys, values) of `[kv_heads, pages, page_size, head_dim]`, heads first: the faster order on CPU and the one
-that JAX's GPU paged-attention kernel takes. A slot is page * page_size + offset; page 0 takes the padding and is never read.
+Each layer has a pair (keys, values) of `[kv_heads, pages, page_size, head_dim]`: the faster order on CPU, and the order
+of JAX's GPU paged-attention kernel. A slot is page * page_size + offset; page 0 receives padding and is never read.
 """
 
 import jax
@@ -16,9 +16,9 @@ from pshare_jax.model.sharding import content_sharding, pages_sharding
 LayerPages = tuple[Float[Array, "K P page H"], Float[Array, "K P page H"]]
 KVPages = tuple[LayerPages, ...]
 PageContent = Float[Array, "L 2 K n page H"]
-"""What n pages hold, in one array: keys and values of every layer. It is what travels between pools."""
+"""The keys and values of n pages of all layers in one array, for transfers between pools."""
 HostContent = Float[np.ndarray, "L 2 K n page H"]
-"""The same in host memory."""
+"""`PageContent` in host memory."""
 
 
 def empty_pages(config: ModelConfig, num_pages: int, page_size: int, dtype: str, mesh: Mesh) -> KVPages:
@@ -31,13 +31,12 @@ def empty_pages(config: ModelConfig, num_pages: int, page_size: int, dtype: str,
 
 
 def page_bytes(config: ModelConfig, page_size: int, dtype: str) -> int:
-    """Bytes of one page over all layers (logical: replicas on a mesh count once)."""
-    tokens_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
-    return page_size * tokens_bytes
+    """Bytes of one page of all layers; replicas on a mesh count once."""
+    return page_size * 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
 
 
 def slots_of(page_table: Int[Array, "B M"], positions: Int[Array, "B T"], page_size: int) -> Int[Array, "B T"]:
-    """Where the tokens at `positions` of each row live."""
+    """The slots of the tokens at `positions` of each row."""
     return jnp.take_along_axis(page_table, positions // page_size, axis=1) * page_size + positions % page_size
 
 
@@ -49,29 +48,25 @@ def write_slots(
     *,
     after: Array,
 ) -> LayerPages:
-    """Put tokens' keys and values into their slots; several may share page 0, whose content is never read.
-
-    `after` is computed from the old pages; the write depends on it so that donated pages are written in place (see
-    `kv.write`).
-    """
+    """Write tokens' keys and values into their slots. `after` is computed from the old pages (see `dense.write`)."""
     nothing = (after[(0,) * after.ndim] > jnp.inf).astype(k.dtype)
     flat = slots.reshape(-1)
 
-    def put(pages: Array, new: Array) -> Array:
+    def written(pages: Array, new: Array) -> Array:
         K, P, page, H = pages.shape
         heads_first = new.transpose(2, 0, 1, 3).reshape(K, -1, H) + nothing
         return pages.reshape(K, P * page, H).at[:, flat].set(heads_first).reshape(pages.shape)
 
-    return put(layer[0], k), put(layer[1], v)
+    return written(layer[0], k), written(layer[1], v)
 
 
 def gather_pages(pages: KVPages, ids: Int[Array, "n"]) -> PageContent:
-    """The content of the pages `ids` of every layer; padding ids are 0."""
+    """The content of the pages `ids` in all layers; padding ids are 0."""
     return jnp.stack([jnp.stack([part[:, ids] for part in layer]) for layer in pages])
 
 
 def scatter_pages(pages: KVPages, ids: Int[Array, "n"], content: PageContent) -> KVPages:
-    """Put content into the pages `ids`; padding goes to page 0."""
+    """Write content into the pages `ids`; padding ids are 0."""
     return tuple(
         (keys.at[:, ids].set(new[0]), values.at[:, ids].set(new[1]))
         for (keys, values), new in zip(pages, content, strict=True)
@@ -79,17 +74,17 @@ def scatter_pages(pages: KVPages, ids: Int[Array, "n"], content: PageContent) ->
 
 
 def fill_pages(pages: KVPages, ids: Int[Array, "n"], value: Float[Array, ""]) -> KVPages:
-    """Put one number into all of the pages `ids` (debug mode: NaN into freed pages)."""
+    """Overwrite the pages `ids` with one value (debug mode: NaN in freed pages)."""
     return jax.tree.map(lambda part: part.at[:, ids].set(value.astype(part.dtype)), pages)
 
 
-def place_content(content: PageContent | HostContent, config: ModelConfig, mesh: Mesh) -> PageContent:
-    """Content on the pool's mesh in the pool's own sharding, by one `jax.device_put`; always an array of its own."""
+def device_put_content(content: PageContent | HostContent, config: ModelConfig, mesh: Mesh) -> PageContent:
+    """A copy of the content on the pool's mesh in the pool's sharding, made by one `jax.device_put`."""
     return jax.device_put(content, content_sharding(config, mesh), may_alias=False)
 
 
 def content_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[int, ...]:
-    """The shape of `num_pages` pages' content."""
+    """The shape of the content of `num_pages` pages."""
     return (config.num_layers, 2, config.num_kv_heads, num_pages, page_size, config.head_dim)
 
 

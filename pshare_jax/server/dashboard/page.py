@@ -1,7 +1,7 @@
 """The live page at `/` and its data at `/live`.
 
-The page is one document made of the files in page/: it holds no data (so it needs no API key, and asks for it) and
-loads nothing from anywhere, which its Content-Security-Policy enforces.
+The page is one document built from static/. It contains no data (so it needs no API key, and asks for it) and loads no
+other resource, which its Content-Security-Policy enforces.
 """
 
 import base64
@@ -11,13 +11,13 @@ from importlib import resources
 from fastapi import FastAPI, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from pshare_jax.server.dashboard.stats import Live
+from pshare_jax.server.dashboard.stats import DashboardStats
 
 SCRIPTS = ("show.js", "charts.js", "board.js", "chat.js", "main.js")
 
 
-def add_live_page(app: FastAPI, live: Live) -> None:
-    """Adds both to the application."""
+def add_live_page(app: FastAPI, stats: DashboardStats) -> None:
+    """Adds both routes to the application."""
     page, policy = make_page()
     headers = {
         "Content-Security-Policy": policy,
@@ -30,14 +30,14 @@ def add_live_page(app: FastAPI, live: Live) -> None:
     async def live_page() -> Response:
         return HTMLResponse(page, headers=headers)
 
-    # Not async: a snapshot of many requests is made in a thread beside the event loop.
+    # Not async: FastAPI then takes the snapshot in a thread, off the event loop.
     @app.get("/live")
     def live_data() -> Response:
-        return JSONResponse(live.snapshot(), headers={"Cache-Control": "no-store"})
+        return JSONResponse(stats.snapshot(), headers={"Cache-Control": "no-store"})
 
 
 def make_page() -> tuple[str, str]:
-    """The HTML document and its Content-Security-Policy, which allows exactly its style, its script and this server."""
+    """The HTML document and its Content-Security-Policy, which allows only its style, its script and this server."""
     style, script = _read("live.css"), "".join(_read(name) for name in SCRIPTS)
     page = _read("live.html").replace("/* style */", style).replace("/* script */", script)
     policy = (

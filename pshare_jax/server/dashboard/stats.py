@@ -1,7 +1,7 @@
-"""What the live page shows: tasks, sessions, tokens prefilled and reused, KV pages, latency over the last minutes.
+"""The live page's data: tasks, sessions, tokens prefilled and reused, KV pages, latency over the last minutes.
 
-It is told of every request that ends and reads the rest from the engine when asked. It keeps no prompt and no session
-key: a session has a label, a keyed hash of its key that means nothing outside this process. Host-side, imports no jax.
+The engine reports every ended request; the rest is read from the engine at each snapshot. No prompt and no session key is
+kept: a session has a label, a hash of its key under a random key of this process.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ ENDS = (State.FINISHED, State.ABORTED, State.FAILED)
 
 
 class _Record(NamedTuple):
-    """An ended request: when, and the seconds to its first token and, if it was finished, to its end."""
+    """An ended request: its end, the seconds to its first token and, if it finished, to its end."""
 
     ended: float
     task: str
@@ -37,7 +37,7 @@ class _Record(NamedTuple):
 
 @dataclass
 class _Totals:
-    """Of a task's ended requests, since the start. What never got to prefill has no tokens here."""
+    """Totals of a task's ended requests since the start; requests that were never admitted count no tokens."""
 
     ended: Counter[State] = field(default_factory=Counter)
     prompt_tokens: int = 0
@@ -47,7 +47,7 @@ class _Totals:
 
 @dataclass
 class _Session:
-    """Of a session's ended requests; `seen` is when the last of them ended."""
+    """Totals of a session's ended requests; `seen` is the end of the last of them."""
 
     task: str
     seen: float
@@ -64,14 +64,14 @@ class _Request(NamedTuple):
     session: str | None
 
 
-class Live:
-    """Everything since now (the answers of the warm-up, before, are not counted); each choice of a call is a request.
+class DashboardStats:
+    """Statistics since this object was made (after the warm-up); each choice of a call counts as a request.
 
-    `tasks` are the names that are served; they may change while the server runs.
+    All state is under the engine's lock.
     """
 
-    def __init__(self, engine: Engine, tasks: Items[str], base: str):
-        self._engine, self._base, self._tasks = engine, base, tasks
+    def __init__(self, engine: Engine, base: str):
+        self._engine, self._base = engine, base
         self._started = time.monotonic()
         self._label_key = secrets.token_bytes(32)
         self._records: deque[_Record] = deque(maxlen=MAX_RECORDS)
@@ -80,10 +80,10 @@ class Live:
         self._without_session = 0
         with engine.lock:
             self._prefilled_before, self._reused_before = self._prompt_tokens()
-        engine.on_end.append(self.ended)
+        engine.on_end.append(self.record_end)
 
-    def ended(self, sequence: Sequence) -> None:
-        """Notes a request that has just ended; called under the engine's lock."""
+    def record_end(self, sequence: Sequence) -> None:
+        """Records an ended request; called under the engine's lock."""
         now, request = time.monotonic(), sequence.request
         first = None if sequence.first_token is None else sequence.first_token - sequence.came
         whole = now - sequence.came if sequence.state is State.FINISHED else None
@@ -99,27 +99,27 @@ class Live:
         totals.generated_tokens += len(sequence.completion_ids)
 
     def snapshot(self) -> dict[str, Any]:
-        """All of it as JSON values; seconds are durations, "seconds_ago" is counted from now."""
-        # Only copies are made under the lock: sorting 10,000 records must not hold up a step.
+        """All statistics as JSON values; seconds are durations, "seconds_ago" counts back from now."""
+        # Only copies are made under the lock: sorting 10,000 records must not delay a step.
         with self._engine.lock:
-            live = [_Request(one.request.task, one.state in QUEUED, one.request.session) for one in self._engine.live]
+            live = [_Request(s.request.task, s.state in QUEUED, s.request.session) for s in self._engine.live]
             records = list(self._records)
-            served = list(self._tasks)
-            # Also those that have gone, with what they did.
+            served = list(self._engine.tasks)
+            # Unloaded tasks keep their totals.
             names = dict.fromkeys([*served, *self._totals])
             totals = {task: replace(self._totals[task], ended=Counter(self._totals[task].ended)) for task in names}
-            sessions = {label: replace(one) for label, one in self._sessions.items()}
+            sessions = {label: replace(session) for label, session in self._sessions.items()}
             without = self._without_session
             pools = [{"name": pool.name, **pool.num_in_state} for pool in self._engine.pools]
             prefilled, reused = self._prompt_tokens()
             rates = [rate for worker in self._engine.prefill_workers if (rate := worker.speed.best)]
         now = time.monotonic()
-        recent = [one for one in records if one.ended > now - WINDOW_SECONDS]
+        recent = [record for record in records if record.ended > now - WINDOW_SECONDS]
         by_task = defaultdict(list)
-        for one in recent:
-            by_task[one.task].append(one)
-        waiting = Counter(one.task for one in live if one.queued)
-        running = Counter(one.task for one in live if not one.queued)
+        for record in recent:
+            by_task[record.task].append(record)
+        waiting = Counter(request.task for request in live if request.queued)
+        running = Counter(request.task for request in live if not request.queued)
         return {
             "version": version("pshare_jax"),
             "base": self._base,
@@ -133,17 +133,17 @@ class Live:
                     "served": task in served,
                     "running": running[task],
                     "waiting": waiting[task],
-                    "ended": {state.value: one.ended[state] for state in ENDS},
-                    "prompt_tokens": one.prompt_tokens,
-                    "cached_tokens": one.cached_tokens,
-                    "generated_tokens": one.generated_tokens,
+                    "ended": {state.value: total.ended[state] for state in ENDS},
+                    "prompt_tokens": total.prompt_tokens,
+                    "cached_tokens": total.cached_tokens,
+                    "generated_tokens": total.generated_tokens,
                     **_latency(by_task[task]),
                 }
-                for task, one in totals.items()
+                for task, total in totals.items()
             ],
-            "sessions": self._told_sessions(sessions, live, now),
+            "sessions": self._session_rows(sessions, live, now),
             "ended_without_session": without,
-            "prefill": _saved(
+            "prefill": _prefill_savings(
                 prefilled - self._prefilled_before, reused - self._reused_before, max(rates, default=None)
             ),
             "pools": pools,
@@ -151,7 +151,7 @@ class Live:
         }
 
     def label(self, session: str) -> str:
-        """What stands for a session key: the same in this process, and not to be undone."""
+        """A session key's label: constant in this process, and not reversible."""
         return hashlib.blake2b(session.encode(errors="surrogatepass"), digest_size=4, key=self._label_key).hexdigest()
 
     def _session(self, key: str | None, task: str, now: float) -> _Session | None:
@@ -167,37 +167,37 @@ class Live:
             self._sessions.popitem(last=False)
         return session
 
-    def _told_sessions(self, ended: dict[str, _Session], live: list[_Request], now: float) -> list[dict[str, Any]]:
-        """Those with live requests first, then the last seen first; at most MAX_SESSIONS."""
+    def _session_rows(self, ended: dict[str, _Session], live: list[_Request], now: float) -> list[dict[str, Any]]:
+        """At most MAX_SESSIONS sessions: first those with live requests, then by last use."""
         num_live: Counter[str] = Counter()
-        for one in live:
-            if one.session:
-                label = self.label(one.session)
+        for request in live:
+            if request.session:
+                label = self.label(request.session)
                 num_live[label] += 1
-                session = ended.setdefault(label, _Session(one.task, now))
-                session.task, session.seen = one.task, now
+                session = ended.setdefault(label, _Session(request.task, now))
+                session.task, session.seen = request.task, now
         ordered = sorted(ended.items(), key=lambda item: (item[0] not in num_live, -item[1].seen))
         return [
             {
                 "label": label,
                 "live": num_live[label],
-                "calls": one.calls,
-                "prompt_tokens": one.prompt_tokens,
-                "cached_tokens": one.cached_tokens,
-                "last_task": one.task,
-                "seconds_ago": round(now - one.seen, 1),
+                "calls": session.calls,
+                "prompt_tokens": session.prompt_tokens,
+                "cached_tokens": session.cached_tokens,
+                "last_task": session.task,
+                "seconds_ago": round(now - session.seen, 1),
             }
-            for label, one in ordered[:MAX_SESSIONS]
+            for label, session in ordered[:MAX_SESSIONS]
         ]
 
     def _prompt_tokens(self) -> tuple[int, int]:
-        """Tokens fed to prefill steps, and prompt tokens that needed none."""
+        """Tokens processed by prefill steps, and prompt tokens whose KV was reused."""
         prefilled = sum(worker.stats.tokens for worker in self._engine.prefill_workers)
         return prefilled, sum(pool.cache_stats.cached_tokens for pool in self._engine.pools)
 
 
-def _saved(prefilled: int, reused: int, rate: float | None) -> dict[str, Any]:
-    """Tokens are counted; seconds are what the reused ones would have taken at the best measured rate of a worker."""
+def _prefill_savings(prefilled: int, reused: int, rate: float | None) -> dict[str, Any]:
+    """Tokens are counted; the seconds saved are estimated from the best measured rate of a prefill worker."""
     return {
         "prefilled_tokens": prefilled,
         "reused_tokens": reused,
@@ -207,10 +207,10 @@ def _saved(prefilled: int, reused: int, rate: float | None) -> dict[str, Any]:
 
 
 def _buckets(records: Iterable[_Record], now: float) -> list[dict[str, Any]]:
-    """The stretches of BUCKET_SECONDS in which a request ended, oldest first; their borders do not move with `now`."""
+    """The non-empty intervals of BUCKET_SECONDS, oldest first; their boundaries do not move with `now`."""
     groups = defaultdict(list)
-    for one in records:
-        groups[one.ended // BUCKET_SECONDS].append(one)
+    for record in records:
+        groups[record.ended // BUCKET_SECONDS].append(record)
     return [
         {"seconds_ago": round(now - number * BUCKET_SECONDS, 1), "ended": len(group), **_latency(group)}
         for number, group in sorted(groups.items())
@@ -219,13 +219,13 @@ def _buckets(records: Iterable[_Record], now: float) -> list[dict[str, Any]]:
 
 def _latency(records: Items[_Record]) -> dict[str, Any]:
     return {
-        "ttft_seconds": _percentiles(one.first for one in records),
-        "request_seconds": _percentiles(one.whole for one in records),
+        "ttft_seconds": _percentiles(record.first for record in records),
+        "request_seconds": _percentiles(record.whole for record in records),
     }
 
 
 def _percentiles(values: Iterable[float | None]) -> dict[str, float] | None:
-    """Nearest rank; None where nothing was measured."""
+    """Nearest rank; None without values."""
     ordered = sorted(value for value in values if value is not None)
     if not ordered:
         return None

@@ -1,4 +1,4 @@
-"""Reads and checks a request's body within its limits; used by all handlers that take one."""
+"""Reads and checks the JSON body of a request; used by every handler with a body."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,10 +6,10 @@ from typing import TypeVar
 
 from fastapi import Request
 
-from pshare_jax.server.openai.schema import ApiError, Fields, parse_body
+from pshare_jax.server.openai.schema import ApiError, RequestBody, parse_body
 
 T = TypeVar("T")
-B = TypeVar("B", bound=Fields)
+B = TypeVar("B", bound=RequestBody)
 LONG_BODY = 16 * 1024
 
 
@@ -17,12 +17,12 @@ async def read_body(http: Request, kind: type[B], max_bytes: int) -> tuple[B, in
     """The checked body and its size in bytes.
 
     Raises:
-        ApiError: 415 for another content type than JSON, 413 for more than `max_bytes`, 400 for what is no such body.
+        ApiError: 415 for a content type other than JSON, 413 for more than `max_bytes`, 400 for an invalid body.
     """
-    sent = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if sent != "application/json":
-        raise ApiError(415, f"Send the body as Content-Type: application/json, not {sent or 'nothing'}.")
-    too_long = ApiError(413, f"The request body is larger than {max_bytes} bytes, which is the limit of this server.")
+    content_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise ApiError(415, f"The Content-Type must be application/json, not {content_type or 'empty'}.")
+    too_long = ApiError(413, f"The request body exceeds this server's limit of {max_bytes} bytes; shorten it.")
     if int(http.headers.get("content-length", "0")) > max_bytes:
         raise too_long
     raw = bytearray()
@@ -34,5 +34,5 @@ async def read_body(http: Request, kind: type[B], max_bytes: int) -> tuple[B, in
 
 
 async def maybe_threaded(size: int, work: Callable[[], T]) -> T:
-    """Runs short work at once and long work in a thread, so that it does not hold up other clients."""
+    """Runs short work directly and long work in a thread, so that it does not block the event loop."""
     return await asyncio.to_thread(work) if size > LONG_BODY else work()

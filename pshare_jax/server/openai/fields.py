@@ -1,7 +1,7 @@
-"""Checks of single request fields that have a form of their own, and the table of fields that are not offered yet.
+"""Checks of single request fields, and the table of fields that are not supported.
 
-Used by protocol.py only. Each check takes the JSON value and returns its plain form; its ValueError starts with the
-field's name and is shown to the client.
+schema.py and the bodies of the other endpoints use them. Each check takes the JSON value and returns its normal form; its
+ValueError starts with the field's name and is shown to the client.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 MAX_STOPS = 4
 MAX_NAME = 128
 
-# Fields that would change the answer, each with the values that leave it as it is. (0 == False, but types must match.)
+# Fields that would change the output, each with the values that do not. (0 == False, but types must match.)
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
@@ -43,17 +43,17 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def check_neutral(data: dict[str, Any], offered: Collection[str]) -> None:
-    """Refuses a field of `NEUTRAL`, if the endpoint does not offer it, with any other value."""
+    """Refuses fields of `NEUTRAL` with any other value, unless the endpoint supports the field (`offered`)."""
     for name, value in data.items():
         if name not in NEUTRAL or name in offered or value is None:
             continue
         if not any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL[name]):
-            only = "".join(f" or set it to {json.dumps(neutral)}" for neutral in NEUTRAL[name][:1])
-            raise ValueError(f"{name} is not offered by this server; leave it out{only}.")
+            neutral = "".join(f" or set it to {json.dumps(value)}" for value in NEUTRAL[name][:1])
+            raise ValueError(f"{name} is not supported by this server; omit it{neutral}.")
 
 
 def check_stop(value: Any) -> list[str]:
-    """A string or a list of up to four; nulls in the list are ignored."""
+    """A string or a list of up to `MAX_STOPS` strings; nulls in the list are ignored."""
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list):
         raise ValueError("stop must be a string or a list of strings.")
@@ -63,12 +63,12 @@ def check_stop(value: Any) -> list[str]:
     if len(stops) > MAX_STOPS:
         raise ValueError(f"stop has {len(stops)} entries; at most {MAX_STOPS} are allowed.")
     if "" in stops:
-        raise ValueError("stop has an empty string, which would stop every answer at once.")
+        raise ValueError("stop must not contain an empty string.")
     return stops
 
 
 def check_stream_options(value: Any) -> dict[str, Any]:
-    """An object of switches; null is false and unknown ones are accepted."""
+    """An object of booleans; null is false, unknown keys are ignored."""
     if not isinstance(value, dict):
         raise ValueError("stream_options must be an object.")
     for name in ("include_usage", "continuous_usage_stats"):
@@ -78,26 +78,26 @@ def check_stream_options(value: Any) -> dict[str, Any]:
 
 
 def check_task_name(value: Any) -> str:
-    """The name of a task that a client adds: text of one line, which may hold anything that is seen."""
+    """The name of a task that a client adds: one line of printable text."""
     if not isinstance(value, str):
         raise ValueError("lora_name must be a string.")
     if not value.strip() or len(value) > MAX_NAME:
-        raise ValueError(f"lora_name must have 1 to {MAX_NAME} characters, not all of them blank.")
-    if any(unicodedata.category(one) in ("Cc", "Zl", "Zp") for one in value):
-        raise ValueError("lora_name must have no control characters or line breaks.")
+        raise ValueError(f"lora_name must have 1 to {MAX_NAME} characters and not only whitespace.")
+    if any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in value):
+        raise ValueError("lora_name must not contain control characters or line breaks.")
     return value
 
 
-def check_choice(value: Any) -> str:
+def check_tool_choice(value: Any) -> str:
     """`none` or `auto`; forcing a call needs guided decoding."""
     if value not in ("none", "auto"):
-        raise ValueError("tool_choice may be none or auto; forcing a tool call is not offered by this server.")
+        raise ValueError("tool_choice must be none or auto; this server cannot force a tool call.")
     return value
 
 
 def check_prompt(value: Any) -> Any:
-    """Text, token ids, or a list of either."""
-    message = "prompt must be a string, a list of token ids, or a list of one of the two."
+    """A string, token ids, or a list of either."""
+    message = "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids."
     several = isinstance(value, list) and value and isinstance(value[0], str | list)
     kinds = set()
     for prompt in value if several else [value]:
@@ -113,9 +113,9 @@ def check_prompt(value: Any) -> Any:
 
 
 def check_logit_bias(value: Any) -> dict[int, float]:
-    """Token ids, which JSON writes as strings, to numbers from -100 to 100."""
+    """Token ids (strings in JSON) to numbers from -100 to 100."""
     if not isinstance(value, dict):
-        raise ValueError("logit_bias must be an object of token ids and numbers.")
+        raise ValueError("logit_bias must be an object that maps token ids to numbers.")
     biases = {}
     for name, bias in value.items():
         if not name.isascii() or not name.isdigit() or len(name) > 10:
@@ -127,7 +127,7 @@ def check_logit_bias(value: Any) -> dict[int, float]:
 
 
 def check_messages(value: Any) -> list[dict[str, Any]]:
-    """Objects with a role and content; what roles and content parts there are is the tokenizer's knowledge."""
+    """Objects with a role and content; the tokenizer checks roles and content parts."""
     if not isinstance(value, list) or not value:
         raise ValueError("messages must be a list with at least one message.")
     for i, message in enumerate(value):
@@ -144,4 +144,4 @@ def _check_message(name: str, message: Any) -> None:
     if not isinstance(message.get("content"), str | list | None):
         raise ValueError(f"{name}.content must be a string or a list of parts.")
     if message.get("content") is None and message.get("role") != "assistant":
-        raise ValueError(f"{name}.content is missing.")
+        raise ValueError(f"{name}.content is missing; send a string or a list of parts.")

@@ -1,7 +1,6 @@
-"""OpenAI's answer objects: whole answers and stream chunks of both endpoints. Host-side, imports no jax.
+"""OpenAI's response objects: full responses and stream chunks of both endpoints.
 
-The api makes one `Answer` per call and feeds it the engine's events of all its choices; it knows the object names and
-where text, log-probabilities and usage go.
+app.py makes one `ResponseBuilder` per call and passes it the engine's events of all choices.
 """
 
 import json
@@ -12,15 +11,15 @@ from typing import Any
 from pshare_jax.engine.request import Event, Request, TokenLogprobs
 from pshare_jax.server.openai.logprobs import TextLogprobs, chat_entry, joined
 from pshare_jax.server.openai.schema import ApiError, Body, ChatBody, CompletionBody, error_body
-from pshare_jax.text.encoder import Encoder
+from pshare_jax.text.tokenizer import Encoder
 
 DONE = "data: [DONE]\n\n"
 TOKEN_BYTES = 40
-"""About what a token with its log-probability takes."""
+"""Approximate JSON size of a token with its logprob."""
 
 
 class _Choice:
-    """One choice so far; text and tokens are kept for whole answers only. `echo` is the prompt's text, if it is shown."""
+    """The state of one choice; text and tokens are kept for full responses only. `echo`: the prompt's text, if requested."""
 
     def __init__(self, request: Request, tokenizer: Encoder, echo: str | None):
         self.request, self.echo = request, echo
@@ -32,14 +31,14 @@ class _Choice:
         self.seen = False
 
     def take(self, event: Event) -> list[TokenLogprobs]:
-        """Takes an event; what is told about its token."""
+        """Records an event; returns the logprobs of its token, if any."""
         self.last, self.seen = event, True
         self.prompt = event.prompt_logprobs or self.prompt
         return [] if event.logprobs is None else [event.logprobs]
 
 
-class Answer:
-    """One call's answer in the form its endpoint and stream options ask for; choices in the order of `requests`."""
+class ResponseBuilder:
+    """Builds one call's response for its endpoint and stream options; choices are in the order of `requests`."""
 
     def __init__(self, body: Body, request_id: str, requests: Sequence[Request], tokenizer: Encoder):
         self._body = body
@@ -55,69 +54,70 @@ class Answer:
         }
 
     def add(self, index: int, event: Event) -> None:
-        """Collects a choice's event for a whole answer."""
+        """Adds a choice's event to the full response."""
         choice = self._choices[index]
         choice.tokens += choice.take(event)
         choice.text += event.text
 
-    def whole(self) -> dict[str, Any]:
-        """The whole answer, after all events were added."""
+    def full(self) -> dict[str, Any]:
+        """The full response, after all events were added."""
         choices = []
-        for index, one in enumerate(self._choices):
-            text = (one.echo or "") + one.text
-            message = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-            echoed = self._echoed(one)
-            logprobs = self._logprobs(one, one.tokens)
+        for index, choice in enumerate(self._choices):
+            text = (choice.echo or "") + choice.text
+            content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+            echoed = self._prompt_logprobs(choice)
+            logprobs = self._logprobs(choice, choice.tokens)
             logprobs = joined(echoed, logprobs) if echoed and logprobs else logprobs
-            choices.append({"index": index, "logprobs": logprobs, "finish_reason": one.last.finish_reason, **message})
+            reason = choice.last.finish_reason
+            choices.append({"index": index, "logprobs": logprobs, "finish_reason": reason, **content})
         return {**self._head, "choices": choices, "usage": self._usage()}
 
     @property
     def size(self) -> int:
-        """About how many bytes the whole answer has."""
-        tokens = sum(len(one.tokens) + len(one.prompt) for one in self._choices)
-        return sum(len(one.text) for one in self._choices) + self._logprob_bytes(tokens)
+        """The approximate size of the full response in bytes."""
+        tokens = sum(len(choice.tokens) + len(choice.prompt) for choice in self._choices)
+        return sum(len(choice.text) for choice in self._choices) + self._logprob_bytes(tokens)
 
     def size_of(self, event: Event) -> int:
-        """About how many bytes an event's stream lines have."""
+        """The approximate size of an event's stream lines in bytes."""
         return len(event.text) + self._logprob_bytes(len(event.prompt_logprobs))
 
     def _logprob_bytes(self, num_tokens: int) -> int:
         return TOKEN_BYTES * num_tokens * (1 + (self._body.num_logprobs or 0))
 
     def start(self) -> Iterator[str]:
-        """What a stream begins with: each choice's role in a chat."""
+        """The first lines of a stream: each choice's role in a chat."""
         if self._chat:
             for index in range(len(self._choices)):
                 yield self._chunk(index, {"role": "assistant", "content": ""})
 
     def lines(self, index: int, event: Event) -> list[str]:
-        """A choice's event as stream lines: its text and token, and at its end the finish reason."""
+        """A choice's event as stream lines: its text and logprobs, and at the end the finish reason."""
         return list(self._chunks(index, event))
 
     def _chunks(self, index: int, event: Event) -> Iterator[str]:
         choice = self._choices[index]
         first = not choice.seen
-        told = choice.take(event)
+        tokens = choice.take(event)
         if first and choice.echo is not None and event.failure is None:
-            yield self._chunk(index, choice.echo, logprobs=self._echoed(choice))
-        if event.text or told:
+            yield self._chunk(index, choice.echo, logprobs=self._prompt_logprobs(choice))
+        if event.text or tokens:
             content = {"content": event.text} if self._chat else event.text
-            yield self._chunk(index, content, logprobs=self._logprobs(choice, told) if told else None)
+            yield self._chunk(index, content, logprobs=self._logprobs(choice, tokens) if tokens else None)
         if event.failure is not None:
             yield _line(error_body(ApiError(500, event.failure, kind="server_error").error))
         elif event.finish_reason is not None:
             yield self._chunk(index, {} if self._chat else "", finish_reason=event.finish_reason)
 
     def end(self) -> Iterator[str]:
-        """What follows the last choice's end: usage, if it was asked for, and [DONE]."""
-        if self._body.include_usage and all(one.last.failure is None for one in self._choices):
+        """The last lines of a stream: usage, if requested, and [DONE]."""
+        if self._body.include_usage and all(choice.last.failure is None for choice in self._choices):
             yield _line({**self._stream_head(), "choices": [], "usage": self._usage()})
         yield DONE
 
     @property
-    def told(self) -> dict[str, Any]:
-        """What the log says of the call."""
+    def log_fields(self) -> dict[str, Any]:
+        """The call's fields in the request log."""
         usage = self._usage()
         return {
             "task": self._body.model,
@@ -125,32 +125,31 @@ class Answer:
             "prompt_tokens": usage["prompt_tokens"],
             "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
             "completion_tokens": usage["completion_tokens"],
-            "finish_reasons": [one.last.finish_reason for one in self._choices],
+            "finish_reasons": [choice.last.finish_reason for choice in self._choices],
         }
 
     def _logprobs(self, choice: _Choice, tokens: list[TokenLogprobs]) -> dict[str, Any] | None:
         if choice.request.logprobs is None:
             return None
         if self._chat:
-            shown = [one for one in tokens if one.token_id not in choice.request.stop_ids]
-            return {"content": [chat_entry(one, self._token_bytes) for one in shown], "refusal": None}
-        return choice.text_logprobs.of([one.token_id for one in tokens], tokens)
+            shown = [token for token in tokens if token.token_id not in choice.request.stop_ids]
+            return {"content": [chat_entry(token, self._token_bytes) for token in shown], "refusal": None}
+        return choice.text_logprobs.of([token.token_id for token in tokens], tokens)
 
-    def _echoed(self, choice: _Choice) -> dict[str, Any] | None:
-        """The prompt's log-probabilities; a text prompt does not show the control tokens that were put around it."""
+    def _prompt_logprobs(self, choice: _Choice) -> dict[str, Any] | None:
+        """The prompt's logprobs; the echoed text excludes control tokens that the tokenizer added."""
         if not choice.prompt:
             return None
-        prompt = choice.request.prompt
-        return choice.text_logprobs.of(prompt, choice.prompt, shown=self._written(choice))
+        return choice.text_logprobs.of(choice.request.prompt, choice.prompt, visible=self._client_tokens(choice))
 
-    def _written(self, choice: _Choice) -> range:
-        """Which of the prompt's tokens were written by the client."""
+    def _client_tokens(self, choice: _Choice) -> range:
+        """The indices of the prompt's tokens that the client sent, without those that the tokenizer added."""
         prompt = choice.request.prompt
         if choice.echo is None or not _is_text(self._body):
             return range(len(prompt))
         plain = tuple(self._tokenizer.encode(choice.echo, add_special_tokens=False))
         starts = range(len(prompt) - len(plain) + 1)
-        start = next((one for one in starts if prompt[one : one + len(plain)] == plain), 0)
+        start = next((at for at in starts if prompt[at : at + len(plain)] == plain), 0)
         return range(start, start + len(plain))
 
     def _chunk(
@@ -167,11 +166,11 @@ class Answer:
         return {**self._head, "object": "chat.completion.chunk"} if self._chat else self._head
 
     def _usage(self) -> dict[str, Any]:
-        """Each prompt counts once, however many choices it has; so does what was cached before the first of them."""
+        """Each prompt counts once for all its choices; its cached tokens are those of its first admitted choice."""
         prompts = [self._choices[first : first + self._body.n] for first in range(0, len(self._choices), self._body.n)]
         prompt_tokens = sum(len(choices[0].request.prompt) for choices in prompts)
-        completion_tokens = sum(one.last.completion_tokens for one in self._choices)
-        cached = sum(min((one.last.cached_tokens for one in choices if one.seen), default=0) for choices in prompts)
+        completion_tokens = sum(choice.last.completion_tokens for choice in self._choices)
+        cached = sum(min((c.last.cached_tokens for c in choices if c.seen), default=0) for choices in prompts)
         return {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": completion_tokens,
@@ -181,10 +180,10 @@ class Answer:
 
 
 def _echoes(body: Body, requests: Sequence[Request], tokenizer: Encoder) -> list[str | None]:
-    """The prompt's text for each request whose answer begins with it: as it was sent, or all that its ids write."""
+    """The prompt's text for each request with `echo`: the text as sent, or the decoded ids."""
     if not (isinstance(body, CompletionBody) and body.echo):
         return [None] * len(requests)
-    texts = [one if isinstance(one, str) else tokenizer.decode(one, skip_special_tokens=False) for one in body.prompts]
+    texts = [p if isinstance(p, str) else tokenizer.decode(p, skip_special_tokens=False) for p in body.prompts]
     return [text for text in texts for _ in range(body.n)]
 
 

@@ -1,8 +1,8 @@
-"""What clients may send: request bodies, their checks, and the error object for everything else. Imports no jax.
+"""Request bodies, their checks, and OpenAI's error object.
 
-The api hands raw bytes to `parse_body` and gets a checked body, which limits.py holds against the model and the server. A
-wrong type is refused by field name, null means absent, unknown fields are accepted, and a known field that would change the
-output and is not offered yet is refused by name.
+Handlers pass raw bytes to `parse_body` and get a checked body, which to_requests.py checks against the limits of model and
+server. A wrong type is refused by field name, null means absent, unknown fields are ignored, and unsupported fields that
+would change the output are refused by name.
 """
 
 import json
@@ -13,20 +13,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 
 from pshare_jax.sampling.params import NUM_TOP
 from pshare_jax.server.openai.fields import (
-    check_choice,
     check_logit_bias,
     check_messages,
     check_neutral,
     check_prompt,
     check_stop,
     check_stream_options,
+    check_tool_choice,
 )
 
 MAX_DEPTH = 100
 
 
 class ApiError(Exception):
-    """An answer that is an error: HTTP status and OpenAI's error object."""
+    """An error response: HTTP status and OpenAI's error object."""
 
     def __init__(
         self,
@@ -59,11 +59,11 @@ MESSAGES_SCHEMA = {
         "required": ["role", "content"],
     },
 }
-"""What /openapi.json says of messages (templates take more: an assistant's tool_calls, and what they know beside)."""
+"""The schema of messages in /openapi.json (templates accept more, such as an assistant's tool_calls)."""
 
 
-class Fields(BaseModel):
-    """A body whose nulls are absent fields and whose special fields are checked first."""
+class RequestBody(BaseModel):
+    """Base of all bodies: null fields are dropped, and fields with a check of their own are checked first."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -79,12 +79,12 @@ class Fields(BaseModel):
 
     @classmethod
     def checks(cls) -> dict[str, Any]:
-        """Fields with a form of their own: name -> function that returns the plain form or raises ValueError."""
+        """Field name -> function that returns the normal form or raises ValueError."""
         return {}
 
 
-class _Body(Fields):
-    """Fields that both endpoints take."""
+class _GenerationBody(RequestBody):
+    """Fields that both endpoints support."""
 
     model: str
     stream: bool = False
@@ -111,14 +111,14 @@ class _Body(Fields):
 
     @classmethod
     def checks(cls) -> dict[str, Any]:
-        """The checks that both endpoints have."""
+        """The checks of both endpoints."""
         return {"stop": check_stop, "stream_options": check_stream_options, "logit_bias": check_logit_bias}
 
     @model_validator(mode="after")
-    def _asks_for_something(self) -> "_Body":
+    def _generates_or_scores(self) -> "_GenerationBody":
         for name in ("max_tokens", "max_completion_tokens"):
             if getattr(self, name) == 0 and not getattr(self, "echo", False):
-                raise ValueError(f"{name} must be at least 1; 0 is for completions with echo.")
+                raise ValueError(f"{name} must be at least 1; 0 is allowed only with echo in /v1/completions.")
         return self
 
     @property
@@ -132,7 +132,7 @@ class _Body(Fields):
         return self.include_usage and bool(self.stream_options.get("continuous_usage_stats"))
 
 
-class ChatBody(_Body):
+class ChatBody(_GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[dict[str, Any]], WithJsonSchema(MESSAGES_SCHEMA)]
@@ -145,7 +145,7 @@ class ChatBody(_Body):
     @model_validator(mode="after")
     def _agrees(self) -> "ChatBody":
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs to be true.")
+            raise ValueError("top_logprobs requires logprobs to be true.")
         return self
 
     @property
@@ -156,14 +156,14 @@ class ChatBody(_Body):
     @classmethod
     def checks(cls) -> dict[str, Any]:
         """The shared checks and those of messages and tool_choice."""
-        return {**super().checks(), "messages": check_messages, "tool_choice": check_choice}
+        return {**super().checks(), "messages": check_messages, "tool_choice": check_tool_choice}
 
 
-class CompletionBody(_Body):
-    """POST /v1/completions: `prompt` is text or token ids, or a list of one of the two.
+class CompletionBody(_GenerationBody):
+    """POST /v1/completions: `prompt` is a string, token ids, or a list of either.
 
-    `echo` with `logprobs` scores the prompt; `response_start` says from which token on a prompt is a begun answer, one
-    number or one for each prompt.
+    `echo` with `logprobs` scores the prompt; `response_start` is the index of the prompt's first response token, one number
+    for all prompts or one per prompt.
     """
 
     prompt: str | list[int] | list[str] | list[list[int]]
@@ -184,7 +184,7 @@ class CompletionBody(_Body):
         return self.logprobs
 
     def response_starts(self, num_prompts: int) -> list[int | None]:
-        """One for each prompt."""
+        """The response start of each prompt."""
         starts = self.response_start
         return [*starts] if isinstance(starts, list) else [starts] * num_prompts
 
@@ -192,7 +192,9 @@ class CompletionBody(_Body):
     def _agrees(self) -> "CompletionBody":
         starts, prompts = self.response_start, self.prompts
         if isinstance(starts, list) and len(starts) != len(prompts):
-            raise ValueError(f"response_start has {len(starts)} numbers for {len(prompts)} prompts.")
+            raise ValueError(
+                f"response_start has {len(starts)} entries for {len(prompts)} prompts; send one per prompt."
+            )
         return self
 
     @classmethod
@@ -202,11 +204,11 @@ class CompletionBody(_Body):
 
 
 Body = ChatBody | CompletionBody
-B = TypeVar("B", bound=Fields)
+B = TypeVar("B", bound=RequestBody)
 
 
 def parse_body(kind: type[B], raw: bytes) -> B:
-    """JSON bytes -> a checked body.
+    """Parses and checks a JSON body.
 
     Raises:
         ApiError: 400, naming the field.
@@ -226,16 +228,21 @@ def parse_body(kind: type[B], raw: bytes) -> B:
 
 
 def check_model(name: str, tasks: list[str]) -> None:
-    """Raises ApiError 404 unless `name` is exactly a served task."""
+    """Raises ApiError 404 unless `name` is a served task."""
     if name not in tasks:
         raise unknown_model(name, tasks)
 
 
 def unknown_model(name: str, tasks: list[str]) -> ApiError:
-    """The answer for a model that is not served."""
-    known = ", ".join(repr(task) for task in tasks) or "no task at the moment"
-    message = f"The model {name!r} does not exist; this server has {known}."
+    """The error for a model that is not served."""
+    message = f"The model {name!r} does not exist; available models: {', '.join(map(repr, tasks)) or 'none'}."
     return ApiError(404, message, param="model", code="model_not_found")
+
+
+def unavailable() -> ApiError:
+    """The error while the engine accepts nothing."""
+    message = "The server accepts no requests: it is stopping or a worker has failed; see /health and the server's log."
+    return ApiError(503, message, kind="server_error")
 
 
 def _refuse_constant(name: str) -> None:
@@ -243,7 +250,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _check_tree(data: Any) -> None:
-    """Refuses half characters (lone surrogates, which no encoder takes) and nesting that templates would choke on."""
+    """Refuses lone surrogates, which cannot be encoded, and nesting deeper than templates can render."""
     level: list[Any] = [data]
     for _ in range(MAX_DEPTH):
         if not level:
@@ -257,14 +264,14 @@ def _check_tree(data: Any) -> None:
             elif isinstance(node, str) and not node.isascii():
                 _check_text(node)
         level = below
-    raise ApiError(400, f"The request body is nested deeper than {MAX_DEPTH} levels.")
+    raise ApiError(400, f"The request body is nested too deeply; at most {MAX_DEPTH} levels are allowed.")
 
 
 def _check_text(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ApiError(400, "The request body holds half a character (a lone surrogate escape).") from None
+        raise ApiError(400, "The request body contains a lone surrogate escape; send valid Unicode.") from None
 
 
 def _invalid(error: ValidationError) -> ApiError:
@@ -279,15 +286,12 @@ def _invalid(error: ValidationError) -> ApiError:
 
 
 def error_body(error: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI's error answer."""
+    """OpenAI's error response."""
     return {"error": dict(error)}
 
 
-def body_schema(kind: type[Fields], tasks: Sequence[str] = ()) -> dict[str, Any]:
-    """A body's schema for /openapi.json (handlers read bodies themselves, so FastAPI does not know them).
-
-    `tasks` are the values that its field `model` takes, if there are any.
-    """
+def body_schema(kind: type[RequestBody], tasks: Sequence[str] = ()) -> dict[str, Any]:
+    """A body's schema for /openapi.json; `tasks`, if any, are the allowed values of `model`."""
     schema = kind.model_json_schema()
     if tasks:
         schema["properties"]["model"]["enum"] = list(tasks)

@@ -1,7 +1,4 @@
-"""A checked body against what model and server allow: its prompts become the engine's requests, or one sentence of refusal.
-
-The api calls it with the body of protocol.py and the prompts in tokens. Imports no jax.
-"""
+"""Turns a checked body (schema.py) and its tokenised prompts into engine requests, within the limits of model and server."""
 
 import secrets
 from dataclasses import dataclass
@@ -13,27 +10,27 @@ from pshare_jax.server.openai.schema import ApiError, Body, ChatBody, Completion
 from pshare_jax.share.boundary import base_len
 
 MAX_SCORES = 1_000_000
-"""Log-probabilities of prompt tokens that a call may ask for; each takes about 100 bytes until it is answered."""
+"""The most prompt logprobs of a call; each takes about 100 bytes until the response is sent."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What model and server allow: context length, vocabulary size, the ids that end an answer, answers a call."""
+    """The limits of model and server: context length, vocabulary size, end-of-sequence ids, choices per call."""
 
     max_len: int
     vocab_size: int
     stop_ids: frozenset[int]
-    max_answers: int = 256
+    max_choices: int = 256
 
 
 def make_requests(
     body: Body, request_id: str, prompts: list[list[int]], limits: Limits, session: str | None = None
 ) -> list[Request]:
-    """The engine's requests for a body whose prompts have been tokenised: `n` for each prompt, in the answer's order.
+    """The engine requests of a body: `n` for each tokenised prompt, in the order of the response's choices.
 
     Raises:
-        ApiError: 400, a prompt is empty, has ids outside the vocabulary or does not fit the context; or a field does not
-            fit the vocabulary, the other fields or the server.
+        ApiError: 400, a prompt is empty, has ids outside the vocabulary or exceeds the context; or a field contradicts the
+            vocabulary, another field or a limit.
     """
     seed = secrets.randbits(63) if body.seed is None else body.seed
     sampling = [_sampling(body, seed, choice, limits.vocab_size) for choice in range(body.n)]
@@ -46,14 +43,14 @@ def make_requests(
         ids = tuple(prompt)
         max_tokens = _check_length(body, prompt, limits)
         _check_start(start, len(prompt))
-        for one in sampling:
+        for params in sampling:
             requests.append(
                 Request(
                     id=f"{request_id}-{len(requests)}",
                     task=body.model,
                     prompt=ids,
                     max_tokens=max_tokens,
-                    sampling=one,
+                    sampling=params,
                     stop=tuple(body.stop),
                     stop_ids=stop_ids,
                     min_tokens=body.min_tokens,
@@ -67,12 +64,12 @@ def make_requests(
     return requests
 
 
-def check_num_answers(body: Body, limits: Limits) -> None:
-    """Refuses (ApiError 400) more answers than a call may have, before anything is done for them."""
+def check_num_choices(body: Body, limits: Limits) -> None:
+    """Raises ApiError 400 for more choices than a call may have."""
     num_prompts = len(body.prompts) if isinstance(body, CompletionBody) else 1
-    if (asked := num_prompts * body.n) > limits.max_answers:
+    if (requested := num_prompts * body.n) > limits.max_choices:
         param = "prompt" if body.n == 1 else "n"
-        message = f"{param} asks for {asked} answers; this server takes at most {limits.max_answers} a call."
+        message = f"{param} requests {requested} choices; this server allows at most {limits.max_choices} per call."
         raise ApiError(400, message, param=param)
 
 
@@ -100,12 +97,12 @@ def _check_length(body: Body, prompt: list[int], limits: Limits) -> int:
     """The prompt's `max_tokens`."""
     param = "messages" if isinstance(body, ChatBody) else "prompt"
     if not prompt:
-        raise ApiError(400, f"{param} holds no tokens; a prompt needs at least one.", param=param)
+        raise ApiError(400, f"{param} contains no tokens; a prompt needs at least one.", param=param)
     if max(prompt) >= limits.vocab_size or min(prompt) < 0:
-        raise ApiError(400, f"{param} holds a token id outside 0 to {limits.vocab_size - 1}.", param=param)
+        raise ApiError(400, f"{param} contains a token id outside 0 to {limits.vocab_size - 1}.", param=param)
     max_tokens = _max_tokens(body, len(prompt), limits.max_len, param)
     if body.min_tokens > max_tokens:
-        message = f"min_tokens is {body.min_tokens}, but an answer may have {max_tokens} tokens at most here."
+        message = f"min_tokens is {body.min_tokens}, but the completion may have at most {max_tokens} tokens."
         raise ApiError(400, message, param="min_tokens")
     return max_tokens
 
@@ -120,34 +117,24 @@ def _check_start(start: int | None, prompt_len: int) -> None:
 def _check_scores(body: CompletionBody | None, prompts: list[list[int]]) -> None:
     if body is None or not body.echo or body.logprobs is None:
         return
-    if (asked := body.n * (1 + body.logprobs) * sum(map(len, prompts))) > MAX_SCORES:
-        message = (
-            f"logprobs with echo asks for {asked} log-probabilities of prompt tokens; a call may have {MAX_SCORES}."
-        )
+    if (requested := body.n * (1 + body.logprobs) * sum(map(len, prompts))) > MAX_SCORES:
+        message = f"logprobs with echo requests {requested} prompt logprobs; a call may have at most {MAX_SCORES}."
         raise ApiError(400, message, param="logprobs")
 
 
 def _max_tokens(body: Body, prompt_len: int, max_len: int, param: str) -> int:
-    asked, other = body.max_completion_tokens, body.max_tokens
-    if asked is not None and other is not None and asked != other:
-        raise ApiError(400, "max_tokens and max_completion_tokens differ; send one.", param="max_completion_tokens")
-    wanted = other if asked is None else asked
-    limit = f"This model's maximum context length is {max_len} tokens. However, "
-    code = "context_length_exceeded"
+    new, old = body.max_completion_tokens, body.max_tokens
+    if new is not None and old is not None and new != old:
+        message = "max_completion_tokens and max_tokens differ; send only one of them."
+        raise ApiError(400, message, param="max_completion_tokens")
+    requested = old if new is None else new
     if prompt_len >= max_len:
-        raise ApiError(
-            400,
-            f"{limit}your {param} resulted in {prompt_len} tokens, which leaves no room for an answer. "
-            f"Please reduce the length of the {param}.",
-            param=param,
-            code=code,
-        )
-    if wanted is not None and prompt_len + wanted > max_len:
-        raise ApiError(
-            400,
-            f"{limit}you requested {prompt_len + wanted} tokens ({prompt_len} in the {param}, {wanted} in the "
-            f"completion). Please reduce the length of the {param} or completion.",
-            param=param,
-            code=code,
-        )
-    return max_len - prompt_len if wanted is None else wanted
+        detail = f"your {param} resulted in {prompt_len} tokens, which leaves no room for a completion"
+    elif requested is not None and prompt_len + requested > max_len:
+        parts = f"{prompt_len} in the {param}, {requested} in the completion"
+        detail = f"you requested {prompt_len + requested} tokens ({parts})"
+    else:
+        return max_len - prompt_len if requested is None else requested
+    # Clients recognise the first words of OpenAI's message.
+    message = f"This model's maximum context length is {max_len} tokens. However, {detail}. Please reduce the length."
+    raise ApiError(400, message, param=param, code="context_length_exceeded")

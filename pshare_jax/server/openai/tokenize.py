@@ -1,4 +1,4 @@
-"""Endpoints about tokens, in the form that vLLM gave them: /tokenize, /detokenize and /tokenizer_info."""
+"""Tokenizer endpoints, compatible with vLLM's: /tokenize, /detokenize and /tokenizer_info."""
 
 from typing import Annotated, Any
 
@@ -10,13 +10,13 @@ from pshare_jax.errors import PshareError
 from pshare_jax.server.openai.bodies import maybe_threaded, read_body
 from pshare_jax.server.openai.fields import check_messages
 from pshare_jax.server.openai.logprobs import token_text
-from pshare_jax.server.openai.schema import MESSAGES_SCHEMA, ApiError, Fields, body_schema
+from pshare_jax.server.openai.schema import MESSAGES_SCHEMA, ApiError, RequestBody, body_schema
 from pshare_jax.server.openai.to_requests import Limits
-from pshare_jax.text.encoder import Encoder
+from pshare_jax.text.tokenizer import Encoder
 
 
-class TokenizeBody(Fields):
-    """POST /tokenize: a text or a chat. `model` is not looked at, since all tasks have the base's tokenizer."""
+class TokenizeBody(RequestBody):
+    """POST /tokenize: a text or a chat. `model` is ignored, since all tasks share the base's tokenizer."""
 
     prompt: str | None = None
     messages: Annotated[list[dict[str, Any]], WithJsonSchema(MESSAGES_SCHEMA)] | None = None
@@ -32,13 +32,13 @@ class TokenizeBody(Fields):
         return {"messages": check_messages}
 
     @model_validator(mode="after")
-    def _has_one(self) -> "TokenizeBody":
+    def _has_exactly_one_input(self) -> "TokenizeBody":
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("prompt or messages must be there, and not both.")
+            raise ValueError("prompt and messages exclude each other; send exactly one of them.")
         return self
 
 
-class DetokenizeBody(Fields):
+class DetokenizeBody(RequestBody):
     """POST /detokenize."""
 
     tokens: list[Annotated[int, Field(ge=0)]]
@@ -51,19 +51,20 @@ def add_token_routes(app: FastAPI, tokenizer: Encoder, limits: Limits, max_body_
     async def tokenize(http: Request) -> Response:
         body, size = await read_body(http, TokenizeBody, max_body_bytes)
 
-        def answer() -> Response:
+        def respond() -> Response:
             tokens = _encode(tokenizer, body)
             texts = [token_text(tokenizer.token_bytes(token)) for token in tokens] if body.return_token_strs else None
-            told = {"count": len(tokens), "max_model_len": limits.max_len, "tokens": tokens, "token_strs": texts}
-            return JSONResponse(told)
+            return JSONResponse(
+                {"count": len(tokens), "max_model_len": limits.max_len, "tokens": tokens, "token_strs": texts}
+            )
 
-        return await maybe_threaded(size, answer)
+        return await maybe_threaded(size, respond)
 
     @app.post("/detokenize", openapi_extra=body_schema(DetokenizeBody))
     async def detokenize(http: Request) -> Response:
         body, size = await read_body(http, DetokenizeBody, max_body_bytes)
         if max(body.tokens, default=0) >= limits.vocab_size:
-            raise ApiError(400, f"tokens holds an id outside 0 to {limits.vocab_size - 1}.", param="tokens")
+            raise ApiError(400, f"tokens contains an id outside 0 to {limits.vocab_size - 1}.", param="tokens")
         return await maybe_threaded(
             size, lambda: JSONResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
         )

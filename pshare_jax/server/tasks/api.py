@@ -1,7 +1,6 @@
-"""Endpoints that change the tasks of a running server, in the form that vLLM gave them. LoRA and full modules alike.
+"""Endpoints that load and unload tasks of a running server, compatible with vLLM's, for LoRA and full modules alike.
 
-Offered only with `server.modules_dir`. vLLM's words are kept for what they name: `lora_name` is a task, `lora_path` a decode
-module's folder.
+They exist only with `server.modules_dir`. vLLM's names are kept: `lora_name` is a task, `lora_path` a decode module's folder.
 """
 
 import asyncio
@@ -12,17 +11,17 @@ from fastapi.responses import PlainTextResponse
 
 from pshare_jax.server.openai.bodies import read_body
 from pshare_jax.server.openai.fields import check_task_name
-from pshare_jax.server.openai.schema import Fields, body_schema
+from pshare_jax.server.openai.schema import RequestBody, body_schema
 from pshare_jax.server.tasks.table import TaskTable
 
 
-class UnloadBody(Fields):
+class UnloadBody(RequestBody):
     """POST /v1/unload_lora_adapter."""
 
     lora_name: str
 
 
-class LoadBody(Fields):
+class LoadBody(RequestBody):
     """POST /v1/load_lora_adapter."""
 
     lora_name: str

@@ -1,7 +1,7 @@
-"""Rows of samples to the arrays that training feeds its model: pure NumPy, one function a method.
+"""Arrays of a batch from rows of samples, in NumPy: one function for each batch layout.
 
-A row holds samples one after another; the packed ones are told apart by segments, counted from 1 in each row, 0 being
-padding. Positions are those inside the sample. Padding is zero everywhere.
+A row holds packed samples, distinguished by segment numbers from 1; segment 0 is padding. Positions count within the
+sample. Padding is zero everywhere.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,9 @@ Layout = Literal["two_stream", "one_stream"]
 class TwoStreamBatch(NamedTuple):
     """For `prefillshare`: the base reads the context stream, the decode module the decode stream.
 
-    Of a turn (start, end) the decode stream holds the `end - start` tokens from the prompt's last one on, at their
-    positions, and predicts `ids[start:end]`; it sees the context of its own segment at positions < `decode_prefix`
-    (= base_len(start)) and its own turn's decode stream. `decode_turns` counts the turns of a row from 1. `weights` is 1
-    for real targets.
+    For a turn (start, end) the decode stream holds `end - start` tokens beginning with the prompt's last token, and
+    predicts `ids[start:end]`. It attends to its segment's context at positions < `decode_prefix` (= base_len(start))
+    and to its own turn. `decode_turns` numbers the turns of a row from 1. `weights` is 1 for targets, 0 for padding.
     """
 
     context_tokens: Int32[np.ndarray, "B C"]
@@ -52,7 +51,7 @@ def two_stream(rows: Sequence[Sequence[Sample]], context_len: int, decode_len: i
     """The batch of `rows`, with C = context_len and D = decode_len.
 
     Raises:
-        ValueError: a row holds more than that.
+        ValueError: a row does not fit.
     """
     shape_c, shape_d = (len(rows), context_len), (len(rows), decode_len)
     context = [np.zeros(shape_c, np.int32) for _ in range(3)]
@@ -80,10 +79,10 @@ def two_stream(rows: Sequence[Sequence[Sample]], context_len: int, decode_len: i
 
 
 def one_stream(rows: Sequence[Sequence[Sample]], length: int, answers_len: int) -> OneStreamBatch:
-    """The batch of `rows`, with T = length and R = answers_len; a sample's very last answer token is only a target.
+    """The batch of `rows`, with T = length and R = answers_len; a sample's last token is only a target.
 
     Raises:
-        ValueError: a row holds more than that.
+        ValueError: a row does not fit.
     """
     stream = [np.zeros((len(rows), length), np.int32) for _ in range(3)]
     answers = [np.zeros((len(rows), answers_len), np.int32) for _ in range(2)]
@@ -106,14 +105,14 @@ def one_stream(rows: Sequence[Sequence[Sample]], length: int, answers_len: int) 
 
 
 class _Cursor:
-    """The next free place of a row of `size`."""
+    """The next free position of a row of length `size`."""
 
     def __init__(self, size: int) -> None:
         self._size, self._at = size, 0
 
     def take(self, count: int) -> slice:
-        place = slice(self._at, self._at + count)
-        if place.stop > self._size:
-            raise ValueError(f"the samples of a row need {place.stop} places of {self._size}")
-        self._at = place.stop
-        return place
+        span = slice(self._at, self._at + count)
+        if span.stop > self._size:
+            raise ValueError(f"the samples of a row need {span.stop} positions, but it has {self._size}")
+        self._at = span.stop
+        return span

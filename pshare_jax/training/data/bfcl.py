@@ -1,7 +1,7 @@
-"""BFCL (Berkeley Function Calling Leaderboard): its questions, read out of the bfcl-eval wheel, and its AST checker.
+"""BFCL (Berkeley Function Calling Leaderboard): its questions, read from the bfcl-eval wheel, and its AST checker.
 
-The wheel is downloaded once and never installed: its dependencies are 6 GB of other packages. The checker runs in a
-process of its own (`bfcl_process.py`). A model answers with a JSON list of calls, [{"name": ..., "arguments": {...}}].
+The wheel is downloaded and not installed, since its dependencies take 6 GB. The checker runs in a separate process
+(`bfcl_process.py`). A model answers with a JSON list of calls, [{"name": ..., "arguments": {...}}].
 """
 
 import hashlib
@@ -30,8 +30,7 @@ CATEGORIES = {
     "live_simple": "live_simple",
     "live_multiple": "live_multiple",
 }
-"""Our names of the categories, and BFCL's: one function to call, the right one out of several, several calls; live ones were
-written by users."""
+"""Our category name -> BFCL's: one function, a choice of functions, several calls; users wrote the live categories."""
 
 _SYSTEM = """\
 You call functions. You have these:
@@ -44,7 +43,7 @@ def fetch_wheel(cache_dir: Path | None = None) -> Path:
     """The bfcl-eval wheel (2 MB), from the cache or by pip.
 
     Raises:
-        PshareError: it cannot be downloaded, or is not the file that this version is known to be.
+        PshareError: the download failed, or its checksum is wrong.
     """
     folder = (cache_dir or default_cache_dir()) / "pypi" / PACKAGE / VERSION
     wheel = folder / f"{PACKAGE.replace('-', '_')}-{VERSION}-py3-none-any.whl"
@@ -56,11 +55,11 @@ def fetch_wheel(cache_dir: Path | None = None) -> Path:
             part = download_wheel(PACKAGE, VERSION, Path(scratch))
             if _sha256(part) != SHA256:
                 raise PshareError(
-                    f"The wheel {part.name} from your package index is not the known one; BFCL is not run with it."
+                    f"The checksum of {part.name} from the package index is wrong; use an index with the original file."
                 )
             part.replace(wheel)
     except OSError as error:
-        raise PshareError(f"The cache folder {folder} cannot be written ({error}).") from None
+        raise PshareError(f"Cannot write the cache folder {folder}: {error.strerror or error}.") from None
     return wheel
 
 
@@ -73,10 +72,10 @@ def read_questions(category: str, wheel: Path) -> list[dict[str, Any]]:
     """The questions of a category: id, category (BFCL's name), messages, functions, ground_truth.
 
     Raises:
-        PshareError: another category.
+        PshareError: an unknown category.
     """
     if category not in CATEGORIES:
-        raise PshareError(f"BFCL's category {category!r} is not one of {', '.join(CATEGORIES)}.")
+        raise PshareError(f"BFCL has no category {category!r}; choose one of {', '.join(CATEGORIES)}.")
     name = CATEGORIES[category]
     truths = {line["id"]: line["ground_truth"] for line in read_lines(wheel, f"possible_answer/BFCL_v4_{name}.json")}
     return [
@@ -92,7 +91,7 @@ def read_questions(category: str, wheel: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(wheel: Path, name: str) -> list[dict[str, Any]]:
-    """The objects of one of the wheel's data files."""
+    """The objects of a data file of the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         text = archive.read(f"bfcl_eval/data/{name}").decode()
     return [json.loads(line) for line in text.split("\n") if line.strip()]
@@ -101,16 +100,16 @@ def read_lines(wheel: Path, name: str) -> list[dict[str, Any]]:
 def tool_messages(
     functions: Sequence[Mapping[str, Any]], messages: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A chat that asks for calls of these functions: our system message, then the messages.
+    """A chat about these functions: our system message that lists them, then `messages`.
 
-    Not the template's `tools`: templates without them leave them out silently, and each wants another form of answer.
+    The template's `tools` are not used: some templates ignore them, and each expects another form of answer.
     """
     listed = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
     return [{"role": "system", "content": _SYSTEM.format(functions=listed)}, *map(dict, messages)]
 
 
 def parse_calls(text: str) -> list[dict[str, Any]] | None:
-    """The calls of an answer in the checker's form, [{name: arguments}]; None if it is not a JSON list of calls."""
+    """An answer's calls in the checker's form, [{name: arguments}]; None if the answer is not a JSON list of calls."""
     try:
         calls = json.loads(text)
     except (ValueError, RecursionError):
@@ -130,10 +129,10 @@ def _is_call(call: Any) -> bool:
 
 
 def right_answer(ground_truth: Sequence[Mapping[str, Mapping[str, list[Any]]]]) -> str:
-    """An answer with the first of all values that BFCL accepts; what may be left out is left out.
+    """An answer with the first accepted value of every parameter, without optional parameters.
 
-    BFCL lists the accepted values of every parameter, "" among them if it need not be given. Inside of maps some lists are
-    such choices and some are plain values, so a few answers are not right: ask the checker.
+    BFCL lists the accepted values of each parameter, including "" if it is optional. Within maps some lists are such
+    choices and others are values, so a few of these answers are wrong: verify them with the checker.
     """
     calls = [
         {"name": name, "arguments": _first_choices(arguments)}
@@ -152,28 +151,28 @@ def _first(values: Any) -> Any:
     value = values[0] if isinstance(values, list) and values else values
     if isinstance(value, dict):
         return _first_choices(value)
-    if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-        return [_first_choices(one) for one in value]
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        return [_first_choices(item) for item in value]
     return value
 
 
 class BfclVerifier:
-    """1.0 for an answer whose calls BFCL's checker accepts, else 0.0. Its process starts with the first answer."""
+    """1.0 if BFCL's checker accepts the answer's calls, else 0.0. Its process starts with the first answer."""
 
     def __init__(self, wheel: Path) -> None:
         self._wheel = wheel
         self._process: subprocess.Popen[str] | None = None
 
     def __call__(self, answer: str, record: Mapping[str, Any]) -> float:
-        """`record` is a question of `read_questions`."""
+        """Scores an answer to `record`, a question of `read_questions`."""
         calls = parse_calls(answer)
         return 0.0 if calls is None else float(self.check(calls, record)["valid"])
 
     def check(self, calls: list[dict[str, Any]], record: Mapping[str, Any]) -> dict[str, Any]:
-        """The checker's verdict on calls in its form: `valid`, and the `reason` if not.
+        """The checker's verdict on calls in its form: `valid` and, if false, `reason`.
 
         Raises:
-            PshareError: the checker's process ended.
+            PshareError: the checker's process died.
         """
         question = {key: record[key] for key in ("category", "functions", "ground_truth")} | {"calls": calls}
         process = self._started()
@@ -187,7 +186,7 @@ class BfclVerifier:
             reply = ""
         if not reply:
             self.close()
-            raise PshareError(f"BFCL's checker ended while it looked at {record['id']}; its own message is above.")
+            raise PshareError(f"BFCL's checker died at question {record['id']}; see its message above.")
         return json.loads(reply)
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""Runs BFCL's own AST checker in a process of its own: `python -I -S bfcl_process.py WHEEL`; `bfcl.py` starts it.
+"""BFCL's AST checker as a process: `python -I -S bfcl_process.py WHEEL`, started by `bfcl.py`.
 
-Without site-packages (-S) it sees the standard library and the wheel, nothing of this package's environment. Of
-`model_config`, which imports the clients of all vendors, the checker only looks up whether a model writes _ for . in names
-of functions; a table of one entry that says no stands in its place. Line by line on stdin and stdout, JSON:
+Without site-packages (-S) it imports only the standard library and the wheel. The checker uses `model_config`, which
+imports all vendors' clients, only to look up whether a model writes _ for . in function names; a table with one entry
+replaces it. JSON lines on stdin and stdout:
 
     {"category", "functions", "calls", "ground_truth"} -> {"valid", "reason"}
 """
@@ -16,7 +16,7 @@ MODEL = "pshare"
 
 
 def main(wheel: str) -> None:
-    """Answers every line of stdin until it ends."""
+    """Answers each line of stdin."""
     sys.path.insert(0, wheel)
     table = types.ModuleType("bfcl_eval.constants.model_config")
     vars(table)["MODEL_CONFIG_MAPPING"] = {MODEL: types.SimpleNamespace(underscore_to_dot=False)}
@@ -38,7 +38,7 @@ def _checked(checker: types.ModuleType, question: dict) -> dict:
             MODEL,
         )
     except Exception as error:
-        # The checker was not written for every shape of arguments that a model may invent.
+        # The checker does not expect all types of arguments that a model may generate.
         return {"valid": False, "reason": f"the checker cannot compare these arguments: {error!r}"}
     return {"valid": result["valid"], "reason": "; ".join(map(str, result["error"]))}
 

@@ -1,4 +1,4 @@
-"""What a training config may say about its data; `prepare.py` and `pipeline.py` read it. Imports no jax."""
+"""The data section of a train config and its checks; `prepare.py` and `loader.py` read it."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,11 +12,10 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source: `path` is a file, a glob, a list of these, `reasoning_gym:<task>?seed=1&size=1000`, or
-    `bfcl:<category>`.
+    """A source. `path` is a file, a glob, `reasoning_gym:<task>?seed=1&size=1000`, `bfcl:<category>`, or a list.
 
-    `weight` is how often an epoch goes over it: 1 uses every sample once, 2 twice, 0.5 a half of them (the other half
-    in the next epoch).
+    `weight` is the number of passes over the source in an epoch: 1 uses every sample once, 2 twice, 0.5 half of them
+    (and the other half in the next epoch).
     """
 
     path: str | list[str]
@@ -25,9 +24,9 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class RowsConfig:
-    """The one shape of all batches: rows, and what each holds, context tokens and answer tokens of several samples.
+    """The shape of all batches: number of rows, and context and answer tokens of a row, which packs several samples.
 
-    Absent lengths are chosen from the data so that little is padding.
+    Lengths of None are chosen from the data to keep padding small.
     """
 
     rows: int = 4
@@ -37,12 +36,12 @@ class RowsConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Sources, how they are read, split and put into batches.
+    """The sources and how they are read, split and batched.
 
-    `format`: `chat` renders records with the model's chat template, `text` trains the completion right after the
-    prompt's own text; absent: chat if the model has a template. Answers that would end beyond `max_len` tokens are left
-    out. Without `epochs` training never runs out of data. For evaluation `eval_fraction` of the records are kept out of
-    training, or `eval_sources` are read. `num_workers` processes build the batches (0: none).
+    `format`: `chat` renders records with the model's chat template, `text` appends the completion to the prompt's text;
+    None: chat if the model has a template. Answers that would end after `max_len` tokens are omitted. `epochs` None
+    repeats the data without end. Evaluation data are `eval_fraction` of the records, held out from training, or
+    `eval_sources`. `num_workers` processes build the batches (0: the training process does).
     """
 
     sources: list[SourceConfig]
@@ -57,13 +56,13 @@ class DataConfig:
 
 
 def check_data(config: DataConfig, key: str = "data") -> None:
-    """Checks the values; `key` is the config's place in the whole one.
+    """Checks the values; `key` is the key of this section.
 
     Raises:
-        PshareError: naming the key and the way out.
+        PshareError: a wrong value; the message has the key and the allowed values.
     """
     if not config.sources:
-        raise PshareError(f"{key}.sources is empty; name at least one, such as [{{path: data.jsonl}}].")
+        raise PshareError(f"{key}.sources must not be empty; give at least one source, such as [{{path: data.jsonl}}].")
     for name, sources in (("sources", config.sources), ("eval_sources", config.eval_sources)):
         for index, source in enumerate(sources):
             _check_source(f"{key}.{name}.{index}", source)
@@ -73,7 +72,7 @@ def check_data(config: DataConfig, key: str = "data") -> None:
     if not 0 <= config.eval_fraction < 1:
         raise PshareError(f"{key}.eval_fraction must be at least 0 and less than 1, not {config.eval_fraction}.")
     if config.eval_fraction and config.eval_sources:
-        raise PshareError(f"{key}.eval_fraction and {key}.eval_sources are two ways to the same; give one of them.")
+        raise PshareError(f"{key}.eval_fraction and {key}.eval_sources exclude each other; set only one of them.")
 
 
 def paths_of(source: SourceConfig) -> list[str]:
@@ -83,9 +82,11 @@ def paths_of(source: SourceConfig) -> list[str]:
 
 def _check_source(key: str, source: SourceConfig) -> None:
     if not all(paths_of(source)) or not paths_of(source):
-        raise PshareError(f"{key}.path is empty; name a file, a glob, reasoning_gym:<task> or bfcl:<category>.")
+        raise PshareError(
+            f"{key}.path must not be empty; give a file, a glob, reasoning_gym:<task> or bfcl:<category>."
+        )
     if not 0 < source.weight < math.inf:
-        raise PshareError(f"{key}.weight must be more than 0 and finite, not {source.weight}.")
+        raise PshareError(f"{key}.weight must be positive and finite, not {source.weight}.")
 
 
 def _least_values(config: DataConfig) -> list[tuple[str, int | None, int]]:

@@ -1,6 +1,6 @@
-"""What each epoch trains on, batch by batch: mixture, shuffle and packing, planned from lengths and the seed alone.
+"""The batches of each epoch: mixture, shuffle and packing, determined by sample lengths and the seed.
 
-The worker processes of `pipeline.py` each hold a copy and agree on every batch.
+Each worker process of `loader.py` has a copy and derives the same batches.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ _KEPT_PLANS = 2
 
 
 class Batch(NamedTuple):
-    """Arrays of one shape, and by row the (source, line) of the samples in them; batch `number` of `epoch`, from 0."""
+    """Batch `number` of `epoch` (both from 0): its arrays, and for each row the (source, line) of its samples."""
 
     arrays: TwoStreamBatch | OneStreamBatch
     samples: tuple[tuple[tuple[str, int], ...], ...]
@@ -30,8 +30,8 @@ class Batch(NamedTuple):
 class Epochs:
     """All batches of `samples`, as `batch(epoch, number)`; `capacity` is a row's context and answer length.
 
-    An epoch is `weight` passes over each source, in one order. Passes go on from epoch to epoch: with a weight of 0.5
-    two epochs use every sample once. No row mixes epochs; the rows that an epoch's last batch lacks are empty.
+    An epoch is `weight` passes over each source, shuffled together. A pass may span epochs: with a weight of 0.5 two
+    epochs use every sample once. No row mixes epochs; an epoch's last batch is filled up with empty rows.
     """
 
     def __init__(
@@ -40,13 +40,13 @@ class Epochs:
         self._samples, self._layout, self._num_rows, self._capacity = samples, layout, num_rows, capacity
         self._seed, self._shuffle = seed, shuffle
         self._lengths = sample_lengths(samples, layout)
-        # Caches only: planning twice gives the same, so threads need no lock.
+        # Caches of deterministic values, so threads need no lock.
         self._plans: dict[int, list[list[list[int]]]] = {}
         self._counts: dict[int, int] = {}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Plain values that decide every batch: two runs with equal ones see equal data."""
+        """Plain values that determine every batch: runs with equal values see equal data."""
         members = hashlib.blake2b(digest_size=16)
         for group in self._samples.members:
             members.update(len(group).to_bytes(8, "little") + group.tobytes())
@@ -61,13 +61,13 @@ class Epochs:
         }
 
     def num_batches(self, epoch: int) -> int:
-        """Batches of an epoch; packing makes them differ a little from epoch to epoch."""
+        """Number of batches in an epoch; it varies slightly with the packing."""
         if epoch not in self._counts:
             self._counts[epoch] = len(self._plan(epoch))
         return self._counts[epoch]
 
     def fill(self, epoch: int = 0) -> float:
-        """The share of an epoch's places that hold tokens and not padding."""
+        """The fraction of an epoch's positions that hold tokens and not padding."""
         plan = self._plan(epoch)
         used = [index for batch in plan for row in batch for index in row]
         return fill(self._lengths[used], len(plan) * self._num_rows, self._capacity)
@@ -105,21 +105,21 @@ class Epochs:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def _part(self, source: int, group: np.ndarray, weight: float, epoch: int) -> np.ndarray:
-        """An epoch's share of a source: a stretch of its endless passes, each in an order of its own."""
+        """An epoch's part of a source: a range of its endless sequence of passes, each with its own shuffle."""
         count = max(1, round(weight * len(group)))
-        places = np.arange(epoch * count, (epoch + 1) * count)
+        positions = np.arange(epoch * count, (epoch + 1) * count)
         if not self._shuffle:
-            return group[places % len(group)]
-        passes, inside = np.divmod(places, len(group))
+            return group[positions % len(group)]
+        passes, inside = np.divmod(positions, len(group))
         orders = {at: random_order(self._rng(1, source, at), len(group)) for at in np.unique(passes).tolist()}
-        return group[[orders[at][place] for at, place in zip(passes.tolist(), inside.tolist(), strict=True)]]
+        return group[[orders[at][position] for at, position in zip(passes.tolist(), inside.tolist(), strict=True)]]
 
     def _rng(self, *key: int) -> np.random.PCG64:
         return np.random.PCG64(np.random.SeedSequence(self._seed, spawn_key=key))
 
 
 def sample_lengths(samples: SampleSet, layout: Layout) -> np.ndarray:
-    """For every sample of the store, the places it takes in the two parts of a row of `layout`, [N, 2]."""
+    """For every sample of the store, its context and answer positions in a row of `layout`, [N, 2]."""
     store = samples.store
     context = store.context_lens if layout == "two_stream" else next_position(store.lens)
     return np.stack([context, store.answer_lens], axis=1)

@@ -1,7 +1,7 @@
-"""The loader: a grain data set of batches, made in worker processes or in this one, that resumes exactly.
+"""The data loader: a grain data set of batches, built in worker processes or in this process, with exact resume.
 
-The trainer makes one `Batches` to train from and one to evaluate on, and keeps `get_state()` in its checkpoints. Since
-every batch is a function of its place (`epochs.py`), a run may go on with another number of workers.
+The trainer has one `Batches` for training and one for each evaluation, and saves `get_state()` in its checkpoints. A
+batch is a function of its position (`epochs.py`), so a run may resume with another number of workers.
 """
 
 import multiprocessing
@@ -22,13 +22,13 @@ from pshare_jax.training.data.epochs import Batch, Epochs, members_of, sample_le
 from pshare_jax.training.data.packing import choose_capacity
 from pshare_jax.training.data.prepare import SampleSet
 
-# grain wants a length; nobody trains so long.
+# grain needs a length; no run is that long.
 _ENDLESS = 2**62
 _BUFFERED_BATCHES = 2
 
 
 def row_capacity(samples: SampleSet, config: DataConfig, layout: Layout) -> tuple[int, int]:
-    """Context and answer length of a row: the config's, or what suits `samples`."""
+    """Context and answer length of a row: the config's, or chosen for `samples`."""
     lengths = sample_lengths(samples, layout)[members_of(samples)]
     return choose_capacity(lengths, config.batch.context_len, config.batch.answer_len)
 
@@ -41,19 +41,19 @@ def training_batches(samples: SampleSet, config: DataConfig, layout: Layout) -> 
 
 
 def evaluation_batches(samples: SampleSet, config: DataConfig, layout: Layout) -> "Batches":
-    """One pass over `samples` (at least one), each once, always the same batches, made in this process."""
+    """One pass over `samples` (at least one) in a fixed order, built in this process."""
     capacity = row_capacity(samples, config, layout)
     return Batches(Epochs(samples, layout, config.batch.rows, capacity, config.seed, shuffle=False), 1, 0)
 
 
 class Batches(Iterator[Batch]):
-    """An iterator of batches with a place that can be kept and gone back to. Close it, or use it in a `with`."""
+    """An iterator of batches whose position can be saved and restored. Close it, or use it in a `with`."""
 
     def __init__(self, epochs: Epochs, num_epochs: int | None, num_workers: int) -> None:
         """`num_epochs` None: endless. Worker processes start with the first batch."""
         self.epochs, self._num_epochs, self._num_workers = epochs, num_epochs, num_workers
-        self._place = (0, 0)
-        # At most one grain iterator. Where nobody closes, it ends before the interpreter takes itself apart.
+        self._position = (0, 0)
+        # At most one grain iterator; without close() it must end before the interpreter shuts down.
         self._running: list[Any] = []
         weakref.finalize(self, _end, self._running)
 
@@ -65,36 +65,36 @@ class Batches(Iterator[Batch]):
         except RuntimeError as error:
             self.close()
             raise PshareError(f"A worker process of the data loader failed: {error}") from error
-        self._place = (batch.epoch + 1, 0) if batch.is_last else (batch.epoch, batch.number + 1)
+        self._position = (batch.epoch + 1, 0) if batch.is_last else (batch.epoch, batch.number + 1)
         return batch
 
     def num_batches(self) -> int | None:
-        """Batches from here to the end; None if there is none."""
+        """Number of batches from here to the end; None if endless."""
         return None if self._num_epochs is None else len(self._rest())
 
     def get_state(self) -> dict[str, Any]:
-        """Where the next batch is, and what it depends on: plain values, for JSON."""
-        epoch, batch = self._place
+        """The position of the next batch and what it depends on, as plain values for JSON."""
+        epoch, batch = self._position
         return {"epoch": epoch, "batch": batch, **self.epochs.identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to the place of `state`; the batches from there on are those of the run that it is from.
+        """Moves to the position of `state`, so that the batches continue the run that saved it.
 
         Raises:
-            PshareError: the data or a setting that decides the batches is not that run's.
+            PshareError: the data, or a setting that determines the batches, differ from that run's.
         """
         for name, value in self.epochs.identity.items():
             if state.get(name) != value:
-                told = "" if name == "samples" else f" ({state.get(name)}, now {value})"
+                values = "" if name == "samples" else f" ({state.get(name)}, now {value})"
                 raise PshareError(
-                    f"The data cannot go on where the checkpoint was made: its {name} are not the same{told}; "
-                    "resume with the same data and settings, or start a new run."
+                    f"The checkpoint was made with other data: {name} differ{values}; resume with the same data and "
+                    "settings, or start a new run."
                 )
         self.close()
-        self._place = (state["epoch"], state["batch"])
+        self._position = (state["epoch"], state["batch"])
 
     def close(self) -> None:
-        """Ends the worker processes; a next batch would start them again at the same place."""
+        """Ends the worker processes; the next batch starts them again at the same position."""
         _end(self._running)
 
     def __enter__(self) -> "Batches":
@@ -103,15 +103,15 @@ class Batches(Iterator[Batch]):
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _rest(self) -> "_FromPlace":
-        return _FromPlace(self.epochs, *self._place, self._num_epochs)
+    def _rest(self) -> "_BatchSource":
+        return _BatchSource(self.epochs, *self._position, self._num_epochs)
 
     def _loader(self) -> Any:
         if not flags.FLAGS.is_parsed():
-            # grain reads flags of its own when it starts workers; outside absl's main nobody has parsed any.
+            # grain reads absl flags when it starts workers; they are parsed only under absl's main.
             flags.FLAGS.mark_as_parsed()
         source = self._rest()
-        # No reading threads: a batch is a few copies, and workers overlap it with the training step.
+        # No read threads: building a batch takes a few copies, and workers overlap it with the training step.
         data = grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(num_threads=0))
         num_workers = min(self._num_workers, len(source))
         workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_BUFFERED_BATCHES)
@@ -123,10 +123,8 @@ def _end(running: list[Any]) -> None:
         running.pop().close()
 
 
-def _obey_parent() -> None:
-    """In a worker process: it ends when the training process is gone, which when killed cannot end it, and not by Ctrl-C,
-    which a terminal sends to both.
-    """
+def _exit_with_parent() -> None:
+    """In a worker process: exits after the training process, and ignores Ctrl-C, which a terminal sends to both."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -140,17 +138,16 @@ def _obey_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-class _Parcel:
-    """A batch as one opaque object: grain would put its arrays into shared memory, of which containers have little."""
+class _OpaqueBatch:
+    """Hides the arrays from grain, which would put them into shared memory, of which containers have little."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
 
 
-class _FromPlace:
-    """The batches from a place on, by number: grain's random-access source. Goes to the workers.
-
-    Has no state of its own, since grain asks from several threads.
+class _BatchSource:
+    """grain's random-access source: the batches from a position on. Sent to the workers; stateless, since grain calls
+    it from several threads.
     """
 
     def __init__(self, epochs: Epochs, epoch: int, batch: int, num_epochs: int | None) -> None:
@@ -158,7 +155,7 @@ class _FromPlace:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _obey_parent()
+        _exit_with_parent()
 
     def __len__(self) -> int:
         if self._num_epochs is None:
@@ -166,9 +163,9 @@ class _FromPlace:
         counts = [self._epochs.num_batches(epoch) for epoch in range(self._epoch, self._num_epochs)]
         return max(0, sum(counts) - self._batch)
 
-    def __getitem__(self, index: int) -> "_Parcel":
+    def __getitem__(self, index: int) -> "_OpaqueBatch":
         epoch, number = self._epoch, self._batch + index
         while number >= self._epochs.num_batches(epoch):
             number -= self._epochs.num_batches(epoch)
             epoch += 1
-        return _Parcel(self._epochs.batch(epoch, number))
+        return _OpaqueBatch(self._epochs.batch(epoch, number))

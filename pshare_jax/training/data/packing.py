@@ -1,28 +1,27 @@
-"""Which samples share a row: first-fit in two dimensions, tokens of the context and of the answers.
+"""Packing of samples into rows: first-fit in two dimensions, context tokens and answer tokens.
 
-Pure functions over lengths, so a whole epoch is planned before it starts: the plan depends on nothing but the data and
-the seed, hence not on workers, and any batch of it can be made at random.
+Pure functions over lengths: the plan of an epoch depends on data and seed only, so any worker can build any batch.
 """
 
 import numpy as np
 from jaxtyping import Int64
 
-# Samples that are packed together. More fill rows better, fewer keep the order of the shuffle.
+# Samples that are packed together: a larger window fills rows better, a smaller one keeps the shuffled order.
 WINDOW = 1024
 _MULTIPLE = 32
 _WANTED_FILL = 0.92
 _TRIED_TIMES = (1, 1.5, 2, 3, 4, 6, 8)
-# In a row whose other length is given; more than this only where contexts are next to empty.
+# Bounds the free length of a row if the other is given, for data whose contexts are almost empty.
 _MOST_SAMPLES = 4096
 
 
 def pack(
     lengths: Int64[np.ndarray, "N 2"], capacity: tuple[int, int], rng: np.random.PCG64 | None = None
 ) -> list[list[int]]:
-    """Rows of indices into `lengths` (context and answer tokens), each sum within `capacity`; every index once.
+    """Rows of indices into `lengths` (context and answer tokens), with sums within `capacity`; every index once.
 
-    Each window of samples is packed with the largest first, and its rows come in an order drawn from `rng` (None: as
-    they were opened), so that early batches are not the long ones.
+    A window of samples is packed largest first; its rows are then shuffled by `rng` (None: not), so that long samples
+    are not all in the first batches.
 
     Raises:
         ValueError: a sample is larger than a row.
@@ -53,26 +52,26 @@ def _pack_window(lengths: np.ndarray, limit: np.ndarray) -> list[list[int]]:
 
 
 def random_order(rng: np.random.PCG64, count: int) -> np.ndarray:
-    """A permutation of range(count). From raw bits, which NumPy keeps the same over its versions."""
+    """A permutation of range(count), from raw bits, which are stable across NumPy versions."""
     return np.argsort(rng.random_raw(count), kind="stable")
 
 
 def fill(lengths: Int64[np.ndarray, "N 2"], num_rows: int, capacity: tuple[int, int]) -> float:
-    """The share of the places in `num_rows` rows that hold tokens and not padding."""
+    """The fraction of the positions in `num_rows` rows that hold tokens and not padding."""
     return float(lengths.sum() / max(1, num_rows * sum(capacity)))
 
 
 def choose_capacity(
     lengths: Int64[np.ndarray, "N 2"], context_len: int | None, answer_len: int | None
 ) -> tuple[int, int]:
-    """The given lengths of a row, or ones that suit the data (multiples of 32): in the proportion of all context to all
-    answer tokens, long enough for every sample, and the shortest such that leave little padding.
+    """Context and answer length of a row: as given, or multiples of 32 chosen from the data. Chosen lengths have the
+    ratio of all context to all answer tokens, fit every sample, and are the shortest with little padding.
     """
     if context_len and answer_len:
         return context_len, answer_len
     largest, mean = lengths.max(axis=0), np.maximum(lengths.mean(axis=0), 1e-9)
     if context_len or answer_len:
-        # As many average samples in a row as the given length holds.
+        # The number of average samples that the given length holds.
         samples = context_len / mean[0] if context_len else (answer_len or 0) / mean[1]
         found = _rounded(largest, mean * min(samples, _MOST_SAMPLES))
         return context_len or found[0], answer_len or found[1]

@@ -1,6 +1,6 @@
-"""Everything that happens to the data before training: read, render, check, count, split, store.
+"""Preparation of the data before training: reads, renders, checks, counts, splits and stores the samples.
 
-`prepare` is the one entry; the trainer prints its report and hands the two sets to `pipeline.py`.
+`prepare` is the entry point; `run.py` prints its report and passes the two sets to `loader.py`.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from pshare_jax.training.data.store import SampleStore
 
 @dataclass(frozen=True)
 class SampleSet:
-    """Samples of the store by source: `members` are indices into it, `weights` how often an epoch uses each source."""
+    """Samples by source: `members` are indices into the store, `weights` the passes over each source in an epoch."""
 
     store: SampleStore
     members: tuple[np.ndarray, ...]
@@ -34,7 +34,7 @@ class SampleSet:
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The samples to train on, those to evaluate on (perhaps none), and what became of every record."""
+    """Training samples, evaluation samples (maybe none), and the report."""
 
     train: SampleSet
     evaluation: SampleSet
@@ -48,19 +48,16 @@ def prepare(
     layout: Layout = "two_stream",
     vocab_size: int | None = None,
 ) -> PreparedData:
-    """Reads all sources of `config` and makes their samples, none larger than a row of `layout`.
+    """Reads all sources of `config` and makes samples that fit a row of `layout`.
 
-    `stop_ids` are the ids that end generation with the model, `vocab_size` is the number of its embeddings (None: as many
-    as the tokenizer can need).
+    `stop_ids` end generation with the model; `vocab_size` is the number of its embeddings (None: not checked).
 
     Raises:
-        PshareError: a wrong setting, a source that cannot be read, or one of which no record can be used.
+        PshareError: a wrong setting, an unreadable source, or a source without a usable record.
     """
     check_data(config)
     if config.format == "chat" and tokenizer.chat_template is None:
-        raise PshareError(
-            "The model has no chat template; set data.format to text to train on prompts and completions."
-        )
+        raise PshareError("data.format: chat needs a chat template, which the model lacks; set data.format: text.")
     chat = tokenizer.chat_template is not None if config.format is None else config.format == "chat"
     limits = replace(_limits(config, layout), vocab_size=vocab_size)
     reading = _Reading(RecordReader(tokenizer, stop_ids, chat, limits), stop_ids)
@@ -80,14 +77,14 @@ def prepare(
 def _limits(config: DataConfig, layout: Layout) -> Limits:
     context_len, answer_len = config.batch.context_len, config.batch.answer_len
     if layout == "one_stream" and context_len is not None:
-        # All but the last token of a sample is input.
+        # A sample's last token is only a target.
         return Limits(min(config.max_len, context_len + 1), None, answer_len)
     return Limits(config.max_len, context_len, answer_len)
 
 
 @dataclass
 class _Reading:
-    """Reads sources one by one; `groups` says for each sample which source of the config it came from."""
+    """Reads sources in order; `groups` holds for each sample the index of its source in the config."""
 
     reader: RecordReader
     stop_ids: frozenset[int]
@@ -121,15 +118,15 @@ class _Reading:
             report.keep(line, samples, left_out, self.stop_ids)
             yield from samples
         if len(self.reports) == first:
-            raise PshareError(f"{path} holds no records.")
+            raise PshareError(f"{path} contains no records; remove the source or fill it.")
         self._check(self.reports[first:])
 
     def _check(self, reports: list[SourceReport]) -> None:
-        """A file of which nothing is left ends the run: most likely it is not what the user thinks."""
+        """A file without a usable record ends the run: most likely it is not the file that the user intended."""
         if reports and not reports[-1].kept:
             last = reports[-1]
             raise PshareError(
-                f"None of the {last.read} records of {last.name} can be used, most often because of: "
+                f"None of the {last.read} records of {last.name} can be used; fix or remove the source. Main reason: "
                 f"{last.main_reason.removesuffix('.')}."
             )
 
@@ -140,7 +137,7 @@ class _Reading:
 def _split(
     store: SampleStore, groups: list[np.ndarray], config: DataConfig
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Whole records go to one side, equal ones to the same: those with the smallest hash of seed and content."""
+    """Holds out the records with the smallest hash of seed and content, so that equal records stay together."""
     train, evaluation = [], []
     for index, group in enumerate(groups):
         records = store.records[group]
@@ -148,14 +145,14 @@ def _split(
         ranked = sorted(marks.values())
         count = max(1, round(config.eval_fraction * len(ranked)))
         last = ranked[count - 1]
-        kept_out = np.array([marks[int(record)] <= last for record in records], bool)
-        if kept_out.all():
+        held_out = np.array([marks[int(record)] <= last for record in records], bool)
+        if held_out.all():
             raise PshareError(
-                f"data.eval_fraction leaves no training record of data.sources.{index}, which has {len(ranked)}; "
-                "lower it or give data.eval_sources."
+                f"data.eval_fraction leaves no training record of the {len(ranked)} in data.sources.{index}; "
+                "lower it or use data.eval_sources."
             )
-        train.append(group[~kept_out])
-        evaluation.append(group[kept_out])
+        train.append(group[~held_out])
+        evaluation.append(group[held_out])
     return train, evaluation
 
 
@@ -169,7 +166,7 @@ def _record_marks(store: SampleStore, group: np.ndarray, seed: int) -> dict[int,
 
 
 def _leaked(store: SampleStore, train: list[np.ndarray], evaluation: list[np.ndarray]) -> int:
-    """How many evaluation answers training also has, after the same prompt."""
+    """Number of evaluation answers that are also in the training data, with the same prompt."""
     if not any(map(len, evaluation)):
         return 0
     known = {mark for group in train for index in group.tolist() for mark in _turn_marks(store[index])}

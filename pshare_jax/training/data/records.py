@@ -1,7 +1,7 @@
-"""A record of a data file (`messages`, or `prompt` and `completion`) to samples; `prepare.py` calls it.
+"""Samples from a record (`messages`, or `prompt` and `completion`); `prepare.py` calls it.
 
-Prompts are what the server would see: chats through `Tokenizer.encode_chat`, texts through `Tokenizer.encode`. What a
-record does wrong ends in `Dropped`, with the reason that the report counts.
+Prompts are encoded as in the server: chats by `Tokenizer.encode_chat`, texts by `Tokenizer.encode`. A faulty record
+raises `Dropped` with the reason that the report counts.
 """
 
 import json
@@ -11,14 +11,14 @@ from typing import Any
 from pshare_jax.errors import PshareError
 from pshare_jax.text.chat_template import ROLES
 from pshare_jax.text.tokenizer import Tokenizer
-from pshare_jax.training.data.samples import Limits, Sample, Turn, joined
+from pshare_jax.training.data.samples import Limits, Sample, Turn, join_turns
 
 _MARKS = ("train", "weight")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class Dropped(Exception):
-    """A record that cannot be trained on: `reason` is what the report counts, `detail` says more in one sentence."""
+    """A record that cannot be trained on: the report counts `reason` and shows `detail`, one sentence."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -26,23 +26,23 @@ class Dropped(Exception):
 
 
 class RecordReader:
-    """Makes samples of records. `stop_ids` is the set of ids that end generation with the model."""
+    """Makes samples from records. `stop_ids` end generation with the model."""
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: frozenset[int], chat: bool, limits: Limits) -> None:
         self._tokenizer, self._chat, self._limits = tokenizer, chat, limits
         self._ends = stop_ids & tokenizer.special_ids
 
     def samples(self, record: Any, source: str, line: int) -> tuple[list[Sample], dict[str, int]]:
-        """The record's samples, at least one, and its turns that were left out, counted by reason.
+        """The record's samples (at least one), and the number of omitted turns by reason.
 
         Raises:
-            Dropped: nothing of the record can be trained on.
+            Dropped: no turn of the record can be trained on.
         """
         if not isinstance(record, dict):
-            raise Dropped("not an object", f"A record must be an object with fields, not {type(record).__name__}.")
+            raise Dropped("not an object", f"A record must be a JSON object, not {type(record).__name__}.")
         left_out: dict[str, int] = {}
         turns = list(self._chat_turns(record, left_out) if self._chat else self._text_turns(record))
-        samples, too_long = joined(turns, self._limits, source, line)
+        samples, too_long = join_turns(turns, self._limits, source, line)
         if too_long:
             left_out["too long"] = too_long
         if not samples:
@@ -52,19 +52,19 @@ class RecordReader:
         return samples, left_out
 
     def _check_ids(self, largest: int) -> None:
-        """XLA would read the embedding's last row for a token that has none."""
+        """For an id without an embedding XLA would read the last row."""
         size = self._limits.vocab_size
         if size is not None and largest >= size:
             text = self._tokenizer.decode([largest], skip_special_tokens=False)
             raise Dropped(
-                "token that the model lacks",
-                f"The tokenizer makes token {largest} of {text!r}, but the model has tokens 0 to {size - 1}.",
+                "token without an embedding",
+                f"The tokenizer encodes {text!r} as token {largest}, but the model has tokens 0 to {size - 1}.",
             )
 
     def _text_turns(self, record: Mapping[str, Any]) -> Iterator[Turn]:
         prompt, completion = record.get("prompt"), record.get("completion")
         if not isinstance(prompt, str) or not isinstance(completion, str):
-            raise Dropped("wrong type", "With format: text, prompt and completion must be texts.")
+            raise Dropped("wrong type", "With format: text, prompt and completion must be strings.")
         if not completion:
             raise Dropped("empty answer")
         eos = self._eos()
@@ -85,7 +85,7 @@ class RecordReader:
             raise Dropped("no assistant turn")
         for index in answers:
             if not _is_trained(messages[index], index):
-                reason = "not to be trained"
+                reason = "excluded by train or weight"
             elif index == 0:
                 reason = "no message before the answer"
             elif turn := self._turn(chat, index, tools or None, kwargs):
@@ -107,8 +107,8 @@ class RecordReader:
         return Turn(prompt, answer) if prompt and len(answer) > 1 else None
 
     def _ended(self, tail: list[int]) -> list[int]:
-        """`tail` up to the end-of-turn token: the first id that stops generation; for templates that write none of
-        these, their closing control token, or the eos token after the text.
+        """`tail` up to its end-of-turn token: the first stop id; for templates without a stop id, the closing control
+        token, or else the whole text and eos.
         """
         for index, token in enumerate(tail):
             if token in self._ends:
@@ -120,30 +120,30 @@ class RecordReader:
 
     def _eos(self) -> int:
         if self._tokenizer.eos_id is None:
-            raise PshareError("The tokenizer has no eos token, so no answer could end; set eos_token in its config.")
+            raise PshareError("The tokenizer needs an eos token to end answers; set eos_token in its config.")
         return self._tokenizer.eos_id
 
 
 def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The record's conversation, roles checked."""
+    """The record's conversation, with valid roles."""
     if record.get("messages") is not None:
         messages = record["messages"]
     elif record.get("prompt") is not None and record.get("completion") is not None:
         messages = [*_as_messages(record, "prompt", "user"), *_as_messages(record, "completion", "assistant")]
     else:
-        raise Dropped("no messages", "A record needs messages, or prompt and completion.")
+        raise Dropped("no messages", "A record must have messages, or prompt and completion.")
     if not isinstance(messages, list):
         raise Dropped("wrong type", f"messages must be a list, not {type(messages).__name__}.")
     if not messages:
-        raise Dropped("no messages", "The list of messages is empty.")
+        raise Dropped("no messages", "messages must not be empty.")
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise Dropped("wrong type", f"Message {index} is not an object with a role and content.")
+            raise Dropped("wrong type", f"Message {index} must be an object with role and content.")
         role = message.get("role")
         if role is None:
             raise Dropped("no role", f"Message {index} has no role.")
         if role not in ROLES:
-            raise Dropped("unknown role", f"Message {index} has the role {role!r}; known are {', '.join(ROLES)}.")
+            raise Dropped("unknown role", f"Message {index} has the role {role!r}; allowed are {', '.join(ROLES)}.")
     return messages
 
 
@@ -152,23 +152,23 @@ def _as_messages(record: Mapping[str, Any], field: str, role: str) -> list[Any]:
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list):
-        raise Dropped("wrong type", f"{field} must be a text or a list of messages, not {type(value).__name__}.")
+        raise Dropped("wrong type", f"{field} must be a string or a list of messages, not {type(value).__name__}.")
     if field == "completion" and [isinstance(m, dict) and m.get("role") for m in value] != ["assistant"]:
-        raise Dropped("wrong type", "A completion given as messages must be one message of the assistant.")
+        raise Dropped("wrong type", "A completion given as messages must be one assistant message.")
     if field == "prompt":
-        # Only the completion is trained, whatever the prompt quotes.
+        # Only the completion is trained, not assistant messages of the prompt.
         return [{**m, "train": False} if isinstance(m, dict) else m for m in value]
     return value
 
 
 def _json_field(record: Mapping[str, Any], field: str, kind: type) -> Any:
-    """`tools` and the like, which table formats keep as JSON text."""
+    """A field such as `tools`, which table formats store as JSON text."""
     value = record.get(field)
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError:
-            raise Dropped("wrong type", f"{field} is a text that is not JSON.") from None
+            raise Dropped("wrong type", f"{field} is a string but not valid JSON.") from None
     if value is not None and not isinstance(value, kind):
         raise Dropped("wrong type", f"{field} must be a {kind.__name__}, not {type(value).__name__}.")
     return value

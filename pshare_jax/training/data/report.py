@@ -1,4 +1,4 @@
-"""What became of the records of the data sources: counts and first lines for each reason, in a few printed lines."""
+"""The data report: used and dropped records of each source, with counts and first lines for each reason."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,14 +10,14 @@ _SHOWN_LINES = 5
 
 @dataclass
 class Reason:
-    """How often something happened, where first, and one sentence about the first time."""
+    """Number of occurrences, the first lines, and one sentence about the first occurrence."""
 
     count: int = 0
     lines: list[int] = field(default_factory=list)
     detail: str = ""
 
     def add(self, line: int, detail: str, count: int = 1) -> None:
-        """Counts `count` more at `line`."""
+        """Counts `count` occurrences at `line`."""
         self.count += count
         if len(self.lines) < _SHOWN_LINES and line not in self.lines:
             self.lines.append(line)
@@ -31,9 +31,9 @@ class Reason:
 
 @dataclass
 class SourceReport:
-    """One source. `read` = `kept` + the dropped records; kept ones gave `samples` samples, `split` of them beyond the
-    first of a record; `turns` trained answers with `answer_tokens` tokens, and `left_out` single answers. `unstopped` ones
-    end with a token that does not stop generation.
+    """A source. Of `read` records, `kept` were used and the others dropped. They gave `samples` samples, `split` of
+    them beyond a record's first, with `turns` answers of `answer_tokens` tokens. `left_out` are single omitted answers;
+    `unstopped` answers end with a token that does not stop generation.
     """
 
     name: str
@@ -49,14 +49,14 @@ class SourceReport:
     unstopped: Reason = field(default_factory=Reason)
 
     def drop(self, line: int, reason: str, detail: str = "") -> None:
-        """Counts a record that is not used."""
+        """Counts a dropped record."""
         self.read += 1
         self.dropped.setdefault(reason, Reason()).add(line, detail)
 
     def keep(
         self, line: int, samples: Sequence[Sample], left_out: Mapping[str, int], stop_ids: Collection[int]
     ) -> None:
-        """Counts a record that is used, and what of it is not."""
+        """Counts a used record and its omitted answers."""
         self.read += 1
         self.kept += 1
         self.samples += len(samples)
@@ -72,7 +72,7 @@ class SourceReport:
 
     @property
     def main_reason(self) -> str:
-        """The reason that dropped most records, with its first lines."""
+        """The most frequent reason of dropped records, with its first lines."""
         name, reason = max(self.dropped.items(), key=lambda item: item[1].count)
         return f"{name} {reason}"
 
@@ -82,7 +82,7 @@ class SourceReport:
             f"{self.turns} answers, {self.answer_tokens} answer tokens of {self.tokens}"
         ]
         lines += [f"  dropped: {item.count} x {name} {item}" for name, item in self.dropped.items()]
-        lines += [f"  answers left out: {item.count} x {name} {item}" for name, item in self.left_out.items()]
+        lines += [f"  answers omitted: {item.count} x {name} {item}" for name, item in self.left_out.items()]
         if self.unstopped.count:
             lines.append(f"  answers whose last token does not stop the model: {self.unstopped.count} {self.unstopped}")
         return "\n".join(lines)
@@ -90,7 +90,7 @@ class SourceReport:
 
 @dataclass
 class Report:
-    """All sources, and the split. `leaked` counts evaluation answers that training also has, prompt and all."""
+    """All sources, and the split. `leaked` counts evaluation answers that training also has after the same prompt."""
 
     sources: list[SourceReport] = field(default_factory=list)
     train_samples: int = 0
@@ -101,5 +101,5 @@ class Report:
         lines = [str(source) for source in self.sources]
         lines.append(f"training samples: {self.train_samples}, evaluation samples: {self.eval_samples}")
         if self.leaked:
-            lines.append(f"  {self.leaked} evaluation answers are also in training, with the same prompt")
+            lines.append(f"  {self.leaked} evaluation answers are also in training after the same prompt")
         return "\n".join(lines)

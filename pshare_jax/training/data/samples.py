@@ -1,7 +1,7 @@
-"""A training sample, and how it is cut from the turns of one conversation.
+"""Training samples from the turns of a conversation; `records.py` calls it.
 
-`records.py` makes turns (a prompt as the server sees it, the answer that should follow); here they become as few
-samples as possible: all turns that the served prompts contain word for word share one.
+A turn is a prompt as the server encodes it and the answer to train. Turns share a sample if each prompt continues the
+ids of the previous turn.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from pshare_jax.share.boundary import base_len
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids with the ranges to train.
+    """Token ids with the ranges to train on.
 
     `turns` are ascending, disjoint (start, end) with 1 <= start < end <= len(ids): `ids[:start]` is the prompt as the
     server encodes it, `ids[start:end]` the answer with its end-of-turn token. `line` counts from 1 in `source`.
@@ -25,18 +25,18 @@ class Sample:
 
     @property
     def context_len(self) -> int:
-        """Tokens that only the base reads: all before the last turn's first input, which is its prompt's last token."""
+        """Number of tokens that the base reads: those before the last turn's first input, its prompt's last token."""
         return base_len(self.turns[-1][0])
 
     @property
     def answer_len(self) -> int:
-        """Trained tokens."""
+        """Number of target tokens."""
         return sum(end - start for start, end in self.turns)
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One answer to train and the prompt before it."""
+    """An answer to train on and its prompt."""
 
     prompt: list[int]
     answer: list[int]
@@ -44,8 +44,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Limits:
-    """Most ids of a sample, most context and answer tokens that a row of a batch can hold, and how many ids the model has,
-    which may be fewer than the tokenizer's (None: no limit).
+    """Maximum length of a sample, context and answer tokens that fit a row, and the number of the model's ids, which
+    may be smaller than the tokenizer's (None: no limit).
     """
 
     max_len: int
@@ -54,7 +54,7 @@ class Limits:
     vocab_size: int | None = None
 
     def allow(self, turn: Turn, answers_before: int) -> bool:
-        """Whether `turn` fits as the last of a sample that already trains `answers_before` tokens."""
+        """Whether `turn` fits as the last turn of a sample that has `answers_before` target tokens."""
         return (
             len(turn.prompt) + len(turn.answer) <= self.max_len
             and (self.context_len is None or base_len(len(turn.prompt)) <= self.context_len)
@@ -62,10 +62,10 @@ class Limits:
         )
 
 
-def joined(turns: Iterable[Turn], limits: Limits, source: str, line: int) -> tuple[list[Sample], int]:
-    """The samples of one conversation, and how many turns were left out because they do not fit.
+def join_turns(turns: Iterable[Turn], limits: Limits, source: str, line: int) -> tuple[list[Sample], int]:
+    """The samples of a conversation, and the number of turns that exceed the limits.
 
-    A turn joins the sample before it if its prompt goes on from that sample's ids; otherwise it starts a new one.
+    A turn joins the previous sample if its prompt continues that sample's ids; otherwise it starts a new sample.
     """
     samples: list[Sample] = []
     ids: list[int] = []

@@ -1,7 +1,7 @@
-"""Reads data sources record by record: .jsonl, .json and .parquet files, globs, reasoning-gym tasks and BFCL's categories.
+"""Data sources, read record by record: .jsonl, .json and .parquet files, globs, reasoning-gym and BFCL.
 
-`read_source` yields every record with its line (JSONL), element (JSON), row (Parquet) or item number, all from 1; a
-record that cannot even be read comes as `Broken`. Faults of a whole file are PshareErrors.
+`read_source` yields each record with its line (JSONL), element (JSON), row (Parquet) or item number, all from 1; an
+unreadable record is `Broken`, an unreadable file a PshareError.
 """
 
 import codecs
@@ -20,14 +20,14 @@ GYM = "reasoning_gym:"
 
 
 class Broken(NamedTuple):
-    """A record that could not be read."""
+    """An unreadable record."""
 
     reason: str
     detail: str
 
 
 class Record(NamedTuple):
-    """One record: the name of its source (a file, a reasoning-gym task, a BFCL category), its number there, its content."""
+    """A record: its source (a file, a reasoning-gym task, a BFCL category), its number in it, its content."""
 
     source: str
     line: int
@@ -35,11 +35,10 @@ class Record(NamedTuple):
 
 
 def read_source(path: str) -> Iterator[Record]:
-    """All records of a file, of all files of a glob (sorted by name), of `reasoning_gym:<task>?key=value&...` or of
-    `bfcl:<category>`.
+    """All records of a file, a glob (files sorted by name), `reasoning_gym:<task>?key=value&...` or `bfcl:<category>`.
 
     Raises:
-        PshareError: no such file, an unknown kind of file, or a file that is broken as a whole.
+        PshareError: no such file, an unsupported format, or a file that is unreadable as a whole.
     """
     if path.startswith(GYM):
         yield from _read_gym(path)
@@ -50,9 +49,7 @@ def read_source(path: str) -> Iterator[Record]:
     for file in _files(path):
         reader = _READERS.get(file.suffix)
         if reader is None:
-            raise PshareError(
-                f"{file} is not a kind of data file we read; give it the ending .jsonl, .json or .parquet."
-            )
+            raise PshareError(f"The format of {file} is not supported; use a .jsonl, .json or .parquet file.")
         try:
             for line, content in reader(file):
                 yield Record(str(file), line, content)
@@ -64,10 +61,12 @@ def _files(path: str) -> list[Path]:
     if Path(path).is_file():
         return [Path(path)]
     if Path(path).is_dir():
-        raise PshareError(f"{path} is a folder; name its files, such as {path}/*.jsonl.")
+        raise PshareError(f"{path} is a folder; give files, such as {path}/*.jsonl.")
     files = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
     if not files:
-        raise PshareError(f"There is no data file {path}.")
+        raise PshareError(
+            f"There is no data file {path}; give a file, a glob, reasoning_gym:<task> or bfcl:<category>."
+        )
     return files
 
 
@@ -76,7 +75,7 @@ def _files(path: str) -> list[Path]:
 
 def _read_jsonl(file: Path) -> Iterator[tuple[int, Any]]:
     with file.open("rb") as lines:
-        # Lines end with \n only: a text may hold U+2028 and other characters that str.splitlines breaks at.
+        # Lines end with \n only; str.splitlines would also split at U+2028 and other characters of a text.
         for number, line in enumerate(lines, start=1):
             text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if text.strip():
@@ -87,12 +86,12 @@ def _read_json(file: Path) -> Iterator[tuple[int, Any]]:
     with file.open("rb") as data:
         start = data.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
     if not start.startswith(b"["):
-        # Many .json data sets are JSON lines.
+        # Many .json data sets contain JSON lines.
         yield from _read_jsonl(file)
         return
     parsed = _parsed(file.read_bytes().removeprefix(codecs.BOM_UTF8), each=True)
     if isinstance(parsed, Broken):
-        raise PshareError(f"{file} is broken as a whole: {parsed.reason}, {parsed.detail}.")
+        raise PshareError(f"{file} must be a JSON list or JSON lines: {parsed.reason}, {parsed.detail}.")
     yield from enumerate(parsed, start=1)
 
 
@@ -110,11 +109,11 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Any]]:
                     number += 1
                     yield number, _without_nulls(row)
     except invalid as error:
-        raise PshareError(f"{file} is not a Parquet file that pyarrow reads: {error}.") from None
+        raise PshareError(f"pyarrow cannot read {file} as Parquet: {error}.") from None
 
 
 def _without_nulls(value: Any) -> Any:
-    """Rows of a table have every column and struct field; those that a record did not have are null."""
+    """Table rows have every column and struct field; null stands for a field that the record lacks."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -124,11 +123,11 @@ _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parque
 
 
 class _RepeatedKey(ValueError):
-    """JSON with a key twice in one object: readers differ in which of the two they see."""
+    """A JSON object with a repeated key, whose value depends on the reader."""
 
 
 def _parsed(text: bytes, each: bool = False) -> Any:
-    """The JSON value, or Broken; with `each`, a list whose items with a repeated key are Broken one by one."""
+    """The JSON value or Broken; with `each`, a list in which every item with a repeated key is Broken."""
     mark = _marked if each else _unique
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=mark, parse_constant=_no_constant)
@@ -152,7 +151,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _marked(pairs: list[tuple[str, Any]]) -> Any:
-    """As `_unique`, but an object with a fault in it becomes the fault, up to the whole record."""
+    """As `_unique`, but an object that contains a fault becomes the fault, up to the whole record."""
     inner = next((item for _, value in pairs if (item := _broken_in(value)) is not None), None)
     if inner is not None:
         return inner
@@ -179,10 +178,10 @@ def _no_constant(name: str) -> None:
 
 def open_reasoning_gym(path: str) -> Any:
     """The data set of `reasoning_gym:<task>?seed=1&size=1000&key=value`: items with question and answer, and
-    `score_answer(answer, item)`, 1.0 for a right one. All keys go to the task's config; `a.b=c` sets a key of a map.
+    `score_answer(answer, item)` (1.0 if right). All keys are passed to the task's config; `a.b=c` sets a key of a map.
 
     Raises:
-        PshareError: reasoning-gym is missing, or it has no such task, or the task refuses the settings.
+        PshareError: reasoning-gym is not installed, has no such task, or rejects the settings.
     """
     task, _, query = path.removeprefix(GYM).partition("?")
     try:
@@ -194,13 +193,15 @@ def open_reasoning_gym(path: str) -> Any:
     settings = {"seed": 1, "size": 1000, **_gym_settings(path, query)}
     known = importlib.import_module("reasoning_gym.factory").DATASETS
     if task not in known:
-        raise PshareError(f"reasoning-gym has no task {task!r}; it has {len(known)} tasks, such as {min(known)}.")
+        raise PshareError(
+            f"reasoning-gym has no task {task!r}; choose one of its {len(known)} tasks, such as {min(known)}."
+        )
     if type(settings["size"]) is not int or settings["size"] < 1 or type(settings["seed"]) is not int:
-        raise PshareError(f"In {path}, seed and size must be whole numbers, size at least 1.")
+        raise PshareError(f"In {path}, seed and size must be integers, size at least 1.")
     try:
         return gym.create_dataset(task, **settings)
     except (TypeError, ValueError, AssertionError, AttributeError) as error:
-        raise PshareError(f"The reasoning-gym task {task} refuses the settings of {path}: {error}.") from None
+        raise PshareError(f"The reasoning-gym task {task} rejects the settings in {path}: {error}.") from None
 
 
 def _read_gym(path: str) -> Iterator[Record]:
@@ -219,9 +220,9 @@ def _gym_settings(path: str, query: str) -> dict[str, Any]:
         for step in outer:
             inside = inside.setdefault(step, {})
             if not isinstance(inside, dict):
-                raise PshareError(f"In {path}, {step} is both a value and a map.")
+                raise PshareError(f"In {path}, {step} is both a value and a map; use only one.")
         if not equals or not name or name in inside:
-            raise PshareError(f"In {path}, {part!r} must be key=value, each key once.")
+            raise PshareError(f"In {path}, {part!r} must have the form key=value, with each key once.")
         inside[name] = _gym_value(unquote(text))
     return settings
 
@@ -237,12 +238,12 @@ def _gym_value(text: str) -> Any:
 
 
 def _read_bfcl(path: str) -> Iterator[Record]:
-    """Its questions as `pshare-evaluate` asks them, each with an answer that its checker accepts."""
+    """The category's questions as `pshare-evaluate` asks them, each with an answer that the checker accepts."""
     wheel = fetch_wheel()
     with BfclVerifier(wheel) as verifier:
         for number, question in enumerate(read_questions(path.removeprefix(BFCL), wheel), start=1):
             answer = right_answer(question["ground_truth"])
             messages = [*question["messages"], {"role": "assistant", "content": answer}]
-            right = verifier(answer, question)
-            content = {"messages": messages} if right else Broken("no answer that BFCL accepts", question["id"])
+            accepted = verifier(answer, question)
+            content = {"messages": messages} if accepted else Broken("no answer that BFCL accepts", question["id"])
             yield Record(path, number, content)

@@ -1,7 +1,7 @@
-"""Prepared samples on disk: token ids in one memory-mapped file, so that any number of them costs little memory.
+"""Prepared samples on disk: token ids are in a memory-mapped file, so that memory stays small.
 
-`prepare.py` writes one, the loader and its worker processes read it at random. A store opens again in another process
-when it is pickled; its folder goes when the store that made it does.
+`prepare.py` writes a store, the loader and its worker processes read it at random. A pickled store opens the same files
+in another process; the store that wrote them deletes its folder when it is collected.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ class SampleStore(Sequence[Sample]):
     """An immutable sequence of samples; `lens`, `context_lens`, `answer_lens` and `records` are arrays over it."""
 
     def __init__(self, samples: Iterable[tuple[int, Sample]], folder: Path | None = None) -> None:
-        """Writes all `samples` (each with the number of its record) below `folder` (None: the system's for such)."""
+        """Writes `samples`, each with its record's number, below `folder` (None: the system's temporary folder)."""
         root = Path(tempfile.mkdtemp(prefix="pshare-data-", dir=folder))
         self._clean_up = weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
         self._path = root / "ids"
@@ -77,5 +77,5 @@ class SampleStore(Sequence[Sample]):
         self._ids = self._mapped()
 
     def _mapped(self) -> np.ndarray:
-        # An empty file cannot be mapped.
+        # An empty file cannot be memory-mapped.
         return np.memmap(self._path, np.int32, "r") if self._ends[-1] else np.empty(0, np.int32)

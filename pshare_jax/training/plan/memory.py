@@ -1,8 +1,7 @@
-"""What training takes in memory on one device, from shapes and shardings alone. Used by the dry run; allocates nothing.
+"""Memory of training on one device, computed from shapes and shardings; the dry run calls it. Allocates nothing.
 
-What is held from step to step is exact. Temporaries are counted (`counted_temporaries`): what a device needs that frees
-each layer's intermediates as rematerialisation means it to. What XLA makes of them on a device that is there is compiled
-instead (short_models.py).
+Memory held between steps is exact. Temporaries (`estimate_temporaries`) are estimated for a device that frees each
+layer's intermediates as rematerialisation intends; `short_models.py` has what XLA allocates on the present device.
 """
 
 import math
@@ -29,7 +28,7 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Rows of a batch, and what each holds: context and answer places (of `one_stream`: all places and answers' ones)."""
+    """Rows of a batch, with context and answer positions (for `one_stream`: all positions, and targets)."""
 
     layout: Layout
     rows: int
@@ -38,14 +37,14 @@ class BatchShape:
 
     @property
     def stream_len(self) -> int:
-        """Places of a row that the decode module reads."""
+        """Positions of a row that the decode module reads."""
         return self.answer_len if self.layout == "two_stream" else self.context_len
 
     def arrays(self, vocab_size: int) -> TwoStreamBatch | OneStreamBatch:
-        """A batch without padding: one sample a row."""
+        """A batch without padding, with one sample in each row."""
         answer = min(self.answer_len, self.stream_len)
         length = self.context_len + 1 + (answer if self.layout == "two_stream" else 0)
-        ids = tuple(place % vocab_size for place in range(length))
+        ids = tuple(position % vocab_size for position in range(length))
         make = two_stream if self.layout == "two_stream" else one_stream
         sample = Sample(ids, ((length - answer, length),), "drawn", 1)
         return make([[sample]] * self.rows, self.context_len, self.answer_len)
@@ -53,15 +52,15 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class StepShapes:
-    """All arrays of a training step, as shapes with shardings. `base` is what the objective reads, `frozen` what the module
-    does: the same arrays, or nothing. With one batch a step (`alone`) gradients are not added to a sum.
+    """All arrays of a training step, as shapes with shardings. `base` are the weights that the base reads, `frozen`
+    those that the module shares with it; either may be empty. With `single_batch` no gradients are summed.
     """
 
     base: Shapes
     frozen: Shapes
     state: TrainState
     sums: Sums
-    alone: bool
+    single_batch: bool
     batch: Any
 
 
@@ -79,13 +78,13 @@ def step_shapes(
         frozen={} if objective.architecture.lora is None else base,
         state=state,
         sums=Sums._make([in_layer_order(state.trainable, objective), *[_placed(number, replicated(mesh))] * 3]),
-        alone=accumulation == 1,
+        single_batch=accumulation == 1,
         batch=jax.tree.map(lambda x: _placed(x, batch_sharding(mesh)), arrays),
     )
 
 
 def held_memory(shapes: StepShapes) -> dict[str, int]:
-    """Bytes on one device of what stays from step to step, by item."""
+    """Bytes on one device that are held between steps, by item."""
     trained, base = device_bytes(shapes.state.trainable), shapes.base or shapes.frozen
     return {
         "base weights": device_bytes(base),
@@ -96,44 +95,44 @@ def held_memory(shapes: StepShapes) -> dict[str, int]:
     }
 
 
-def counted_temporaries(objective: Objective, shapes: StepShapes, batch: BatchShape) -> dict[str, int]:
-    """Bytes on one device while a batch's gradients are computed, at their most, by item."""
+def estimate_temporaries(objective: Objective, shapes: StepShapes, batch: BatchShape) -> dict[str, int]:
+    """Peak bytes on one device while a batch's gradients are computed, by item."""
     config, mesh = objective.config, objective.mesh
     item, tp = jnp.dtype(objective.compute_dtype).itemsize, mesh.shape[MODEL]
     rows = batch.rows // (mesh.shape[DATA] * mesh.shape[FSDP])
     kv_heads = config.num_kv_heads if config.num_kv_heads % tp else config.num_kv_heads // tp
     two_streams = batch.layout == "two_stream"
     kv = 2 * config.num_layers * rows * batch.context_len * kv_heads * config.head_dim * item if two_streams else 0
-    # Every device walks over its own rows.
+    # Each device processes its own rows.
     chunk = chunk_tokens(rows * batch.answer_len, config.vocab_size)
-    # Logits, their exponentials and their slopes are there at once.
+    # Logits, their exponentials and their gradients exist at once.
     logits = 3 * chunk * config.vocab_size * 4 // (tp if config.vocab_size % tp == 0 else 1)
     masters = shapes.state.trainable
-    # Rows of the embedding are cast when they are looked up; as a head all of it is.
+    # The embedding is cast row by row after the lookup, but as a whole if it is also the head.
     cast = device_bytes({path: x for path, x in masters.items() if config.tied or path != EMBEDDING}) * item // 4
     return {
-        "gradients before they are added": 0 if shapes.alone else device_bytes(masters),
-        f"trained ones in {objective.compute_dtype}": 0 if item == 4 else cast,
+        "gradients before summation": 0 if shapes.single_batch else device_bytes(masters),
+        f"trained weights in {objective.compute_dtype}": 0 if item == 4 else cast,
         "layers' inputs": config.num_layers * rows * batch.stream_len * config.hidden_size * item,
         "base's KV": kv,
-        "a layer at work": _layer_at_work(objective, batch, rows, item),
-        "a chunk's logits": logits,
+        "working set of a layer": _layer_working_set(objective, batch, rows, item),
+        "logits of a chunk": logits,
     }
 
 
-def counted_update(shapes: StepShapes) -> int:
-    """Bytes on one device while a step is applied: old and new weights and moments are there until all are known finite."""
+def estimate_update(shapes: StepShapes) -> int:
+    """Bytes of the new weights and moments on one device; the old ones are kept until all are known to be finite."""
     return 3 * device_bytes(shapes.state.trainable)
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of the part of all arrays that lies on one device."""
+    """Bytes of all arrays on one device."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _layer_at_work(objective: Objective, batch: BatchShape, rows: int, item: int) -> int:
-    """A decode layer's intermediates and their slopes, or what a base layer has at once, whichever is more; with `fsdp`
-    also a layer's gathered weights.
+def _layer_working_set(objective: Objective, batch: BatchShape, rows: int, item: int) -> int:
+    """The larger of a decode layer's intermediates with their gradients and a base layer's intermediates; with `fsdp`
+    plus a layer's gathered weights.
     """
     config, tp = objective.config, objective.mesh.shape[MODEL]
     heads, sizes = config.num_heads // tp, config.head_dim

@@ -1,8 +1,8 @@
-"""The real training step of models with few layers, which says what all layers take: their cost is the same, one by one.
+"""The training step of models with few layers, from which the dry run extrapolates memory and time to all layers.
 
-The dry run compiles it for the memory that XLA asks for (`memory_analysis`) and runs it, on made-up weights, for the time.
-Both are linear in the number of layers, so two short models are enough: for layers of several kinds (sliding windows), as
-if all were like the first ones.
+It compiles the step for XLA's memory (`memory_analysis`) and times it on synthetic weights. Both are linear in the
+number of layers, so two short models suffice; layers of other kinds (sliding windows) are counted like the first
+layers.
 """
 
 import os
@@ -25,14 +25,14 @@ from pshare_jax.training.step.optimizer import make_optimizer, make_schedule
 from pshare_jax.training.step.steps import Sums, TrainState, train_steps
 
 NUM_LAYERS = 2, 6
-"""Layers of the two models; a model that has no more than the second number is taken as it is."""
+"""Layers of the two models; a model with at most the second number is used as a whole."""
 RUNS, LEAST_RUNS, SECONDS = 9, 3, 30.0
-"""Steps that are timed, after two that warm up: fewer, but some, where they take long."""
+"""Timed steps after two warm-up steps: at most RUNS; at least LEAST_RUNS, then until SECONDS have passed."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A number for the two device steps: gradients of a batch, and the update."""
+    """A number for each of the two programs: gradients of a batch, and the update."""
 
     accumulate: int | float
     apply: int | float
@@ -54,7 +54,7 @@ class ShortModel:
         self._shapes: StepShapes = step_shapes(objective, optimizer, batch, config.accumulation)
         shapes = self._shapes
         arguments = (
-            None if shapes.alone else shapes.sums,
+            None if shapes.single_batch else shapes.sums,
             shapes.state.trainable,
             shapes.frozen,
             shapes.base,
@@ -64,40 +64,40 @@ class ShortModel:
         self._accumulate: Any = steps.accumulate.lower(*arguments).compile()
         self._apply: Any = steps.apply.lower(shapes.state, shapes.sums).compile()
         self.process = resident_memory()
-        """Bytes of the process once it had compiled them."""
+        """Bytes of the process after compilation."""
 
     def temporaries(self) -> Pair:
-        """Bytes on one device that the compiled steps ask for beside their arguments."""
+        """Bytes on one device that the compiled steps allocate in addition to their arguments."""
         return Pair(*(step.memory_analysis().temp_size_in_bytes for step in (self._accumulate, self._apply)))
 
     def needs(self) -> int:
-        """Bytes on one device to run it."""
+        """Bytes on one device to run the steps."""
         temporaries = self.temporaries()
         return sum(held_memory(self._shapes).values()) + int(max(temporaries.accumulate, temporaries.apply))
 
     def seconds(self) -> Pair:
-        """Median times of the steps."""
+        """Median seconds of the steps."""
         timed, spent = [], 0.0
-        for number, one in enumerate(self._timed()):
+        for number, seconds in enumerate(self._timed()):
             if number < 2:
                 continue
-            timed.append(one)
-            spent += one.accumulate + one.apply
+            timed.append(seconds)
+            spent += seconds.accumulate + seconds.apply
             if len(timed) >= RUNS or (len(timed) >= LEAST_RUNS and spent > SECONDS):
                 break
-        return Pair(median(one.accumulate for one in timed), median(one.apply for one in timed))
+        return Pair(median(pair.accumulate for pair in timed), median(pair.apply for pair in timed))
 
     def _timed(self) -> Iterator[Pair]:
         shapes = self._shapes
-        base = {path: _made_up(x) for path, x in shapes.base.items()}
+        base = {path: _synthetic(x) for path, x in shapes.base.items()}
         frozen = base if shapes.frozen else {}
         state = TrainState._make(
-            [jax.tree.map(_made_up, shapes.state.trainable), *jax.tree.map(_zeros, shapes.state[1:])]
+            [jax.tree.map(_synthetic, shapes.state.trainable), *jax.tree.map(_zeros, shapes.state[1:])]
         )
         arrays = self._batch.arrays(self._vocab_size)
         batch = jax.device_put(arrays, jax.tree.map(lambda x: x.sharding, shapes.batch))
         while True:
-            before: Sums | None = None if shapes.alone else jax.tree.map(_zeros, shapes.sums)
+            before: Sums | None = None if shapes.single_batch else jax.tree.map(_zeros, shapes.sums)
             jax.block_until_ready(before)
             began = time.perf_counter()
             sums = self._accumulate(before, state.trainable, frozen, base, batch, np.int32(0))
@@ -109,34 +109,34 @@ class ShortModel:
 
 
 def short_models(objective: Objective, config: TrainConfig, batch: BatchShape) -> dict[int, ShortModel]:
-    """Number of layers -> the model; one or two of them."""
+    """Number of layers -> model, for one or two models."""
     all_layers = objective.config.num_layers
     numbers = NUM_LAYERS if all_layers > NUM_LAYERS[1] else (all_layers,)
     return {number: ShortModel(objective, number, config, batch) for number in numbers}
 
 
-def of_all_layers(values: Mapping[int, int | float], num_layers: int) -> int | float:
-    """What `num_layers` layers take, on the line through what few of them do."""
+def extrapolate(values: Mapping[int, int | float], num_layers: int) -> int | float:
+    """The value for `num_layers` layers on the line through `values`, which maps numbers of layers to values."""
     (first, low), (last, high) = min(values.items()), max(values.items())
     return low if first == last else low + (num_layers - first) / (last - first) * (high - low)
 
 
 def free_memory() -> int:
-    """Bytes that are free on the first device; of a CPU those of the machine, or all where it does not tell (no /proc)."""
+    """Free bytes of the first device; for a CPU those of the machine, without /proc all of its memory."""
     stats = jax.devices()[0].memory_stats()
     if stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    told = Path("/proc/meminfo")
-    if not told.exists():
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    lines = dict(line.split(":") for line in told.read_text().splitlines())
+    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def resident_memory() -> int | None:
-    """Bytes of this process in memory; None where the system does not tell (no /proc)."""
-    told = Path("/proc/self/statm")
-    return int(told.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if told.exists() else None
+    """Resident bytes of this process; None without /proc."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else None
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -151,11 +151,11 @@ def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.zeros(x.shape, x.dtype, device=x.sharding)
 
 
-def _made_up(x: jax.ShapeDtypeStruct) -> jax.Array:
-    """Small values of both signs, none of them zero: products with zeros or denormal numbers may take another time."""
+def _synthetic(x: jax.ShapeDtypeStruct) -> jax.Array:
+    """Small values of both signs without zeros: arithmetic with zeros or denormals may have other timings."""
 
     def make() -> jax.Array:
-        places = jax.lax.iota(jnp.int32, x.size).reshape(x.shape)
-        return ((places % 1021 - 510.5) / 25_000).astype(x.dtype)
+        index = jax.lax.iota(jnp.int32, x.size).reshape(x.shape)
+        return ((index % 1021 - 510.5) / 25_000).astype(x.dtype)
 
     return jax.jit(make, out_shardings=x.sharding)()

@@ -1,4 +1,4 @@
-"""The optimizer: clipping, AdamW and a schedule, over the trained parameters only. Pure functions for the training step."""
+"""The optimizer: gradient clipping, AdamW and a learning-rate schedule over the trainable parameters."""
 
 import optax
 
@@ -7,7 +7,7 @@ from pshare_jax.training.config import OptimizerConfig
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """optax's chain for a run of `num_steps` steps; gradients are means over a step's target tokens."""
+    """The optax chain for a run of `num_steps` steps; gradients are means over a step's target tokens."""
     clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
     return optax.chain(
         *clip,
@@ -23,10 +23,10 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """The learning rate of a step, by the number of steps applied before it.
+    """The learning rate of a step, given the number of steps applied before it.
 
-    Step k of w warm-up steps (from 0) has (k + 1) / (w + 1) of the peak, so the first one learns something; the first after
-    them has the peak. The cosine or line would be 0 one step after the last.
+    Step k (from 0) of w warm-up steps has (k + 1) / (w + 1) of the peak, so that the first step is not 0; the step
+    after warm-up has the peak. Cosine and linear decay reach 0 one step after the last.
     """
     warmup = min(warmup_steps(config, num_steps), num_steps)
     peak, rest = config.learning_rate, max(1, num_steps - warmup)
@@ -45,8 +45,8 @@ def warmup_steps(config: OptimizerConfig, num_steps: int) -> int:
 
 
 def decayed(params: Params) -> dict[str, bool]:
-    """Which parameters weight decay pulls to zero: all matrices, A and B of LoRA too, but no norm and no bias.
+    """Which parameters have weight decay: all matrices, including LoRA's A and B, but no norm and no bias.
 
-    A decayed B pulls the module back to the base; PEFT users' default (torch's AdamW) decays both as well.
+    Decay of B pulls the module towards the base; torch's AdamW, the usual optimizer with PEFT, decays both as well.
     """
     return {path: not path.endswith(("norm.weight", ".bias")) for path in params}

@@ -1,7 +1,8 @@
-"""The jitted device steps of training: add up a micro-batch, apply a step, evaluate. Pure functions over pytrees.
+"""The jitted device programs of training: accumulate a micro-batch, apply a step, evaluate. Pure functions over
+pytrees.
 
-A step's loss is the sum over its target tokens divided by their number, over all its micro-batches and devices. Whether it
-is applied is decided on the device: a step with anything that is not finite leaves parameters and optimizer as they were.
+A step's loss is the mean over its target tokens, across all its micro-batches and devices. The device decides whether
+the step is applied: if any value is not finite, parameters and optimizer state stay unchanged.
 """
 
 from collections import OrderedDict
@@ -22,7 +23,7 @@ from pshare_jax.training.step.objective import Objective, Tallies, nll
 
 
 class TrainState(NamedTuple):
-    """What a step changes. `applied` counts applied steps, `bad` the steps since the last of them, `all_bad` all others."""
+    """The state that a step updates: `applied` steps, `bad` steps since the last applied step, and `all_bad` steps."""
 
     trainable: Params
     optimizer: optax.OptState
@@ -32,10 +33,10 @@ class TrainState(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over the micro-batches of a step: gradients of the negative log-likelihood, itself, target tokens, argmax hits.
+    """Sums over the micro-batches of a step: negative log-likelihood with its gradients, target tokens, argmax hits.
 
-    Gradients are in the order of the layers, which an `OrderedDict` keeps in a JAX program, unlike a dict. XLA on CPU orders
-    the program by it: with 1, 10, 2 ... it would hold the intermediates of most layers until the last one is done.
+    Gradients are in layer order, which an `OrderedDict` keeps in a JAX program, unlike a dict. XLA on CPU schedules by
+    that order: with 1, 10, 2, ... it would keep the intermediates of most layers until the end.
     """
 
     gradients: OrderedDict[str, Float[Array, "..."]]
@@ -45,7 +46,7 @@ class Sums(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What is told of a step: mean loss, target tokens, hits, global norm of the mean gradient before clipping."""
+    """Metrics of a step: mean loss, target tokens, argmax hits, norm of the mean gradient before clipping, counters."""
 
     loss: Float[Array, ""]
     tokens: Float[Array, ""]
@@ -59,10 +60,10 @@ class StepResult(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainSteps:
-    """Compiled on first use; `state` is the shapes and shardings of what `init` gives.
+    """The programs, compiled on first use; `state` holds shapes and shardings of the result of `init`.
 
-    `accumulate` takes the `Sums` and `apply` the state that they get over: they are donated. Where a step has one
-    micro-batch, `accumulate` is given None, so that no second copy of the gradients is ever made.
+    `accumulate` donates its `Sums` and `apply` its state. For steps with one micro-batch, `accumulate` takes None, so
+    that there is no second copy of the gradients.
     """
 
     state: TrainState
@@ -76,9 +77,9 @@ class TrainSteps:
 def train_steps(
     objective: Objective, optimizer: optax.GradientTransformation, schedule: optax.Schedule, seed: int
 ) -> TrainSteps:
-    """The steps for an objective on its mesh; all results keep the sharding of the parameter table.
+    """The programs for an objective on its mesh; results keep the sharding of the parameter table.
 
-    `accumulate` takes the number of its micro-batch in the run, which with `seed` decides what dropout draws.
+    `accumulate` takes the number of the micro-batch within the run, which with `seed` determines dropout.
     """
     state = state_shapes(objective, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, state)
@@ -88,12 +89,12 @@ def train_steps(
 
     def init(trainable: Params) -> TrainState:
         zero = jnp.int32(0)
-        # Arrays of its own: the state is donated step by step, and these may be the base's.
+        # Copied because the state is donated and these arrays may belong to the base.
         masters = jax.tree.map(lambda x: jnp.copy(x).astype(jnp.float32), trainable)
         return TrainState(masters, optimizer.init(masters), zero, zero, zero)
 
     def no_sums() -> Sums:
-        gradients = {path: jnp.zeros(x.shape, jnp.float32) for path, x in objective.trained.items()}
+        gradients = {path: jnp.zeros(x.shape, jnp.float32) for path, x in objective.trainable_shapes.items()}
         return Sums(in_layer_order(gradients, objective), *(jnp.float32(0) for _ in range(3)))
 
     def accumulate(
@@ -152,26 +153,26 @@ def train_steps(
 
 
 def state_shapes(objective: Objective, optimizer: optax.GradientTransformation) -> TrainState:
-    """A `TrainState` of shapes with shardings: the optimizer's moments are and lie as their parameters do."""
+    """A `TrainState` of shapes with shardings; the optimizer's moments are sharded like their parameters."""
 
     def whole(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(objective.mesh))
 
-    trained = objective.trained
+    shapes = objective.trainable_shapes
     moments = optax.tree.map_params(
         optimizer,
         lambda _, like: like,
-        jax.eval_shape(optimizer.init, trained),
-        trained,
+        jax.eval_shape(optimizer.init, shapes),
+        shapes,
         transform_non_params=whole,
     )
     counter = whole(jax.ShapeDtypeStruct((), np.int32))
-    return TrainState._make([trained, moments, counter, counter, counter])
+    return TrainState._make([shapes, moments, counter, counter, counter])
 
 
 def in_layer_order(table: Mapping[str, Any], objective: Objective) -> OrderedDict[str, Any]:
-    """What is there for each trained parameter, in the order of `objective.trained`."""
-    return OrderedDict((path, table[path]) for path in objective.trained)
+    """The entries of `table` in the order of `objective.trainable_shapes`, which is that of the layers."""
+    return OrderedDict((path, table[path]) for path in objective.trainable_shapes)
 
 
 def _all_finite(tree: Any) -> Bool[Array, ""]:

@@ -86,7 +86,7 @@ def test_a_session_keeps_one_copy_of_its_context(make, sharing):
     [worker] = engines.engine.decode_workers
     pages = [(CONTEXT + call * (ANSWER + TOOL)) // PAGE for call in range(12)]
     kept = max(pages) if sharing == "shared" else sum(pages[-4:])
-    assert worker.pool.allocator.num_cached == kept + 12
+    assert worker.pool.manager.num_cached == kept + 12
     moved = engines.engine.transfers[0].stats
     # The rest of what moved are the calls' tails.
     assert moved.num_pages == kept + 12 + 12
@@ -104,7 +104,7 @@ def test_tasks_at_work_on_one_context_hold_it_once(make, sharing, copies):
     while not all(answer.sequence.state is State.DECODING for answer in answers):
         engine.step()
     shared, own = CONTEXT // PAGE, -(-(INSTRUCTION + 1) // PAGE)
-    assert engine.decode_workers[0].pool.allocator.num_used == copies * shared + len(TASKS) * own
+    assert engine.decode_workers[0].pool.manager.num_used == copies * shared + len(TASKS) * own
     assert prefill_tokens(engine) == copies * CONTEXT + len(TASKS) * (INSTRUCTION - 1)
     while not all(answer.ended for answer in answers):
         engine.step()

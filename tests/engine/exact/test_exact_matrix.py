@@ -201,7 +201,7 @@ def test_more_answers_are_the_plain_loops(case, worlds, few_programs_here):
 def check(case: Case, world: World) -> None:
     """All prompts at once, then again one after the other for other tasks, then one that goes on from an answer."""
     engines = world.engines(case.placement, page_size=case.page_size, chunk=case.chunk, sharing=case.sharing)
-    base = digest(engines.engine._prefill_sides[0].weights.params)
+    base = digest(engines.engine.prefill_specs[0].weights.params)
     b, lengths = case.page_size, sorted({1, *edges(case.page_size)})
     answers = engines.check(*ask(engines, world, lengths, 0))
     assert prefill_tokens(engines.engine) == sum(length - 1 for length in lengths) + long_tokens(case)
@@ -215,7 +215,7 @@ def check(case: Case, world: World) -> None:
     turn = engines.check(engines.turn(TASKS[-1], (*world.long, *answers[-2].ids), logprobs=0))
     assert turn[0].cached_tokens == full_len(LONG, b)
     assert_prefilled_once(engines.engine, [*answers, *warm, *turn])
-    assert digest(engines.engine._prefill_sides[0].weights.params) == base
+    assert digest(engines.engine.prefill_specs[0].weights.params) == base
     check_devices(case, engines)
 
 
@@ -237,7 +237,7 @@ def long_tokens(case: Case) -> int:
 def check_devices(case: Case, engines: WorldEngines) -> None:
     """Weights and pages of each side lie on its devices, all of them and no others."""
     engine, devices = engines.engine, jax.devices()
-    prefill = [(side.weights.params, DevicePages.of(side.pool).pages) for side in engine._prefill_sides]
+    prefill = [(side.weights.params, DevicePages.of(side.pool).pages) for side in engine.prefill_specs]
     decode = [
         ([weights.params for weights in worker._tasks.values()], DevicePages.of(worker.pool).pages)
         for worker in engine.decode_workers

@@ -97,11 +97,11 @@ def test_preempted_sequences_go_on_as_if_nothing_had_been(engines):
     [one], [two] = engines.some(2 * PAGE + 2, ("math",), 2 * PAGE + 3), engines.some(2 * PAGE + 2, ("tools",), 11, 7)
     assert one.prompt != two.prompt
     pool = engines.engine.decode_workers[0].pool
-    taken = pool.allocator.allocate(pool.num_usable - 7, "nobody")
+    taken = pool.manager.allocate(pool.num_usable - 7, "nobody")
     answers = [Answer(engines.engine, request) for request in (one, two)]
     while not all(answer.ended for answer in answers):
         engines.engine.step()
-    pool.allocator.release(taken, "nobody")
+    pool.manager.release(taken, "nobody")
     settle(engines.engine)
     assert [answer.ids for answer in answers] == [engines.expected(request).ids for request in (one, two)]
     assert engines.engine.decode_workers[0].num_preempted > 0

@@ -90,7 +90,7 @@ def test_a_seed_and_a_preemption(engines):
     """The youngest is preempted: the second of two whose answers need more pages than there are."""
     first, second = sampled(engines, "tools"), sampled(engines, "math", sampling=dataclasses.replace(SEEDED, seed=8))
     [worker] = engines.engine.decode_workers
-    allocator = worker.pool.allocator
+    allocator = worker.pool.manager
     taken = allocator.allocate(worker.pool.num_usable - 8, "nobody")
     answers = [Answer(engines.engine, request) for request in (first, second)]
     while not all(answer.ended for answer in answers):

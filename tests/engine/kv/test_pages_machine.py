@@ -1,4 +1,4 @@
-"""PageAllocator + PrefixCache under random sequences, copies, aborts and pressure, against a slow model.
+"""PageManager under random sequences, transfers, aborts and pressure, against a slow model.
 
 The same actions (pages_world.py) are chosen by hypothesis, which shrinks what fails, and by a long random walk, which
 proves that it has been everywhere.
@@ -15,20 +15,19 @@ from pages_world import PagesWorld
 from pshare_jax.engine.kv import keys as keys_module
 
 pytestmark = pytest.mark.host
-
 CHOICE = st.integers(0, 11)
 PROMPT = st.lists(st.integers(0, 1), min_size=1, max_size=11)
 SALT = st.sampled_from(["", "", "s"])
 
 
 def weaken(monkeypatch):
-    """Four-bit digests: hits are missed, never wrong, and the books stay right."""
+    """Four-bit digests: hits are missed, never wrong, and the invariants hold."""
     strong = keys_module._digest
     monkeypatch.setattr(keys_module, "_digest", lambda data: bytes([strong(data)[0] & 15]))
 
 
 class PagesMachine(RuleBasedStateMachine):
-    """Everything that the cache says is what the model says."""
+    """Every result is the model's."""
 
     @initialize(num_pages=st.integers(6, 16), loose_pins=st.booleans())
     def begin(self, num_pages, loose_pins):
@@ -56,8 +55,8 @@ class PagesMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.world.live)
     @rule(choice=CHOICE, num=st.integers(1, 3))
-    def leave_a_copy_behind(self, choice, num):
-        self.world.leave_a_copy_behind(choice, num)
+    def leave_a_transfer(self, choice, num):
+        self.world.leave_a_transfer(choice, num)
 
     @precondition(lambda self: self.world.live)
     @rule(choice=CHOICE, cut=st.integers(1, 6))
@@ -112,7 +111,7 @@ def walk(world, draw, steps):
         (lambda: world.publish(choice(), draw.randint(1, 4))): 8,
         (lambda: world.finish(choice())): 8,
         (lambda: world.abort(choice())): 3,
-        (lambda: world.leave_a_copy_behind(choice(), draw.randint(1, 3))): 2,
+        (lambda: world.leave_a_transfer(choice(), draw.randint(1, 3))): 2,
         (lambda: world.pin(choice(), draw.randint(1, 6))): 1,
         (lambda: world.unpin(choice())): 2,
         (lambda: world.allocate(draw.randint(0, 4))): 2,

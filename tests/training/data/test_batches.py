@@ -1,4 +1,4 @@
-"""Batch layouts and packing: every token in its place, nothing of one sample in another, rows within their limits."""
+"""Batch layouts and packing: every token at its position, samples separated, rows within their limits."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def needs(rows, layout):
     return max(sum(map(first, row)) for row in rows), max(sum(s.answer_len for s in row) for row in rows)
 
 
-def test_one_sample_spelled_out():
+def test_one_sample_by_hand():
     sample = Sample((10, 11, 12, 13, 14, 15, 16), ((2, 4), (5, 7)), "a", 1)
     batch = two_stream([[sample]], 5, 5)
     assert batch.context_tokens.tolist() == [[10, 11, 12, 13, 0]]
@@ -38,26 +38,18 @@ def test_one_sample_spelled_out():
     assert batch.decode_prefix.tolist() == [[1, 1, 4, 4, 0]]
     assert batch.targets.tolist() == [[12, 13, 15, 16, 0]]
     assert batch.weights.tolist() == [[1, 1, 1, 1, 0]]
-    one = one_stream([[sample]], 7, 5)
-    assert one.tokens.tolist() == [[10, 11, 12, 13, 14, 15, 0]]
-    assert one.picks.tolist() == [[1, 2, 4, 5, 0]]
-    assert one.targets.tolist() == [[12, 13, 15, 16, 0]]
-    assert one.weights.tolist() == [[1, 1, 1, 1, 0]]
-    tokens = (*batch._asdict().values(), *one._asdict().values())
+    stream = one_stream([[sample]], 7, 5)
+    assert stream.tokens.tolist() == [[10, 11, 12, 13, 14, 15, 0]]
+    assert stream.picks.tolist() == [[1, 2, 4, 5, 0]]
+    assert stream.targets.tolist() == [[12, 13, 15, 16, 0]]
+    assert stream.weights.tolist() == [[1, 1, 1, 1, 0]]
+    tokens = (*batch._asdict().values(), *stream._asdict().values())
     assert {array.dtype.name for array in tokens} == {"int32", "float32"}
-
-
-def test_one_token_prompts_have_an_empty_context():
-    sample = Sample((5, 6), ((1, 2),), "a", 1)
-    batch = two_stream([[sample, sample]], 1, 2)
-    assert not batch.context_segments.any()
-    assert batch.decode_prefix.tolist() == [[0, 0]]
-    assert batch.decode_segments.tolist() == [[1, 2]]
 
 
 @given(SHAPES, st.integers(0, 3), st.integers(0, 3))
 @settings(max_examples=60, deadline=None)
-def test_two_streams_hold_every_sample_once(shape, spare_context, spare_answers):
+def test_two_streams_contain_every_sample_once(shape, spare_context, spare_answers):
     rows = rows_of(shape)
     context, answers = needs(rows, "two_stream")
     batch = two_stream(rows, context + spare_context, answers + spare_answers)
@@ -85,13 +77,13 @@ def test_two_streams_hold_every_sample_once(shape, spare_context, spare_answers)
             assert not array[b, batch.context_segments[b] == 0].any()
     for short in ((context - 1, answers), (context, answers - 1)):
         if min(short) >= 0:
-            with pytest.raises(ValueError, match="places"):
+            with pytest.raises(ValueError, match="positions"):
                 two_stream(rows, *short)
 
 
 @given(SHAPES)
 @settings(max_examples=60, deadline=None)
-def test_one_stream_picks_what_predicts_the_answers(shape):
+def test_one_stream_picks_the_positions_that_predict_the_answers(shape):
     rows = rows_of(shape)
     length, answers = needs(rows, "one_stream")
     batch = one_stream(rows, length + 2, answers + 1)
@@ -113,8 +105,8 @@ def test_one_stream_picks_what_predicts_the_answers(shape):
         assert list(zip(*(array.tolist() for array in found), strict=True)) == expected
 
 
-def test_masks_go_by_place_and_not_by_id():
-    """A5-04: ids that are also padding's or the end's are trained where they are answers, and only there."""
+def test_masks_depend_on_positions_and_not_on_ids():
+    """A5-04: ids that equal padding or an end token are trained within answers, and only there."""
     sample = Sample((2, 0, 2, 0, 2), ((1, 3), (4, 5)), "a", 1)
     batch = two_stream([[sample]], 8, 8)
     assert batch.targets[0, :3].tolist() == [0, 2, 2]
@@ -139,20 +131,20 @@ def test_packing_uses_every_sample_once_within_both_limits(sizes, context, answe
     for row in rows:
         assert row
         assert (lengths[row].sum(axis=0) <= (context, answers)).all()
-    # First fit: no two rows of a window would fit into one.
+    # First fit: no two rows of a window would fit into a single row.
     totals = [lengths[row].sum(axis=0) for row in rows]
-    for i, one in enumerate(totals):
-        for two in totals[:i]:
-            assert (one + two > (context, answers)).any()
+    for i, total in enumerate(totals):
+        for other in totals[:i]:
+            assert (total + other > (context, answers)).any()
 
 
-def test_packing_refuses_what_no_row_holds():
+def test_packing_rejects_a_sample_larger_than_a_row():
     for lengths in ([[5, 3]], [[1, 9]]):
         with pytest.raises(ValueError, match="larger than a row"):
             pack(np.array(lengths), (4, 8))
 
 
-def test_rows_come_in_random_order_and_stay_in_their_window():
+def test_rows_are_shuffled_within_their_window():
     rng = np.random.default_rng(0)
     lengths = np.stack([rng.integers(1, 100, 3 * WINDOW), rng.integers(1, 30, 3 * WINDOW)], axis=1)
     rows = pack(lengths, (200, 60), np.random.PCG64(0))
@@ -166,7 +158,7 @@ def test_rows_come_in_random_order_and_stay_in_their_window():
 
 
 def realistic(seed: int, kind: str) -> np.ndarray:
-    """Context and answer tokens of conversations: log-normal turns, as in public chat and tool-calling sets."""
+    """Context and answer tokens of conversations with log-normal turns, as in public chat and tool-calling data."""
     rng = np.random.default_rng(seed)
     question, answer, most_turns = {
         "chat": ((3.5, 1.0), (5.2, 0.8), 6),
@@ -186,17 +178,17 @@ def realistic(seed: int, kind: str) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["chat", "math", "tools"])
 def test_rows_are_at_least_85_percent_tokens(kind):
     lengths = realistic(0, kind)
-    one = np.stack([lengths.sum(axis=1), lengths[:, 1]], axis=1)
-    for places in (lengths, one):
-        capacity = choose_capacity(places, None, None)
-        rows = pack(places, capacity, np.random.PCG64(0))
-        share = fill(places, len(rows), capacity)
+    stream = np.stack([lengths.sum(axis=1), lengths[:, 1]], axis=1)
+    for needed in (lengths, stream):
+        capacity = choose_capacity(needed, None, None)
+        rows = pack(needed, capacity, np.random.PCG64(0))
+        share = fill(needed, len(rows), capacity)
         print(kind, capacity, round(share, 3))
         assert share >= 0.85
         assert all(length % 32 == 0 for length in capacity)
 
 
-def test_given_lengths_stay():
+def test_given_lengths_are_kept():
     lengths = realistic(1, "chat")
     assert choose_capacity(lengths, 4100, 5000) == (4100, 5000)
     context, answers = choose_capacity(lengths, 8192, None)

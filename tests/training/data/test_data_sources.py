@@ -1,21 +1,17 @@
-"""Files and tasks: every record is read or told about, whatever the file's form."""
+"""Files and generated tasks: every record is read or reported, whatever the format."""
 
 import json
 import sys
 
 import pytest
-from tiny import edit_json, tiny_folder
 from training_data import chat, tokenizers, write_jsonl
 
 from pshare_jax.errors import PshareError
-from pshare_jax.evaluation.tasks import open_task
-from pshare_jax.share.model import load
-from pshare_jax.text.tokenizer import Tokenizer
-from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.data.config import DataConfig, RowsConfig, SourceConfig
 from pshare_jax.training.data.prepare import prepare
 from pshare_jax.training.data.sources import Broken, open_reasoning_gym, read_source
-from pshare_jax.training.run import train
+
+pytestmark = pytest.mark.host
 
 GOOD = {"messages": chat("question", "answer")}
 
@@ -31,34 +27,6 @@ def data(*paths, **kwargs) -> DataConfig:
 
 def prepared(tok, config):
     return prepare(config, tok, tok.eos_ids)
-
-
-@pytest.mark.parametrize("form", ["chat", "text"])
-def test_tokens_that_the_model_lacks_are_counted(tmp_path, form):
-    """An added token of the tokenizer for which the embedding has no row; XLA would take the last one."""
-    size = Tokenizer.from_folder(tiny_folder("llama", tmp_path / "other", num_hidden_layers=1)).vocab_size
-    base = tiny_folder("llama", tmp_path / "base", num_hidden_layers=1, vocab_size=size)
-    content = json.loads((base / "tokenizer.json").read_text())
-    new = {"id": size, "content": "<new>", "special": False}
-    new |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    edit_json(base / "tokenizer.json", added_tokens=[*content["added_tokens"], new])
-    answers = ["good", "a <new> one", "good again"]
-    lines = [
-        {"prompt": "q", "completion": text} if form == "text" else {"messages": chat("q", text)} for text in answers
-    ]
-    config = DataConfig([SourceConfig(write_jsonl(tmp_path / "a.jsonl", lines))], format=form)
-    tok = Tokenizer.from_folder(base)
-    found = prepare(config, tok, tok.eos_ids, vocab_size=size)
-    assert [sample.line for sample in found.train.store] == [1, 3]
-    told = f"1 x token that the model lacks (line 2): The tokenizer makes token {size} of '<new>', but"
-    assert f"{told} the model has tokens 0 to {size - 1}." in str(found.report)
-    assert len(prepare(config, tok, tok.eos_ids, vocab_size=size + 1).train) == 3
-    # A run knows its model, and so does an evaluation.
-    with open_task(str(tmp_path / "a.jsonl"), load(base)) as task:
-        assert [item.expected for item in task.items] == [answers[0], answers[2]]
-    only = DataConfig([SourceConfig(write_jsonl(tmp_path / "b.jsonl", lines[1:2]))], format=form)
-    with pytest.raises(PshareError, match=r"None of the 1 records .* token that the model lacks"):
-        train(TrainConfig(str(base), only, str(tmp_path / "run")))
 
 
 def ids(found) -> list:
@@ -104,10 +72,10 @@ def test_every_line_is_counted(tok, tmp_path):
     assert {name: reason.lines for name, reason in report.dropped.items()} == want
     assert [sample.line for sample in found.train.store] == [i for i, (_, r) in enumerate(lines, start=1) if r is None]
     assert "d\u2029e" in tok.decode(found.train.store[2].ids)
-    text = str(found.report)
-    assert "dropped: 2 x repeated key (lines 11, 12): the key 'messages' appears twice" in text
-    assert f"broken JSON (lines 15, 16, 17, 18): Expecting ',' delimiter at column {len(good[:-1]) + 1}" in text
-    assert f"byte {good.index(b'question') + 4} is 0xe9" in text
+    assert "'messages'" in report.dropped["repeated key"].detail
+    assert f"column {len(good[:-1]) + 1}" in report.dropped["broken JSON"].detail
+    assert f"byte {good.index(b'question') + 4} is 0xe9" in report.dropped["not UTF-8"].detail
+    assert "2 x repeated key (lines 11, 12)" in str(report)
 
 
 def test_json_parquet_and_jsonl_are_the_same(tok, tmp_path):
@@ -133,24 +101,26 @@ def test_json_parquet_and_jsonl_are_the_same(tok, tmp_path):
         assert ids(found) == want
         assert [sample.line for sample in found.train.store] == [1, 2, 3, 4]
     (tmp_path / "bad.parquet").write_bytes(b"no")
-    with pytest.raises(PshareError, match=r"bad\.parquet is not a Parquet file"):
+    with pytest.raises(PshareError, match=r"bad\.parquet"):
         list(read_source(str(tmp_path / "bad.parquet")))
 
 
-def test_elements_of_json_fail_one_by_one(tmp_path):
+def test_a_faulty_element_of_json_does_not_affect_the_others(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('[{"a": 1}, {"a": {"b": [{"c": 1, "c": 2}]}}, {"a": 1, "a": 2}, 3]')
     contents = [record.content for record in read_source(str(path))]
     assert contents[0] == {"a": 1}
-    assert contents[1] == Broken("repeated key", "the key 'c' appears twice")
-    assert contents[2] == Broken("repeated key", "the key 'a' appears twice")
+    for content, key in ((contents[1], "'c'"), (contents[2], "'a'")):
+        assert isinstance(content, Broken)
+        assert content.reason == "repeated key"
+        assert key in content.detail
     assert contents[3] == 3
     path.write_text('[{"a": 1},\n {"a": 2')
-    with pytest.raises(PshareError, match=r"a\.json is broken as a whole: broken JSON, .* line 2"):
+    with pytest.raises(PshareError, match=r"a\.json .* line 2"):
         list(read_source(str(path)))
 
 
-def test_globs_lists_and_sources_keep_their_order(tok, tmp_path):
+def test_the_order_of_globs_lists_and_sources(tok, tmp_path):
     for name in ("b", "a", "c"):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"messages": chat(name, f"{name}{index}")} for index in range(2)])
     found = prepared(tok, data(tmp_path / "*.jsonl"))
@@ -165,35 +135,33 @@ def test_globs_lists_and_sources_keep_their_order(tok, tmp_path):
     ]
 
 
-def test_files_that_cannot_be_data(tok, tmp_path):
+def test_unusable_files_are_refused_by_name(tok, tmp_path):
     (tmp_path / "data.csv").write_text("a,b")
     (tmp_path / "empty.jsonl").write_text("\n\n")
     write_jsonl(tmp_path / "good.jsonl", [GOOD])
     write_jsonl(tmp_path / "useless.jsonl", [{"messages": chat("x")}, {"text": "y"}, {"messages": chat("z")}])
     for name, reason in (
-        ("none.jsonl", "There is no data file"),
-        ("*.txt", "There is no data file"),
-        ("", "is a folder; name its files"),
-        ("data.csv", "not a kind of data file"),
-        ("empty.jsonl", "holds no records"),
-        ("useless.jsonl", r"None of the 3 records of .*useless\.jsonl .* no assistant turn \(lines 1, 3\)\."),
-        ("*.jsonl", r"None of the 3 records of .*useless\.jsonl"),
+        ("none.jsonl", r"none\.jsonl"),
+        ("*.txt", r"\*\.txt"),
+        ("", r"folder.*\*\.jsonl"),
+        ("data.csv", r"data\.csv.*\.parquet"),
+        ("empty.jsonl", r"empty\.jsonl"),
+        ("useless.jsonl", r"3 records of .*useless\.jsonl .* no assistant turn \(lines 1, 3\)"),
+        ("*.jsonl", r"3 records of .*useless\.jsonl"),
     ):
         with pytest.raises(PshareError, match=reason):
             prepared(tok, data(tmp_path / "good.jsonl", f"{tmp_path}/{name}"))
 
 
-def test_too_long_prompts_are_counted_and_end_the_run_if_they_are_all(tok, tmp_path):
+def test_too_long_prompts_are_counted_and_refused_if_nothing_else_is_left(tok, tmp_path):
     """A5-05."""
     records = [{"messages": chat("q" * (10 if index % 5 < 2 else 300), "a")} for index in range(10)]
     path = write_jsonl(tmp_path / "a.jsonl", records)
     for config in (data(path, max_len=100), data(path, batch=RowsConfig(context_len=100))):
         found = prepared(tok, config)
         assert len(found.train) == 4
-        assert "dropped: 6 x too long (lines 3, 4, 5, 8, 9, ...)" in str(found.report)
-    with pytest.raises(
-        PshareError, match=r"None of the 10 records of .*a\.jsonl can be used, .*: too long \(lines 1, 2"
-    ):
+        assert "6 x too long (lines 3, 4, 5, 8, 9, ...)" in str(found.report)
+    with pytest.raises(PshareError, match=r"10 records of .*a\.jsonl .* too long \(lines 1, 2"):
         prepared(tok, data(path, max_len=12))
 
 
@@ -204,15 +172,17 @@ def test_formats(tok, tmp_path):
     assert list(as_chat.ids[: as_chat.turns[0][0]]) == tok.encode_chat(chat("one"))
     plain = type(tok)(tok._backend, tok._config, {})
     assert ids(prepared(plain, data(path))) == [(as_text.ids, as_text.turns)]
-    with pytest.raises(PshareError, match=r"no chat template; set data\.format to text"):
+    with pytest.raises(PshareError, match=r"data\.format"):
         prepared(plain, data(path, format="chat"))
 
 
-def test_answers_that_do_not_stop_the_model_are_told(tok, tmp_path):
+def test_answers_that_do_not_stop_the_model_are_reported(tok, tmp_path):
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     records = [GOOD, {"messages": [*chat("x"), {"role": "assistant", "tool_calls": [call]}]}]
     config = data(write_jsonl(tmp_path / "a.jsonl", records))
-    assert "answers whose last token does not stop the model: 1 (line 2)" in str(prepared(tok, config).report)
+    [report] = prepared(tok, config).report.sources
+    assert (report.unstopped.count, report.unstopped.lines) == (1, [2])
+    assert "does not stop" in str(report)
     stops = tok.eos_ids | set(tok.encode("<|eom_id|>", add_special_tokens=False))
     assert "does not stop" not in str(prepare(config, tok, stops).report)
 
@@ -246,21 +216,21 @@ def test_reasoning_gym_settings():
         ("reasoning_gym:leg_counting?seed", "key=value"),
         ("reasoning_gym:leg_counting?seed=1&seed=2", "each key once"),
         ("reasoning_gym:leg_counting?seed.a=1&seed=2", "each key once"),
-        ("reasoning_gym:leg_counting?seed=1&seed.a=2", "both a value and a map"),
-        ("reasoning_gym:leg_counting?size=0", "size at least 1"),
-        ("reasoning_gym:leg_counting?size=x", "whole numbers"),
-        ("reasoning_gym:leg_counting?legs=4", "refuses the settings"),
-        ("reasoning_gym:leg_counting?min_animals=100", "refuses the settings"),
+        ("reasoning_gym:leg_counting?seed=1&seed.a=2", "seed"),
+        ("reasoning_gym:leg_counting?size=0", "size"),
+        ("reasoning_gym:leg_counting?size=x", "size"),
+        ("reasoning_gym:leg_counting?legs=4", "legs"),
+        ("reasoning_gym:leg_counting?min_animals=100", "animals"),
     ):
         with pytest.raises(PshareError, match=reason):
             list(read_source(path))
 
 
-def test_missing_packages_are_one_sentence(monkeypatch, tmp_path):
+def test_missing_packages_are_named_with_the_command(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(PshareError, match="needs reasoning-gym; install it with"):
+    with pytest.raises(PshareError, match="pip install reasoning-gym"):
         list(read_source(LEGS))
     (tmp_path / "a.parquet").write_bytes(b"")
-    with pytest.raises(PshareError, match="needs pyarrow"):
+    with pytest.raises(PshareError, match="pip install pyarrow"):
         list(read_source(str(tmp_path / "a.parquet")))

@@ -1,4 +1,4 @@
-"""A real file of many-turn conversations: BFCL's multi-turn questions with the calls that answer each turn."""
+"""Real multi-turn conversations: BFCL's multi-turn questions with the calls that answer each turn."""
 
 import jax
 import pytest
@@ -14,7 +14,7 @@ from pshare_jax.training.data.bfcl import fetch_wheel, read_lines
 from pshare_jax.training.data.config import DataConfig, RowsConfig, SourceConfig
 from pshare_jax.training.data.loader import training_batches
 from pshare_jax.training.data.prepare import prepare
-from pshare_jax.training.step.objective import make_trainee, nll
+from pshare_jax.training.step.objective import nll, trainable_module
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def conversations(tmp_path_factory) -> str:
-    """200 of 1 to 7 turns."""
+    """200 conversations of 1 to 7 turns."""
     try:
         wheel = fetch_wheel()
     except PshareError as error:
@@ -36,12 +36,12 @@ def conversations(tmp_path_factory) -> str:
     }
     for question in read_lines(wheel, "BFCL_v4_multi_turn_base.json"):
         turns = zip(question["question"], answers[question["id"]], strict=True)
-        told = [[*asked, {"role": "assistant", "content": "\n".join(calls)}] for asked, calls in turns if calls]
-        records.append({"messages": [message for turn in told for message in turn]})
+        talk = [[*asked, {"role": "assistant", "content": "\n".join(calls)}] for asked, calls in turns if calls]
+        records.append({"messages": [message for turn in talk for message in turn]})
     return write_jsonl(tmp_path_factory.mktemp("data") / "turns.jsonl", records)
 
 
-def test_rows_of_real_conversations_are_full_and_each_is_read_by_the_base_once(base, conversations, monkeypatch):
+def test_rows_of_real_conversations_are_full_and_the_base_reads_each_once(base, conversations, monkeypatch):
     config = DataConfig([SourceConfig(conversations)], max_len=8192, batch=RowsConfig(rows=4))
     data = prepare(config, base.tokenizer, base.stop_ids)
     samples = [data.train.store[index] for index in range(len(data.train))]
@@ -51,7 +51,7 @@ def test_rows_of_real_conversations_are_full_and_each_is_read_by_the_base_once(b
         assert batches.epochs.fill() >= 0.85
         read = [batch.arrays for batch in batches if isinstance(batch.arrays, TwoStreamBatch)]
     assert read
-    # Of a conversation the base reads every token before the last answer's first target, once, whatever its turns.
+    # Whatever the turns, the base reads each token before the last answer's first input once.
     real = sum(int((batch.context_segments > 0).sum()) for batch in read)
     assert real == sum(sample.turns[-1][0] - 1 for sample in samples)
     assert real + sum(int(batch.weights.sum()) for batch in read) >= 0.85 * sum(
@@ -65,8 +65,8 @@ def test_rows_of_real_conversations_are_full_and_each_is_read_by_the_base_once(b
         return prefill(self, tokens, positions, attend, kv)
 
     monkeypatch.setattr(Decoder, "prefill", counted)
-    trainee = make_trainee(base, "prefillshare", ModuleConfig(), "float32")
+    module = trainable_module(base, "prefillshare", ModuleConfig(), "float32")
     jax.eval_shape(
-        lambda params: nll(trainee.objective, params, trainee.frozen, base.params, read[0], None), trainee.trained
+        lambda params: nll(module.objective, params, module.frozen, base.params, read[0], None), module.trainable_shapes
     )
     assert passes == [read[0].context_tokens.shape]

@@ -1,4 +1,4 @@
-"""Records to samples: ids are what the server would see, and exactly the answers are trained."""
+"""Samples from records: prompts are encoded as in the server, and exactly the answers are trained."""
 
 import json
 
@@ -47,7 +47,7 @@ def answers(tokenizer, samples):
 
 
 def check_samples(tokenizer, samples, messages, **kwargs):
-    """Every turn's prompt is the server's; ranges are well formed; nothing follows the last answer."""
+    """Every prompt is the server's, ranges are well-formed, and nothing follows the last answer."""
     trained = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     assert [prompt for prompt, _ in turns_of(samples)] == [
         tokenizer.encode_chat(messages[:index], **kwargs) for index in trained
@@ -70,7 +70,7 @@ def test_three_turns_train_exactly_the_answers_and_their_ends(toks, family):
     lead = THINK if family == "qwen3" else ""
     assert answers(tokenizer, samples) == [f"{lead}{text}{END[family]}" for text in ("the first", "and 2", "is\nthird")]
     check_samples(tokenizer, samples, messages)
-    # Qwen3 shows the last turn's think block and no earlier one's.
+    # Qwen3 renders the think block of the last turn only.
     assert len(samples) == (3 if family == "qwen3" else 1)
     if family != "qwen3":
         whole = tokenizer.encode_chat(messages, add_generation_prompt=False)
@@ -78,7 +78,7 @@ def test_three_turns_train_exactly_the_answers_and_their_ends(toks, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_any_conversation_has_the_servers_prompts(toks, family):
+def test_prompts_equal_the_servers(toks, family):
     tokenizer = toks[family]
     pieces = [
         "a",
@@ -119,7 +119,7 @@ def test_any_conversation_has_the_servers_prompts(toks, family):
     check()
 
 
-def test_the_border_between_prompt_and_answer_is_never_merged(toks):
+def test_no_token_spans_prompt_and_answer(toks):
     tokenizer = toks["smollm"]
     messages = chat("q", "\n\nhello", "r", "s")
     joint = tokenizer.encode_chat(messages[:2], add_generation_prompt=False)
@@ -130,7 +130,7 @@ def test_the_border_between_prompt_and_answer_is_never_merged(toks):
     assert answers(tokenizer, samples) == ["\n\nhello<|im_end|>", "s<|im_end|>"]
     quoting = chat("q", "\n\nsay <|im_end|>")
     assert answers(tokenizer, samples_of(tokenizer, {"messages": quoting})) == ["\n\nsay <|im_end|><|im_end|>"]
-    # History is the server's own tokenization, so the second turn cannot go on from the first.
+    # History has the server's tokenization, so the second turn cannot continue the first.
     assert len(samples) == 2
 
 
@@ -155,7 +155,7 @@ def test_qwen3_think_blocks(toks):
     ]
     messages[1] = {"role": "assistant", "content": "first", "reasoning_content": "hm"}
     assert answers(tokenizer, samples_of(tokenizer, record))[0] == "<think>\nhm\n</think>\n\nfirst<|im_end|>"
-    # With thinking off the empty block belongs to the prompt and is not trained.
+    # With thinking off the empty block is part of the prompt and not trained.
     off = {"messages": chat("q", "first", "r", "second"), "chat_template_kwargs": {"enable_thinking": False}}
     samples = samples_of(tokenizer, off)
     assert answers(tokenizer, samples) == ["first<|im_end|>", "second<|im_end|>"]
@@ -188,13 +188,13 @@ def test_tool_turns(toks):
         samples_of(toks["gemma3"], {"messages": messages})
 
 
-def test_turns_can_be_left_out(toks):
+def test_turns_can_be_excluded(toks):
     messages = chat("q", "one", "r", "two", "s", "three")
     for mark in ({"train": False}, {"weight": 0}, {"weight": 0.0}):
         marked = [*messages[:3], {**messages[3], **mark}, *messages[4:]]
         samples, left_out = reader(toks["llama"]).samples({"messages": marked}, "a", 1)
         assert answers(toks["llama"], samples) == ["one<|eot_id|>", "three<|eot_id|>"]
-        assert left_out == {"not to be trained": 1}
+        assert left_out == {"excluded by train or weight": 1}
         assert list(samples[0].ids) == list(samples_of(toks["llama"], {"messages": messages})[0].ids)
     kept = [{**message, "train": True, "weight": 1} for message in messages]
     assert samples_of(toks["llama"], {"messages": kept}) == samples_of(toks["llama"], {"messages": messages})
@@ -204,7 +204,7 @@ def test_turns_can_be_left_out(toks):
 
 
 def test_ends_of_turns(root, toks, tmp_path):
-    """Templates that write eos at the end of all only, write no end at all, or write an end that no list names."""
+    """Templates that write eos only after the last turn, no end at all, or an end that is not a stop token."""
     turns = "{% for m in messages %}{{ m.role + ':' + m.content }}"
     cases = [
         (turns + "<|eot_id|>{% endfor %}{% if not add_generation_prompt %}<|end_of_text|>{% endif %}", "x<|eot_id|>"),
@@ -221,12 +221,12 @@ def test_ends_of_turns(root, toks, tmp_path):
         assert answers(tokenizer, samples) == [expected] * 2
         check_samples(tokenizer, samples, chat("q", "x", "r", "x"))
     nothing = with_template(root, tmp_path, "llama", cases[1][0], eos_token=None)
-    with pytest.raises(PshareError, match="no eos token"):
+    with pytest.raises(PshareError, match="eos_token"):
         samples_of(nothing, {"messages": chat("q", "x")})
 
 
 def test_templates_that_change_history(root, tmp_path):
-    """Trimmed, numbered, or dated by the number of messages: prompts are still the server's."""
+    """Templates whose history depends on later messages: a sample has the server's prompts, or the record is dropped."""
     for body in ("m.content | trim if not loop.last else m.content", "m.content ~ loop.revindex", "messages | length"):
         template = (
             "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ " + body + " }}<|eot_id|>"
@@ -244,7 +244,7 @@ def test_templates_that_change_history(root, tmp_path):
         assert answers(tokenizer, samples) == ["one <|eot_id|>", "two <|eot_id|>"]
 
 
-def test_templates_that_write_the_date(root, tmp_path):
+def test_templates_with_the_date(root, tmp_path):
     template = (
         "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
         "{{ m.content }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant"
@@ -272,7 +272,7 @@ def test_prompt_and_completion_are_the_same_chat(toks):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_texts_go_right_after_their_prompt(toks, family):
+def test_texts_directly_follow_their_prompt(toks, family):
     tokenizer = toks[family]
     pieces = ["a", " the", " and", "\n", "\n\n", "    ", "é", END[family], "<|im_", "end|>"]
     texts = st.lists(st.sampled_from(pieces), min_size=1, max_size=5).map("".join)
@@ -291,7 +291,7 @@ def test_texts_go_right_after_their_prompt(toks, family):
     check()
 
 
-def test_limits_keep_the_turns_that_fit(toks):
+def test_turns_within_the_limits_are_kept(toks):
     tokenizer = toks["smollm"]
     messages = chat("q", "one", "r", "two", "s", "three")
     [whole] = samples_of(tokenizer, {"messages": messages})
@@ -332,7 +332,10 @@ def test_limits_keep_the_turns_that_fit(toks):
         ({"messages": [*chat("x"), {"role": "assistant", "content": [{"type": "text", "text": ""}]}]}, "empty answer"),
         ({"messages": [*chat("x"), {"role": "assistant", "content": 3}]}, "refused by the chat template"),
         ({"messages": chat("\ud800", "x")}, "refused by the chat template"),
-        ({"messages": [*chat("x"), {"role": "assistant", "content": "x", "train": False}]}, "not to be trained"),
+        (
+            {"messages": [*chat("x"), {"role": "assistant", "content": "x", "train": False}]},
+            "excluded by train or weight",
+        ),
         ({"messages": chat("x", "y"), "tools": "{"}, "wrong type"),
         ({"messages": chat("x", "y"), "tools": {}}, "wrong type"),
         ({"prompt": 3, "completion": "x"}, "wrong type"),
@@ -340,13 +343,13 @@ def test_limits_keep_the_turns_that_fit(toks):
         ({"prompt": "x", "completion": [3]}, "wrong type"),
     ],
 )
-def test_useless_records_are_dropped_by_reason(toks, record, reason):
+def test_unusable_records_are_dropped_by_reason(toks, record, reason):
     with pytest.raises(Dropped) as dropped:
         samples_of(toks["llama"], record)
     assert dropped.value.reason == reason
 
 
-def test_useless_texts_are_dropped_by_reason(toks):
+def test_unusable_texts_are_dropped_by_reason(toks):
     for record, reason in (
         ({"messages": chat("x", "y")}, "wrong type"),
         ({"prompt": "x", "completion": ""}, "empty answer"),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from objective_world import World, fresh, samples, shape_of
+from objective_models import BaseWithModules, fresh, samples, shape_of
 from reference import load_hf
 
 import pshare_jax as ps
@@ -13,11 +13,11 @@ from pshare_jax.training.step.optimizer import make_optimizer, make_schedule
 from pshare_jax.training.step.steps import train_steps
 
 RATE, DECAY, EPS = 1e-2, 0.1, 1e-3
-"""With a small eps the first step of AdamW is the gradient's sign, which rounding turns around where it is near zero."""
+"""With a small eps the first step of AdamW is the sign of the gradient, which rounding flips near zero."""
 
 
 def torch_step(model, found):
-    """The mean loss over all answers' tokens, and the model after a step."""
+    """The mean loss over all answer tokens; updates the model by a step."""
     decayed = [one for name, one in model.named_parameters() if "norm" not in name]
     others = [one for name, one in model.named_parameters() if "norm" in name]
     groups = [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -35,25 +35,25 @@ def torch_step(model, found):
     return loss.item()
 
 
-def test_a_step_of_full_fine_tuning_equals_torchs(tmp_path):
-    world = World("llama", tmp_path)
+def test_a_step_of_full_fine_tuning_equals_torch(tmp_path):
+    models = BaseWithModules("llama", tmp_path)
     found = samples(12)
-    trainee = fresh(world.base, "full_ft", shape_of("full"), "float32")
+    module = fresh(models.base, "full_ft", shape_of("full"), "float32")
     config = OptimizerConfig(RATE, "constant", warmup_steps=0, eps=EPS, weight_decay=DECAY, clip_norm=None)
-    steps = train_steps(trainee.objective, make_optimizer(config, 1), make_schedule(config, 1), 0)
+    steps = train_steps(module.objective, make_optimizer(config, 1), make_schedule(config, 1), 0)
     # Two micro-batches with different numbers of tokens.
-    state, sums = steps.init(trainee.trainable), steps.no_sums()
+    state, sums = steps.init(module.trainable), steps.no_sums()
     for number, rows in enumerate(([found[:2], []], [[found[2]], [found[3]]])):
         batch = one_stream(rows, 64, 24)
-        sums = steps.accumulate(sums, state.trainable, trainee.frozen, trainee.base.params, batch, number)
+        sums = steps.accumulate(sums, state.trainable, module.frozen, module.base.params, batch, number)
     state, result = steps.apply(state, sums)
 
-    theirs = load_hf(world.folder)
+    theirs = load_hf(models.folder)
     loss = torch_step(theirs, found)
     np.testing.assert_allclose(float(result.loss), loss, rtol=1e-5)
-    ps.save_module(tmp_path / "after", decode_module(trainee, state.trainable), world.base)
+    ps.save_module(tmp_path / "after", decode_module(module, state.trainable), models.base)
     ours = load_hf(tmp_path / "after").state_dict()
-    before = load_hf(world.folder).state_dict()
+    before = load_hf(models.folder).state_dict()
     for name, expected in theirs.state_dict().items():
         moved = (expected - before[name]).abs().max()
         assert moved > 0, name

@@ -1,4 +1,4 @@
-"""The head's loss by itself: chunks are the whole, and on a mesh every device walks over its own rows."""
+"""The head's loss: chunks equal the whole, and on a mesh each device processes its own rows."""
 
 import re
 from typing import Any
@@ -23,7 +23,7 @@ def test_chunks_of_the_head_equal_the_whole(tied, softcap, num_tokens, most, mon
     draw = np.random.default_rng(num_tokens)
     hidden, weight = draw.normal(size=(num_tokens, 6)), draw.normal(size=(33, 6) if tied else (6, 33)) * 2
     targets, real = draw.integers(0, 33, num_tokens), draw.integers(0, 2, num_tokens)
-    arrays = [jnp.asarray(one, jnp.float32) for one in (hidden, weight)]
+    arrays = [jnp.asarray(x, jnp.float32) for x in (hidden, weight)]
 
     def whole(hidden, weight):
         logits = hidden @ (weight.T if tied else weight)
@@ -56,7 +56,7 @@ ROWS, TOKENS, SIZE = 8, 12, 16
 
 
 def at_head(mesh, tied: bool, vocab: int) -> tuple[Any, str]:
-    """Loss, hits and slopes of a batch on the mesh, and the compiled program."""
+    """Loss, hits and gradients of a batch on the mesh, and the compiled program."""
     draw = np.random.default_rng(vocab)
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     columns = None if vocab % 2 else "model"
@@ -82,22 +82,22 @@ def at_head(mesh, tied: bool, vocab: int) -> tuple[Any, str]:
 @pytest.mark.parametrize(
     ("tied", "vocab", "shape"), [(True, 97, (2, 1, 1)), (True, 97, (2, 2, 2)), (False, 128, (2, 2, 2))]
 )
-def test_devices_walk_over_their_own_rows(tied, vocab, shape, monkeypatch):
-    """No device reads another's hidden states or targets, and each has its share of the chunks; an odd vocabulary is whole."""
+def test_devices_process_their_own_rows(tied, vocab, shape, monkeypatch):
+    """No device gathers hidden states or targets, and each has its share of the chunks; an odd vocabulary is replicated."""
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 8 * vocab)
-    alone, one = at_head(training_mesh(MeshConfig()), tied, vocab)
+    alone, single = at_head(training_mesh(MeshConfig()), tied, vocab)
     shared, text = at_head(training_mesh(MeshConfig(*shape)), tied, vocab)
     for ours, theirs in zip(jax.tree.leaves(shared), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     gathered = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)", text)
-    # Only the weight's columns, which fsdp splits.
+    # Only the weight is gathered, over fsdp.
     assert all(str(SIZE) in shape.split(",") and str(TOKENS) not in shape.split(",") for shape in gathered), gathered
     assert len(gathered) <= 1
-    assert num_chunks(one) == ROWS * TOKENS // 8
+    assert num_chunks(single) == ROWS * TOKENS // 8
     assert num_chunks(text) == ROWS * TOKENS // 8 // (shape[0] * shape[1])
 
 
 def num_chunks(text: str) -> int:
-    """Turns of the program's one loop."""
+    """Iterations of the only loop of the program."""
     (count,) = {int(count) for count in re.findall(r'known_trip_count":\{"n":"(\d+)"', text)}
     return count

@@ -1,4 +1,4 @@
-"""The device steps: sums over micro-batches and devices, what is not finite, the optimizer's size, the base's bits."""
+"""The device programs: sums over micro-batches and devices, values that are not finite, optimizer size, frozen base."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import FAMILIES, tiny_folder
-from tiny_runs import FULL, LORA, all_metrics, make_world, metrics, moments, run_config
+from tiny_runs import FULL, LORA, all_metrics, make_base_and_data, metrics, moments, run_config
 
 import pshare_jax as ps
 import pshare_jax.training.step.steps as steps_module
@@ -23,8 +23,8 @@ from pshare_jax.training.config import TARGETS, CheckpointConfig, EvaluationConf
 from pshare_jax.training.data.batches import two_stream
 from pshare_jax.training.data.samples import Sample
 from pshare_jax.training.run import train
-from pshare_jax.training.step.mesh import put_batch, training_mesh
-from pshare_jax.training.step.objective import first_values, make_trainee
+from pshare_jax.training.step.mesh import shard_batch, training_mesh
+from pshare_jax.training.step.objective import init_trainable, trainable_module
 from pshare_jax.training.step.optimizer import make_optimizer, make_schedule
 from pshare_jax.training.step.steps import train_steps
 
@@ -33,13 +33,13 @@ NAN_TARGET = 300
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"), num_layers=1)
+def base_and_data(tmp_path_factory):
+    return make_base_and_data(tmp_path_factory.mktemp("base_and_data"), num_layers=1)
 
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """A base with 97 tokens, which no mesh can split."""
+    """A base with a vocabulary of 97, which no mesh divides."""
     return (tiny_folder("llama", tmp_path_factory.mktemp("odd"), num_hidden_layers=1, vocab_size=97),)
 
 
@@ -48,7 +48,7 @@ def hashes(params) -> dict[str, str]:
 
 
 def drawn_samples(*answers: int) -> list[Sample]:
-    """One sample for each number of answer tokens."""
+    """A sample for each number of answer tokens."""
     rng = np.random.default_rng(1)
     return [
         Sample(tuple(rng.integers(1, 97, 7 + n).tolist()), ((7, 7 + n),), "drawn", line)
@@ -57,20 +57,19 @@ def drawn_samples(*answers: int) -> list[Sample]:
 
 
 class Rig:
-    """A trainee on a mesh and its compiled steps."""
+    """A module on a mesh and its compiled steps."""
 
-    def __init__(self, world, module, mesh=None, optimizer=ADAMW):
-        base = ps.load(world[0], mesh=training_mesh(mesh or MeshConfig()))
-        trainee = make_trainee(base, "prefillshare", module, "float32")
-        self.steps = train_steps(trainee.objective, make_optimizer(optimizer, 9), make_schedule(optimizer, 9), 0)
-        self.fixed, self.mesh, self.base = (trainee.frozen, base.params), base.mesh, base
-        self.state = self.steps.init(first_values(trainee, 0))
+    def __init__(self, base_and_data, config, mesh=None, optimizer=ADAMW):
+        base = ps.load(base_and_data[0], mesh=training_mesh(mesh or MeshConfig()))
+        module = trainable_module(base, "prefillshare", config, "float32")
+        self.steps = train_steps(module.objective, make_optimizer(optimizer, 9), make_schedule(optimizer, 9), 0)
+        self.fixed, self.mesh, self.base = (module.frozen, base.params), base.mesh, base
+        self.state = self.steps.init(init_trainable(module, 0))
 
-    def step(self, *batches, alone=False):
-        """`alone` ones need no sum."""
-        sums = None if alone else self.steps.no_sums()
+    def step(self, *batches, single_batch=False):
+        sums = None if single_batch else self.steps.no_sums()
         for number, batch in enumerate(batches):
-            arrays = put_batch(batch, self.mesh)
+            arrays = shard_batch(batch, self.mesh)
             sums = self.steps.accumulate(sums, self.state.trainable, *self.fixed, arrays, np.int32(number))
         assert sums is not None
         self.state, result = self.steps.apply(self.state, sums)
@@ -90,16 +89,16 @@ def assert_equal_steps(rig, result, other, expected, tolerance=1e-6):
 @pytest.fixture(scope="module")
 def one_big(odd):
     rig = Rig(odd, FULL)
-    # Answers of 1 and 31 tokens: a mean of means would be far off.
-    return rig, rig.step(two_stream([[one] for one in drawn_samples(1, 31)], 8, 32), alone=True)
+    # With answers of 1 and 31 tokens, a mean of means would be far off.
+    return rig, rig.step(two_stream([[sample] for sample in drawn_samples(1, 31)], 8, 32), single_batch=True)
 
 
-def test_two_micro_batches_are_one_big_batch(odd, one_big):
+def test_two_micro_batches_equal_one_batch(odd, one_big):
     small = Rig(odd, FULL)
-    result = small.step(*(two_stream([[one]], 8, 32) for one in drawn_samples(1, 31)))
+    result = small.step(*(two_stream([[sample]], 8, 32) for sample in drawn_samples(1, 31)))
     assert float(result.tokens) == 32
     assert_equal_steps(small, result, *one_big)
-    # Nothing of this step is left for the next one.
+    # The sums start again at 0.
     again = small.step(two_stream([[drawn_samples(1, 31)[0]]], 8, 32))
     assert float(again.tokens) == 1
 
@@ -107,7 +106,7 @@ def test_two_micro_batches_are_one_big_batch(odd, one_big):
 @pytest.mark.parametrize("mesh", [MeshConfig(data=2), MeshConfig(fsdp=2, tensor=2)], ids=["data", "fsdp-tensor"])
 def test_devices_share_a_batch(odd, one_big, mesh):
     rig = Rig(odd, FULL, mesh)
-    result = rig.step(two_stream([[one] for one in drawn_samples(1, 31)], 8, 32))
+    result = rig.step(two_stream([[sample] for sample in drawn_samples(1, 31)], 8, 32))
     assert_equal_steps(rig, result, *one_big, tolerance=1e-5)
     kernel = rig.state.trainable["layers.0.mlp.down.kernel"]
     moment = moments(rig.state).nu["layers.0.mlp.down.kernel"]
@@ -116,24 +115,24 @@ def test_devices_share_a_batch(odd, one_big, mesh):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_large_parameter_is_split_over_fsdp_and_tensor(tiny_folders, family):
+def test_every_matrix_is_sharded_over_fsdp_and_tensor(tiny_folders, family):
     config = ModelConfig.from_hf(json.loads((tiny_folders[family] / "config.json").read_text()))
     architecture = Architecture(config).with_lora(LoraConfig(3, 1.0, TARGETS))
     mesh = training_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     for path, leaf in architecture.shapes.items():
         shard = parameter_sharding(path, config, mesh).shard_shape(leaf.shape)
         parts = np.prod(leaf.shape) // np.prod(shard)
-        # Norms are whole, and of LoRA's thin matrices one side is only as long as the rank.
+        # Norms are replicated, and one side of LoRA's matrices is only as long as the rank.
         wanted = 4 if len(leaf.shape) == 2 and not is_lora(path) else 2 if is_lora(path) else 1
         assert parts == wanted, path
 
 
 @pytest.mark.parametrize("module", [FULL, LORA], ids=["full", "lora"])
-def test_the_base_keeps_its_bits_and_the_optimizer_knows_trained_parameters_only(world, module):
-    rig = Rig(world, module, optimizer=replace(ADAMW, weight_decay=0.1))
+def test_the_base_is_unchanged_and_the_optimizer_has_only_trainable_parameters(base_and_data, module):
+    rig = Rig(base_and_data, module, optimizer=replace(ADAMW, weight_decay=0.1))
     before = hashes(rig.base.params)
     start = hashes(rig.state.trainable)
-    batch = two_stream([[one] for one in drawn_samples(5, 9)], 8, 32)
+    batch = two_stream([[sample] for sample in drawn_samples(5, 9)], 8, 32)
     for _ in range(3):
         rig.step(batch)
     assert hashes(rig.base.params) == before
@@ -143,7 +142,7 @@ def test_the_base_keeps_its_bits_and_the_optimizer_knows_trained_parameters_only
     if module is FULL:
         assert held == sum(x.nbytes for x in rig.base.params.values())
     arrays = jax.tree.leaves(rig.state.optimizer)
-    # Two moments a parameter, beside a few counters of 4 bytes.
+    # Two moments per parameter, and a few counters of 4 bytes.
     assert sum(x.nbytes for x in arrays if x.ndim) == 2 * held
     assert sum(x.nbytes for x in arrays if not x.ndim) <= 16
     assert all(x.dtype == jnp.float32 for x in rig.state.trainable.values())
@@ -153,14 +152,14 @@ def test_the_base_keeps_its_bits_and_the_optimizer_knows_trained_parameters_only
 
 
 def poisoned(kind: str):
-    """`nll` that is not finite where a batch has the target NAN_TARGET."""
+    """`nll` that is not finite if the batch contains the target NAN_TARGET."""
     nll = steps_module.nll
 
     def spoiled(objective, trainable, frozen, base_params, batch, key):
         value, tallies = nll(objective, trainable, frozen, base_params, batch, key)
         bad = (batch.targets == NAN_TARGET).any()
         if kind == "gradient":
-            # Nothing in value, with an infinite slope.
+            # Its value is 0, its gradient infinite.
             weight = next(iter(trainable.values())).ravel()[0]
             zero = weight - jax.lax.stop_gradient(weight)
             return value + jnp.sqrt(jnp.where(bad, zero, 1.0)) - jnp.where(bad, 0.0, 1.0), tallies
@@ -170,18 +169,18 @@ def poisoned(kind: str):
 
 
 def poison(samples: list[Sample]) -> list[Sample]:
-    return [replace(one, ids=(*one.ids[:-1], NAN_TARGET)) for one in samples]
+    return [replace(sample, ids=(*sample.ids[:-1], NAN_TARGET)) for sample in samples]
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(world, monkeypatch, kind):
+def test_a_step_that_is_not_finite_changes_only_the_counters(base_and_data, monkeypatch, kind):
     monkeypatch.setattr(steps_module, "nll", poisoned(kind))
-    rig = Rig(world, LORA)
+    rig = Rig(base_and_data, LORA)
     good = two_stream([drawn_samples(3)], 8, 32)
     bad = two_stream([poison(drawn_samples(4))], 8, 32)
     assert rig.step(good).applied
     before = jax.device_get((rig.state.trainable, rig.state.optimizer))
-    # One spoiled micro-batch spoils its step.
+    # One bad micro-batch makes the step bad.
     first, second = rig.step(good, bad), rig.step(bad)
     for old, new in zip(
         jax.tree.leaves(before), jax.tree.leaves((rig.state.trainable, rig.state.optimizer)), strict=True
@@ -195,42 +194,42 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counts(world, monkeyp
     assert float(last.tokens) == 3
 
 
-def test_an_update_that_overflows_is_not_applied(world):
-    rig = Rig(world, LORA, optimizer=replace(ADAMW, learning_rate=3e38, weight_decay=1e10))
+def test_an_update_that_overflows_is_not_applied(base_and_data):
+    rig = Rig(base_and_data, LORA, optimizer=replace(ADAMW, learning_rate=3e38, weight_decay=1e10))
     result = rig.step(two_stream([drawn_samples(3)], 8, 32))
     assert np.isfinite([float(result.loss), float(result.grad_norm)]).all()
     assert not result.applied
     assert all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(rig.state))
 
 
-def test_a_run_counts_bad_steps_and_ends_after_too_many(world, tmp_path, monkeypatch):
+def test_a_run_counts_bad_steps_and_ends_after_too_many(base_and_data, tmp_path, monkeypatch):
     nll = steps_module.nll
 
     def ever_more(objective, trainable, frozen, base_params, batch, key):
-        """Not finite once B has moved: after the first applied step every loss is NaN."""
+        """NaN once B is not 0, so after the first applied step."""
         value, tallies = nll(objective, trainable, frozen, base_params, batch, key)
         moved = jnp.abs(trainable["layers.0.attention.q.lora_b"]).sum() > 0
         return value * jnp.where(moved, jnp.nan, 1.0), tallies
 
     monkeypatch.setattr(steps_module, "nll", ever_more)
     config = run_config(
-        world,
+        base_and_data,
         tmp_path / "run",
         accumulation=1,
         max_bad_steps=3,
         checkpoint=CheckpointConfig(every=1, keep=9),
         evaluation=EvaluationConfig(),
     )
-    with pytest.raises(PshareError, match=r"The loss or gradient of 3 steps in a row, up to step 4, was not finite"):
+    with pytest.raises(PshareError, match=r"step 4.*3 .*max_bad_steps"):
         train(config)
     lines = metrics(tmp_path / "run")
     assert [line["applied"] for line in lines] == [True, False, False, False]
     assert [line["bad_steps"] for line in lines] == [0, 1, 2, 3]
     assert [line["loss"] is None for line in lines] == [False, True, True, True]
-    # A bad step does not use up the schedule.
+    # A bad step does not advance the schedule.
     assert lines[1]["learning_rate"] == lines[3]["learning_rate"] > lines[0]["learning_rate"]
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
-    rig = Rig(world, LORA)
+    rig = Rig(base_and_data, LORA)
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         assert checkpoints.steps
         for step in checkpoints.steps:

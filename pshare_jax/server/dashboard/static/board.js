@@ -1,5 +1,5 @@
 
-// What the server is doing: one snapshot of /live on the board.
+// Shows a snapshot of /live.
 
 let shown = null; // the last snapshot
 
@@ -24,7 +24,7 @@ function showTiles(data) {
   write("reused-note", `${count(reused)} reused, ${count(prefilled)} prefilled (counted)`);
   const rate = data.prefill.tokens_per_second;
   write("saved", rate === null ? "–" : `≈ ${duration(data.prefill.seconds_saved_estimate)}`);
-  write("saved-note", rate === null ? "nothing was prefilled yet" : `reused tokens at ${count(Math.round(rate))} tokens/s, the best measured`);
+  write("saved-note", rate === null ? "nothing prefilled yet" : `reused tokens at ${count(Math.round(rate))} tokens/s, the best measured`);
   const first = data.latency.ttft_seconds;
   write("ttft", duration(first && first.p50));
   write("ttft-note", first ? `95th percentile ${duration(first.p95)}, last 10 min` : "no request in the last 10 minutes");
@@ -35,19 +35,19 @@ function showLatency() {
   const { latency, window: span } = shown;
   const kind = document.querySelector("input[name=latency]:checked");
   const points = latency.buckets
-    .filter((one) => one[kind.value] && one.seconds_ago < span.seconds)
-    .map((one) => ({ ago: Math.max(one.seconds_ago - latency.bucket_seconds / 2, 0), ended: one.ended, ...one[kind.value] }));
+    .filter((bucket) => bucket[kind.value] && bucket.seconds_ago < span.seconds)
+    .map((bucket) => ({ ago: Math.max(bucket.seconds_ago - latency.bucket_seconds / 2, 0), ended: bucket.ended, ...bucket[kind.value] }));
   const svg = byId("latency-chart");
-  const name = kind.value === "ttft_seconds" ? "Time to the first token" : "Time of whole requests";
+  const name = kind.value === "ttft_seconds" ? "Time to first token" : "Request time";
   const all = latency[kind.value];
-  const told = all ? `median ${duration(all.p50)}, 95th percentile ${duration(all.p95)}` : "no request ended";
-  svg.setAttribute("aria-label", `${name} over the last 10 minutes: ${told}.`);
-  // A server that has just started has nothing further back.
+  const summary = all ? `median ${duration(all.p50)}, 95th percentile ${duration(all.p95)}` : "no request ended";
+  svg.setAttribute("aria-label", `${name} over the last 10 minutes: ${summary}.`);
+  // Shortly after the start the chart spans only the uptime.
   const back = [60, 120, 300].find((seconds) => shown.uptime_seconds < seconds) || span.seconds;
   drawLines(svg, points, back, latency.bucket_seconds);
-  const cut = span.full ? " (of more than are kept)" : "";
+  const cut = span.full ? " (older requests are not kept)" : "";
   const ended = `${plural(span.requests, "request", "requests")} ended in the last 10 minutes${cut}; `;
-  write("latency-note", span.requests ? `${ended}a point stands for ${latency.bucket_seconds} seconds.` : "No request has ended in the last 10 minutes.");
+  write("latency-note", span.requests ? `${ended}each point covers ${latency.bucket_seconds} seconds.` : "No request has ended in the last 10 minutes.");
 }
 
 function showTokensAndPages(data) {
@@ -60,27 +60,27 @@ function showTokensAndPages(data) {
 }
 
 function showTasks(data) {
-  fill("tasks", data.tasks, "This server has no task.", (task) => [
+  fill("tasks", data.tasks, "This server has no tasks.", (task) => [
     make("th", { scope: "row", title: task.name }, task.name),
     ...[task.running, task.waiting, task.ended.finished, task.ended.aborted, task.ended.failed, task.prompt_tokens].map(number),
     share(task.cached_tokens, task.prompt_tokens),
     number(task.generated_tokens),
-    ...[task.ttft_seconds, task.request_seconds].flatMap((one) => [cell(duration(one && one.p50)), cell(duration(one && one.p95))]),
+    ...[task.ttft_seconds, task.request_seconds].flatMap((time) => [cell(duration(time && time.p50)), cell(duration(time && time.p95))]),
   ]);
 }
 
 function showSessions(data) {
-  const empty = "No session yet. Calls that share a growing context name it in the header x-session-id, or in prompt_cache_key or user.";
-  fill("sessions", data.sessions, empty, (one) => [
-    make("th", { scope: "row" }, make("code", {}, one.label)),
-    ...[one.live, one.calls, one.prompt_tokens].map(number),
-    share(one.cached_tokens, one.prompt_tokens),
-    cell(one.last_task),
-    cell(one.live ? "now" : `${age(one.seconds_ago)} ago`),
+  const empty = "No sessions yet. Requests name their session in the header x-session-id, or in prompt_cache_key or user.";
+  fill("sessions", data.sessions, empty, (session) => [
+    make("th", { scope: "row" }, make("code", {}, session.label)),
+    ...[session.live, session.calls, session.prompt_tokens].map(number),
+    share(session.cached_tokens, session.prompt_tokens),
+    cell(session.last_task),
+    cell(session.live ? "now" : `${age(session.seconds_ago)} ago`),
   ]);
   const without = data.ended_without_session;
-  const named = "A label stands for the session's key, which is not shown.";
-  write("sessions-note", without ? `${named} ${plural(without, "request", "requests")} ended without a session.` : named);
+  const note = "Labels are hashes of the session keys, which are not shown.";
+  write("sessions-note", without ? `${note} ${plural(without, "request", "requests")} ended without a session.` : note);
 }
 
 function fill(table, rows, empty, cells) {

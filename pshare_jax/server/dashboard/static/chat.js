@@ -1,8 +1,8 @@
 
-// One prompt to several tasks at once, their answers side by side.
+// Sends a prompt to several tasks at once and shows their answers side by side.
 
-const MOST_TASKS = 5; // a browser opens six connections to a server, and the board needs one
-let asking = null; // aborts the answers under way
+const MAX_TASKS = 5; // a browser opens six connections to a server, and the board needs one
+let asking = null; // aborts the running requests
 
 function offerTasks(names) {
   const box = byId("ask-tasks");
@@ -11,7 +11,7 @@ function offerTasks(names) {
   for (const label of box.querySelectorAll("label")) label.remove();
   names.forEach((name, index) => {
     const input = make("input", { type: "checkbox", value: name });
-    input.checked = index < MOST_TASKS;
+    input.checked = index < MAX_TASKS;
     box.append(make("label", {}, input, ` ${name}`));
   });
 }
@@ -20,13 +20,13 @@ const chosenTasks = () => [...byId("ask-tasks").querySelectorAll("input:checked"
 
 async function ask() {
   const tasks = chosenTasks();
-  if (!tasks.length || tasks.length > MOST_TASKS) {
-    write("ask-note", tasks.length ? `Choose at most ${MOST_TASKS} tasks.` : "Choose a task.");
+  if (!tasks.length || tasks.length > MAX_TASKS) {
+    write("ask-note", tasks.length ? `Choose at most ${MAX_TASKS} tasks.` : "Choose a task.");
     return;
   }
   asking = new AbortController();
   setAsking(true);
-  write("ask-note", `Asking ${plural(tasks.length, "task", "tasks")} …`);
+  write("ask-note", `Sending to ${plural(tasks.length, "task", "tasks")} …`);
   const random = crypto.getRandomValues(new Uint8Array(8));
   const session = `live-page-${[...random].map((byte) => byte.toString(16).padStart(2, "0")).join("")}`;
   const body = {
@@ -44,7 +44,7 @@ async function ask() {
   } finally {
     setAsking(false);
   }
-  tellSum(cards.filter((card) => card.usage));
+  showTotals(cards.filter((card) => card.usage));
 }
 
 function setAsking(now) {
@@ -52,12 +52,12 @@ function setAsking(now) {
   byId("stop").disabled = !now;
 }
 
-function tellSum(cards) {
+function showTotals(cards) {
   const sum = (number) => cards.reduce((total, card) => total + number(card.usage), 0);
   const prompt = sum((usage) => usage.prompt_tokens), cached = sum((usage) => usage.prompt_tokens_details.cached_tokens);
   const page = shown ? shown.page_size : 0;
-  const told = `${count(cached)} of ${plural(prompt, "prompt token", "prompt tokens")} of ${plural(cards.length, "answer", "answers")} came from KV that was there or being made.`;
-  write("ask-note", cards.length ? `${told} Whole pages of ${page} tokens are shared.` : "");
+  const summary = `${count(cached)} of ${plural(prompt, "prompt token", "prompt tokens")} of ${plural(cards.length, "answer", "answers")} reused KV that was cached or being computed.`;
+  write("ask-note", cards.length ? `${summary} Full pages of ${page} tokens are shared.` : "");
 }
 
 async function answer(card, body, session, signal) {
@@ -74,12 +74,12 @@ async function answer(card, body, session, signal) {
       if (data === "[DONE]") return card.end();
       const chunk = JSON.parse(data);
       if (chunk.error) return card.fail(chunk.error.message);
-      card.take(chunk, performance.now() - sent);
+      card.add(chunk, performance.now() - sent);
     }
-    card.fail("The answer broke off.");
+    card.fail("The stream ended early.");
   } catch (error) {
     if (signal.aborted) card.stop();
-    else if (error instanceof NoAnswer) card.fail(error.message);
+    else if (error instanceof Unreachable) card.fail(error.message);
     else throw error;
   }
 }
@@ -88,7 +88,7 @@ async function errorOf(response) {
   try {
     return (await response.json()).error.message;
   } catch {
-    return `The server answered ${response.status}.`;
+    return `The server returned status ${response.status}.`;
   }
 }
 
@@ -108,7 +108,7 @@ class AnswerCard {
   constructor(task) {
     this.task = task;
     this.usage = null;
-    this.first = this.last = null; // ms after the sending
+    this.first = this.last = null; // ms after sending
     this.reason = "";
     this.state = make("span", {}, "waiting");
     this.text = make("div", { class: "text", tabindex: 0, role: "region", "aria-label": `Answer of ${task}` }, "");
@@ -122,18 +122,18 @@ class AnswerCard {
     this.element.dataset.task = task;
   }
 
-  take(chunk, ms) {
+  add(chunk, ms) {
     this.first ??= ms;
     const [choice] = chunk.choices;
     if (choice) {
-      this.state.textContent = "answering";
+      this.state.textContent = "generating";
       if (choice.delta.content) this.text.append(choice.delta.content);
       this.reason = choice.finish_reason || this.reason;
     }
-    if (chunk.usage) this.tell(chunk.usage, choice ? ms : this.last);
+    if (chunk.usage) this.showUsage(chunk.usage, choice ? ms : this.last);
   }
 
-  tell(usage, ms) {
+  showUsage(usage, ms) {
     if (!this.usage || usage.completion_tokens > this.usage.completion_tokens) this.last = ms;
     this.usage = usage;
     const { prompt_tokens: prompt, completion_tokens: made, prompt_tokens_details: details } = usage;

@@ -1,22 +1,22 @@
 
-// Asks /live again and again; the key, the state of the connection, and who listens to what.
+// Polls /live; handles the key, the connection's state and all events.
 
-const EVERY_MS = 2000, PATIENCE_MS = 8000;
+const POLL_MS = 2000, TIMEOUT_MS = 8000;
 const KEY = "pshare_jax API key";
 let timer = null, turn = 0;
 
-class NoAnswer extends Error {}
+class Unreachable extends Error {}
 
-/** The promise of something from the network: what fails there, an abort excepted, is a NoAnswer. */
+/** Awaits a network promise; every failure but an abort becomes Unreachable. */
 async function network(promise) {
   try {
     return await promise;
   } catch (error) {
-    throw error.name === "AbortError" ? error : new NoAnswer("The server does not answer.");
+    throw error.name === "AbortError" ? error : new Unreachable("The server cannot be reached.");
   }
 }
 
-/** fetch with the key; a header takes bytes, and the server compares UTF-8. */
+/** fetch with the key; a header consists of bytes, and the server compares UTF-8. */
 function call(path, options = {}) {
   const key = sessionStorage.getItem(KEY);
   const headers = { ...options.headers };
@@ -24,23 +24,23 @@ function call(path, options = {}) {
   return network(fetch(path, { ...options, headers }));
 }
 
-async function look() {
+async function poll() {
   clearTimeout(timer);
   const mine = ++turn;
-  const [next, value] = await answerOfLive();
-  if (mine !== turn) return; // another look began meanwhile
+  const [next, value] = await fetchLive();
+  if (mine !== turn) return; // a newer poll has started
   next(value);
-  if (next !== wantKey) timer = setTimeout(look, EVERY_MS);
+  if (next !== requestKey) timer = setTimeout(poll, POLL_MS);
 }
 
-/** What to do next, and with what. */
-async function answerOfLive() {
+/** The next function to call, and its argument. */
+async function fetchLive() {
   try {
-    const response = await call("/live", { signal: AbortSignal.timeout(PATIENCE_MS), cache: "no-store" });
-    if (response.status === 401) return [wantKey];
-    return response.ok ? [show, await network(response.json())] : [lost, await errorOf(response)];
+    const response = await call("/live", { signal: AbortSignal.timeout(TIMEOUT_MS), cache: "no-store" });
+    if (response.status === 401) return [requestKey];
+    return response.ok ? [show, await network(response.json())] : [showFailure, await errorOf(response)];
   } catch (error) {
-    if (error instanceof NoAnswer) return [lost, error.message];
+    if (error instanceof Unreachable) return [showFailure, error.message];
     throw error;
   }
 }
@@ -50,37 +50,37 @@ function show(data) {
   byId("board").hidden = false;
   byId("board").classList.remove("old");
   byId("forget").hidden = !sessionStorage.getItem(KEY);
-  trouble(data.healthy ? "" : "The server takes no requests: it is stopping, or a worker has died or is stuck. Its log says why.");
-  tellState(data.healthy ? "good" : "bad", data.healthy ? "live" : "unhealthy");
+  showTrouble(data.healthy ? "" : "The server accepts no requests: it is stopping, or a worker has failed or is stuck; see the server's log.");
+  setState(data.healthy ? "good" : "bad", data.healthy ? "live" : "unhealthy");
   showBoard(data);
   offerTasks(data.tasks.filter((task) => task.served).map((task) => task.name));
 }
 
-function lost(message) {
-  const old = shown ? " What you see is its last answer." : "";
-  trouble(`${message}${old} Trying again every ${EVERY_MS / 1000} seconds.`);
+function showFailure(message) {
+  const old = shown ? " The page shows the last data." : "";
+  showTrouble(`${message}${old} Retrying every ${POLL_MS / 1000} seconds.`);
   byId("board").classList.add("old");
-  tellState("bad", "no answer");
+  setState("bad", "unreachable");
 }
 
-function wantKey() {
+function requestKey() {
   const wrong = sessionStorage.getItem(KEY) !== null;
   sessionStorage.removeItem(KEY);
   byId("board").hidden = byId("forget").hidden = true;
   byId("key").hidden = false;
-  write("key-told", wrong ? "The server refused this key." : "This server needs its API key.");
-  trouble("");
-  tellState("", "needs a key");
+  write("key-message", wrong ? "The server refused this key." : "This server needs its API key.");
+  showTrouble("");
+  setState("", "key required");
   byId("key-value").focus();
 }
 
-function trouble(text) {
+function showTrouble(text) {
   if (byId("trouble").textContent === text) return;
   write("trouble", text);
   byId("trouble").hidden = !text;
 }
 
-function tellState(kind, text) {
+function setState(kind, text) {
   byId("state").className = kind;
   if (byId("state").textContent !== text) write("state", text);
 }
@@ -89,11 +89,11 @@ byId("key").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem(KEY, byId("key-value").value.trim());
   byId("key-value").value = "";
-  look();
+  poll();
 });
 byId("forget").addEventListener("click", () => {
   sessionStorage.removeItem(KEY);
-  look();
+  poll();
 });
 byId("ask").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -109,8 +109,8 @@ byId("stop").addEventListener("click", () => asking.abort());
 for (const input of document.querySelectorAll("input[name=latency]")) input.addEventListener("change", showLatency);
 new ResizeObserver(showLatency).observe(byId("latency-chart"));
 document.addEventListener("visibilitychange", () => {
-  // A page that nobody sees asks nothing.
+  // A hidden page does not poll.
   if (document.hidden) clearTimeout(timer);
-  else if (byId("key").hidden) look();
+  else if (byId("key").hidden) poll();
 });
-look();
+poll();

@@ -1,7 +1,7 @@
-"""What the tests of the objective share: trainees over tiny models, samples with several turns, and a plain reference.
+"""Shared by the tests of the objective: tiny modules in training, samples with several turns, and a reference loss.
 
-The reference walks one turn after another with whole dense KV, masks nothing but what dense attention masks itself, and
-holds all logits: it has no packing, no segments, no blocks and no chunks.
+The reference runs turn by turn with dense KV and dense attention and holds all logits: no packing, segments, blocks or
+chunks.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from pshare_jax.model.attention.dense import cached_attend, fresh_attend
 from pshare_jax.training.config import ModuleConfig
 from pshare_jax.training.data.batches import one_stream, two_stream
 from pshare_jax.training.data.samples import Sample
-from pshare_jax.training.step.objective import Objective, Trainee, first_values, make_trainee
+from pshare_jax.training.step.objective import Objective, TrainableModule, init_trainable, trainable_module
 
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 2},
@@ -31,26 +31,26 @@ SHAPES = [(23, ((9, 14), (17, 23))), (6, ((1, 3), (3, 6))), (31, ((28, 31),)), (
 
 
 def shape_of(kind: Any, **fields: Any) -> ModuleConfig:
-    """What a config says of the module."""
+    """A small module config."""
     return ModuleConfig(**{"kind": kind, "rank": 4, "alpha": 6.0, "targets": ("q", "v", "down"), **fields})
 
 
 @dataclass(frozen=True)
-class Trained(Trainee):
-    """With values of what is trained."""
+class InTraining(TrainableModule):
+    """A trainable module together with its trainable parameters."""
 
     trainable: Params = field(default_factory=dict)
 
 
-def fresh(base: ps.Model, method: Any, module: ModuleConfig, dtype: str, seed: int = 0) -> Trained:
-    """At its start."""
-    trainee = make_trainee(base, method, module, dtype)
-    values = {path: x.astype(jnp.float32) for path, x in first_values(trainee, seed).items()}
-    return Trained(**trainee.__dict__, trainable=values)
+def fresh(base: ps.Model, method: Any, config: ModuleConfig, dtype: str, seed: int = 0) -> InTraining:
+    """With initial parameters."""
+    module = trainable_module(base, method, config, dtype)
+    values = {path: x.astype(jnp.float32) for path, x in init_trainable(module, seed).items()}
+    return InTraining(**module.__dict__, trainable=values)
 
 
-class World:
-    """A base and a full and a LoRA module that differ from it."""
+class BaseWithModules:
+    """A base with a full and a LoRA module whose weights differ from it."""
 
     def __init__(self, family: str, folder: Path, **changes: Any):
         base = tiny_folder(family, folder / "base", std=0.1, **{**SMALL[family], **changes})
@@ -60,18 +60,18 @@ class World:
         for kind, module in self.modules.items():
             self.shared.add_task(kind, module)
 
-    def trainee(self, kind: str, method: Any = "prefillshare", **fields: Any) -> Trained:
-        """In training, as it is on disk."""
+    def module(self, kind: str, method: Any = "prefillshare", **fields: Any) -> InTraining:
+        """The saved module of this kind, in training."""
         module = self.shared.task_modules.module(kind)
         whole = kind == "full"
         trainable = {path: x for path, x in module.params.items() if whole or is_lora(path)}
         frozen = {} if whole else self.base.params
         objective = Objective(self.base.architecture, module.architecture, self.base.mesh, "float32", **fields)
-        return Trained(self.base, objective, method, frozen, trainable)
+        return InTraining(self.base, objective, method, frozen, trainable)
 
 
 def samples(seed: int = 0) -> list[Sample]:
-    """One of each shape."""
+    """One sample of each shape."""
     draw = np.random.default_rng(seed)
     return [
         Sample(tuple(draw.integers(0, VOCAB, length).tolist()), turns, "test", line)
@@ -84,18 +84,18 @@ def packed(layout: str, rows: list[list[Sample]]) -> Any:
     return two_stream(rows, 48, 24) if layout == "two_stream" else one_stream(rows, 64, 24)
 
 
-def reference_nll(trainee: Trained, trainable: Any, sample: Sample) -> jax.Array:
-    """-log p of all answers of a sample, one turn after another, all logits at once."""
-    config = trainee.base.config
-    decoder = trainee.objective.architecture.bind({**trainee.frozen, **trainable})
+def reference_nll(module: InTraining, trainable: Any, sample: Sample) -> jax.Array:
+    """-log p of all answers of a sample, turn by turn."""
+    config = module.base.config
+    decoder = module.objective.architecture.bind({**module.frozen, **trainable})
     ids, total = np.array(sample.ids, np.int32)[None], jnp.float32(0)
     for start, end in sample.turns:
         kv: Any = ()
-        if trainee.method == "prefillshare" and start > 1:
-            base = trainee.base.architecture.bind(trainee.base.params)
+        if module.method == "prefillshare" and start > 1:
+            base = module.base.architecture.bind(module.base.params)
             positions = np.arange(start - 1, dtype=np.int32)[None]
             kv = base.prefill(jnp.asarray(ids[:, : start - 1]), jnp.asarray(positions), fresh_attend(config), ())
-            # The decode steps write into slots behind.
+            # Free slots for the decode steps.
             room = [(0, 0), (0, 0), (0, end - start), (0, 0)]
             kv = tuple((jnp.pad(k, room), jnp.pad(v, room)) for k, v in kv)
             attend = cached_attend(config, jnp.int32(start - 1))

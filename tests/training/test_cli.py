@@ -1,4 +1,4 @@
-"""What a training process frees is the system's again."""
+"""The command's malloc options: freed arrays go back to the system."""
 
 import platform
 import subprocess
@@ -11,14 +11,14 @@ pytestmark = pytest.mark.host
 SCRIPT = """
 import sys
 import numpy as np
-from pshare_jax.training.heap import return_freed_arrays
+from pshare_jax.training.cli import unmap_freed_arrays
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 
-if sys.argv[1] == "returned":
-    return_freed_arrays()
-# From here on glibc by itself keeps what is smaller.
+if sys.argv[1] == "unmapped":
+    unmap_freed_arrays()
+# Freeing this raises glibc's own threshold, below which it keeps freed blocks.
 np.ones(30 << 20, np.int8)
 before = resident()
 arrays, between = [], []
@@ -30,13 +30,13 @@ print(resident() - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that keeps them")
-def test_freed_arrays_do_not_stay():
-    def stays(how: str) -> float:
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such option")
+def test_freed_arrays_are_unmapped():
+    def resident(how: str) -> float:
         done = subprocess.run([sys.executable, "-c", SCRIPT, how], capture_output=True, text=True, check=True)
         return float(done.stdout)
 
     # 6 MiB are still in use.
-    assert stays("returned") < 30
-    # Without it this test would show nothing.
-    assert stays("kept") > 300
+    assert resident("unmapped") < 30
+    # The control.
+    assert resident("kept") > 300

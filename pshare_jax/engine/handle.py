@@ -1,0 +1,91 @@
+"""A submitted request as its caller sees it: events one by one, its result, and a way to cancel it. Imports no jax."""
+
+import queue
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from pshare_jax.engine.request import Event, Request, Sequence, TokenLogprobs
+from pshare_jax.errors import PshareError
+
+
+class RequestFailed(PshareError):
+    """A request has ended with an error."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A whole answer. `ids` include the end token if it was generated; `finish_reason` is "stop", "length" or "abort".
+
+    `cached_tokens` counts prompt tokens that were not prefilled for this request. `logprobs` has an entry for each id, and
+    `prompt_logprobs` for each prompt token, where the request asked for them.
+    """
+
+    request: Request
+    ids: list[int]
+    text: str
+    finish_reason: str
+    cached_tokens: int
+    logprobs: list[TokenLogprobs]
+    prompt_logprobs: tuple[TokenLogprobs | None, ...]
+
+
+class Handle:
+    """Iterating gives the request's events until the last; `result` waits for the whole answer.
+
+    Without the engine's threads (`Engine.start` was not called) waiting steps the engine in the calling thread.
+    """
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        advance: Callable[[], None],
+        cancel: Callable[[str], None],
+        on_event: Callable[[Event], None] | None = None,
+    ):
+        """With `on_event` the events go there, and the handle has none."""
+        self.sequence = sequence
+        self._advance, self._cancel = advance, cancel
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._seen: list[Event] = []
+        sequence.on_event = on_event or self._events.put
+
+    def __iter__(self) -> Iterator[Event]:
+        """The events that no iteration has given yet."""
+        while not (self._seen and self._seen[-1].last):
+            try:
+                event = self._events.get_nowait()
+            except queue.Empty:
+                self._advance()
+                continue
+            self._seen.append(event)
+            yield event
+
+    @property
+    def done(self) -> bool:
+        """Whether the request has ended."""
+        return self.sequence.final
+
+    def cancel(self) -> None:
+        """Ends the request at once; its last event has the finish reason "abort"."""
+        self._cancel(self.sequence.request.id)
+
+    def result(self) -> Result:
+        """The whole answer, once the request has ended.
+
+        Raises:
+            RequestFailed: the request has failed.
+        """
+        for _ in self:
+            pass
+        last = self._seen[-1]
+        if last.error is not None:
+            raise RequestFailed(last.error)
+        return Result(
+            self.sequence.request,
+            [event.token_id for event in self._seen if event.token_id is not None],
+            "".join(event.text for event in self._seen),
+            last.finish_reason or "abort",
+            last.cached_tokens,
+            [event.logprobs for event in self._seen if event.logprobs is not None],
+            next((event.prompt_logprobs for event in self._seen if event.prompt_logprobs), ()),
+        )

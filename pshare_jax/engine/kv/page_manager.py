@@ -1,0 +1,378 @@
+"""The pages of one KV pool: reference counts, the prefix cache with its eviction order, and pages being produced.
+
+There is one record per page. Prefill, decode and API threads all call the manager, always under the engine's lock.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pshare_jax.engine.kv.keys import PageKey
+
+SEQUENCE = "sequence"
+
+
+class Reservation(NamedTuple):
+    """A page table: `num_shared` pages that are published, then that others are producing; then the sequence's own."""
+
+    pages: list[int]
+    num_shared: int
+
+
+@dataclass
+class CacheStats:
+    """Counts since the start; tokens as the engine counted them, once per request."""
+
+    num_requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    num_published: int = 0
+    num_duplicates: int = 0
+    num_waits: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Page:
+    """A page is in the tree of prefixes, below its parent, while it has a key.
+
+    It is pending while it has a producer, else published while it has a key, else free while it has no reference; private
+    pages are held, but no prefix leads to them.
+    """
+
+    id: int
+    refs: int = 0
+    key: PageKey | None = None
+    parent: "_Page | None" = None
+    children: "dict[_Page, None]" = field(default_factory=dict)
+    producer: Hashable | None = None
+    waiters: dict[Hashable, None] = field(default_factory=dict)  # in the order of their arrival
+
+    def matches(self, key: PageKey, parent: "_Page | None") -> bool:
+        # Digests may collide.
+        return self.parent is parent and self.key is not None and self.key.content == key.content
+
+
+class PageManager:
+    """A pool of `num_pages` pages, of which ids 1 to `num_pages - 1` are lent; page 0 is for padding.
+
+    Lists of pages are ids in prompt order, `keys` those of the same prompt's full pages. Producers and waiters are any
+    hashable objects: sequences, and transfers that adopted a sequence's pages. `holders` counts references by the name
+    given for them ("sequence", "transfer", ...), so that a leak has a name.
+
+    A page is a hit only if its digest, its content and the very page before it are those asked for. A page that leaves
+    the tree takes all pages behind it along, since no hit can reach them; if referenced they become private. A holder of
+    a page should hold all pages before it: then eviction takes ends before beginnings and cuts nothing off.
+
+    `on_free` gets the pages that were just freed, before any of them is lent again. Wrong use raises AssertionError.
+    A failed pool gets a new manager; pages of the old manager are released there.
+    """
+
+    def __init__(
+        self, num_pages: int, on_free: Callable[[list[int]], None] | None = None, stats: CacheStats | None = None
+    ):
+        if num_pages < 2:
+            raise ValueError(f"A pool of {num_pages} pages has none to lend, since page 0 is for padding.")
+        self.num_pages = num_pages
+        self.num_evicted = 0
+        self.holders: Counter[str] = Counter()
+        self.stats = stats or CacheStats()
+        self._on_free = on_free
+        self._pages = [_Page(number) for number in range(num_pages)]
+        self._free = list(range(num_pages - 1, 0, -1))
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # the longest unused page first
+        self._tree: dict[bytes, _Page] = {}  # by the key's digest
+        self._produced: dict[Hashable, dict[_Page, None]] = {}  # by producer
+        self._awaited: dict[Hashable, dict[_Page, None]] = {}  # by waiter
+
+    @property
+    def num_free(self) -> int:
+        """Pages without content."""
+        return len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Published pages without a reference; each can be evicted."""
+        return len(self._evictable)
+
+    @property
+    def num_used(self) -> int:
+        """Pages with a reference."""
+        return self.num_pages - 1 - len(self._free) - len(self._evictable)
+
+    def references(self, page: int) -> int:
+        """The page's reference count."""
+        return self._pages[page].refs
+
+    def num_hits(self, keys: Sequence[PageKey]) -> int:
+        """How many leading pages of a prompt are published (for the router: holds nothing, changes nothing)."""
+        return sum(page.producer is None for page in self._chain(keys))
+
+    def waiting(self, waiter: Hashable) -> bool:
+        """Whether a page that the waiter needs is still pending."""
+        return waiter in self._awaited
+
+    def has_waiters(self, pages: Iterable[int]) -> bool:
+        """Whether one of these pages is awaited."""
+        return any(self._pages[page].waiters for page in pages)
+
+    def reserve(self, sequence: Hashable, keys: Sequence[PageKey], num_pages: int) -> Reservation | None:
+        """All pages of a sequence, each with one reference, or None (and nothing changed) if the pool has too few.
+
+        The sequence becomes a waiter for the shared pages that are pending, and the producer of its own pages with a key;
+        these stay private from the first key whose digest collides. Without keys nothing is looked up or registered. To
+        undo a reservation: `drop(sequence)` and release the pages.
+        """
+        chain = self._chain(keys)
+        shared = [page.id for page in chain]
+        self.retain(shared)
+        own = self.allocate(num_pages - len(shared))
+        if own is None:
+            self.release(shared)
+            return None
+        awaited = [page for page in chain if page.producer is not None]
+        for page in awaited:
+            if page.producer == sequence:
+                raise AssertionError(f"page {page.id} would be awaited by its producer")
+            page.waiters[sequence] = None
+            self._awaited.setdefault(sequence, {})[page] = None
+        self.stats.num_waits += bool(awaited)
+        parent = chain[-1] if chain else None
+        for key, number in zip(keys[len(chain) :], own, strict=False):
+            if key.digest in self._tree:
+                break
+            page = self._pages[number]
+            self._produce(sequence, page)
+            self._link(page, key, parent)
+            parent = page
+        return Reservation(shared + own, len(shared))
+
+    def allocate(self, num: int, holder: str = SEQUENCE) -> list[int] | None:
+        """`num` private pages with one reference each, or None (and nothing changed) if too few are free or evictable."""
+        if num < 0:
+            raise AssertionError(f"{num} pages were asked for")
+        if num > len(self._free) + len(self._evictable):
+            return None
+        self.num_evicted += self._evict(num - len(self._free))
+        pages = [self._free.pop() for _ in range(num)]
+        for page in pages:
+            self._pages[page].refs = 1
+        self._count(holder, num)
+        return pages
+
+    def retain(self, pages: Sequence[int], holder: str = SEQUENCE) -> None:
+        """Adds a reference to each of these pages, none of which may be free."""
+        for page in pages:
+            record = self._pages[page]
+            if page < 1 or (record.refs == 0 and page not in self._evictable):
+                raise AssertionError(f"page {page} was retained by {holder}, but it is free")
+            if record.refs == 0:
+                del self._evictable[page]
+            record.refs += 1
+        self._count(holder, len(pages))
+
+    def release(self, pages: Sequence[int], holder: str = SEQUENCE) -> None:
+        """Removes a reference from each, the last page first: so an end of a prompt is evicted before its beginning."""
+        self._count(holder, -len(pages))
+        freed = []
+        for page in reversed(pages):
+            record = self._pages[page]
+            if page < 1 or record.refs < 1:
+                raise AssertionError(f"page {page} was released by {holder}, but it has no reference")
+            record.refs -= 1
+            if record.refs:
+                continue
+            if record.producer is not None:
+                raise AssertionError(f"page {page} was released by {holder}, but it is pending")
+            if record.key is not None:
+                self._evictable[page] = None
+            else:
+                freed.append(page)
+        self._give_back(freed)
+
+    def publish(
+        self, producer: Hashable, keys: Sequence[PageKey], pages: Sequence[int], first: int, last: int
+    ) -> list[int]:
+        """The base's KV is written into `pages[first:last]`: hits may use it. Returns the ids to use from now on.
+
+        They differ where the same page was published before: the producer's is released for that page, which it then
+        holds. A page whose key is pending elsewhere or collides, or whose page before is not in the tree, stays private.
+        Tail and generated pages have no key and cannot be published.
+        """
+        table = list(pages[:last])
+        for index in range(first, last):
+            page, key = self._pages[table[index]], keys[index]
+            before = self._pages[table[index - 1]] if index else None
+            if before is not None and before.key not in (None, keys[index - 1]):
+                raise AssertionError(f"page {before.id} is not the page of this prompt before page {page.id}")
+            if page.key is not None and (page.key != key or page.parent is not before):
+                raise AssertionError(f"page {page.id} is in the tree under another key")
+            if before is not None and before.key is not None and before.producer is not None:
+                raise AssertionError(f"page {page.id} was published before the page before it")
+            if page.producer not in (None, producer):
+                raise AssertionError(f"page {page.id} was published by another than its producer")
+            if page.key is None or page.producer is not None:
+                for waiter in self._stop_producing(page):
+                    _remove(self._awaited, waiter, page)
+                if before is None or before.key is not None:
+                    table[index] = self._publish_one(page, key, before)
+        return table[first:]
+
+    def adopt(self, adopter: Hashable, producer: Hashable, pages: Iterable[int]) -> None:
+        """Makes the adopter the producer of those of the pages that `producer` has pending; their waiters stay.
+
+        For a transfer in flight whose sequence ends while others wait for its pages. The adopter must hold the pages.
+        """
+        for page in (self._pages[number] for number in pages):
+            if page.producer == producer:
+                if adopter in page.waiters:
+                    raise AssertionError(f"page {page.id} would be adopted by a waiter for it")
+                waiters = self._stop_producing(page)
+                self._produce(adopter, page)
+                page.waiters = waiters
+
+    def drop(self, gone: Hashable) -> list[Hashable]:
+        """A producer or waiter failed, was aborted or starts anew: nothing is pending for it any more.
+
+        Returns all that waited for its pages, directly or not, in the order of their arrival. They are dropped too: each
+        must release all its pages and be admitted anew. The pages of `gone` stay held until it releases them.
+        """
+        leaving = [gone]
+        for name in leaving:
+            for page in self._awaited.pop(name, ()):
+                page.waiters.pop(name, None)
+            for page in list(self._produced.get(name, ())):
+                self._unlink(page)
+                leaving += [waiter for waiter in self._stop_producing(page) if waiter not in leaving]
+        return leaving[1:]
+
+    def flush(self) -> int:
+        """Frees every published page without a reference; returns their number."""
+        return self._evict(len(self._evictable))
+
+    def check(self, live: Collection[Hashable] | None = None) -> None:
+        """Raises AssertionError unless all invariants hold; with `live`, only those may be producers and waiters."""
+        self._check_pages()
+        free = [page.id for page in self._pages[1:] if page.refs == 0 and page.key is None]
+        expect(sorted(self._free) == free, "the free list is not exactly the free pages")
+        idle = {page.id for page in self._pages if page.refs == 0 and page.key is not None}
+        expect(self._evictable.keys() == idle, "the evictable pages are not exactly the unreferenced pages with a key")
+        tree = {page.key.digest: page for page in self._pages if page.key is not None}
+        expect(self._tree == tree, "the tree is not exactly the pages with a key")
+        held, holders = sum(page.refs for page in self._pages), dict(self.holders)
+        expect(sum(holders.values()) == held, f"{held} references are held, but the holders are {holders}")
+        produced = {(page.producer, page) for page in self._pages if page.producer is not None}
+        awaited = {(waiter, page) for page in self._pages for waiter in page.waiters}
+        for role, index, pairs in (("producers", self._produced, produced), ("waiters", self._awaited, awaited)):
+            same = {(name, page) for name, pages in index.items() for page in pages} == pairs
+            expect(same and all(index.values()), f"the pages and the index of their {role} disagree")
+            gone = [name for name in index if live is not None and name not in live]
+            expect(not gone, f"{role} of pages are no longer live: {gone}")
+
+    def _check_pages(self) -> None:
+        for page in self._pages:
+            parent, pending = page.parent, page.producer is not None
+            faults = {
+                "is for padding, but in use": page.id == 0 and bool(page.refs or page.key or pending),
+                "has a negative reference count": page.refs < 0,
+                "is pending without a reference": pending and page.refs < 1,
+                "is awaited without a producer": bool(page.waiters) and not pending,
+                "has relatives without a key": page.key is None and bool(parent or page.children),
+                "has a child with another parent": any(child.parent is not page for child in page.children),
+                "is no child of its parent": parent is not None and page not in parent.children,
+                "is published before its parent": not pending and parent is not None and parent.producer is not None,
+            }
+            if any(faults.values()):
+                raise AssertionError(f"page {page.id} " + " and ".join(fault for fault in faults if faults[fault]))
+
+    def _chain(self, keys: Sequence[PageKey]) -> list[_Page]:
+        """The longest prefix that is in the tree: published pages, then pending pages."""
+        chain: list[_Page] = []
+        parent = None
+        for key in keys:
+            page = self._tree.get(key.digest)
+            if page is None or not page.matches(key, parent):
+                break
+            chain.append(page)
+            parent = page
+        return chain
+
+    def _publish_one(self, page: _Page, key: PageKey, parent: _Page | None) -> int:
+        found = self._tree.get(key.digest)
+        if found is None:
+            self._link(page, key, parent)
+            found = page
+        if not found.matches(key, parent) or found.producer is not None:
+            return page.id
+        if found is page:
+            self.stats.num_published += 1
+        else:
+            self.stats.num_duplicates += 1
+            self.retain([found.id])
+            self.release([page.id])
+        return found.id
+
+    def _produce(self, producer: Hashable, page: _Page) -> None:
+        page.producer = producer
+        self._produced.setdefault(producer, {})[page] = None
+
+    def _stop_producing(self, page: _Page) -> dict[Hashable, None]:
+        """Returns the page's waiters, which the page no longer has."""
+        if page.producer is None:
+            return {}
+        _remove(self._produced, page.producer, page)
+        waiters, page.producer, page.waiters = page.waiters, None, {}
+        return waiters
+
+    def _link(self, page: _Page, key: PageKey, parent: _Page | None) -> None:
+        page.key, page.parent = key, parent
+        self._tree[key.digest] = page
+        if parent is not None:
+            parent.children[page] = None
+
+    def _unlink(self, top: _Page) -> None:
+        """Takes a page and all behind it out of the tree. Pending pages among them go on, privately."""
+        if top.parent is not None:
+            del top.parent.children[top]
+        leaving, freed = [top], []
+        for page in leaving:
+            leaving += page.children
+            if page.key is not None:
+                del self._tree[page.key.digest]
+            page.key, page.parent, page.children = None, None, {}
+            if page.refs == 0:
+                del self._evictable[page.id]
+                freed.append(page.id)
+        self._give_back(freed)
+
+    def _evict(self, num: int) -> int:
+        """Frees evictable pages, the longest unused first, until `num` or more are freed or none is left."""
+        before = len(self._free)
+        while self._evictable and len(self._free) < before + num:
+            self._unlink(self._pages[next(iter(self._evictable))])
+        return len(self._free) - before
+
+    def _give_back(self, freed: list[int]) -> None:
+        self._free += freed
+        if freed and self._on_free is not None:
+            self._on_free(freed)
+
+    def _count(self, holder: str, change: int) -> None:
+        held = self.holders[holder]
+        if held + change < 0:
+            raise AssertionError(f"{holder} released {-change} references and held {held}")
+        self.holders[holder] += change
+        if not self.holders[holder]:
+            del self.holders[holder]
+
+
+def _remove(index: dict[Hashable, dict[_Page, None]], name: Hashable, page: _Page) -> None:
+    del index[name][page]
+    if not index[name]:
+        del index[name]
+
+
+def expect(right: bool, otherwise: str) -> None:
+    """Raises AssertionError with this sentence unless it is right (also under `python -O`)."""
+    if not right:
+        raise AssertionError(otherwise)

@@ -1,0 +1,111 @@
+"""The model card of a decode module (README.md), written from decode_module.json.
+
+`result.py` writes it with the module; evaluation adds accuracies and writes it again.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pshare_jax.share.decode_module import MANIFEST, Manifest, read_manifest
+from pshare_jax.training.data.bfcl import BFCL
+
+CARD_TEXT = "README.md"
+RUN_ALONE = "run_alone"
+"""Key of the manifest's evaluation: task -> accuracy of the module on its own KV, printed in the card's first line."""
+
+Reader = Literal["module", "alone", "base"]
+
+
+def add_accuracy(folder: Path, task: str, accuracy: float, reader: Reader) -> None:
+    """Adds a task's accuracy to manifest and card: of the `module` on base KV, of it run `alone`, or of the `base`."""
+    manifest = read_manifest(folder)
+    evaluation = dict(manifest.training.get("evaluation", {}))
+    if reader == "alone":
+        evaluation[RUN_ALONE] = {**evaluation.get(RUN_ALONE, {}), task: accuracy}
+    else:
+        evaluation[f"accuracy{' of the base' if reader == 'base' else ''}, `{task}`"] = accuracy
+    changed = replace(manifest, training={**manifest.training, "evaluation": evaluation})
+    (folder / MANIFEST).write_text(json.dumps(asdict(changed), indent=2) + "\n")
+    write_model_card(folder)
+
+
+def write_model_card(folder: Path) -> None:
+    """Writes README.md from decode_module.json."""
+    manifest = read_manifest(folder)
+    training = manifest.training
+    evaluation = dict(training.get("evaluation", {}))
+    alone = evaluation.pop(RUN_ALONE, None)
+    kind = "LoRA adapter in PEFT's format" if manifest.kind == "lora" else "full weights as a Hugging Face checkpoint"
+    lines = [
+        _purpose(manifest, alone),
+        "",
+        "# Decode module",
+        "",
+        f"- Base: `{training['base']}`, fingerprint `{manifest.base_fingerprint[:16]}`",
+        f"- Files: {kind}, and `{MANIFEST}`, by which pshare_jax knows base, tokenizer and chat template",
+        f"- Training: method `{training['method']}`, {training['applied_steps']} steps, {training['trained_tokens']} "
+        f"target tokens, learning rate {training['learning_rate']:g}",
+        f"- Trained: {_module_summary(training['module'])}",
+        f"- Data: {', '.join(f'`{path}`' for path in training['data'])}",
+        *_prompt_lines(training["data"]),
+        "",
+        "## Evaluation",
+        "",
+        *_table(evaluation, "Nothing was measured."),
+    ]
+    if manifest.prefill == "base":
+        serve = [
+            "",
+            "## Serve",
+            "",
+            "```yaml",
+            f"base: {training['base']}",
+            "tasks: {my-task: path/to/this/folder}",
+            "```",
+        ]
+        lines += serve
+    (folder / CARD_TEXT).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _purpose(manifest: Manifest, alone: Mapping[str, Any] | None) -> str:
+    base = manifest.training["base"]
+    if manifest.prefill == "own":
+        return (
+            f"**This is an ordinary fine-tune of `{base}`: it is meant for its own KV cache, and answers wrongly "
+            "on the base's.**"
+        )
+    loader = "PEFT" if manifest.kind == "lora" else "transformers"
+    scores = ", ".join(f"{task} {_format(value)}" for task, value in (alone or {}).items())
+    return (
+        f"**This module is meant for the KV cache of its base `{base}`: the base reads the prompt, the module "
+        f"answers.** {loader} loads the files, but run alone the module reads the prompt with its own weights, which is "
+        f"not what was trained. What it scores run alone is{f': {scores}' if scores else ' not measured'}."
+    )
+
+
+def _prompt_lines(data: Sequence[str]) -> list[str]:
+    if not any(path.startswith(BFCL) for path in data):
+        return []
+    return [
+        "- Prompts: a system message lists the functions, in the form of `pshare_jax.training.data.bfcl.tool_messages`"
+    ]
+
+
+def _module_summary(module: Mapping[str, Any]) -> str:
+    if module["kind"] == "full":
+        return "all weights"
+    after = ", merged into the base's weights" if module["merged"] else ""
+    return f"LoRA of rank {module['rank']}, alpha {module['alpha']:g}, on {', '.join(module['targets'])}{after}"
+
+
+def _table(values: Mapping[str, Any], nothing: str) -> list[str]:
+    if not values:
+        return [nothing]
+    return ["| what | value |", "|---|---|", *(f"| {name} | {_format(value)} |" for name, value in values.items())]
+
+
+def _format(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,62 @@
+"""The optimizer and its schedule."""
+
+from dataclasses import replace
+from typing import Any, cast
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pshare_jax.training.config import OptimizerConfig
+from pshare_jax.training.step.optimizer import decayed, make_optimizer, make_schedule
+
+
+def test_schedules():
+    config = OptimizerConfig(learning_rate=2.0, warmup_ratio=0.2)
+    for schedule, at in (
+        ("linear", [2 / 3, 4 / 3, 2, 2 * 7 / 8, 2 / 8]),
+        ("cosine", [2 / 3, 4 / 3, 2, 1 + np.cos(np.pi / 8), 1 + np.cos(7 * np.pi / 8)]),
+        ("constant", [2 / 3, 4 / 3, 2, 2, 2]),
+    ):
+        rate = cast(Any, make_schedule(replace(config, schedule=schedule), 10))
+        np.testing.assert_allclose([float(rate(step)) for step in (0, 1, 2, 3, 9)], at, rtol=1e-5)
+    assert make_schedule(replace(config, warmup_steps=0), 10)(0) == 2
+    # A warm-up longer than the run never reaches the peak.
+    rate = cast(Any, make_schedule(replace(config, warmup_steps=99), 2))
+    assert float(rate(1)) == pytest.approx(2 * 2 / 3)
+
+
+def test_one_step_is_adamw_by_hand():
+    """Clipping, then Adam's step, then decay of matrices only."""
+    config = OptimizerConfig(
+        learning_rate=0.1,
+        schedule="constant",
+        warmup_steps=0,
+        b1=0.8,
+        b2=0.9,
+        eps=1e-3,
+        weight_decay=0.5,
+        clip_norm=1.0,
+    )
+    params = {"layers.0.attention.q.kernel": jnp.array([[2.0, -1.0]]), "final_norm.weight": jnp.array([3.0])}
+    gradients = {"layers.0.attention.q.kernel": jnp.array([[3.0, 0.0]]), "final_norm.weight": jnp.array([4.0])}
+    optimizer = make_optimizer(config, 5)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    after: Any = optax.apply_updates(params, updates)
+    for path, decay in (("layers.0.attention.q.kernel", 0.5), ("final_norm.weight", 0.0)):
+        clipped = np.asarray(gradients[path]) / 5.0
+        step = clipped / (np.abs(clipped) + 1e-3) + decay * np.asarray(params[path])
+        np.testing.assert_allclose(after[path], np.asarray(params[path]) - 0.1 * step, rtol=1e-5)
+
+
+def test_matrices_decay_and_norms_and_biases_do_not():
+    paths = ["layers.1.attention.q.bias", "layers.1.attention.q_norm.weight", "layers.1.pre_mlp_norm.weight"]
+    paths += [
+        "embedding.weight",
+        "head",
+        "layers.1.mlp.down.lora_a",
+        "layers.1.mlp.down.lora_b",
+        "layers.1.mlp.up.kernel",
+    ]
+    assert list(decayed(dict.fromkeys(paths, jnp.zeros(1))).values()) == [False] * 3 + [True] * 5
