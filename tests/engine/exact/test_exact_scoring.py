@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from exact_world import LOGPROB_TOLERANCE, TASKS, World
+from exact_world import LOGPROB_TOLERANCE, TASKS
 from tiny import FAMILIES, VOCAB
 from tiny_engine import COLOCATED, MIN_GAP, SPLIT, placed, settle
 
@@ -18,8 +18,8 @@ def family(request):
 
 
 @pytest.fixture(scope="module")
-def world(family, tmp_path_factory):
-    return World(family, tmp_path_factory.mktemp(family))
+def world(family, world_of):
+    return world_of(family)
 
 
 def expected_scores(engines, request):
