@@ -3,13 +3,12 @@
 Every answer must be the oracle's and every page must come back.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from faults import Counters, arrays_of, assert_restored, faulty_engine, pools_of, store_of, task_sources, world_on
+from faults import Counters, arrays_of, assert_restored, faulty_engine, pools_of, store_of, world_on
 from tiny import VOCAB
 from tiny_engine import Answer, Engines, placed
 
@@ -17,11 +16,6 @@ from pshare_jax.engine import decode_worker as decode
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Request
 from pshare_jax.engine.sequence import State
-
-
-@pytest.fixture(scope="module")
-def sources(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    return task_sources(tiny_folders["llama"], tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")

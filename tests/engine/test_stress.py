@@ -46,11 +46,6 @@ ABORTS = {"any": 0.01, "prefilling": 0.4, "in flight": 0.02, "awaited": 0.05}
 one with a copy that others await."""
 
 
-@pytest.fixture(scope="module")
-def sources(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    return task_sources(tiny_folders["llama"], tmp_path_factory.mktemp("stress"))
-
-
 @dataclass
 class Asked:
     """A request, when it comes, and what it must give."""

@@ -6,7 +6,6 @@ Every answer must be the oracle's and every page must come back.
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +22,6 @@ from faults import (
     stall_after,
     step_until,
     store_of,
-    task_sources,
     world_on,
 )
 from tiny import tiny_config, tiny_folder
@@ -40,11 +38,6 @@ from pshare_jax.engine.transfer import MAX_IN_FLIGHT
 from pshare_jax.mesh import make_mesh
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.sharding import content_sharding, pages_sharding
-
-
-@pytest.fixture(scope="module")
-def sources(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    return task_sources(tiny_folders["llama"], tmp_path_factory.mktemp("transfers"))
 
 
 @pytest.fixture(scope="module")

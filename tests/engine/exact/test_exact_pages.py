@@ -18,8 +18,8 @@ PAGE = 4
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return World("llama", tmp_path_factory.mktemp("llama"))
+def llama(world_of):
+    return world_of("llama")
 
 
 @pytest.fixture(params=PLACEMENTS)
