@@ -77,8 +77,8 @@ def _decode_overhead(engine: Engine, client: Client) -> dict[str, float]:
         # The same pages and lengths, but nothing is written that a sequence reads.
         rows = _rows(engine, ROWS)
         for row, sequence in enumerate(decoding):
-            assert sequence.decode_pages is not None
-            rows.fill(row, sequence.decode_pages.pages, sequence.next_position, 0)
+            assert sequence.decode.table is not None
+            rows.fill(row, sequence.decode.table.pages, sequence.next_position, 0)
         bare.append(_timed(functools.partial(_bare, spec.pool, weights.paged.decode, weights.params, rows, 1)))
     for one in ids:
         engine.abort(one)

@@ -13,7 +13,7 @@ from collections.abc import Sequence as Items
 
 from pshare_jax.engine.kv.pool import PageTable, Pool
 from pshare_jax.engine.page_transfer import PageTransfer
-from pshare_jax.engine.request import Sequence, State
+from pshare_jax.engine.sequence import PrefillProgress, Sequence, State
 from pshare_jax.engine.shapes import pages_for
 
 _age = operator.attrgetter("number")
@@ -92,69 +92,67 @@ class Admission:
 
     def _reserve_decode(self, sequence: Sequence) -> bool:
         pool = self.decode_pools[sequence.decode_worker]
-        held = sequence.decode_pages = _reserve(sequence, pool, pages_for(sequence.num_tokens + 1, pool.page_size))
+        held = sequence.decode.table = _reserve(sequence, pool, pages_for(sequence.num_tokens + 1, pool.page_size))
         if held is None:
             return False
         # The tail page of a preempted sequence is in host memory: the base makes only the full pages.
         full_len = len(sequence.keys) * pool.page_size
-        sequence.context_len = sequence.request.base_len if sequence.saved is None else full_len
-        sequence.num_sent = held.num_shared
+        context_len = sequence.request.base_len if sequence.decode.saved is None else full_len
+        sequence.prefill = PrefillProgress(None, context_len, 0, num_sent=held.num_shared)
         sequence.must_restart = False
         return True
 
     def _reserve_prefill(self, sequence: Sequence) -> bool:
-        held = sequence.decode_pages
+        held, prefill = sequence.decode.table, sequence.prefill
         assert held is not None
         pool = self.prefill_pools[sequence.prefill_worker]
-        if held.num_shared * pool.page_size == sequence.context_len:
+        if held.num_shared * pool.page_size == prefill.context_len:
             # Every page is published or produced by others: nothing to prefill or send.
-            sequence.num_prefilled = sequence.context_len
+            prefill.num_prefilled = prefill.context_len
         else:
-            num_pages = pages_for(sequence.context_len, pool.page_size)
+            num_pages = pages_for(prefill.context_len, pool.page_size)
             pages = held if pool is held.pool else _reserve(sequence, pool, num_pages)
-            sequence.prefill_pages = pages
+            prefill.table = pages
             if pages is None:
                 return False
-            sequence.num_prefilled = pages.num_shared * pool.page_size
-        if not sequence.counted:
+            prefill.num_prefilled = pages.num_shared * pool.page_size
+        if sequence.admitted is None:
             # Once per request, however often it is admitted.
-            sequence.counted = True
-            sequence.cached_tokens = sequence.num_prefilled
+            sequence.cached_tokens = prefill.num_prefilled
             pool.cache_stats.num_requests += 1
             pool.cache_stats.prompt_tokens += len(sequence.request.prompt)
-            pool.cache_stats.cached_tokens += sequence.num_prefilled
+            pool.cache_stats.cached_tokens += prefill.num_prefilled
         return True
 
     # --- prefill and transfer -------------------------------------------------------------------------------------
 
     def ready_to_prefill(self, worker: int) -> list[Sequence]:
         """Sequences with tokens to prefill that wait for no other's pages; the oldest admission first."""
-        return [one for one in self.prefilling[worker] if one.num_prefilled < one.context_len and _can_start(one)]
+        return [one for one in self.prefilling[worker] if not one.prefill.done and _can_start(one)]
 
     def prefilled(self, sequence: Sequence, num_tokens: int) -> None:
         """So many more of its context's tokens are written (dispatched): full pages are published."""
-        held = sequence.prefill_pages
+        held, prefill = sequence.prefill.table, sequence.prefill
         assert held is not None
-        first = sequence.num_prefilled // held.pool.page_size
-        sequence.num_prefilled += num_tokens
+        first = prefill.num_prefilled // held.pool.page_size
+        prefill.num_prefilled += num_tokens
         sequence.progressed = time.monotonic()
-        _publish(sequence, held, first, sequence.num_prefilled // held.pool.page_size)
+        _publish(sequence, held, first, prefill.num_prefilled // held.pool.page_size)
 
     def next_transfer(self, sequence: Sequence, most: int) -> PageTransfer | None:
         """The next pages, at most so many, that are prefilled and not yet sent; they stay held on both sides."""
-        source, target = sequence.prefill_pages, sequence.decode_pages
+        prefill, source, target = sequence.prefill, sequence.prefill.table, sequence.decode.table
         if source is None or target is None or source is target or not _can_start(sequence):
             return None
         size = source.pool.page_size
-        done = sequence.num_prefilled == sequence.context_len
-        available = pages_for(sequence.num_prefilled, size) if done else sequence.num_prefilled // size
-        first, last = sequence.num_sent, min(available, sequence.num_sent + most)
+        available = pages_for(prefill.num_prefilled, size) if prefill.done else prefill.num_prefilled // size
+        first, last = prefill.num_sent, min(available, prefill.num_sent + most)
         if first >= last:
             return None
         transfer = PageTransfer(sequence, source, target, first, last)
         source.manager.retain(transfer.source_pages, "transfer")
         self.in_flight[sequence.decode_worker].append(transfer)
-        sequence.num_sent = last
+        prefill.num_sent = last
         return transfer
 
     def leave_prefill(self, worker: int) -> list[Sequence]:
@@ -233,7 +231,7 @@ class Admission:
         in_flight = {one.sequence for one in self.in_flight[worker] if one.needed_by_sequence}
         started = []
         for sequence in list(self.arriving[worker]):
-            held = sequence.decode_pages
+            held = sequence.decode.table
             assert held is not None
             if sequence.final or sequence.must_restart or sequence in in_flight or held.manager.waiting(sequence):
                 continue
@@ -247,7 +245,7 @@ class Admission:
 
     def make_room(self, sequence: Sequence) -> bool:
         """A page for the sequence's next token, if it needs one; False if the pool has none."""
-        held = sequence.decode_pages
+        held = sequence.decode.table
         assert held is not None
         if held.fits(sequence.num_tokens):
             return True
@@ -298,13 +296,13 @@ class Admission:
             self.room_changed()
             if not sequence.final:
                 self.num_restarts += 1
-                sequence.move(State.WAITING if sequence.saved is None else State.PREEMPTED)
+                sequence.move(State.WAITING if sequence.decode.saved is None else State.PREEMPTED)
                 self.add(sequence)
         return bool(gone)
 
     def holders(self, pool: Pool) -> list[Sequence]:
         """All sequences with pages in the pool."""
-        tables = ((one, (one.prefill_pages, one.decode_pages)) for _, one in self._admitted())
+        tables = ((one, (one.prefill.table, one.decode.table)) for _, one in self._admitted())
         return [one for one, held in tables if any(table is not None and table.pool is pool for table in held)]
 
     def check(self) -> None:
@@ -327,18 +325,18 @@ class Admission:
 
     def _release(self, sequence: Sequence) -> None:
         """Releases all pages; sequences that waited for them to be produced restart."""
-        held = sequence.decode_pages
+        held = sequence.decode.table
         if held is not None:
             self._leave_transfers(sequence, held)
             _restart(held.manager.drop(sequence))
         self._release_prefill(sequence)
         if held is not None:
             held.release()
-        sequence.decode_pages = None
+        sequence.decode.table = None
 
     def _release_prefill(self, sequence: Sequence) -> None:
-        held, sequence.prefill_pages = sequence.prefill_pages, None
-        if held is not None and held is not sequence.decode_pages:
+        held, sequence.prefill.table = sequence.prefill.table, None
+        if held is not None and held is not sequence.decode.table:
             _restart(held.manager.drop(sequence))
             held.release()
 
@@ -375,14 +373,14 @@ def _restart(waiters: Iterable[object]) -> None:
 
 
 def _can_start(sequence: Sequence) -> bool:
-    held = sequence.prefill_pages
+    held = sequence.prefill.table
     return not sequence.final and not sequence.must_restart and held is not None and not held.manager.waiting(sequence)
 
 
 def _all_sent(sequence: Sequence) -> bool:
-    source, target = sequence.prefill_pages, sequence.decode_pages
-    if sequence.num_prefilled < sequence.context_len:
+    source, target = sequence.prefill.table, sequence.decode.table
+    if not sequence.prefill.done:
         return False
     if source is None or source is target:
         return True
-    return sequence.num_sent * source.pool.page_size >= sequence.context_len
+    return sequence.prefill.num_sent * source.pool.page_size >= sequence.prefill.context_len

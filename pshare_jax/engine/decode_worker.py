@@ -16,7 +16,8 @@ from pshare_jax.engine import scoring
 from pshare_jax.engine.admission import Admission
 from pshare_jax.engine.interfaces import EngineHooks, TokenSampler, Weights
 from pshare_jax.engine.preemption import restore, save
-from pshare_jax.engine.request import Event, Sequence, State
+from pshare_jax.engine.request import Event
+from pshare_jax.engine.sequence import Sequence, State
 from pshare_jax.engine.shapes import CompiledShapes, Shape, bucket_of, row_buckets
 from pshare_jax.engine.transfer import KVTransfer
 from pshare_jax.model.paged_batch import PagedBatch
@@ -79,7 +80,7 @@ class DecodeWorker:
                 # Pages have come free, on the prefill side too, and who waits for them may be asleep.
                 self._hooks.wake()
             for sequence in started:
-                if sequence.saved is not None:
+                if sequence.decode.saved is not None:
                     restore(sequence)
             return self._turn() or bool(started) or done
         except Exception:
@@ -94,11 +95,11 @@ class DecodeWorker:
             waiting = self._without_scoring(waiting)
         if not waiting:
             return False
-        waiting.sort(key=lambda one: (one.last_turn, one.number))
-        if not waiting[0].opened:
+        waiting.sort(key=lambda one: (one.decode.last_turn, one.number))
+        if not waiting[0].decode.opened:
             self._score(waiting[0])
             return True
-        batch = self._next_batch([one for one in waiting if one.opened])
+        batch = self._next_batch([one for one in waiting if one.decode.opened])
         if batch:
             self._run(batch)
         return bool(batch)
@@ -107,9 +108,9 @@ class DecodeWorker:
         """Those that need no scoring step; the others wait for its program, or end if it will never be there."""
         if not self.compiled.may_be_used(scoring.SHAPE):
             for sequence in waiting:
-                if not sequence.opened:
+                if not sequence.decode.opened:
                     self._hooks.end(sequence, State.FAILED, Event(error=scoring.UNAVAILABLE))
-        return [one for one in waiting if one.opened]
+        return [one for one in waiting if one.decode.opened]
 
     @property
     def next_cold(self) -> tuple[Weights, Shape] | None:
@@ -147,10 +148,10 @@ class DecodeWorker:
     def _score(self, sequence: Sequence) -> None:
         """Its next prompt tokens through its module, at most a step's."""
         num_tokens, scores = 0, []
-        sequence.last_turn = next(self._turns)
+        sequence.decode.last_turn = next(self._turns)
         if sequence.to_score[0] < sequence.to_score[1]:
             tokens, rows, num_tokens = scoring.next_rows(sequence, self._table_len)
-            result = self._call_score(sequence.weights, tokens, rows)
+            result = self._call_score(sequence.decode.weights, tokens, rows)
             if sequence.request.scores_prompt:
                 scores = scoring.reported(sequence, result, num_tokens)
         self.num_scored += num_tokens
@@ -166,8 +167,8 @@ class DecodeWorker:
 
     def _next_batch(self, waiting: list[Sequence]) -> list[Sequence]:
         """Sequences of the first one's group, in this order, with room for their next token each."""
-        params = waiting[0].weights.params
-        group = [one for one in waiting if one.weights.params is params][: self._row_buckets()[-1]]
+        params = waiting[0].decode.weights.params
+        group = [one for one in waiting if one.decode.weights.params is params][: self._row_buckets()[-1]]
         for sequence in sorted(group, key=lambda one: one.number):
             self._make_room(sequence)
         return [one for one in group if one.state is State.DECODING and self._has_room(one)]
@@ -176,7 +177,7 @@ class DecodeWorker:
         return [rows for rows in row_buckets(self._max_rows) if (rows,) in self.compiled]
 
     def _has_room(self, sequence: Sequence) -> bool:
-        held = sequence.decode_pages
+        held = sequence.decode.table
         return held is not None and held.fits(sequence.num_tokens)
 
     def _make_room(self, sequence: Sequence) -> None:
@@ -194,7 +195,7 @@ class DecodeWorker:
         saved = save(sequence)
         with self._hooks.lock:
             if sequence.state is State.DECODING:
-                sequence.saved = saved
+                sequence.decode.saved = saved
                 self.num_preempted += 1
                 self._admission.preempted(sequence)
             else:
@@ -207,12 +208,12 @@ class DecodeWorker:
         rows = PagedBatch.empty(rows_len, self._table_len)
         turn = next(self._turns)
         for row, sequence in enumerate(batch):
-            held = sequence.decode_pages
+            held = sequence.decode.table
             assert held is not None
             tokens[row, 0] = sequence.next_input
             rows.fill(row, held.pages, sequence.next_position, 1)
-            sequence.last_turn = turn
-        logits = self._call(batch[0].weights, tokens, rows)
+            sequence.decode.last_turn = turn
+        logits = self._call(batch[0].decode.weights, tokens, rows)
         sampled = self._sampler.sample(logits, batch)
         self.num_steps += 1
         self.num_tokens += len(batch)

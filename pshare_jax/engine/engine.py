@@ -18,20 +18,21 @@ from typing import Any
 from pshare_jax.engine.admission import Admission
 from pshare_jax.engine.config import EngineConfig
 from pshare_jax.engine.decode_worker import DecodeWorker
-from pshare_jax.engine.handle import Handle, Result
+from pshare_jax.engine.handle import Handle, Result, run_all
 from pshare_jax.engine.interfaces import DecodeSpec, EngineHooks, ModelFacts, PrefillSpec, Weights
 from pshare_jax.engine.kv.keys import PageKey, page_keys
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.prefill_worker import PrefillWorker
-from pshare_jax.engine.request import FAILED, LEGAL, TIMED_OUT, Event, Request, Sequence, State
+from pshare_jax.engine.request import FAILED, TIMED_OUT, Event, Request
 from pshare_jax.engine.router import Route, Router
+from pshare_jax.engine.sequence import LEGAL, Sequence, State
 from pshare_jax.engine.shapes import pages_for
-from pshare_jax.engine.stop_strings import TextOutput
 from pshare_jax.engine.transfer import KVTransfer
 from pshare_jax.engine.worker_thread import POLL_SECONDS, WorkerGroup, WorkerThread, group_by_devices
 from pshare_jax.errors import PshareError
 from pshare_jax.sampling.history import TokenHistory
 from pshare_jax.sampling.params import GREEDY, SamplingParams
+from pshare_jax.text.stop_strings import TextOutput
 
 logger = logging.getLogger(__name__)
 _numbers = itertools.count()
@@ -137,49 +138,7 @@ class Engine:
         Raises:
             PshareError: a request does not fit the model, its task is unknown, or it has failed; the others are cancelled.
         """
-        handles: list[Handle] = []
-        num_reported = 0
-
-        def report() -> None:
-            nonlocal num_reported
-            while progress is not None and num_reported < sum(handle.done for handle in handles):
-                num_reported += 1
-                progress(num_reported)
-
-        try:
-            for request in requests:
-                self.check(request)
-                while self.num_live >= self.config.limits.max_requests:
-                    self._advance()
-                handles.append(self.submit(request))
-                report()
-            results = []
-            for handle in handles:
-                results.append(handle.result())
-                report()
-            return results
-        finally:
-            for handle in handles:
-                handle.cancel()
-
-    def check(self, request: Request) -> None:
-        """Refuses a request that the model cannot answer.
-
-        Raises:
-            PshareError: the prompt is empty, has unknown ids, or is too long with its answer.
-        """
-        prompt, max_len = request.prompt, self.facts.max_len
-        if not prompt:
-            raise PshareError("The prompt is empty; it needs at least one token.")
-        if request.max_tokens < 0:
-            raise PshareError(f"max_tokens must be at least 0, not {request.max_tokens}.")
-        if len(prompt) + request.max_tokens > max_len:
-            raise PshareError(
-                f"The context length is at most {max_len} tokens, but the prompt has {len(prompt)} and max_tokens is "
-                f"{request.max_tokens}; shorten one of them."
-            )
-        if not 0 <= min(prompt) <= max(prompt) < self.facts.vocab_size:
-            raise PshareError(f"Token ids must be 0 to {self.facts.vocab_size - 1}.")
+        return run_all(self, requests, self._advance, progress)
 
     def _advance(self) -> None:
         """A step, or with threads a short wait for theirs."""
@@ -191,10 +150,10 @@ class Engine:
     def submit(
         self, request: Request, on_event: Callable[[Event], None] | None = None, route: Route | None = None
     ) -> Handle:
-        """Takes a request that `check` allows and whose id no running request has.
+        """Takes a request that fits the model (`check_request`) and whose id no running request has.
 
         Args:
-            request: the request.
+            request: what `check_request` allows.
             on_event: gets the events instead of the handle, under the engine's lock; it must not raise or block.
             route: by default the router's choice.
 
@@ -261,7 +220,7 @@ class Engine:
                 sequence.keys,
                 lambda worker: pools[worker].manager.num_hits(sequence.keys),
             )
-        sequence.weights = self.decode_workers[sequence.decode_worker].tasks[request.task]
+        sequence.decode.weights = self.decode_workers[sequence.decode_worker].tasks[request.task]
 
     def put_task(self, name: str, weights: Mapping[int, Weights]) -> None:
         """Serves a task, by decode worker, to requests to come: a new one, or in the place of an old one; with no worker
@@ -309,7 +268,7 @@ class Engine:
             if sequence.final:
                 return
             if state is not State.FINISHED:
-                made = len(sequence.completion_ids)
+                made = len(sequence.decode.completion_ids)
                 event = replace(event, completion_tokens=made, cached_tokens=sequence.cached_tokens)
             sequence.move(state)
             self.num_ended[state] = self.num_ended.get(state, 0) + 1
@@ -441,8 +400,8 @@ class Engine:
         self.wake()
 
     def _prefilled(self, sequence: Sequence) -> None:
-        done = sequence.num_prefilled >= sequence.context_len
-        self._router.prefilled(sequence.ticket, sequence.request.base_len if done else sequence.num_prefilled)
+        done = sequence.prefill.done
+        self._router.prefilled(sequence.ticket, sequence.request.base_len if done else sequence.prefill.num_prefilled)
 
     def _pool_failed(self, pool: Pool) -> None:
         """A step of the pool has failed: who has pages in it fails, all else goes on with an empty pool."""

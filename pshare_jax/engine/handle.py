@@ -1,11 +1,16 @@
 """A submitted request as its caller sees it: events one by one, its result, and a way to cancel it. Imports no jax."""
 
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pshare_jax.engine.request import Event, Request, Sequence, TokenLogprobs
+from pshare_jax.engine.request import Event, Request, TokenLogprobs, check_request
+from pshare_jax.engine.sequence import Sequence
 from pshare_jax.errors import PshareError
+
+if TYPE_CHECKING:
+    from pshare_jax.engine.engine import Engine
 
 
 class RequestFailed(PshareError):
@@ -89,3 +94,33 @@ class Handle:
             [event.logprobs for event in self._seen if event.logprobs is not None],
             next((event.prompt_logprobs for event in self._seen if event.prompt_logprobs), ()),
         )
+
+
+def run_all(
+    engine: "Engine", requests: Iterable[Request], advance: Callable[[], None], progress: Callable[[int], None] | None
+) -> list[Result]:
+    """`Engine.run`; `advance` waits for the engine."""
+    handles: list[Handle] = []
+    num_reported = 0
+
+    def report() -> None:
+        nonlocal num_reported
+        while progress is not None and num_reported < sum(handle.done for handle in handles):
+            num_reported += 1
+            progress(num_reported)
+
+    try:
+        for request in requests:
+            check_request(request, engine.facts.vocab_size, engine.facts.max_len)
+            while engine.num_live >= engine.config.limits.max_requests:
+                advance()
+            handles.append(engine.submit(request))
+            report()
+        results = []
+        for handle in handles:
+            results.append(handle.result())
+            report()
+        return results
+    finally:
+        for handle in handles:
+            handle.cancel()

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from pshare_jax.engine.kv.pool import Pool
-from pshare_jax.engine.request import Event, Sequence, State, TokenLogprobs
-from pshare_jax.engine.stop_strings import Pieces
+from pshare_jax.engine.request import Event, TokenLogprobs
+from pshare_jax.engine.sequence import Sequence, State
+from pshare_jax.text.stop_strings import Pieces
 
 
 @runtime_checkable

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pshare_jax.engine.kv.pool import PageTable
 
 if TYPE_CHECKING:
-    from pshare_jax.engine.request import Sequence
+    from pshare_jax.engine.sequence import Sequence
 
 
 @dataclass(eq=False)

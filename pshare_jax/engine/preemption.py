@@ -7,7 +7,7 @@ by the decode worker's thread, which owns the pool.
 import numpy as np
 
 from pshare_jax.engine.kv.pool import PageTable
-from pshare_jax.engine.request import Saved, Sequence
+from pshare_jax.engine.sequence import Saved, Sequence
 from pshare_jax.engine.shapes import pages_for
 
 
@@ -22,15 +22,15 @@ def save(sequence: Sequence) -> Saved:
 def restore(sequence: Sequence) -> None:
     """Writes the saved pages into the sequence's new ones."""
     held, private = _private_pages(sequence)
-    assert sequence.saved is not None
+    assert sequence.decode.saved is not None
     most = held.pool.move_pages
-    for index, content in enumerate(sequence.saved.parts):
+    for index, content in enumerate(sequence.decode.saved.parts):
         held.pool.scatter(private[index * most : (index + 1) * most], held.pool.store.device_put(content))
-    sequence.saved = None
+    sequence.decode.saved = None
 
 
 def _private_pages(sequence: Sequence) -> tuple[PageTable, list[int]]:
     """The pages behind the prompt's full pages, as far as they hold KV."""
-    held = sequence.decode_pages
+    held = sequence.decode.table
     assert held is not None
     return held, held.pages[len(sequence.keys) : pages_for(sequence.next_position, held.pool.page_size)]

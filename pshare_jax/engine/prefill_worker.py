@@ -7,7 +7,7 @@ complete is published at once and sent to the decode worker, so that the copy ov
 import itertools
 import logging
 import time
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,7 @@ import numpy as np
 
 from pshare_jax.engine.admission import Admission
 from pshare_jax.engine.interfaces import EngineHooks, Weights
-from pshare_jax.engine.prefill_speed import PrefillSpeed
-from pshare_jax.engine.request import Sequence
+from pshare_jax.engine.sequence import Sequence
 from pshare_jax.engine.shapes import CompiledShapes, choose_rows, prefill_shapes
 from pshare_jax.engine.transfer import KVTransfer
 from pshare_jax.model.paged_batch import PagedBatch
@@ -33,6 +32,32 @@ class PrefillStats:
     calls: int = 0
     tokens: int = 0
     slots: int = 0
+
+
+class PrefillSpeed:
+    """Tokens and seconds of finished steps, by size within a factor of two. Used under the engine's lock."""
+
+    def __init__(self) -> None:
+        self._tokens: defaultdict[int, int] = defaultdict(int)
+        self._seconds: defaultdict[int, float] = defaultdict(float)
+
+    def add(self, steps: list[int], seconds: float) -> None:
+        """Steps with so many tokens each finished one after another, in so many seconds together."""
+        for num_tokens in steps:
+            size = num_tokens.bit_length()
+            self._tokens[size] += num_tokens
+            self._seconds[size] += seconds * num_tokens / sum(steps)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in which a step ran."""
+        return sum(self._seconds.values(), 0.0)
+
+    @property
+    def best(self) -> float | None:
+        """Tokens per second at the fastest size; None before any step has finished."""
+        rates = (self._tokens[size] / seconds for size, seconds in self._seconds.items() if seconds > 0)
+        return max(rates, default=None)
 
 
 class PrefillWorker:
@@ -116,7 +141,7 @@ class PrefillWorker:
         ready = self._admission.ready_to_prefill(self.index)
         if not ready:
             return [], 0
-        remaining = [one.context_len - one.num_prefilled for one in ready]
+        remaining = [one.prefill.context_len - one.prefill.num_prefilled for one in ready]
         chosen, bucket = choose_rows(remaining, self._chunk_tokens, self.compiled)
         return [ready[index] for index in chosen], bucket
 
@@ -149,9 +174,9 @@ class PrefillWorker:
         rows = PagedBatch.empty(len(batch), self._table_len)
         counts = []
         for row, sequence in enumerate(batch):
-            held, start = sequence.prefill_pages, sequence.num_prefilled
+            held, start = sequence.prefill.table, sequence.prefill.num_prefilled
             assert held is not None
-            chunk = sequence.request.prompt[start : min(start + bucket, sequence.context_len)]
+            chunk = sequence.request.prompt[start : min(start + bucket, sequence.prefill.context_len)]
             tokens[row, : len(chunk)] = chunk
             rows.fill(row, held.pages, start, len(chunk))
             counts.append(len(chunk))

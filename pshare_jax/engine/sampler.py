@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pshare_jax.engine.request import Sequence as Running
 from pshare_jax.engine.request import TokenLogprobs
+from pshare_jax.engine.sequence import Sequence as Running
 from pshare_jax.mesh import replicated
 from pshare_jax.sampling.params import sampling_rows
 from pshare_jax.sampling.sample import Adjustments, sample_rows

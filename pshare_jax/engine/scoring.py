@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pshare_jax.engine.request import Sequence, TokenLogprobs
+from pshare_jax.engine.request import TokenLogprobs
+from pshare_jax.engine.sequence import Sequence
 from pshare_jax.engine.shapes import Shape
 from pshare_jax.model.paged_batch import PagedBatch, ScoreBatch
 
@@ -30,7 +31,7 @@ def next_rows(sequence: Sequence, table_len: int) -> tuple[np.ndarray, ScoreBatc
     """Tokens, metadata and the number of real tokens of the sequence's next step."""
     start, end = sequence.to_score
     end = min(end, start + SCORE_TOKENS)
-    held, prompt = sequence.decode_pages, sequence.request.prompt
+    held, prompt = sequence.decode.table, sequence.request.prompt
     assert held is not None
     tokens, rows = no_rows(table_len)
     tokens[0, : end - start] = prompt[start:end]

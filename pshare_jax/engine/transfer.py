@@ -12,7 +12,8 @@ from pshare_jax.engine.admission import Admission
 from pshare_jax.engine.interfaces import EngineHooks
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.page_transfer import PageTransfer
-from pshare_jax.engine.request import FAILED, Event, Sequence, State
+from pshare_jax.engine.request import FAILED, Event
+from pshare_jax.engine.sequence import Sequence, State
 
 logger = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 16
@@ -50,7 +51,7 @@ class KVTransfer:
         While the sequence waits for other sequences' pages, its transfers cannot be written. They take at most half of
         the room: those others may have another prefill worker, and must be able to send what this sequence waits for.
         """
-        held = sequence.decode_pages
+        held = sequence.decode.table
         waits = held is not None and held.manager.waiting(sequence)
         return self.in_flight < (MAX_IN_FLIGHT // 2 if waits else MAX_IN_FLIGHT)
 

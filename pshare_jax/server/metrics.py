@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from pshare_jax.engine.compile_counter import compile_counter
 from pshare_jax.engine.engine import Engine
-from pshare_jax.engine.request import Sequence, State
+from pshare_jax.engine.sequence import Sequence, State
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
@@ -64,18 +64,18 @@ class Metrics:
         """Records an ended request; called under the engine's lock."""
         task, now = sequence.request.task, time.monotonic()
         self._ended.labels(task, sequence.state.value).inc()
-        self._whole.labels(task).observe(now - sequence.came)
+        self._whole.labels(task).observe(now - sequence.arrived)
         if sequence.admitted is None:
             return
-        self._queue.labels(task).observe(sequence.admitted - sequence.came)
+        self._queue.labels(task).observe(sequence.admitted - sequence.arrived)
         self._prompt.labels(task).inc(len(sequence.request.prompt))
         self._cached.labels(task).inc(sequence.cached_tokens)
-        self._generated.labels(task).inc(len(sequence.completion_ids))
+        self._generated.labels(task).inc(len(sequence.decode.completion_ids))
         if sequence.first_token is not None:
-            self._first.labels(task).observe(sequence.first_token - sequence.came)
-            if sequence.state is State.FINISHED and len(sequence.completion_ids) > 1:
+            self._first.labels(task).observe(sequence.first_token - sequence.arrived)
+            if sequence.state is State.FINISHED and len(sequence.decode.completion_ids) > 1:
                 self._token.labels(task).observe(
-                    (sequence.progressed - sequence.first_token) / (len(sequence.completion_ids) - 1)
+                    (sequence.progressed - sequence.first_token) / (len(sequence.decode.completion_ids) - 1)
                 )
 
     def text(self) -> bytes:

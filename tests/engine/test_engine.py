@@ -8,8 +8,8 @@ from serving_fakes import EOS, Echo
 
 from pshare_jax.engine import transfer
 from pshare_jax.engine.engine import EngineDown, EngineFull
-from pshare_jax.engine.request import State
 from pshare_jax.engine.router import Route
+from pshare_jax.engine.sequence import State
 from pshare_jax.engine.worker_thread import group_by_devices
 
 pytestmark = pytest.mark.host
@@ -235,7 +235,7 @@ def test_who_does_not_fit_waits_and_holds_nothing():
     fakes.step()
     assert [client.state(name) for name in "abc"] == [State.DECODING, State.WAITING, State.WAITING]
     waiting = client.sequences["b"]
-    assert (waiting.prefill_pages, waiting.decode_pages) == (None, None)
+    assert (waiting.prefill.table, waiting.decode.table) == (None, None)
     fakes.run()
     assert {client.text(name) for name in "abc"} == {"xyz"}
 

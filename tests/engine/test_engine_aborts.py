@@ -4,7 +4,7 @@ import pytest
 from fake_engine import Client, make_engine
 from serving_fakes import Echo
 
-from pshare_jax.engine.request import State
+from pshare_jax.engine.sequence import State
 
 pytestmark = pytest.mark.host
 
@@ -18,7 +18,7 @@ def waiting(fakes, client):
 
 def prefilling(fakes, client):
     client.ask("a", LONG)
-    fakes.step_until(lambda: client.sequences["a"].num_prefilled == 32)
+    fakes.step_until(lambda: client.sequences["a"].prefill.num_prefilled == 32)
 
 
 def transferring(fakes, client):
@@ -67,7 +67,7 @@ def test_an_aborted_request_is_gone_within_two_steps(state, colocated):
     # No device call was made for it, and it holds nothing.
     assert (len(fakes.prefill[0].chunks), fakes.decode["t"].inputs.count(1)) == steps
     gone = client.sequences["a"]
-    assert (gone.state, gone.prefill_pages, gone.decode_pages) == (State.ABORTED, None, None)
+    assert (gone.state, gone.prefill.table, gone.decode.table) == (State.ABORTED, None, None)
     if not others:
         assert fakes.engine.idle
     fakes.check()
@@ -102,14 +102,14 @@ def test_a_copy_on_its_way_is_not_written_into_pages_that_were_given_back():
     client = Client(fakes)
     client.ask("a", [1] * 24)
     fakes.step_until(lambda: client.state("a") is State.TRANSFERRING)
-    held = client.sequences["a"].decode_pages
+    held = client.sequences["a"].decode.table
     assert held is not None
     pages = set(held.pages)
     client.ask("b", [2] * 24, max_tokens=4)
     fakes.engine.abort("a")
     gate.open = True
     fakes.step_until(lambda: client.state("b") is State.DECODING)
-    held = client.sequences["b"].decode_pages
+    held = client.sequences["b"].decode.table
     assert held is not None
     assert pages & set(held.pages)
     fakes.run()

@@ -7,7 +7,8 @@ from fake_engine import Client, make_engine
 from serving_fakes import Echo
 
 from pshare_jax.engine import transfer
-from pshare_jax.engine.request import TIMED_OUT, State
+from pshare_jax.engine.request import TIMED_OUT
+from pshare_jax.engine.sequence import State
 
 pytestmark = pytest.mark.host
 

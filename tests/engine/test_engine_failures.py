@@ -5,8 +5,9 @@ from fake_engine import Client, make_engine
 from serving_fakes import EOS, Echo, Gate
 
 from pshare_jax.engine import scoring
-from pshare_jax.engine.request import FAILED, State
+from pshare_jax.engine.request import FAILED
 from pshare_jax.engine.router import Route
+from pshare_jax.engine.sequence import State
 
 pytestmark = pytest.mark.host
 

@@ -4,7 +4,8 @@ import pytest
 from fake_engine import PAGE, Client, make_engine
 from serving_fakes import Echo, Gate
 
-from pshare_jax.engine.request import FAILED, State
+from pshare_jax.engine.request import FAILED
+from pshare_jax.engine.sequence import State
 
 pytestmark = pytest.mark.host
 
@@ -112,7 +113,7 @@ def test_the_prefilling_owner_is_aborted_and_the_others_start_anew(colocated, st
     client = Client(fakes)
     ask_all(client)
     fakes.step(steps)
-    assert client.sequences["t"].num_prefilled == min(8 * steps, len(PROMPT) - 1)
+    assert client.sequences["t"].prefill.num_prefilled == min(8 * steps, len(PROMPT) - 1)
     fakes.engine.abort("t")
     fakes.run()
     check_answers(client, "uvw")

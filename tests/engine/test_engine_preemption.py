@@ -4,7 +4,7 @@ import pytest
 from fake_engine import PAGE, Client, make_engine
 from serving_fakes import Echo
 
-from pshare_jax.engine.request import State
+from pshare_jax.engine.sequence import State
 
 pytestmark = pytest.mark.host
 
@@ -86,14 +86,14 @@ def test_a_preempted_request_holds_nothing_on_the_devices():
     client.ask("young", [2] * 21, max_tokens=30)
     fakes.step_until(lambda: client.state("young") is State.PREEMPTED)
     young = client.sequences["young"]
-    assert (young.prefill_pages, young.decode_pages) == (None, None)
-    assert young.saved is not None
+    assert (young.prefill.table, young.decode.table) == (None, None)
+    assert young.decode.saved is not None
     # The tail page and what was generated; the full pages are the base's to make again.
-    num_kv = len(young.request.prompt) + len(young.completion_ids) - 1
-    assert sum(len(part) for part in young.saved.parts) == -(-num_kv // PAGE) - 20 // PAGE
+    num_kv = len(young.request.prompt) + len(young.decode.completion_ids) - 1
+    assert sum(len(part) for part in young.decode.saved.parts) == -(-num_kv // PAGE) - 20 // PAGE
     fakes.check()
     fakes.run()
-    assert young.saved is None
+    assert young.decode.saved is None
 
 
 def test_one_alone_fills_the_whole_pool():

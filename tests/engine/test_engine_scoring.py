@@ -8,7 +8,7 @@ from fake_engine import Client, make_engine
 from serving_fakes import Echo
 
 from pshare_jax.engine import scoring
-from pshare_jax.engine.request import State
+from pshare_jax.engine.sequence import State
 
 pytestmark = pytest.mark.host
 

@@ -50,7 +50,7 @@ class Traffic:
         if self.client.sequences and self.draw.random() < 0.3:
             # The next turn of a conversation.
             past = self.draw.choice(list(self.client.sequences.values()))
-            prompt = [*past.request.prompt, *past.completion_ids, 7][:40]
+            prompt = [*past.request.prompt, *past.decode.completion_ids, 7][:40]
         places = [len(one) for one in (self.fakes.prefill, self.fakes.decode_stores)]
         route = Route(*map(self.draw.randrange, places)) if self.draw.random() < 0.5 else None
         salt = self.draw.choice(["", "", "s"])

@@ -10,8 +10,9 @@ from serving_fakes import EOS, Echo
 
 from pshare_jax.engine import transfer, worker_thread
 from pshare_jax.engine.engine import EngineDown
-from pshare_jax.engine.request import FAILED, TIMED_OUT, State
+from pshare_jax.engine.request import FAILED, TIMED_OUT
 from pshare_jax.engine.router import Route
+from pshare_jax.engine.sequence import State
 
 pytestmark = pytest.mark.host
 

@@ -62,7 +62,7 @@ def test_wrong_pages_are_noticed(spoil, colocated):
     client.ask("other", OTHER, max_tokens=30)
     client.ask("a", PROMPT, max_tokens=30)
     fakes.step_until(lambda: len(client.ids("a")) == 3)
-    held = client.sequences["a"].decode_pages
+    held = client.sequences["a"].decode.table
     assert held is not None
     spoil(fakes.decode_stores[0], held.pages)
     fakes.step_until(lambda: fakes.engine.idle)
@@ -78,7 +78,7 @@ def test_a_last_prompt_token_of_prefills_is_noticed():
     client = Client(fakes)
     client.ask("a", PROMPT, max_tokens=30)
     fakes.step_until(lambda: len(client.ids("a")) == 3)
-    held = client.sequences["a"].decode_pages
+    held = client.sequences["a"].decode.table
     assert held is not None
     fakes.decode_stores[0].pages[held.pages[4], 3, WRITER] = PREFILL
     fakes.run()
@@ -90,7 +90,7 @@ def test_a_wrong_page_table_is_noticed():
     client = Client(fakes)
     client.ask("a", PROMPT, max_tokens=30)
     fakes.step_until(lambda: len(client.ids("a")) == 3)
-    held = client.sequences["a"].decode_pages
+    held = client.sequences["a"].decode.table
     assert held is not None
     held.pages[1], held.pages[2] = held.pages[2], held.pages[1]
     fakes.step()
@@ -103,7 +103,7 @@ def test_prefill_notices_too():
     client = Client(fakes)
     client.ask("a", PROMPT)
     fakes.step()
-    held = client.sequences["a"].prefill_pages
+    held = client.sequences["a"].prefill.table
     assert held is not None
     fakes.prefill_stores[0].pages[held.pages[0]] = -1, NOBODY, -1
     fakes.step()

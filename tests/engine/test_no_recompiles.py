@@ -1,13 +1,12 @@
 """A warmed-up engine compiles nothing, whatever comes; its programs are few, and until all are there it uses those that are."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from faults import Counters, assert_restored, pools_of, shardings, task_sources, world_on
+from faults import Counters, assert_restored, pools_of, shardings, world_on
 from tiny import VOCAB
 from tiny_engine import Answer, Engines, placed
 
@@ -15,8 +14,9 @@ import pshare_jax as ps
 from pshare_jax.engine.compile_counter import count_compilations
 from pshare_jax.engine.config import EngineConfig, KVConfig
 from pshare_jax.engine.engine import Engine
-from pshare_jax.engine.request import Request, State
+from pshare_jax.engine.request import Request
 from pshare_jax.engine.scoring import SCORE_TOKENS
+from pshare_jax.engine.sequence import State
 from pshare_jax.engine.shapes import prefill_shapes, row_buckets
 from pshare_jax.engine.warmup import BackgroundCompiler, variants
 from pshare_jax.model.architecture import is_lora
@@ -26,11 +26,6 @@ from pshare_jax.sampling.params import SamplingParams
 # Devices that no other test uses: what is compiled for them was compiled here.
 SPLIT, SPLIT_TP2 = placed([[4]], [[5]]), placed([[4]], [[6, 7]])
 TASKS = ("chat", "math", "lora")
-
-
-@pytest.fixture(scope="module")
-def sources(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    return task_sources(tiny_folders["llama"], tmp_path_factory.mktemp("compiles"))
 
 
 def random_request(world: Engines, draw: np.random.Generator, most: int) -> Request:

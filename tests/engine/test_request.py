@@ -6,19 +6,10 @@ import time
 import pytest
 from serving_fakes import EOS, VOCAB, ByteDetokenizer
 
-from pshare_jax.engine.request import (
-    ABORTED,
-    FAILED,
-    LEGAL,
-    Event,
-    IllegalTransition,
-    Request,
-    Sequence,
-    State,
-    TokenLogprobs,
-)
-from pshare_jax.engine.stop_strings import TextOutput
+from pshare_jax.engine.request import ABORTED, FAILED, Event, Request, TokenLogprobs
+from pshare_jax.engine.sequence import LEGAL, IllegalTransition, Sequence, State
 from pshare_jax.sampling.history import TokenHistory
+from pshare_jax.text.stop_strings import TextOutput
 
 pytestmark = pytest.mark.host
 

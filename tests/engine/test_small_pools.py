@@ -3,24 +3,19 @@
 Every answer must be the oracle's and every page must come back.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from faults import Counters, arrays_of, assert_restored, faulty_engine, pools_of, store_of, task_sources, world_on
+from faults import Counters, arrays_of, assert_restored, faulty_engine, pools_of, store_of, world_on
 from tiny import VOCAB
 from tiny_engine import Answer, Engines, placed
 
 from pshare_jax.engine import decode_worker as decode
 from pshare_jax.engine.engine import Engine
-from pshare_jax.engine.request import Request, State
-
-
-@pytest.fixture(scope="module")
-def sources(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    return task_sources(tiny_folders["llama"], tmp_path_factory.mktemp("small"))
+from pshare_jax.engine.request import Request
+from pshare_jax.engine.sequence import State
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +132,14 @@ def test_what_goes_to_the_host_comes_back(request, draw, which, monkeypatch):
 
     def save(sequence: Any) -> Any:
         saved = decode_save(sequence)
-        assert sequence.decode_pages.pages
+        assert sequence.decode.table.pages
         moved["saved"].append((sequence.request.id, sequence.num_tokens, saved.parts))
         return saved
 
     def restore(sequence: Any) -> None:
-        held, saved = sequence.decode_pages, sequence.saved
+        held, saved = sequence.decode.table, sequence.decode.saved
         decode_restore(sequence)
-        assert sequence.saved is None
+        assert sequence.decode.saved is None
         private = held.pages[len(sequence.keys) : -(-(sequence.num_tokens - 1) // 4)]
         again = np.asarray(held.pool.store.gather(private))[:, :, :, : len(private)]
         assert np.array_equal(again, saved.parts[0][:, :, :, : len(private)], equal_nan=True)

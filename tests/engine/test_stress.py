@@ -32,7 +32,8 @@ from tiny_engine import MIN_GAP, Answer, Engines, placed
 
 from pshare_jax.engine.config import Placement
 from pshare_jax.engine.engine import Engine
-from pshare_jax.engine.request import Request, State
+from pshare_jax.engine.request import Request
+from pshare_jax.engine.sequence import State
 from pshare_jax.sampling.params import SamplingParams
 from pshare_jax.share.generate import Rollout
 
@@ -43,11 +44,6 @@ SMALL = {"prefill_pages": 26, "decode_pages": 20}
 ABORTS = {"any": 0.01, "prefilling": 0.4, "in flight": 0.02, "awaited": 0.05}
 """Whose aborts, and how likely each turn: anybody; one in prefill that others await; one with a copy on its way;
 one with a copy that others await."""
-
-
-@pytest.fixture(scope="module")
-def sources(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    return task_sources(tiny_folders["llama"], tmp_path_factory.mktemp("stress"))
 
 
 @dataclass

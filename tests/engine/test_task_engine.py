@@ -8,7 +8,8 @@ from fake_engine import Client, make_engine
 from serving_fakes import Echo, FakeDecode
 
 from pshare_jax.engine.engine import UnknownTask
-from pshare_jax.engine.request import Request, State
+from pshare_jax.engine.request import Request
+from pshare_jax.engine.sequence import State
 
 pytestmark = pytest.mark.host
 
@@ -90,9 +91,9 @@ def test_all_choices_of_a_call_have_the_same_weights():
     thread.join()
     sequences = [engine._live[request.id] for request in requests]
     assert {one.decode_worker for one in sequences} == {0, 1}
-    assert len({id(one.weights) for one in sequences}) == 1
+    assert len({id(one.decode.weights) for one in sequences}) == 1
     fakes.run()
-    assert [one.completion_ids for one in sequences] == [OLD.answer((1, 2, 3), 4)] * 4
+    assert [one.decode.completion_ids for one in sequences] == [OLD.answer((1, 2, 3), 4)] * 4
     router.assign = assign
     name = client.ask(prompt=(1, 2, 3), max_tokens=4)
     fakes.run()

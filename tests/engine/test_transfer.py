@@ -4,8 +4,9 @@ import pytest
 from fake_engine import PAGE, Client, make_engine
 from serving_fakes import Echo
 
-from pshare_jax.engine.request import FAILED, State
+from pshare_jax.engine.request import FAILED
 from pshare_jax.engine.router import Route
+from pshare_jax.engine.sequence import State
 
 pytestmark = pytest.mark.host
 

@@ -6,7 +6,6 @@ Every answer must be the oracle's and every page must come back.
 import dataclasses
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +22,6 @@ from faults import (
     stall_after,
     step_until,
     store_of,
-    task_sources,
     world_on,
 )
 from tiny import tiny_config, tiny_folder
@@ -33,17 +31,13 @@ from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.kv.keys import page_keys
 from pshare_jax.engine.kv.pool import Pool
-from pshare_jax.engine.request import FAILED, TIMED_OUT, Request, State
+from pshare_jax.engine.request import FAILED, TIMED_OUT, Request
 from pshare_jax.engine.router import Route
+from pshare_jax.engine.sequence import State
 from pshare_jax.engine.transfer import MAX_IN_FLIGHT
 from pshare_jax.mesh import make_mesh
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.sharding import content_sharding, pages_sharding
-
-
-@pytest.fixture(scope="module")
-def sources(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    return task_sources(tiny_folders["llama"], tmp_path_factory.mktemp("transfers"))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +97,7 @@ def test_an_aborted_copy_is_never_written_into_pages_that_were_lent_again(world,
     engine.abort(first.id)
     store.polls = lambda: 0
     answer = Answer(engine, second)
-    step_until(engine, lambda: answer.sequence.decode_pages is not None)
+    step_until(engine, lambda: answer.sequence.decode.table is not None)
     assert pages & set(decode_pages(answer))
     step_until(engine, lambda: len(answer.ids) >= 2)
     for late in stale:
@@ -191,9 +185,9 @@ def test_a_failed_prefill_step_ends_its_requests_and_frees_their_decode_pages(wo
     store_of(engine.admission.prefill_pools[0]).fault = RuntimeError("no memory")
     engine.prefill_workers[0].step()
     assert answers[0].error == FAILED
-    held = answers[0].sequence.decode_pages
+    held = answers[0].sequence.decode.table
     engine.step()
-    assert answers[0].sequence.decode_pages is None
+    assert answers[0].sequence.decode.table is None
     assert held is not None
     assert held.pages == []
     finish(world, engine, stream, answers[1])
@@ -206,7 +200,7 @@ def test_an_abort_during_prefill_frees_the_decode_pages_in_the_next_step(world, 
     engine.prefill_workers[0].step()
     engine.abort(request.id)
     engine.prefill_workers[0].step()
-    assert answer.sequence.decode_pages is None
+    assert answer.sequence.decode.table is None
     assert_restored(engine)
 
 

@@ -40,9 +40,9 @@ that page tables have one length."""
 PLACEMENTS = {"split": SPLIT, "colocated": COLOCATED}
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama": {"num_hidden_layers": 2},
+    "llama": {},
     # kv heads that are sharded on every mesh, and one that is whole on every mesh.
-    "qwen3": {"num_hidden_layers": 2, "num_key_value_heads": 4},
+    "qwen3": {"num_key_value_heads": 4},
     "gemma3": {
         "num_hidden_layers": 3,
         "num_key_value_heads": 1,

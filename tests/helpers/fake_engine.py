@@ -22,9 +22,10 @@ from pshare_jax.engine.config import BatchConfig, EngineConfig, LimitsConfig
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.interfaces import DecodeSpec, ModelFacts, PrefillSpec
 from pshare_jax.engine.kv.pool import Pool
-from pshare_jax.engine.request import Event, Request, State
-from pshare_jax.engine.request import Sequence as Running
+from pshare_jax.engine.request import Event, Request
 from pshare_jax.engine.router import Policy, Route
+from pshare_jax.engine.sequence import Sequence as Running
+from pshare_jax.engine.sequence import State
 
 PAGE = 4
 """Tokens of a page, unless a test says otherwise."""
@@ -152,7 +153,7 @@ class Client:
         return "".join(event.text for event in self.events[name])
 
     def ids(self, name: str) -> list[int]:
-        return self.sequences[name].completion_ids
+        return self.sequences[name].decode.completion_ids
 
     def state(self, name: str) -> State:
         return self.sequences[name].state

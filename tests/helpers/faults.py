@@ -17,7 +17,7 @@ from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.page_transfer import PageTransfer
-from pshare_jax.engine.request import Sequence as Running
+from pshare_jax.engine.sequence import Sequence as Running
 
 NEVER = 10**9
 """So many polls that content does not come within a test."""
@@ -153,7 +153,7 @@ def shardings(engine: Engine) -> list[list[Any]]:
 
 def decode_pages(answer: Answer) -> list[int]:
     """The ids of a running request's pages in its decode pool."""
-    held = answer.sequence.decode_pages
+    held = answer.sequence.decode.table
     assert held is not None
     return held.pages
 
@@ -218,7 +218,7 @@ def _is_delta(copy: PageTransfer) -> bool:
 
 def has_waiters(sequence: Running) -> bool:
     """Whether another sequence waits for one of its pages."""
-    holdings = [held for held in (sequence.prefill_pages, sequence.decode_pages) if held is not None]
+    holdings = [held for held in (sequence.prefill.table, sequence.decode.table) if held is not None]
     return any(held.manager.has_waiters(held.pages) for held in holdings)
 
 

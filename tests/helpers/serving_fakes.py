@@ -305,7 +305,7 @@ class FakeSampler:
         ids = logits.argmax(-1).tolist()
 
         def choose(row: int, sequence: Any) -> tuple[int, TokenLogprobs | None]:
-            ends = 0 < sequence.request.sampling.choice <= len(sequence.completion_ids)
+            ends = 0 < sequence.request.sampling.choice <= len(sequence.decode.completion_ids)
             token_id = EOS if ends else ids[row]
             return token_id, self._logprobs(logits[row], token_id, sequence.request.logprobs)
 

@@ -12,8 +12,9 @@ from tiny_engine import placed
 
 import pshare_jax as ps
 from pshare_jax.engine.config import BatchConfig, KVConfig
-from pshare_jax.engine.request import Request, State
+from pshare_jax.engine.request import Request
 from pshare_jax.engine.router import Route
+from pshare_jax.engine.sequence import State
 from pshare_jax.model.architecture import is_lora
 from pshare_jax.model.layers import LoraConfig
 from pshare_jax.server import startup
@@ -129,7 +130,7 @@ class Stepped:
         self.step_until(lambda: self.engine.idle)
         self.engine.admission.check()
         assert all(one.state is State.FINISHED for one in sequences)
-        return [one.completion_ids for one in sequences]
+        return [one.decode.completion_ids for one in sequences]
 
     def check_everywhere(self, **modules: str) -> None:
         """Tasks answer as these modules on every worker that has them."""

@@ -145,7 +145,7 @@ class Answer:
 
     @property
     def ids(self) -> list[int]:
-        return self.sequence.completion_ids
+        return self.sequence.decode.completion_ids
 
     @property
     def error(self) -> str | None:

@@ -9,7 +9,8 @@ import httpx
 import pytest
 from fake_server import PATHS, error_of, serving
 
-from pshare_jax.engine.request import ABORTED, FAILED, Request, State
+from pshare_jax.engine.request import ABORTED, FAILED, Request
+from pshare_jax.engine.sequence import State
 
 pytestmark = pytest.mark.host
 ENDLESS = {"model": "endless", "prompt": "p", "max_tokens": 90_000}

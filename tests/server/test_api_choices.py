@@ -4,7 +4,7 @@ import pytest
 from fake_server import FAMILY, PATHS, error_of, serving
 from serving_fakes import EOS
 
-from pshare_jax.engine.request import State
+from pshare_jax.engine.sequence import State
 
 pytestmark = pytest.mark.host
 CHOICES = ["ABCDEFGH", "A", "AB", "ABC"]

@@ -12,7 +12,7 @@ from fake_engine import Client, make_engine
 from fake_server import PATHS, SCRIPTS, error_of, serving
 from serving_fakes import EOS
 
-from pshare_jax.engine.prefill_speed import PrefillSpeed
+from pshare_jax.engine.prefill_worker import PrefillSpeed
 from pshare_jax.server.dashboard import stats as stats_module
 from pshare_jax.server.dashboard.stats import DashboardStats
 

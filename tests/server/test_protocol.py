@@ -17,7 +17,7 @@ from pshare_jax.server.openai.schema import (
 from pshare_jax.server.openai.to_requests import Limits, check_num_choices, make_requests
 
 pytestmark = pytest.mark.host
-LIMITS = Limits(max_len=64, vocab_size=100, stop_ids=frozenset({7}))
+LIMITS = Limits(max_len=64, vocab_size=100, stop_ids=frozenset({7}), max_choices=256)
 HI = [{"role": "user", "content": "hi"}]
 
 

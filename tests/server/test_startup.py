@@ -43,7 +43,7 @@ def answers(engine, task, route=None):
         while engine.num_live:
             engine.step()
         assert events[-1].finish_reason == "length", events
-        ids.append(sequence.completion_ids)
+        ids.append(sequence.decode.completion_ids)
     return ids
 
 

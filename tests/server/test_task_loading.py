@@ -21,7 +21,7 @@ from tiny import edit_json
 
 from pshare_jax.engine.compile_counter import count_compilations
 from pshare_jax.engine.config import BatchConfig, DecodePlacement
-from pshare_jax.engine.request import State
+from pshare_jax.engine.sequence import State
 from pshare_jax.engine.warmup import BackgroundCompiler, Variant, compile_all, decode_variants
 from pshare_jax.server.config import ServerConfig
 from pshare_jax.server.openai.schema import ApiError
@@ -71,14 +71,14 @@ def test_running_requests_finish_on_the_old_weights(world, server):
     expected = world.expected
     server.load("x", "lora")
     old = [server.ask("x"), server.ask("x"), server.ask("math")]
-    server.step_until(lambda: len(old[0].completion_ids) == 5)
+    server.step_until(lambda: len(old[0].decode.completion_ids) == 5)
     server.load("x", "full2", True)
     between = server.ask("x")
-    server.step_until(lambda: len(between.completion_ids) == 3)
+    server.step_until(lambda: len(between.decode.completion_ids) == 3)
     server.load("x", "lora2", True)
     new = server.ask("x")
-    assert all(0 < len(sequence.completion_ids) < LONG for sequence in (*old, between))
-    server.step_until(lambda: new.completion_ids)
+    assert all(0 < len(sequence.decode.completion_ids) < LONG for sequence in (*old, between))
+    server.step_until(lambda: new.decode.completion_ids)
     server.table.unload("x").result(10)
     made = server.ids(*old, between, new)
     assert made == [expected("lora"), expected("lora"), expected("full"), expected("full2"), expected("lora2")]
@@ -91,7 +91,7 @@ def test_a_preempted_request_resumes_on_the_old_weights(world, server):
     server.load("x", "lora")
     old = [server.ask("x"), server.ask("x")]
     server.step_until(lambda: old[1].state is State.PREEMPTED)
-    assert old[1].completion_ids
+    assert old[1].decode.completion_ids
     server.load("x", "lora2", True)
     new = server.ask("x")
     server.step_until(lambda: new.final)
@@ -193,7 +193,7 @@ def test_old_weights_are_freed_after_their_last_request(world):
         assert live() == before + num_new, module
         weights = weakref.ref(worker.tasks["x"])
         sequence = stepped.ask("x", 6)
-        stepped.step_until(lambda sequence=sequence: len(sequence.completion_ids) == 2)
+        stepped.step_until(lambda sequence=sequence: len(sequence.decode.completion_ids) == 2)
         stepped.table.unload("x").result(10)
         assert live() == before + num_new
         assert weights() is not None
@@ -322,7 +322,7 @@ def test_a_stream_finishes_on_the_old_weights_over_http(world):
     reached, go, run = threading.Event(), threading.Event(), worker.pool.run
 
     def paced(*args: Any) -> Any:
-        if any(len(sequence.completion_ids) == 5 for sequence in engine.admission.decoding[0]):
+        if any(len(sequence.decode.completion_ids) == 5 for sequence in engine.admission.decoding[0]):
             reached.set()
             assert go.wait(60)
         return run(*args)

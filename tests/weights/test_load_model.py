@@ -119,7 +119,7 @@ def test_end_set_is_a_union(tmp_path):
     folder = tiny_folder("qwen3", tmp_path, **SMALL)
     tokenizer_eos = ps.load(folder).tokenizer.eos_ids
     edit_json(folder / "config.json", eos_token_id=5)
-    edit_json(folder / "generation_config.json", eos_token_id=[6, 7])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [6, 7]}))
     assert ps.load(folder).stop_ids == {5, 6, 7} | tokenizer_eos
     (folder / "generation_config.json").unlink()
     edit_json(folder / "config.json", eos_token_id=None)

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from pshare_jax.engine.engine import Engine
-from pshare_jax.engine.request import Sequence, State
+from pshare_jax.engine.sequence import Sequence, State
 
 WINDOW_SECONDS = 600
 BUCKET_SECONDS = 5
@@ -85,8 +85,8 @@ class DashboardStats:
     def record_end(self, sequence: Sequence) -> None:
         """Records an ended request; called under the engine's lock."""
         now, request = time.monotonic(), sequence.request
-        first = None if sequence.first_token is None else sequence.first_token - sequence.came
-        whole = now - sequence.came if sequence.state is State.FINISHED else None
+        first = None if sequence.first_token is None else sequence.first_token - sequence.arrived
+        whole = now - sequence.arrived if sequence.state is State.FINISHED else None
         self._records.append(_Record(now, request.task, first, whole))
         totals = self._totals[request.task]
         totals.ended[sequence.state] += 1
@@ -96,7 +96,7 @@ class DashboardStats:
         for counted in (totals, session) if session else (totals,):
             counted.prompt_tokens += len(request.prompt)
             counted.cached_tokens += sequence.cached_tokens
-        totals.generated_tokens += len(sequence.completion_ids)
+        totals.generated_tokens += len(sequence.decode.completion_ids)
 
     def snapshot(self) -> dict[str, Any]:
         """All statistics as JSON values; seconds are durations, "seconds_ago" counts back from now."""

@@ -20,7 +20,7 @@ class Limits:
     max_len: int
     vocab_size: int
     stop_ids: frozenset[int]
-    max_choices: int = 256
+    max_choices: int
 
 
 def make_requests(

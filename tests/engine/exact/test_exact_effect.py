@@ -9,7 +9,7 @@ import pytest
 from tiny import VOCAB, tiny_folder, tiny_module
 from tiny_engine import SPLIT, Answer, Engines, prefill_tokens, settle
 
-from pshare_jax.engine.request import State
+from pshare_jax.engine.sequence import State
 
 PAGE, CHUNK = 16, 512
 TASKS = ("plan", "search", "code", "review")

@@ -127,9 +127,9 @@ def test_the_table_covers_all_pairs():
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory) -> Iterator[dict[str, World]]:
+def worlds(world_of) -> Iterator[dict[str, World]]:
     """The families' worlds; their bases must be the same to the last bit when all is over."""
-    made = {family: World(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+    made = {family: world_of(family) for family in FAMILIES}
     before = {family: digest(world.loops["shared"].model.params) for family, world in made.items()}
     yield made
     assert before == {family: digest(world.loops["shared"].model.params) for family, world in made.items()}

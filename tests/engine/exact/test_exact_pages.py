@@ -12,14 +12,14 @@ from tiny import VOCAB
 from tiny_engine import MIN_GAP, Answer, settle
 
 from pshare_jax.engine.kv import keys as page_keys
-from pshare_jax.engine.request import State
+from pshare_jax.engine.sequence import State
 
 PAGE = 4
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return World("llama", tmp_path_factory.mktemp("llama"))
+def llama(world_of):
+    return world_of("llama")
 
 
 @pytest.fixture(params=PLACEMENTS)
@@ -77,7 +77,7 @@ def test_the_bases_kv_arrives(tmp_path, kv_heads):
     answer = Answer(engines.engine, request)
     while not answer.ids:
         engines.engine.step()
-    held, [worker] = answer.sequence.decode_pages, engines.engine.decode_workers
+    held, [worker] = answer.sequence.decode.table, engines.engine.decode_workers
     assert held is not None
     assert held is not None
     content = np.concatenate([np.asarray(worker.pool.store.gather([page]))[:, :, :, :1] for page in held.pages[:7]], 3)

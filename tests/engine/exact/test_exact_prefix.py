@@ -3,7 +3,7 @@ by nobody (cases.md A2-04, A2-08 to A2-10, A2-13, A2-19, A2-21).
 """
 
 import pytest
-from exact_world import PLACEMENTS, SHARINGS, TASKS, World, edges, finish, full_len, logprobs
+from exact_world import PLACEMENTS, SHARINGS, TASKS, edges, finish, full_len, logprobs
 from tiny_engine import Answer
 
 PAGE = 4
@@ -11,13 +11,13 @@ ORDERS = [("math", "tools", "chat"), ("tools", "math", "tools"), ("chat", "math"
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return World("llama", tmp_path_factory.mktemp("llama"))
+def llama(world_of):
+    return world_of("llama")
 
 
 @pytest.fixture(scope="module")
-def gemma(tmp_path_factory):
-    return World("gemma3", tmp_path_factory.mktemp("gemma3"))
+def gemma(world_of):
+    return world_of("gemma3")
 
 
 @pytest.fixture(scope="module", params=PLACEMENTS)

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from exact_world import LOGPROB_TOLERANCE, PLACEMENTS, TASKS, World, full_len, logprobs
+from exact_world import LOGPROB_TOLERANCE, PLACEMENTS, TASKS, full_len, logprobs
 from tiny_engine import Answer, settle
 
 import pshare_jax as ps
@@ -41,8 +41,8 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return World("llama", tmp_path_factory.mktemp("llama"))
+def llama(world_of):
+    return world_of("llama")
 
 
 @pytest.fixture(params=PLACEMENTS)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serving_fakes import ByteDetokenizer
 
-from pshare_jax.engine.stop_strings import StopMatcher, TextOutput
+from pshare_jax.text.stop_strings import StopMatcher, TextOutput
 
 pytestmark = pytest.mark.host
 

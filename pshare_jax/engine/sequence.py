@@ -1,0 +1,222 @@
+"""A request's life in the engine: its state, and how far prefill and decode are. Host-side, imports no jax.
+
+The engine wraps each request in a `Sequence`, and workers move it from state to state. Only the transitions in `LEGAL`
+exist; the last three states are final.
+"""
+
+import enum
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pshare_jax.engine.kv.keys import PageKey
+from pshare_jax.engine.kv.pool import PageTable
+from pshare_jax.engine.request import Event, Request, TokenLogprobs
+from pshare_jax.engine.router import Ticket
+from pshare_jax.sampling.history import TokenHistory
+from pshare_jax.share.boundary import next_position
+from pshare_jax.text.stop_strings import TextOutput
+
+
+class State(enum.Enum):
+    """Where a sequence is on its way.
+
+    A waiting sequence holds nothing; a preempted one holds its private pages' content in host memory alone. Pages are
+    held in the states between, and given back by the worker that has the sequence.
+    """
+
+    WAITING = "waiting"
+    PREFILLING = "prefilling"
+    TRANSFERRING = "transferring"
+    DECODING = "decoding"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+    ABORTED = "aborted"
+    FAILED = "failed"
+
+
+_ENDS = {State.ABORTED, State.FAILED}
+LEGAL: dict[State, set[State]] = {
+    State.WAITING: {State.PREFILLING} | _ENDS,
+    # Back to where it was admitted from: what it waited for will not come, or its pages are lost.
+    State.PREFILLING: {State.TRANSFERRING, State.WAITING, State.PREEMPTED} | _ENDS,
+    State.TRANSFERRING: {State.DECODING, State.WAITING, State.PREEMPTED} | _ENDS,
+    State.DECODING: {State.PREEMPTED, State.FINISHED} | _ENDS,
+    State.PREEMPTED: {State.PREFILLING} | _ENDS,
+    State.FINISHED: set(),
+    State.ABORTED: set(),
+    State.FAILED: set(),
+}
+
+
+class IllegalTransition(AssertionError):
+    """A worker tried to move a sequence where its state does not lead: a bug, not a user's mistake."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The content of a preempted sequence's private pages in host memory, in parts of as many pages as move at once."""
+
+    parts: list[Any]
+
+
+@dataclass
+class PrefillProgress:
+    """How much of the base's KV a sequence has since it was last admitted."""
+
+    table: PageTable | None = None
+    """Its pages in the prefill pool; the decode pages themselves where both workers have one pool."""
+    context_len: int = 0
+    """Leading tokens whose KV must come from the base before the sequence can decode."""
+    num_prefilled: int = 0
+    """Of these, how many the prefill pool holds."""
+    num_sent: int = 0
+    """Leading pages that the decode pool holds or that are on their way to it."""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to prefill."""
+        return self.num_prefilled >= self.context_len
+
+
+@dataclass
+class DecodeProgress:
+    """How far a sequence's own part is: prompt tokens scored, tokens generated, and where their KV lies."""
+
+    weights: Any = None
+    """What it decodes with, from its submission to its end, even if its task changes meanwhile."""
+    table: PageTable | None = None
+    """Its pages in the decode pool."""
+    saved: Saved | None = None
+    """While it is preempted and until it decodes again: the content of its private pages."""
+    completion_ids: list[int] = field(default_factory=list)
+    opened: bool = False
+    """Whether scoring steps have read what they must before it generates."""
+    num_scored: int = 0
+    """Prompt tokens that scoring steps have consumed."""
+    scores: list[TokenLogprobs] = field(default_factory=list)
+    last_turn: int = 0
+    """The decode step that it took part in last."""
+
+
+_numbers = itertools.count()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request on its way. All fields are read and written under the engine's lock, except by the worker that has the
+    sequence, which alone releases its pages.
+    """
+
+    request: Request
+    output: TextOutput
+    history: TokenHistory
+    keys: list[PageKey]
+    on_event: Callable[[Event], None] = lambda event: None
+    ticket: Ticket = field(init=False)
+    """The router's record of it: its workers, and the work left for the prefill worker."""
+    state: State = State.WAITING
+    number: int = field(default_factory=lambda: next(_numbers))
+    """Its age: older sequences are served first and preempted last."""
+    prefill: PrefillProgress = field(default_factory=PrefillProgress)
+    decode: DecodeProgress = field(default_factory=DecodeProgress)
+    cached_tokens: int = 0
+    """Prompt tokens that were not prefilled for it, counted at its first admission."""
+    must_restart: bool = False
+    """Pages that it waited for will not be produced: it must release all its pages and be admitted anew."""
+    progressed: float = field(default_factory=time.monotonic)
+    arrived: float = field(default_factory=time.monotonic)
+    admitted: float | None = None
+    first_token: float | None = None
+
+    def move(self, state: State) -> None:
+        """Changes the state.
+
+        Raises:
+            IllegalTransition: `LEGAL` has no such transition.
+        """
+        if state not in LEGAL[self.state]:
+            raise IllegalTransition(f"request {self.request.id} cannot go from {self.state.value} to {state.value}")
+        self.state = state
+        self.progressed = time.monotonic()
+        if state is State.PREFILLING and self.admitted is None:
+            self.admitted = self.progressed
+
+    @property
+    def prefill_worker(self) -> int:
+        """The index of its prefill worker."""
+        return self.ticket.route.prefill
+
+    @property
+    def decode_worker(self) -> int:
+        """The index of its decode worker."""
+        return self.ticket.route.decode
+
+    @property
+    def final(self) -> bool:
+        """Whether it has ended."""
+        return not LEGAL[self.state]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and answer so far; the last one is not yet in the KV."""
+        return len(self.request.prompt) + len(self.decode.completion_ids)
+
+    @property
+    def next_position(self) -> int:
+        """The position of the decode module's next input; the KV of all tokens before it is stored."""
+        return next_position(self.num_tokens)
+
+    @property
+    def next_input(self) -> int:
+        """The token that the decode module consumes next: the last prompt token, then its own."""
+        return self.decode.completion_ids[-1] if self.decode.completion_ids else self.request.prompt[-1]
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.decode.opened = request.max_tokens > 0 and request.response_start is None and not request.scores_prompt
+
+    @property
+    def to_score(self) -> tuple[int, int]:
+        """The prompt tokens that scoring steps have yet to consume, from the first to before the last: (start, end)."""
+        return self.request.score_start + self.decode.num_scored, next_position(len(self.request.prompt))
+
+    def scored(self, num_tokens: int, scores: list[TokenLogprobs]) -> Event | None:
+        """Notes that a step has consumed so many more tokens, with the score of each next token; the event, if there is any."""
+        self.decode.num_scored += num_tokens
+        self.decode.scores += scores
+        self.progressed = time.monotonic()
+        start, end = self.to_score
+        if start < end:
+            return None
+        self.decode.opened = True
+        reported: tuple[TokenLogprobs | None, ...] = ()
+        if self.request.scores_prompt:
+            reported = (*[None] * (len(self.request.prompt) - len(self.decode.scores)), *self.decode.scores)
+        ends = None if self.request.max_tokens else "length"
+        return Event("", 0, ends, None, self.cached_tokens, None, reported) if reported or ends else None
+
+    def accept(self, token_id: int, logprobs: TokenLogprobs | None = None) -> Event:
+        """Appends a sampled token: the text to show, and why the sequence ends if it does."""
+        self.decode.completion_ids.append(token_id)
+        self.history.push(token_id)
+        self.progressed = time.monotonic()
+        if self.first_token is None:
+            self.first_token = self.progressed
+        text, reason = self._text(token_id)
+        return Event(
+            text, len(self.decode.completion_ids), reason, None, self.cached_tokens, logprobs, token_id=token_id
+        )
+
+    def _text(self, token_id: int) -> tuple[str, str | None]:
+        if token_id in self.request.stop_ids:
+            return self.output.finish(), "stop"
+        text = self.output.push(token_id)
+        if self.output.stopped:
+            return text, "stop"
+        if len(self.decode.completion_ids) < self.request.max_tokens:
+            return text, None
+        text += self.output.finish()
+        return text, "stop" if self.output.stopped else "length"
