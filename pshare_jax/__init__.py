@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pshare_jax.errors import PshareError
 
 if TYPE_CHECKING:
+    from pshare_jax.engine.config import EngineConfig
+    from pshare_jax.engine.engine import Engine
     from pshare_jax.mesh import make_mesh, virtual_cpu_devices
     from pshare_jax.sampling.params import SamplingParams
     from pshare_jax.share.decode_module import DecodeModule, load_module, save_module
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from pshare_jax.share.save import save_folder
 
 _HOMES = {
+    "engine.config": ("EngineConfig",),
+    "engine.engine": ("Engine",),
     "mesh": ("make_mesh", "virtual_cpu_devices"),
     "sampling.params": ("SamplingParams",),
     "share.decode_module": ("DecodeModule", "load_module", "save_module"),
@@ -31,6 +35,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "DecodeModule",
+    "Engine",
+    "EngineConfig",
     "TaskModules",
     "Model",
     "PrefillModule",

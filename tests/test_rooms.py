@@ -75,3 +75,9 @@ def test_only_the_boundary_rule_subtracts_one():
     subtracts = re.compile(r"len\([\w.]*prompt[\w.]*\) ?- ?1\b|\bnum_tokens ?- ?1\b|\w_len\)? ?- ?1\b")
     found = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py") if subtracts.search(path.read_text())}
     assert found == {"share/boundary.py"}
+
+
+def test_public_names():
+    assert sorted([*pshare_jax._HOME_OF, "PshareError"]) == sorted(pshare_jax.__all__)
+    assert pshare_jax.Engine.build.__module__ == "pshare_jax.engine.engine"
+    assert pshare_jax.EngineConfig(tasks={"chat": "base"}).sharing == "shared"
