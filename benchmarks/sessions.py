@@ -45,7 +45,7 @@ def lora_module(model: pshare_jax.Model, folder: Path, seed: int) -> str:
 
 
 class Agents:
-    """Sessions that call the tasks in turn; each has one call at a time."""
+    """Sessions that call the tasks in turn; each session has one call at a time."""
 
     def __init__(self, engine: Engine, tasks: list[str], vocab_size: int, context: int):
         self._engine, self._tasks, self._vocab_size, self._context = engine, tasks, vocab_size, context
@@ -53,13 +53,13 @@ class Agents:
         self.seconds: list[float] = []
 
     def session(self, seed: int) -> None:
-        """One session, all its turns."""
+        """Runs all turns of a session."""
         draw = np.random.default_rng(seed)
         context = self._tokens(draw, self._context)
         for _ in range(TURNS):
             for task in self._tasks:
                 self._call(task, context + self._tokens(draw, INSTRUCTION), f"session {seed}")
-                # What was generated is drawn, so that both kinds of engine see the very same contexts.
+                # Random tokens stand for the generated tokens, so that both kinds of engine see the same contexts.
                 context = context + self._tokens(draw, ANSWER + TOOL)
 
     def _call(self, task: str, prompt: list[int], session: str) -> None:
@@ -68,11 +68,11 @@ class Agents:
         self.seconds.append(time.perf_counter() - begin)
 
     def _tokens(self, draw: np.random.Generator, count: int) -> list[int]:
-        return [int(one) for one in draw.integers(0, self._vocab_size, count)]
+        return draw.integers(0, self._vocab_size, count).tolist()
 
 
 def measure(engine: Engine, tasks: list[str], vocab_size: int, context: int, sessions: int) -> dict[str, float]:
-    """All sessions at once, from a cold cache."""
+    """Runs all sessions at once, from a cold cache."""
     agents = Agents(engine, tasks, vocab_size, context)
     engine.start()
     begin = time.perf_counter()
@@ -88,9 +88,9 @@ def measure(engine: Engine, tasks: list[str], vocab_size: int, context: int, ses
     return {
         "calls_per_s": len(agents.seconds) / seconds,
         "p95_s": float(np.percentile(agents.seconds, 95)),
-        "prefill_tokens_per_session": sum(one.tokens for one in prefill) / sessions,
-        "padding": 1 - sum(one.tokens for one in prefill) / sum(one.slots for one in prefill),
-        "hit_ratio": sum(one.cached_tokens for one in stats) / sum(one.prompt_tokens for one in stats),
+        "prefill_tokens_per_session": sum(worker.tokens for worker in prefill) / sessions,
+        "padding": 1 - sum(worker.tokens for worker in prefill) / sum(worker.slots for worker in prefill),
+        "hit_ratio": sum(pool.cached_tokens for pool in stats) / sum(pool.prompt_tokens for pool in stats),
     }
 
 
@@ -115,7 +115,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = common.parser("sessions", __doc__)
     parser.add_argument("--context", type=int, default=2048, help="tokens of a session's first context")
     parser.add_argument("--sessions", type=int, default=2, help="sessions at once")
-    parser.add_argument("--pages", type=int, default=2048, help="KV pages in total on each side")
+    parser.add_argument(
+        "--pages", type=int, default=2048, help="KV pages of all prefill workers, and of all decode workers"
+    )
     options = parser.parse_args(arguments)
     pshare_jax.virtual_cpu_devices(2)
     model = pshare_jax.load(options.source)
@@ -124,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
         tasks = {f"task{i}": lora_module(model, Path(folder) / f"task{i}", i) for i in range(TASKS)}
         sharings: tuple[Sharing, ...] = ("shared", "isolated")
         for sharing in sharings:
-            placement, kv = common.placed(0, 1 % len(jax.devices())), KVConfig(16, options.pages)
+            placement, kv = common.placement(0, 1 % len(jax.devices())), KVConfig(16, options.pages)
             config = EngineConfig(tasks=tasks, placement=placement, sharing=sharing, kv=kv)
             engine = common.warm_engine(model, config)
             results[sharing] = measure(engine, list(tasks), model.config.vocab_size, options.context, options.sessions)

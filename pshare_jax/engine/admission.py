@@ -6,6 +6,7 @@ sequences can wait for each other's pages.
 """
 
 import bisect
+import itertools
 import operator
 import time
 from collections.abc import Iterable
@@ -50,7 +51,7 @@ class Admission:
         self._may_admit = [True for _ in self._may_admit]
 
     def admit(self, worker: int) -> bool:
-        """Reserves for the waiting sequences, the oldest first, as far as the pools have room; whether any was admitted.
+        """Admits waiting sequences, the oldest first, while the pools have room; whether any was admitted.
 
         The first sequence that finds a decode pool full gets priority there: no younger sequence of any queue reserves in
         that pool before it.
@@ -95,7 +96,7 @@ class Admission:
         held = sequence.decode.table = _reserve(sequence, pool, pages_for(sequence.num_tokens + 1, pool.page_size))
         if held is None:
             return False
-        # The tail page of a preempted sequence is in host memory: the base makes only the full pages.
+        # The tail page of a preempted sequence is in host memory: the base computes only the full pages.
         full_len = len(sequence.keys) * pool.page_size
         context_len = sequence.request.base_len if sequence.decode.saved is None else full_len
         sequence.prefill = PrefillProgress(None, context_len, 0, num_sent=held.num_shared)
@@ -127,11 +128,11 @@ class Admission:
     # --- prefill and transfer -------------------------------------------------------------------------------------
 
     def ready_to_prefill(self, worker: int) -> list[Sequence]:
-        """Sequences with tokens to prefill that wait for no other's pages; the oldest admission first."""
-        return [one for one in self.prefilling[worker] if not one.prefill.done and _can_start(one)]
+        """Sequences with tokens to prefill that wait for no other sequence's pages; the oldest admission first."""
+        return [sequence for sequence in self.prefilling[worker] if not sequence.prefill.done and _can_start(sequence)]
 
     def prefilled(self, sequence: Sequence, num_tokens: int) -> None:
-        """So many more of its context's tokens are written (dispatched): full pages are published."""
+        """The next `num_tokens` of its context are written (dispatched): full pages are published."""
         held, prefill = sequence.prefill.table, sequence.prefill
         assert held is not None
         first = prefill.num_prefilled // held.pool.page_size
@@ -140,7 +141,7 @@ class Admission:
         _publish(sequence, held, first, prefill.num_prefilled // held.pool.page_size)
 
     def next_transfer(self, sequence: Sequence, most: int) -> PageTransfer | None:
-        """The next pages, at most so many, that are prefilled and not yet sent; they stay held on both sides."""
+        """At most `most` of the pages that are prefilled and not yet sent; they stay held in both pools."""
         prefill, source, target = sequence.prefill, sequence.prefill.table, sequence.decode.table
         if source is None or target is None or source is target or not _can_start(sequence):
             return None
@@ -156,8 +157,12 @@ class Admission:
         return transfer
 
     def leave_prefill(self, worker: int) -> list[Sequence]:
-        """Sequences whose context is all prefilled and sent go on to their decode worker."""
-        gone = [one for one in self.prefilling[worker] if not one.final and not one.must_restart and _all_sent(one)]
+        """Sequences with their whole context prefilled and sent move on to their decode worker."""
+        gone = [
+            sequence
+            for sequence in self.prefilling[worker]
+            if not sequence.final and not sequence.must_restart and _all_sent(sequence)
+        ]
         for sequence in gone:
             self.prefilling[worker].remove(sequence)
             sequence.move(State.TRANSFERRING)
@@ -167,17 +172,19 @@ class Admission:
     def transfers_of(self, sequence: Sequence) -> list[PageTransfer]:
         """The transfers in flight that the sequence still needs."""
         transfers = self.in_flight[sequence.decode_worker]
-        return [one for one in transfers if one.sequence is sequence and one.needed_by_sequence]
+        return [transfer for transfer in transfers if transfer.sequence is sequence and transfer.needed_by_sequence]
 
     def writable(self, worker: int) -> list[PageTransfer]:
         """Transfers that may be written once their content has arrived: the first of each sequence that waits for no
-        other's pages.
+        other sequence's pages.
         """
         first: dict[Sequence, PageTransfer] = {}
         for transfer in self.in_flight[worker]:
             first.setdefault(transfer.sequence, transfer)
         return [
-            one for one in first.values() if one.adopted is not None or not one.target.manager.waiting(one.sequence)
+            transfer
+            for sequence, transfer in first.items()
+            if transfer.adopted is not None or not transfer.target.manager.waiting(sequence)
         ]
 
     def transfer_written(self, transfer: PageTransfer) -> None:
@@ -203,19 +210,23 @@ class Admission:
 
     def drop_cancelled(self, worker: int) -> bool:
         """Drops the transfers that are cancelled or orphaned, or whose pool was rebuilt; whether there were any."""
-        gone = [one for one in self.in_flight[worker] if one.cancelled or one.target.stale or one.orphaned]
+        gone = [
+            transfer
+            for transfer in self.in_flight[worker]
+            if transfer.cancelled or transfer.target.stale or transfer.orphaned
+        ]
         for transfer in gone:
             self.transfer_failed(transfer)
         return bool(gone)
 
     def cancel_adopted(self, limit: float) -> None:
         """Cancels adopted transfers that started before `limit`; the sequences that wait for them restart."""
-        for transfer in (one for group in self.in_flight for one in group):
+        for transfer in itertools.chain(*self.in_flight):
             if transfer.adopted is not None and transfer.started < limit:
                 transfer.cancelled = True
 
     def _finish(self, transfer: PageTransfer) -> bool:
-        """Whether the transfer was still in flight: the rebuilding of its pool may have ended it before."""
+        """Removes the transfer; False if it was no longer in flight, since its pool was rebuilt."""
         in_flight = self.in_flight[transfer.sequence.decode_worker]
         if transfer not in in_flight:
             return False
@@ -227,8 +238,8 @@ class Admission:
     # --- decode ---------------------------------------------------------------------------------------------------
 
     def start_decoding(self, worker: int) -> list[Sequence]:
-        """Sequences whose base KV is all in the decode pool now; they release their prefill pages."""
-        in_flight = {one.sequence for one in self.in_flight[worker] if one.needed_by_sequence}
+        """Sequences with all their base KV in the decode pool start to decode and release their prefill pages."""
+        in_flight = {transfer.sequence for transfer in self.in_flight[worker] if transfer.needed_by_sequence}
         started = []
         for sequence in list(self.arriving[worker]):
             held = sequence.decode.table
@@ -256,12 +267,12 @@ class Admission:
         return True
 
     def victim(self, worker: int) -> Sequence | None:
-        """The sequence to preempt: the youngest that decodes, but never the only one."""
-        decoding = [one for one in self.decoding[worker] if not one.final]
+        """The sequence to preempt: the youngest that decodes, unless it is alone."""
+        decoding = [sequence for sequence in self.decoding[worker] if not sequence.final]
         return decoding[-1] if len(decoding) > 1 else None
 
     def preempted(self, sequence: Sequence) -> None:
-        """Its private pages are saved in host memory: it releases all pages and waits to be admitted again."""
+        """Requeues a sequence after its private pages were saved in host memory; it releases all pages."""
         self.decoding[sequence.decode_worker].remove(sequence)
         self._release(sequence)
         self.room_changed()
@@ -271,7 +282,7 @@ class Admission:
     # --- out ------------------------------------------------------------------------------------------------------
 
     def take_out(self, sequence: Sequence) -> None:
-        """A sequence that has ended leaves the queue, if it is in one; the sequences behind it may be admitted."""
+        """Removes a sequence that has ended from the queue, if it is queued; sequences behind it may be admitted."""
         queue = self.waiting[sequence.prefill_worker]
         if sequence in queue:
             queue.remove(sequence)
@@ -280,7 +291,7 @@ class Admission:
             self._left_queue(sequence)
 
     def reap_prefill(self, worker: int) -> bool:
-        """The prefill worker's sequences that ended or must restart release all pages; whether there were any."""
+        """Releases all pages of the prefill worker's sequences that ended or must restart; whether there were any."""
         return self._reap(self.prefilling[worker])
 
     def reap_decode(self, worker: int) -> bool:
@@ -289,7 +300,7 @@ class Admission:
         return self._reap(self.decoding[worker]) or arriving
 
     def _reap(self, sequences: list[Sequence]) -> bool:
-        gone = [one for one in sequences if one.final or one.must_restart]
+        gone = [sequence for sequence in sequences if sequence.final or sequence.must_restart]
         for sequence in gone:
             sequences.remove(sequence)
             self._release(sequence)
@@ -302,12 +313,14 @@ class Admission:
 
     def holders(self, pool: Pool) -> list[Sequence]:
         """All sequences with pages in the pool."""
-        tables = ((one, (one.prefill.table, one.decode.table)) for _, one in self._admitted())
-        return [one for one, held in tables if any(table is not None and table.pool is pool for table in held)]
+        tables = ((sequence, sequence.prefill.table, sequence.decode.table) for _, sequence in self._admitted())
+        return [
+            sequence for sequence, *held in tables if any(table is not None and table.pool is pool for table in held)
+        ]
 
     def check(self) -> None:
         """Raises AssertionError unless lists, states and every pool agree; when idle, also unless all pages are released."""
-        live: set[object] = {one for group in self.in_flight for one in group}
+        live: set[object] = set(itertools.chain(*self.in_flight))
         for state, sequence in self._admitted():
             live.add(sequence)
             if sequence.state is not state and not sequence.final:
@@ -319,9 +332,8 @@ class Admission:
 
     def _admitted(self) -> list[tuple[State, Sequence]]:
         """Every sequence that may hold pages, and the state of its list."""
-        prefilling = [(State.PREFILLING, one) for group in self.prefilling for one in group]
-        arriving = [(State.TRANSFERRING, one) for group in self.arriving for one in group]
-        return prefilling + arriving + [(State.DECODING, one) for group in self.decoding for one in group]
+        lists = {State.PREFILLING: self.prefilling, State.TRANSFERRING: self.arriving, State.DECODING: self.decoding}
+        return [(state, sequence) for state, groups in lists.items() for sequence in itertools.chain(*groups)]
 
     def _release(self, sequence: Sequence) -> None:
         """Releases all pages; sequences that waited for them to be produced restart."""
@@ -341,7 +353,7 @@ class Admission:
             held.release()
 
     def _leave_transfers(self, sequence: Sequence, held: PageTable) -> None:
-        """Transfers that others wait for adopt the page table up to their last page; the rest is cancelled."""
+        """Transfers that other sequences wait for adopt the page table up to their last page; the rest is cancelled."""
         for transfer in self.transfers_of(sequence):
             pages = held.pages[: transfer.last]
             produced = pages[transfer.first :]

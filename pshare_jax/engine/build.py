@@ -1,7 +1,7 @@
-"""From a model and a config to an engine: weights, pools and samplers on every worker's mesh.
+"""Builds an engine from a model and a config: weights, pools and samplers on every worker's mesh.
 
-`sharing` decides whose weights prefill: the base's on every prefill worker (shared), or each task's own on a prefill worker
-of its own (isolated, the baseline).
+With `sharing: shared` every prefill worker has the base's weights; with `isolated`, the baseline, each task has a prefill
+worker with its own weights.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def build_engine(model: Model, config: EngineConfig, report: Callable[[str], Non
     builder = EngineBuilder(model, config, report)
     isolated = config.sharing == "isolated"
     prefill, decode = builder.isolated() if isolated else builder.shared()
-    # Page 0 of a pool is for padding. A prompt's last token needs no prefill page, but one limit is simpler.
+    # A prompt's last token needs no prefill page, but a common limit is simpler.
     most = min(spec.pool.num_usable for spec in (*prefill, *decode)) * config.kv.page_size
     fingerprint = model.fingerprint
     facts = ModelFacts(
@@ -59,7 +59,7 @@ def build_engine(model: Model, config: EngineConfig, report: Callable[[str], Non
 
 
 class EngineBuilder:
-    """Makes the specs of all workers; the base and each task are put on a mesh once."""
+    """Builds the specs of all workers; the base and each task are loaded onto a mesh once."""
 
     def __init__(self, model: Model, config: EngineConfig, report: Callable[[str], None]):
         self._model, self._config, self._report = model, config, report
@@ -72,7 +72,7 @@ class EngineBuilder:
         return self._config.placement
 
     def shared(self) -> tuple[list[PrefillSpec], list[DecodeSpec]]:
-        """A prefill worker for each placement, with the base; a decode worker on the same devices shares its pool."""
+        """A prefill worker with the base for each placement; a decode worker on the same devices shares its pool."""
         pages = self._config.kv.pages
         prefill = []
         for index, worker in enumerate(self._placement.prefill):
@@ -88,7 +88,7 @@ class EngineBuilder:
         return prefill, decode
 
     def isolated(self) -> tuple[list[PrefillSpec], list[DecodeSpec]]:
-        """A prefill worker and, where it is colocated, a decode worker for each task; together they have the pages of the
+        """A prefill worker and, if colocated, a decode worker for each task; together they have as many pages as the
         shared engine.
         """
         placement, names = self._placement, list(self._config.tasks)
@@ -115,10 +115,12 @@ class EngineBuilder:
         return prefill, decode
 
     def _share(self, neighbours: int) -> int:
-        """Pages of each of so many pools that divide a worker's."""
+        """Pages of each pool when `neighbours` pools divide a worker's."""
         pages = self._config.kv.pages // neighbours
         if pages < 3:
-            raise PshareError(f"kv.pages {self._config.kv.pages} is too few for {neighbours} isolated prefill workers.")
+            raise PshareError(
+                f"kv.pages is {self._config.kv.pages}, but {neighbours} isolated prefill workers need {3 * neighbours}."
+            )
         return pages
 
     def _pool(self, name: str, mesh: Mesh, num_pages: int) -> Pool:

@@ -1,4 +1,4 @@
-"""How many programs XLA has compiled in this process: what a warmed-up server must not do any more."""
+"""Counts the programs that XLA has compiled in this process; a warmed-up server must compile none."""
 
 import functools
 
@@ -6,7 +6,7 @@ _EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class CompileCounter:
-    """Counts compilations (also those that the persistent cache answers) and the seconds they took."""
+    """The number of compilations (including hits in the persistent cache) and their seconds."""
 
     def __init__(self) -> None:
         self.count = 0

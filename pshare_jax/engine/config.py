@@ -1,4 +1,4 @@
-"""An engine's configuration: tasks, placement of its workers on devices, KV pools, batches, limits. Imports no jax."""
+"""An engine's configuration: tasks, placement of its workers on devices, KV pools, batches, limits."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ from pshare_jax.settings import check_least
 
 @dataclass(frozen=True)
 class PrefillPlacement:
-    """One prefill worker: indices of its devices, over all of which it is tensor-parallel."""
+    """A prefill worker: indices of its devices, over all of which it is tensor-parallel."""
 
     devices: list[int]
 
 
 @dataclass(frozen=True)
 class DecodePlacement:
-    """One decode worker: indices of its devices, over all of which it is tensor-parallel, and the tasks it serves."""
+    """A decode worker: indices of its devices, over all of which it is tensor-parallel, and the tasks it serves."""
 
     devices: list[int]
     tasks: Literal["all"] | list[str] = "all"
@@ -26,7 +26,7 @@ class DecodePlacement:
 
 @dataclass(frozen=True)
 class Placement:
-    """All workers of the server."""
+    """All workers of the engine."""
 
     prefill: list[PrefillPlacement]
     decode: list[DecodePlacement]
@@ -34,7 +34,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class KVConfig:
-    """KV pools: tokens of a page, and pages of each worker's pool (one of them is for padding)."""
+    """KV pools: tokens per page, and pages per worker's pool (including the padding page)."""
 
     page_size: int = 16
     pages: int = 2048
@@ -50,7 +50,7 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """The most requests that wait or run, and the seconds without progress after which a request is given up."""
+    """The most waiting and running requests, and the seconds without progress after which a request fails."""
 
     max_requests: int = 256
     stall_seconds: float = 300.0
@@ -58,11 +58,11 @@ class LimitsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Everything that `Engine.build` needs beside the model.
+    """Everything that `Engine.build` needs besides the model.
 
-    `tasks` maps a task's name to `base`, a decode module's folder or a `DecodeModule`. `sharing` says whose weights
-    prefill: the base's, or each task's own (the baseline). `routing` is the router's policy. `debug` fills freed pages
-    with NaN.
+    `tasks` maps a task's name to `base`, a decode module's folder or a `DecodeModule`. With `sharing: shared` the base
+    prefills for all tasks, with `isolated` (the baseline) each task's own weights do. `routing` is the router's policy.
+    `debug` fills freed pages with NaN.
     """
 
     tasks: Mapping[str, Any]
@@ -88,7 +88,7 @@ def check_engine_config(config: EngineConfig) -> None:
     check_least(
         [
             ("kv.page_size", config.kv.page_size, 1),
-            # The padding page and two more.
+            # The padding page and two for tokens.
             ("kv.pages", config.kv.pages, 3),
             ("batch.prefill_tokens", config.batch.prefill_tokens, 1),
             ("batch.decode_rows", config.batch.decode_rows, 1),
@@ -137,7 +137,7 @@ def _default_placement(platform: str, num_devices: int) -> Placement:
 
 
 def workers_of(placement: Placement) -> list[tuple[str, PrefillPlacement | DecodePlacement]]:
-    """Every worker with its key in the config."""
+    """Every worker with its config key."""
     return [
         *((f"placement.prefill.{i}", worker) for i, worker in enumerate(placement.prefill)),
         *((f"placement.decode.{i}", worker) for i, worker in enumerate(placement.decode)),
@@ -145,18 +145,18 @@ def workers_of(placement: Placement) -> list[tuple[str, PrefillPlacement | Decod
 
 
 def _check_workers(placement: Placement) -> None:
-    for side in ("prefill", "decode"):
-        workers = getattr(placement, side)
+    for kind in ("prefill", "decode"):
+        workers = getattr(placement, kind)
         if not workers:
-            raise PshareError(f"placement.{side} is empty; name at least one worker, such as {{devices: [0]}}.")
+            raise PshareError(f"placement.{kind} is empty; name at least one worker, such as {{devices: [0]}}.")
         taken: dict[int, int] = {}
         for i, worker in enumerate(workers):
-            _check_devices(f"placement.{side}.{i}", worker)
+            _check_devices(f"placement.{kind}.{i}", worker)
             for index in worker.devices:
                 if index in taken:
                     raise PshareError(
-                        f"placement.{side}.{taken[index]} and placement.{side}.{i} both name device {index}; "
-                        f"give each {side} worker devices of its own."
+                        f"placement.{kind}.{taken[index]} and placement.{kind}.{i} both name device {index}; "
+                        f"give each {kind} worker devices of its own."
                     )
                 taken[index] = i
 
@@ -166,7 +166,7 @@ def _check_devices(name: str, worker: PrefillPlacement | DecodePlacement) -> Non
     if not devices:
         raise PshareError(f"{name}.devices is empty; name at least one device, such as [0].")
     if min(devices) < 0:
-        raise PshareError(f"{name}.devices names device {min(devices)}; devices are counted from 0.")
+        raise PshareError(f"{name}.devices names device {min(devices)}; indices start at 0.")
     if len(set(devices)) != len(devices):
         raise PshareError(f"{name}.devices names a device twice: {devices}.")
 
@@ -183,8 +183,12 @@ def _check_tasks(workers: Sequence[DecodePlacement], tasks: Collection[str]) -> 
         if len(set(names)) != len(names):
             raise PshareError(f"placement.decode.{i}.tasks names a task twice: {', '.join(names)}.")
         if not names:
-            raise PshareError(f"placement.decode.{i}.tasks is empty; name a task or leave the key out for all.")
+            raise PshareError(
+                f"placement.decode.{i}.tasks is empty; name a task, or leave the key out to serve all tasks."
+            )
         served.update(names)
     for name in tasks:
         if name not in served:
-            raise PshareError(f"No decode worker serves the task {name!r}; add it to the tasks of one in placement.")
+            raise PshareError(
+                f"No decode worker serves the task {name!r}; add it to the tasks of a worker in placement.decode."
+            )

@@ -1,8 +1,8 @@
-"""The decode worker: generates for all its tasks from base KV in its pool, many sequences a step.
+"""The decode worker: generates for all its tasks from base KV in its pool, many sequences per step.
 
-Whoever owns the worker calls `step`: it takes what has arrived and runs one decode step of one group of sequences, those
-that have the same weights; groups take turns. The first input is the last prompt token, so the first answer
-token already comes from the task's own weights.
+The worker's thread calls `step`: it receives transfers and runs one decode step of one group of sequences, those with the
+same weights; groups take turns. The first input is the last prompt token, so the task's own weights already choose the
+first answer token.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from pshare_jax.engine.interfaces import EngineHooks, TokenSampler, Weights
 from pshare_jax.engine.preemption import restore, save
 from pshare_jax.engine.request import Event
 from pshare_jax.engine.sequence import Sequence, State
-from pshare_jax.engine.shapes import CompiledShapes, Shape, bucket_of, row_buckets
+from pshare_jax.engine.shapes import CompiledShapes, Shape, bucket_of, padded_batch, row_buckets
 from pshare_jax.engine.transfer import KVTransfer
 from pshare_jax.model.paged_batch import PagedBatch
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class DecodeWorker:
-    """Runs the sequences of one decode pool."""
+    """Decodes the sequences of one decode worker."""
 
     def __init__(
         self,
@@ -52,11 +52,11 @@ class DecodeWorker:
 
     @property
     def tasks(self) -> Mapping[str, Weights]:
-        """What requests to come decode with. Never changed in place, so it may be read without the lock."""
+        """The weights for new requests, by task. Never changed in place, so it may be read without the lock."""
         return self._tasks
 
     def put_task(self, name: str, weights: Weights | None) -> None:
-        """Requests to come for the task decode with these weights; None takes none any more."""
+        """New requests for the task decode with these weights; None removes the task."""
         tasks = dict(self._tasks)
         if weights is None:
             tasks.pop(name, None)
@@ -66,18 +66,18 @@ class DecodeWorker:
 
     @property
     def must_poll(self) -> bool:
-        """Whether something can become possible without a wake-up: a copy on its way may arrive."""
+        """Whether the worker may have something to do without a wake-up: a transfer in flight may arrive."""
         return self._transfer.in_flight > 0
 
     def step(self) -> bool:
-        """Takes what has arrived and makes one token for each sequence of a group; False if there was nothing to do."""
+        """Receives transfers and generates a token for each sequence of a group; False if there was nothing to do."""
         try:
             done = self._transfer.receive()
             with self._hooks.lock:
                 done = self._admission.reap_decode(self.index) or done
                 started = self._admission.start_decoding(self.index)
             if done or started:
-                # Pages have come free, on the prefill side too, and who waits for them may be asleep.
+                # Pages were released, in prefill pools too, and workers that wait for them may be asleep.
                 self._hooks.wake()
             for sequence in started:
                 if sequence.decode.saved is not None:
@@ -88,40 +88,40 @@ class DecodeWorker:
             return True
 
     def _turn(self) -> bool:
-        """One step: of a sequence that has prompt tokens to score, or of a group that generates."""
+        """One step, of a sequence with prompt tokens to score or of a group that generates."""
         with self._hooks.lock:
-            waiting = [one for one in self._admission.decoding[self.index] if not one.final]
+            waiting = [sequence for sequence in self._admission.decoding[self.index] if not sequence.final]
         if scoring.SHAPE not in self.compiled:
             waiting = self._without_scoring(waiting)
         if not waiting:
             return False
-        waiting.sort(key=lambda one: (one.decode.last_turn, one.number))
+        waiting.sort(key=lambda sequence: (sequence.decode.last_turn, sequence.number))
         if not waiting[0].decode.opened:
             self._score(waiting[0])
             return True
-        batch = self._next_batch([one for one in waiting if one.decode.opened])
+        batch = self._next_batch([sequence for sequence in waiting if sequence.decode.opened])
         if batch:
             self._run(batch)
         return bool(batch)
 
     def _without_scoring(self, waiting: list[Sequence]) -> list[Sequence]:
-        """Those that need no scoring step; the others wait for its program, or end if it will never be there."""
+        """The sequences that need no scoring step; the others wait for its program, or fail if there will be none."""
         if not self.compiled.may_be_used(scoring.SHAPE):
             for sequence in waiting:
                 if not sequence.decode.opened:
                     self._hooks.end(sequence, State.FAILED, Event(error=scoring.UNAVAILABLE))
-        return [one for one in waiting if one.decode.opened]
+        return [sequence for sequence in waiting if sequence.decode.opened]
 
     @property
     def next_cold(self) -> tuple[Weights, Shape] | None:
-        """Weights and shape of a step that is compiled and never ran."""
+        """Weights and shape of a compiled step that has not run yet."""
         shapes: list[Shape] = [*((rows,) for rows in row_buckets(self._max_rows)), scoring.SHAPE]
         compiled = [shape for shape in shapes if self.compiled.knows(shape)]
         steps = itertools.product(self._tasks.values(), compiled)
-        return next((one for one in steps if (one[0].paged.decode, one[1]) not in self._ran), None)
+        return next((step for step in steps if (step[0].paged.decode, step[1]) not in self._ran), None)
 
     def warm_up(self) -> bool:
-        """Runs a step that never ran, on no sequence, since a first run is slow; False if there is none."""
+        """Runs such a step on padding alone, since a first run is slow; False if there is none."""
         if (step := self.next_cold) is None:
             return False
         weights, shape = step
@@ -129,8 +129,7 @@ class DecodeWorker:
             if shape == scoring.SHAPE:
                 self._call_score(weights, *scoring.no_rows(self._table_len))
             else:
-                tokens = np.zeros((int(shape[0]), 1), np.int32)
-                logits = self._call(weights, tokens, PagedBatch.empty(len(tokens), self._table_len))
+                logits = self._call(weights, *padded_batch((int(shape[0]), 1), self._table_len))
                 self._sampler.sample(logits, [])
         except Exception:
             self.compiled.give_up(shape)
@@ -146,7 +145,7 @@ class DecodeWorker:
         return self.pool.run(weights.paged.score, weights.params, tokens, rows)
 
     def _score(self, sequence: Sequence) -> None:
-        """Its next prompt tokens through its module, at most a step's."""
+        """Runs a scoring step on the sequence's next prompt tokens."""
         num_tokens, scores = 0, []
         sequence.decode.last_turn = next(self._turns)
         if sequence.to_score[0] < sequence.to_score[1]:
@@ -166,12 +165,13 @@ class DecodeWorker:
         self._hooks.pool_failed(self.pool)
 
     def _next_batch(self, waiting: list[Sequence]) -> list[Sequence]:
-        """Sequences of the first one's group, in this order, with room for their next token each."""
+        """Sequences with the first sequence's weights, in this order, each with room for its next token."""
         params = waiting[0].decode.weights.params
-        group = [one for one in waiting if one.decode.weights.params is params][: self._row_buckets()[-1]]
-        for sequence in sorted(group, key=lambda one: one.number):
+        group = [sequence for sequence in waiting if sequence.decode.weights.params is params]
+        group = group[: self._row_buckets()[-1]]
+        for sequence in sorted(group, key=lambda sequence: sequence.number):
             self._make_room(sequence)
-        return [one for one in group if one.state is State.DECODING and self._has_room(one)]
+        return [sequence for sequence in group if sequence.state is State.DECODING and self._has_room(sequence)]
 
     def _row_buckets(self) -> list[int]:
         return [rows for rows in row_buckets(self._max_rows) if (rows,) in self.compiled]
@@ -181,7 +181,7 @@ class DecodeWorker:
         return held is not None and held.fits(sequence.num_tokens)
 
     def _make_room(self, sequence: Sequence) -> None:
-        """A page for its next token, if need be by preempting the youngest (perhaps this one)."""
+        """Allocates a page for its next token, if necessary by preempting the youngest sequence (perhaps itself)."""
         while sequence.state is State.DECODING:
             with self._hooks.lock:
                 if self._admission.make_room(sequence):
@@ -203,17 +203,13 @@ class DecodeWorker:
         self._hooks.wake()
 
     def _run(self, batch: list[Sequence]) -> None:
-        rows_len = bucket_of(len(batch), self._row_buckets())
-        tokens = np.zeros((rows_len, 1), np.int32)
-        rows = PagedBatch.empty(rows_len, self._table_len)
-        turn = next(self._turns)
-        for row, sequence in enumerate(batch):
+        num_rows, turn, chunks = bucket_of(len(batch), self._row_buckets()), next(self._turns), []
+        for sequence in batch:
             held = sequence.decode.table
             assert held is not None
-            tokens[row, 0] = sequence.next_input
-            rows.fill(row, held.pages, sequence.next_position, 1)
+            chunks.append((held.pages, sequence.next_position, (sequence.next_input,)))
             sequence.decode.last_turn = turn
-        logits = self._call(batch[0].decode.weights, tokens, rows)
+        logits = self._call(batch[0].decode.weights, *padded_batch((num_rows, 1), self._table_len, chunks))
         sampled = self._sampler.sample(logits, batch)
         self.num_steps += 1
         self.num_tokens += len(batch)

@@ -1,8 +1,7 @@
-"""The engine: takes requests, walks them over router and workers, and sends their tokens up.
+"""The engine: accepts requests, routes them to workers, and reports their tokens as events.
 
-A request goes down once (router, prefill, transfer, decode) and only events come back. All state is kept under one lock;
-device work happens outside it, in the thread that owns the pool (worker_thread.py). Without `start` the engine has no
-threads and is stepped by whoever waits for a result.
+All state is read and written under one lock; device work happens outside it, in the thread that owns the pool
+(worker_thread.py). Without `start` the engine has no threads: the thread that waits for a result steps it.
 """
 
 import itertools
@@ -28,7 +27,7 @@ from pshare_jax.engine.router import Route, Router
 from pshare_jax.engine.sequence import LEGAL, Sequence, State
 from pshare_jax.engine.shapes import pages_for
 from pshare_jax.engine.transfer import KVTransfer
-from pshare_jax.engine.worker_thread import POLL_SECONDS, WorkerGroup, WorkerThread, group_by_devices
+from pshare_jax.engine.worker_thread import POLL_SECONDS, WorkerGroup, WorkerThread, group_workers
 from pshare_jax.errors import PshareError
 from pshare_jax.sampling.history import TokenHistory
 from pshare_jax.sampling.params import GREEDY, SamplingParams
@@ -39,7 +38,7 @@ _numbers = itertools.count()
 
 
 class EngineFull(PshareError):
-    """As many requests as `limits.max_requests` are waiting or running."""
+    """The engine is at its limit of waiting and running requests, `limits.max_requests`."""
 
 
 class EngineDown(PshareError):
@@ -57,13 +56,13 @@ class Engine:
         self.prefill_specs, self.decode_specs, self.facts, self.config = prefill, decode, facts, config
         self.lock = threading.RLock()
         self.tasks = list(config.tasks)
-        """Names of the tasks served, in the order of the config; tasks added later follow."""
+        """Names of the served tasks, in the config's order; tasks added later follow."""
         self._live: dict[str, Sequence] = {}
         self._accepting = True
         self._started = False
         self.num_ended: dict[State, int] = {}
         self.on_end: list[Callable[[Sequence], None]] = []
-        """Called with every sequence that has ended, under the lock."""
+        """Called with every sequence that has ended, under the lock; an exception is logged."""
         hooks = EngineHooks(self.lock, self.end, self._prefilled, self._pool_failed, self.wake)
         self.admission = Admission([spec.pool for spec in prefill], [spec.pool for spec in decode])
         self.page_size = decode[0].pool.page_size
@@ -78,24 +77,21 @@ class Engine:
             DecodeWorker(i, spec.tasks, self.admission, self.transfers[i], spec.sampler, hooks, max_rows, table_len)
             for i, spec in enumerate(decode)
         ]
-        self._router = Router(
-            len(prefill),
-            [list(spec.tasks) for spec in decode],
-            config.routing,
-            self.page_size,
-            None if prefill[0].tasks is None else [spec.tasks or () for spec in prefill],
-        )
-        self._groups = self._grouped([set(spec.devices) for spec in prefill], [set(spec.devices) for spec in decode])
+        prefill_tasks = None if prefill[0].tasks is None else [spec.tasks or () for spec in prefill]
+        decode_tasks = [list(spec.tasks) for spec in decode]
+        self.router = Router(len(prefill), decode_tasks, config.routing, self.page_size, prefill_tasks)
+        devices = [set(spec.devices) for spec in (*prefill, *decode)]
+        self._groups = group_workers(self.prefill_workers, self.decode_workers, devices)
         self._threads = [WorkerThread(group, self.fail_group, lambda: not self._live) for group in self._groups]
         self._watch = threading.Thread(target=self._run_watch, name="pshare-watch", daemon=True)
         self._stopped = threading.Event()
 
     @classmethod
     def build(cls, model: Any, config: EngineConfig, report: Callable[[str], None] = lambda line: None) -> "Engine":
-        """An engine for a loaded model (`pshare_jax.load`): weights and pools on the devices that the config names.
+        """An engine for a loaded model (`pshare_jax.load`), with weights and pools on the devices in the config.
 
-        Not started: `generate`, `run` and handles step it in the calling thread, or call `start` for threads of its own.
-        `report` is called with a line for each piece of work.
+        It is not started: `generate`, `run` and handles step it in the calling thread until `start` gives it threads.
+        `report` is called with a line of progress for each task.
 
         Raises:
             PshareError: the config, the placement or a task does not fit the model.
@@ -104,7 +100,7 @@ class Engine:
 
         return build_engine(model, config, report)
 
-    # --- answers --------------------------------------------------------------------------------------------------
+    # --- offline generation ---------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -117,7 +113,7 @@ class Engine:
         stop_ids: Iterable[int] | None = None,
         logprobs: int | None = None,
     ) -> list[Result]:
-        """One task's answers to prompts of token ids, in their order; `stop_ids` None means the model's end set.
+        """One task's answers to prompts of token ids, in order; `stop_ids` defaults to the model's end tokens.
 
         Raises:
             PshareError: a prompt is empty or too long, the task is unknown, or a request has failed.
@@ -131,7 +127,7 @@ class Engine:
         )
 
     def run(self, requests: Iterable[Request], progress: Callable[[int], None] | None = None) -> list[Result]:
-        """The results of requests of any tasks, in their order, at most `limits.max_requests` at a time.
+        """The results of requests of any tasks, in order, at most `limits.max_requests` at a time.
 
         `progress` is called with 1, 2, ... as requests end.
 
@@ -141,7 +137,7 @@ class Engine:
         return run_all(self, requests, self._advance, progress)
 
     def _advance(self) -> None:
-        """A step, or with threads a short wait for theirs."""
+        """Runs a step; waits shortly if it did nothing, or if the engine's threads run the steps."""
         if self._started or not self.step():
             time.sleep(POLL_SECONDS)
 
@@ -150,11 +146,11 @@ class Engine:
     def submit(
         self, request: Request, on_event: Callable[[Event], None] | None = None, route: Route | None = None
     ) -> Handle:
-        """Takes a request that fits the model (`check_request`) and whose id no running request has.
+        """Accepts a request that fits the model (`check_request`); its id must differ from those of all live requests.
 
         Args:
             request: what `check_request` allows.
-            on_event: gets the events instead of the handle, under the engine's lock; it must not raise or block.
+            on_event: receives the events instead of the handle, under the engine's lock; it must not raise or block.
             route: by default the router's choice.
 
         Raises:
@@ -162,19 +158,16 @@ class Engine:
             EngineDown: a worker thread has died or the engine is stopping.
             UnknownTask: no decode worker has the request's task.
         """
-        return self._submit([request], [on_event], route)[0]
+        return self.submit_all([request], [on_event], route)[0]
 
-    def submit_all(self, requests: Items[Request], on_events: Items[Callable[[Event], None] | None]) -> list[Handle]:
-        """Takes all requests, or none of them; otherwise as `submit`."""
-        return self._submit(requests, on_events, None)
-
-    def _submit(
-        self, requests: Items[Request], on_events: Items[Callable[[Event], None] | None], route: Route | None
+    def submit_all(
+        self, requests: Items[Request], on_events: Items[Callable[[Event], None] | None], route: Route | None = None
     ) -> list[Handle]:
+        """Accepts all requests or none of them; otherwise as `submit`."""
         keys: dict[tuple[str, str, int, tuple[int, ...]], list[PageKey]] = {}
         handles = []
         for request, on_event in zip(requests, on_events, strict=True):
-            # The choices of one prompt share its keys, so that it is hashed once.
+            # All choices of one prompt share its keys: it is hashed once.
             hashed = request.task, request.cache_salt, request.base_len, request.prompt
             if hashed not in keys:
                 keys[hashed] = page_keys(
@@ -182,7 +175,7 @@ class Engine:
                 )
             handles.append(Handle(self._sequence(request, keys[hashed]), self._advance, self.abort, on_event))
         with self.lock:
-            self._check_room(requests)
+            self._check_acceptable(requests)
             for sequence in (handle.sequence for handle in handles):
                 self._route(sequence, route)
                 self._live[sequence.request.id] = sequence
@@ -196,12 +189,12 @@ class Engine:
         )
         return Sequence(request, TextOutput(self.facts.detokenizer(), request.stop), history, keys)
 
-    def _check_room(self, requests: Items[Request]) -> None:
+    def _check_acceptable(self, requests: Items[Request]) -> None:
         if not self._accepting:
             raise EngineDown("The engine is stopping or a worker has died.")
         for request in requests:
             if request.id in self._live:
-                raise ValueError(f"a request named {request.id} is still running")
+                raise ValueError(f"a request with the id {request.id} is still running")
             if not any(request.task in worker.tasks for worker in self.decode_workers):
                 raise UnknownTask(f"There is no task {request.task!r}; the tasks are {', '.join(self.tasks)}.")
         limit = self.config.limits.max_requests
@@ -209,29 +202,26 @@ class Engine:
             raise EngineFull(f"The engine is at its limit of {limit} concurrent requests; retry shortly.")
 
     def _route(self, sequence: Sequence, route: Route | None) -> None:
-        request, pools = sequence.request, self.admission.prefill_pools
+        request, keys, pools = sequence.request, sequence.keys, self.admission.prefill_pools
         if route is not None:
-            sequence.ticket = self._router.take(route, request.base_len)
+            sequence.ticket = self.router.take(route, request.base_len)
         else:
-            sequence.ticket = self._router.assign(
-                request.task,
-                request.session,
-                request.base_len,
-                sequence.keys,
-                lambda worker: pools[worker].manager.num_hits(sequence.keys),
+            sequence.ticket = self.router.assign(
+                request.task, request.session, request.base_len, keys, lambda i: pools[i].manager.num_hits(keys)
             )
         sequence.decode.weights = self.decode_workers[sequence.decode_worker].tasks[request.task]
 
     def put_task(self, name: str, weights: Mapping[int, Weights]) -> None:
-        """Serves a task, by decode worker, to requests to come: a new one, or in the place of an old one; with no worker
-        it is served no more. Requests that live end on the weights that they came for.
+        """Adds or replaces a task with weights by decode worker; without weights the task is removed.
+
+        Live requests keep the weights that they were submitted for.
         """
         with self.lock:
             for index, worker in enumerate(self.decode_workers):
                 worker.put_task(name, weights.get(index))
-                # The old weights must be free to go.
+                # The spec must not keep the old weights alive.
                 self.decode_specs[index] = replace(self.decode_specs[index], tasks=dict(worker.tasks))
-            self._router.decode_tasks = [list(worker.tasks) for worker in self.decode_workers]
+            self.router.decode_tasks = [list(worker.tasks) for worker in self.decode_workers]
             if weights and name not in self.tasks:
                 self.tasks.append(name)
             elif not weights and name in self.tasks:
@@ -239,60 +229,50 @@ class Engine:
         self.wake()
 
     def abort(self, request_id: str) -> None:
-        """Ends a request at once; its pages come back within a step. Unknown and ended ids are ignored."""
+        """Ends a request at once; its pages are released within a step. Unknown and ended ids are ignored."""
         with self.lock:
             sequence = self._live.get(request_id)
             if sequence is not None:
                 self.end(sequence, State.ABORTED, Event(finish_reason="abort"))
 
     def stop_accepting(self) -> None:
-        """Takes no more requests; those that live go on."""
+        """Refuses new requests; live requests continue."""
         with self.lock:
             self._accepting = False
 
     def abort_all(self) -> None:
-        """Takes no more requests and ends every live one."""
+        """Refuses new requests and ends all live requests."""
         with self.lock:
             self.stop_accepting()
-            for sequence in list(self._live.values()):
+            for sequence in self.live:
                 self.end(sequence, State.ABORTED, Event(finish_reason="abort"))
 
     def flush_cache(self) -> int:
-        """Forgets all prompt KV that no live request holds; how many pages came free."""
+        """Drops all unreferenced pages from the prefix caches and returns their number."""
         with self.lock:
             return sum(pool.manager.flush() for pool in self.pools)
 
     def end(self, sequence: Sequence, state: State, event: Event) -> None:
-        """Ends a sequence, once, from any thread; the worker that has it gives its pages back."""
+        """Ends a sequence once, from any thread; its worker releases its pages."""
         with self.lock:
             if sequence.final:
                 return
             if state is not State.FINISHED:
-                made = len(sequence.decode.completion_ids)
-                event = replace(event, completion_tokens=made, cached_tokens=sequence.cached_tokens)
+                generated = len(sequence.decode.completion_ids)
+                event = replace(event, completion_tokens=generated, cached_tokens=sequence.cached_tokens)
             sequence.move(state)
             self.num_ended[state] = self.num_ended.get(state, 0) + 1
             self.admission.take_out(sequence)
             del self._live[sequence.request.id]
-            self._router.release(sequence.ticket)
+            self.router.release(sequence.ticket)
             sequence.on_event(event)
-            for told in self.on_end:
+            for callback in self.on_end:
                 try:
-                    told(sequence)
+                    callback(sequence)
                 except Exception:
-                    # Who counts must not be able to end a worker.
-                    logger.exception("the end of request %s could not be noted", sequence.request.id)
+                    # An error in a metric must not end a worker's thread.
+                    logger.exception("a callback failed at the end of request %s", sequence.request.id)
         self.wake()
-
-    def all_routes(self) -> list[tuple[Route, str]]:
-        """Routes that together use every task of every decode worker and every prefill worker, each with its task."""
-        pairs = [(decode, task) for decode, tasks in enumerate(self._router.decode_tasks) for task in tasks]
-        routes = []
-        for turn in range(max(len(pairs), len(self.prefill_specs))):
-            decode, task = pairs[turn % len(pairs)]
-            able = [i for i, spec in enumerate(self.prefill_specs) if spec.tasks is None or task in spec.tasks]
-            routes.append((Route(able[turn % len(able)], decode), task))
-        return routes
 
     @property
     def chunk_tokens(self) -> int:
@@ -306,7 +286,7 @@ class Engine:
 
     @property
     def pools(self) -> list[Pool]:
-        """Every pool once."""
+        """All pools, each once."""
         return list({id(pool): pool for pool in (*self.admission.prefill_pools, *self.admission.decode_pools)}.values())
 
     @property
@@ -317,7 +297,7 @@ class Engine:
 
     @property
     def live(self) -> list[Sequence]:
-        """The sequences that wait or run, the first that came first."""
+        """The waiting and running sequences, in order of arrival."""
         with self.lock:
             return list(self._live.values())
 
@@ -328,7 +308,7 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether no request lives and no worker has anything left to give back."""
+        """Whether no request is live and all workers have released everything."""
         admission = self.admission
         groups = (*admission.prefilling, *admission.arriving, *admission.decoding, *admission.in_flight)
         return not self._live and not any(groups)
@@ -336,7 +316,7 @@ class Engine:
     # --- steps and threads ----------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """One turn of every group of workers (without threads); False if none had anything to do."""
+        """Steps every group of workers once (without threads); False if there was nothing to do."""
         self.expire()
         done = [group.step() for group in self._groups]
         return any(done)
@@ -356,43 +336,44 @@ class Engine:
             thread.stop()
 
     def wake(self) -> None:
-        """Makes every worker look for something to do."""
+        """Wakes all worker threads."""
         for thread in self._threads:
             thread.wake.set()
 
     @property
     def warm(self) -> bool:
-        """Whether every step that is compiled has had its first run."""
+        """Whether every compiled step has had its first run."""
         return all(worker.next_cold is None for worker in self.workers)
 
     @property
     def accepting(self) -> bool:
-        """Whether requests are taken."""
+        """Whether new requests are accepted."""
         return self._accepting
 
     @property
     def healthy(self) -> bool:
-        """Whether requests are taken, every worker's thread lives and none has been in one step for too long."""
+        """Whether new requests are accepted and every worker thread is alive and not stalled."""
         return self._accepting and all(thread.alive and not thread.stalled for thread in self._threads)
 
     def expire(self) -> None:
-        """Gives up the requests, and cancels the adopted transfers, that made no progress for too long."""
+        """Fails requests, and cancels adopted transfers, without progress for `limits.stall_seconds`."""
         limit = time.monotonic() - self.config.limits.stall_seconds
         with self.lock:
-            for sequence in [one for one in self._live.values() if one.progressed < limit]:
-                self.end(sequence, State.FAILED, Event(error=TIMED_OUT))
+            for sequence in self.live:
+                if sequence.progressed < limit:
+                    self.end(sequence, State.FAILED, Event(error=TIMED_OUT))
             self.admission.cancel_adopted(limit)
 
     def fail_group(self, group: WorkerGroup) -> None:
-        """The thread that stepped these workers is dead: their requests fail and no new ones are taken."""
+        """The thread of these workers is dead: their requests fail, and new requests are refused."""
         with self.lock:
             self._accepting = False
-            for sequence in list(self._live.values()):
+            for sequence in self.live:
                 prefill = self.prefill_workers[sequence.prefill_worker]
                 before = sequence.state in (State.WAITING, State.PREFILLING, State.PREEMPTED)
                 if (before and prefill in group.prefill) or self.decode_workers[sequence.decode_worker] in group.decode:
                     self.end(sequence, State.FAILED, Event(error=FAILED))
-            # Their thread is gone: somebody must give back what they hold on living workers' pools.
+            # Their thread can no longer release what these requests hold in other workers' pools.
             for worker in group.prefill:
                 self.admission.reap_prefill(worker.index)
             for worker in group.decode:
@@ -401,10 +382,10 @@ class Engine:
 
     def _prefilled(self, sequence: Sequence) -> None:
         done = sequence.prefill.done
-        self._router.prefilled(sequence.ticket, sequence.request.base_len if done else sequence.prefill.num_prefilled)
+        self.router.prefilled(sequence.ticket, sequence.request.base_len if done else sequence.prefill.num_prefilled)
 
     def _pool_failed(self, pool: Pool) -> None:
-        """A step of the pool has failed: who has pages in it fails, all else goes on with an empty pool."""
+        """A step on the pool has failed: requests with pages in it fail, the others continue; the pool is emptied."""
         with self.lock:
             for sequence in self.admission.holders(pool):
                 self.end(sequence, State.FAILED, Event(error=FAILED))
@@ -414,15 +395,3 @@ class Engine:
     def _run_watch(self) -> None:
         while not self._stopped.wait(0.5):
             self.expire()
-
-    def _grouped(self, prefill: Items[set[int]], decode: Items[set[int]]) -> list[WorkerGroup]:
-        num_prefill = len(prefill)
-        groups = []
-        for members in group_by_devices([*prefill, *decode]):
-            groups.append(
-                WorkerGroup(
-                    [self.prefill_workers[i] for i in members if i < num_prefill],
-                    [self.decode_workers[i - num_prefill] for i in members if i >= num_prefill],
-                )
-            )
-        return groups

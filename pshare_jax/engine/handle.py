@@ -1,4 +1,4 @@
-"""A submitted request as its caller sees it: events one by one, its result, and a way to cancel it. Imports no jax."""
+"""The handle of a submitted request, with which its caller iterates events, waits for the result, or cancels."""
 
 import queue
 from collections.abc import Callable, Iterable, Iterator
@@ -21,8 +21,8 @@ class RequestFailed(PshareError):
 class Result:
     """A whole answer. `ids` include the end token if it was generated; `finish_reason` is "stop", "length" or "abort".
 
-    `cached_tokens` counts prompt tokens that were not prefilled for this request. `logprobs` has an entry for each id, and
-    `prompt_logprobs` for each prompt token, where the request asked for them.
+    `cached_tokens` counts prompt tokens that were not prefilled for this request. If requested, `logprobs` has an entry
+    for each id, and `prompt_logprobs` for each prompt token.
     """
 
     request: Request
@@ -35,7 +35,7 @@ class Result:
 
 
 class Handle:
-    """Iterating gives the request's events until the last; `result` waits for the whole answer.
+    """Iterating yields the request's events until the last; `result` waits for the whole answer.
 
     Without the engine's threads (`Engine.start` was not called) waiting steps the engine in the calling thread.
     """
@@ -47,7 +47,7 @@ class Handle:
         cancel: Callable[[str], None],
         on_event: Callable[[Event], None] | None = None,
     ):
-        """With `on_event` the events go there, and the handle has none."""
+        """With `on_event` the events go to it, and the handle yields none."""
         self.sequence = sequence
         self._advance, self._cancel = advance, cancel
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -55,7 +55,7 @@ class Handle:
         sequence.on_event = on_event or self._events.put
 
     def __iter__(self) -> Iterator[Event]:
-        """The events that no iteration has given yet."""
+        """The events that no iteration has yielded yet."""
         while not (self._seen and self._seen[-1].last):
             try:
                 event = self._events.get_nowait()

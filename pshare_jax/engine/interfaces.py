@@ -1,6 +1,6 @@
-"""What workers and the engine are built from: weights, samplers, worker specs, the model's facts, and hooks into the engine.
+"""What the engine and its workers are built from: weights, samplers, worker specs, model facts and the workers' hooks.
 
-The builder (build.py) and tests make these; no jax is imported here.
+The builder (build.py) and tests create the specs and facts, the engine its hooks.
 """
 
 import threading
@@ -17,11 +17,11 @@ from pshare_jax.text.stop_strings import Pieces
 
 @runtime_checkable
 class Weights(Protocol):
-    """What a worker computes with on its mesh: the base or a task's decode module (pshare_jax/share)."""
+    """A worker's weights on its mesh: the base's or a task's decode module's (pshare_jax/share)."""
 
     @property
     def params(self) -> Any:
-        """The parameters; tasks with the very same object are decoded in one batch."""
+        """The parameters; tasks with the same object are decoded in one batch."""
         ...
 
     @property
@@ -47,7 +47,7 @@ class TokenSampler(Protocol):
 
 @dataclass(frozen=True)
 class PrefillSpec:
-    """A prefill worker: its weights, pool, device indices, and the tasks that it takes (None: any)."""
+    """A prefill worker: its weights, pool, device indices, and the tasks that it takes (None: all)."""
 
     weights: Weights
     pool: Pool
@@ -68,7 +68,7 @@ class DecodeSpec:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the engine knows of its model. `key_of(task)` names the weights that make the task's prompt KV."""
+    """What the engine knows of its model. `key_of(task)` identifies the weights that compute the task's prompt KV."""
 
     key_of: Callable[[str], str]
     detokenizer: Callable[[], Pieces]
@@ -80,11 +80,12 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class EngineHooks:
-    """What workers call back. The engine's state is read and written under `lock` (re-entrant), never during device work.
+    """The workers' calls into the engine. Its state is read and written under the re-entrant `lock`, never during device
+    work.
 
     `end(sequence, state, event)` ends a sequence once, from any thread; the worker that has it releases its pages.
     `prefilled(sequence)` reports that `num_prefilled` has changed. `pool_failed(pool)` is called by the pool's thread
-    after a failed step. `wake()` makes every worker look again.
+    after a failed step. `wake()` wakes all worker threads.
     """
 
     lock: threading.RLock

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 class PageTransfer:
     """Entries `first` to `last` of a sequence's page table, from its prefill pages into its decode pages.
 
-    The source pages are held until the transfer is written or has failed. When its sequence ends while others wait for
-    these pages, the transfer adopts the table up to them (`adopted`) and goes on; without waiters it is `cancelled` and
-    dropped unwritten, so that nothing is ever written into released pages.
+    The source pages are held until the transfer is written or has failed. When its sequence ends while other
+    sequences wait for these pages, the transfer adopts the table up to them (`adopted`) and continues; without waiters it
+    is `cancelled` and dropped unwritten, so that nothing is ever written into released pages.
     """
 
     sequence: "Sequence"
@@ -41,10 +41,10 @@ class PageTransfer:
 
     @property
     def needed_by_sequence(self) -> bool:
-        """Whether its own sequence still waits for it."""
+        """Whether its own sequence still needs it."""
         return self.adopted is None and not self.cancelled
 
     @property
     def orphaned(self) -> bool:
-        """Whether the sequences for which it was adopted are gone too."""
+        """Whether the sequences for which it was kept have ended too."""
         return self.adopted is not None and not self.target.manager.has_waiters(self.target_pages)

@@ -1,7 +1,6 @@
-"""Copies a preempted sequence's private pages to host memory and back.
+"""Copies a preempted sequence's private pages to host memory and back; called by the pool's thread.
 
-The base can compute only the prompt's full pages again; the tail page and what a decode module wrote exist once. Called
-by the decode worker's thread, which owns the pool.
+The base can recompute only the prompt's full pages; the tail page and the decode module's own KV exist nowhere else.
 """
 
 import numpy as np
@@ -20,7 +19,7 @@ def save(sequence: Sequence) -> Saved:
 
 
 def restore(sequence: Sequence) -> None:
-    """Writes the saved pages into the sequence's new ones."""
+    """Writes the saved content into the sequence's new pages."""
     held, private = _private_pages(sequence)
     assert sequence.decode.saved is not None
     most = held.pool.move_pages
@@ -30,7 +29,7 @@ def restore(sequence: Sequence) -> None:
 
 
 def _private_pages(sequence: Sequence) -> tuple[PageTable, list[int]]:
-    """The pages behind the prompt's full pages, as far as they hold KV."""
+    """The page table, and the pages behind the prompt's full pages that hold KV."""
     held = sequence.decode.table
     assert held is not None
     return held, held.pages[len(sequence.keys) : pages_for(sequence.next_position, held.pool.page_size)]

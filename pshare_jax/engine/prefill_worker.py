@@ -1,7 +1,7 @@
-"""The prefill worker: turns contexts into KV pages with the base, chunk by chunk, and never samples.
+"""The prefill worker: computes KV pages of contexts with the base, chunk by chunk, and never samples.
 
-Whoever owns the worker calls `step`: at most one chunk, of one sequence or of a few short ones, is dispatched; what is
-complete is published at once and sent to the decode worker, so that the copy overlaps the next chunk.
+The worker's thread calls `step`: at most one chunk, of one sequence or of a few short sequences, is dispatched; full pages
+are published at once and sent to the decode worker, so that the transfer overlaps the next chunk.
 """
 
 import itertools
@@ -16,18 +16,18 @@ import numpy as np
 from pshare_jax.engine.admission import Admission
 from pshare_jax.engine.interfaces import EngineHooks, Weights
 from pshare_jax.engine.sequence import Sequence
-from pshare_jax.engine.shapes import CompiledShapes, choose_rows, prefill_shapes
+from pshare_jax.engine.shapes import CompiledShapes, choose_rows, padded_batch, prefill_shapes
 from pshare_jax.engine.transfer import KVTransfer
 from pshare_jax.model.paged_batch import PagedBatch
 
 logger = logging.getLogger(__name__)
 MAX_RUNNING = 2
-"""Chunks under way: one that runs and one that is ready to follow."""
+"""Dispatched chunks: one that runs and one that is ready to follow."""
 
 
 @dataclass
 class PrefillStats:
-    """Prefill steps so far: calls, tokens fed, and slots that the calls had (the rest is padding)."""
+    """Prefill steps so far: calls, real tokens, and token slots of the calls (the rest is padding)."""
 
     calls: int = 0
     tokens: int = 0
@@ -42,7 +42,7 @@ class PrefillSpeed:
         self._seconds: defaultdict[int, float] = defaultdict(float)
 
     def add(self, steps: list[int], seconds: float) -> None:
-        """Steps with so many tokens each finished one after another, in so many seconds together."""
+        """Adds finished steps, with their numbers of tokens, that ran one after another in `seconds`."""
         for num_tokens in steps:
             size = num_tokens.bit_length()
             self._tokens[size] += num_tokens
@@ -50,7 +50,7 @@ class PrefillSpeed:
 
     @property
     def seconds(self) -> float:
-        """Seconds in which a step ran."""
+        """Seconds during which a step ran."""
         return sum(self._seconds.values(), 0.0)
 
     @property
@@ -61,7 +61,7 @@ class PrefillSpeed:
 
 
 class PrefillWorker:
-    """Prefills the contexts of the sequences that the router gave it, the first admitted first."""
+    """Prefills the contexts of the sequences routed to it, in order of admission."""
 
     def __init__(
         self,
@@ -86,18 +86,18 @@ class PrefillWorker:
 
     @property
     def must_poll(self) -> bool:
-        """Whether something can happen without a wake-up: a chunk ends or fails, a full way to a decode worker has room."""
+        """Whether the worker may have something to do without a wake-up: a chunk ends, or transfers have room again."""
         return bool(self._running) or bool(self._admission.prefilling[self.index])
 
     def step(self) -> bool:
         """Admits, sends what can be sent and runs one chunk; False if there was nothing to do."""
         try:
-            self._look_at_running()
+            self._check_running()
             with self._hooks.lock:
                 done = self._admission.reap_prefill(self.index)
                 admitted = self._admission.admit(self.index)
             if done or admitted:
-                # Pages have come free, on the decode side too, or a full decode pool has another next: they may be asleep.
+                # Pages were released, or a full decode pool's priority has moved: workers that wait for it may be asleep.
                 self._hooks.wake()
             done = self._send() or done
             with self._hooks.lock:
@@ -106,23 +106,23 @@ class PrefillWorker:
                 self._run(batch, bucket)
                 self._send()
             with self._hooks.lock:
-                return self._hand_on() or bool(batch) or done
+                return self._leave() or bool(batch) or done
         except Exception:
             self._failed()
             return True
 
     @property
     def next_cold(self) -> tuple[int, int] | None:
-        """The shape of a step that is compiled and never ran."""
+        """The shape of a compiled step that has not run yet."""
         compiled = [shape for shape in prefill_shapes(self._chunk_tokens) if self.compiled.knows(shape)]
         return next((shape for shape in compiled if shape not in self._ran), None)
 
     def warm_up(self) -> bool:
-        """Runs a step that never ran, on no sequence, since a first run is slow; False if there is none."""
+        """Runs such a step on padding alone, since a first run is slow; False if there is none."""
         if (shape := self.next_cold) is None:
             return False
         try:
-            self._call(np.zeros(shape, np.int32), PagedBatch.empty(shape[0], self._table_len)).block_until_ready()
+            self._call(*padded_batch(shape, self._table_len)).block_until_ready()
         except Exception:
             self.compiled.give_up(shape)
             self._failed()
@@ -141,21 +141,20 @@ class PrefillWorker:
         ready = self._admission.ready_to_prefill(self.index)
         if not ready:
             return [], 0
-        remaining = [one.prefill.context_len - one.prefill.num_prefilled for one in ready]
+        remaining = [sequence.prefill.context_len - sequence.prefill.num_prefilled for sequence in ready]
         chosen, bucket = choose_rows(remaining, self._chunk_tokens, self.compiled)
         return [ready[index] for index in chosen], bucket
 
-    def _look_at_running(self) -> None:
-        """Forgets chunks that are done; raises if one of them has failed."""
+    def _check_running(self) -> None:
+        """Forgets finished chunks; raises if one of them has failed."""
         if self._generation != self.pool.generation:
-            # What ran when the pool failed has been told, perhaps by the decode worker that shares the pool.
+            # The failure of these chunks was reported when the pool failed, perhaps by the colocated decode worker.
             self._running.clear()
             self._generation = self.pool.generation
-        num_done = sum(1 for _ in itertools.takewhile(lambda one: one[0].is_ready(), self._running))
-        self._wait_for(num_done)
+        self._wait_for(len(list(itertools.takewhile(lambda step: step[0].is_ready(), self._running))))
 
     def _wait_for(self, num_steps: int) -> None:
-        """For the steps that were dispatched first; raises if one of them has failed."""
+        """Waits for the oldest dispatched steps; raises if one of them has failed."""
         if not num_steps:
             return
         steps = [self._running.popleft() for _ in range(num_steps)]
@@ -168,18 +167,16 @@ class PrefillWorker:
 
     def _run(self, batch: list[Sequence], bucket: int) -> None:
         if len(self._running) == MAX_RUNNING:
-            # An abort then frees the device within two chunks, and a failed step is seen.
+            # So that an abort frees the device within two chunks, and a failed step is noticed.
             self._wait_for(1)
-        tokens = np.zeros((len(batch), bucket), np.int32)
-        rows = PagedBatch.empty(len(batch), self._table_len)
-        counts = []
-        for row, sequence in enumerate(batch):
+        chunks = []
+        for sequence in batch:
             held, start = sequence.prefill.table, sequence.prefill.num_prefilled
             assert held is not None
-            chunk = sequence.request.prompt[start : min(start + bucket, sequence.prefill.context_len)]
-            tokens[row, : len(chunk)] = chunk
-            rows.fill(row, held.pages, start, len(chunk))
-            counts.append(len(chunk))
+            end = min(start + bucket, sequence.prefill.context_len)
+            chunks.append((held.pages, start, sequence.request.prompt[start:end]))
+        counts = [len(chunk) for _, _, chunk in chunks]
+        tokens, rows = padded_batch((len(batch), bucket), self._table_len, chunks)
         if not self._running:
             self._busy_since = time.monotonic()
         self._running.append((self._call(tokens, rows), sum(counts)))
@@ -192,24 +189,24 @@ class PrefillWorker:
                 self._hooks.prefilled(sequence)
 
     def _send(self) -> bool:
-        """Sends the next pages of every sequence, as far as their decode workers' ways have room."""
+        """Sends the next pages of every sequence while transfers to its decode worker have room."""
         sent = False
         for sequence in list(self._admission.prefilling[self.index]):
-            transfer = self._transfers[sequence.decode_worker]
+            kv_transfer, most = self._transfers[sequence.decode_worker], self.pool.move_pages
             while True:
                 with self._hooks.lock:
-                    most = self.pool.move_pages
-                    copy = self._admission.next_transfer(sequence, most) if transfer.has_room(sequence) else None
-                if copy is None:
+                    room = kv_transfer.has_room(sequence)
+                    transfer = self._admission.next_transfer(sequence, most) if room else None
+                if transfer is None:
                     break
-                transfer.send(copy)
+                kv_transfer.send(transfer)
                 sent = True
         if sent:
-            # A decode worker that had nothing to do does not look for copies by itself.
+            # An idle decode worker does not poll for transfers.
             self._hooks.wake()
         return sent
 
-    def _hand_on(self) -> bool:
+    def _leave(self) -> bool:
         gone = self._admission.leave_prefill(self.index)
         for sequence in gone:
             self._hooks.prefilled(sequence)

@@ -1,4 +1,4 @@
-"""What a user asks for (`Request`) and what the engine sends back (`Event`). Host-side, imports no jax."""
+"""A user's `Request` and the `Event`s with which the engine answers it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,12 @@ TIMED_OUT = "The server made no progress on this request within its time limit a
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and how to continue it; `max_tokens` and the prompt together fit the model's context.
+    """A prompt and how to continue it; prompt and `max_tokens` together must fit the model's context.
 
-    `cache_salt` parts the prefix cache between tenants, `session` names a growing context for the router. `logprobs` is
-    how many alternatives to report with each token's log-probability (0: its own alone), None reports nothing;
-    `scores_prompt` reports the prompt's tokens too. From `response_start` on, the prompt is a begun answer: the base encodes
-    what is before it but for one token, and the decode module goes on from its own KV of the rest.
+    `cache_salt` separates tenants in the prefix cache, `session` names a growing context for the router. `logprobs` is
+    the number of alternatives reported with each token's log-probability (0: the token alone; None: no report), and
+    `scores_prompt` reports the prompt's tokens too. From `response_start` on, the prompt is a begun answer: the base
+    encodes the tokens before it except the last, and the decode module continues from its own KV of the rest.
     """
 
     id: str
@@ -48,7 +48,7 @@ class Request:
 
     @property
     def score_start(self) -> int:
-        """The first prompt token that a scoring step consumes; from the last one on, decode steps do."""
+        """The first prompt token that a scoring step consumes; decode steps consume the last prompt token."""
         if self.response_start is not None:
             return self.base_len
         return 0 if self.scores_prompt else self.base_len
@@ -64,19 +64,19 @@ class TokenLogprobs:
 
     @classmethod
     def of(cls, token_id: int, logprob: Any, top_ids: Any, top_logprobs: Any, wanted: int) -> "TokenLogprobs":
-        """From numbers in NumPy: the log-probability, and the best tokens' `[num]`, of which `wanted` are told."""
+        """From NumPy numbers: the log-probability, and the best tokens' `[num]`, of which `wanted` are reported."""
         top = zip(top_ids[:wanted].tolist(), top_logprobs[:wanted].tolist(), strict=True)
         return cls(token_id, float(logprob), tuple(top))
 
 
 @dataclass(frozen=True)
 class Event:
-    """What comes up after one token, or at the end.
+    """The engine's report after a token, or at the end.
 
-    `text` is what may be shown now (often one token's text, possibly empty). The last event of a sequence has a
-    `finish_reason` ("stop", "length", "abort") or an `error` sentence. `cached_tokens` counts the prompt's tokens that
-    were not prefilled for this request. `prompt_logprobs`, one entry for each prompt token (None where there is no score),
-    come once, before the first token, if they were asked for.
+    `text` may be shown now (often one token's text, possibly empty). A request's last event has a `finish_reason`
+    ("stop", "length", "abort") or an `error` sentence. `cached_tokens` counts the prompt tokens that were not prefilled
+    for this request. `prompt_logprobs`, with an entry for each prompt token (None without a score), are reported once,
+    before the first token, if requested.
     """
 
     text: str = ""
@@ -90,20 +90,20 @@ class Event:
 
     @property
     def failure(self) -> str | None:
-        """Why a client that still listens gets no answer: a sentence, or None."""
+        """A sentence for the client about why it gets no answer, or None."""
         return ABORTED if self.finish_reason == "abort" else self.error
 
     @property
     def last(self) -> bool:
-        """Whether nothing follows this event."""
+        """Whether this is the request's last event."""
         return self.finish_reason is not None or self.error is not None
 
 
 def check_request(request: Request, vocab_size: int, max_len: int) -> None:
-    """Refuses a request that the model cannot answer.
+    """Checks that the model can answer the request.
 
     Raises:
-        PshareError: the prompt is empty, has unknown ids, or is too long with its answer.
+        PshareError: the prompt is empty, has unknown ids, or is too long together with `max_tokens`.
     """
     prompt = request.prompt
     if not prompt:
@@ -113,7 +113,7 @@ def check_request(request: Request, vocab_size: int, max_len: int) -> None:
     if len(prompt) + request.max_tokens > max_len:
         raise PshareError(
             f"The context length is at most {max_len} tokens, but the prompt has {len(prompt)} and max_tokens is "
-            f"{request.max_tokens}; shorten one of them."
+            f"{request.max_tokens}; shorten the prompt or lower max_tokens."
         )
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
         raise PshareError(f"Token ids must be 0 to {vocab_size - 1}.")

@@ -1,7 +1,7 @@
 """Chooses the workers of a request: the decode worker by task and load, the prefill worker by policy.
 
-The engine tells it of every request's begin, prefill progress and end, under the engine's one lock (none in here). Load
-is outstanding work, running or queued, never cached pages. Host-side, imports no jax.
+The engine reports every request's start, prefill progress and end, under its lock. Load is outstanding work, running or
+queued, never cached pages.
 """
 
 from bisect import bisect_left
@@ -18,9 +18,9 @@ from pshare_jax.errors import PshareError
 Policy = Literal["prefix", "round_robin", "least_loaded"]
 
 MAX_REMEMBERED = 65_536  # sessions, and as many ends of cached prefixes
-OVERLOAD = 2  # affinity may cost so many times what the quickest worker takes,
-SLACK_TOKENS = 512  # and about one prefill step more: a shorter queue is none
-DECAY = 0.5 ** (1 / 64)  # assigned work counts half after 64 requests
+OVERLOAD = 2  # affinity may cost this many times what the quickest worker takes,
+SLACK_TOKENS = 512  # and about one prefill step more, since a shorter queue hardly delays
+DECAY = 0.5 ** (1 / 64)  # the weight of assigned work halves every 64 requests
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Route:
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """A request that has not ended: where it is, and how many tokens its prefill worker still has to encode for it."""
+    """A request on its workers, and the tokens that its prefill worker still has to encode for it."""
 
     route: Route
     context_len: int
@@ -43,11 +43,11 @@ class Ticket:
 
 
 class Router:
-    """Keeps the books on all workers and asks the policy for a prefill worker.
+    """Tracks the load of all workers and chooses the workers of each request.
 
-    `prefix` goes where the prompt's KV is (see `_Affinity`); `round_robin` takes the workers in turn, `least_loaded`
-    the least outstanding tokens: both know neither sessions nor caches. Decode load counts requests: a decode step
-    costs by its rows, and nobody knows how long an answer gets. Among equals the first worker is chosen.
+    `prefix` chooses the prefill worker that has the prompt's KV (see `_Affinity`), `round_robin` the next, and
+    `least_loaded` the worker with the fewest outstanding tokens; the last two ignore sessions and caches. Decode load
+    counts requests: a decode step costs by its rows, and the length of an answer is unknown. Ties go to the first worker.
     """
 
     def __init__(
@@ -76,26 +76,26 @@ class Router:
         keys: Sequence[PageKey],
         cached_pages: Callable[[int], int],
     ) -> Ticket:
-        """Chooses the workers of one more request and counts it on them.
+        """Chooses the workers of a request and adds it to their load.
 
         Args:
-            task: what both workers must be allowed to take; it is no part of the affinity.
-            session: the client's key for calls that share a growing context; None or "" if it gave none.
+            task: both workers must serve it; it does not affect the affinity.
+            session: the client's key for calls that share a growing context; None or "" without a session.
             context_len: tokens of the prompt that the base encodes (share/boundary.py).
-            keys: those of the prompt's full pages.
-            cached_pages: prefill worker -> how many leading pages of the prompt its prefix cache has; only the policy
-                `prefix` asks, each worker at most once.
+            keys: the keys of the prompt's full pages.
+            cached_pages: the number of the prompt's leading pages in the prefix cache of a prefill worker; the policy
+                `prefix` calls it, at most once per worker.
 
         Raises:
-            PshareError: no worker takes the task.
+            PshareError: no worker serves the task.
         """
         able = _able(task, self._prefill_tasks, len(self.prefill_load))
         decoders = _able(task, self.decode_tasks, len(self.decode_load))
         if not able or not decoders:
-            raise PshareError(f"No {'decode' if able else 'prefill'} worker takes the task {task!r}.")
+            raise PshareError(f"No {'decode' if able else 'prefill'} worker serves the task {task!r}.")
         decode = min(decoders, key=self.decode_load.__getitem__)
         if self._policy == "prefix":
-            known = cache(lambda worker: max(cached_pages(worker), self._coming(worker, keys)))
+            known = cache(lambda worker: max(cached_pages(worker), self._pending(worker, keys)))
             prompt = _Prompt(context_len, self._page_size, keys, known)
             prefill = self._affinity.choose(able, session, prompt)
             return self._begin(Ticket(Route(prefill, decode), context_len, keys), prompt.uncached(prefill))
@@ -103,32 +103,42 @@ class Router:
         return self._begin(Ticket(Route(prefill, decode), context_len, ()), context_len)
 
     def take(self, route: Route, context_len: int) -> Ticket:
-        """Counts a request on workers that the caller chose."""
+        """Adds a request to the load of workers that the caller chose."""
         return self._begin(Ticket(route, context_len, ()), context_len)
 
     def prefilled(self, ticket: Ticket, tokens: int) -> None:
-        """So many tokens, counted from the prompt's beginning, need no more work: cached, awaited from others or done.
+        """The prompt's first `tokens` need no more work: they are cached, done, or awaited from other requests.
 
-        Fewer than before if work is lost. Ignored after the release: a worker's report may cross an abort.
+        The number shrinks if work is lost. Reports after the release are ignored: they may cross an abort.
         """
         if not ticket.released:
-            self._owe(ticket, max(ticket.context_len - tokens, 0))
+            self._set_outstanding(ticket, max(ticket.context_len - tokens, 0))
 
     def release(self, ticket: Ticket) -> None:
-        """The request has ended. Only once (AssertionError)."""
+        """The request has ended; a second call raises AssertionError."""
         expect(not ticket.released, f"a request on {ticket.route} was released twice")
         ticket.released = True
-        self._owe(ticket, 0)
+        self._set_outstanding(ticket, 0)
         self.decode_load[ticket.route.decode] -= 1
         self._tickets[ticket.route.prefill].remove(ticket)
 
+    def all_routes(self) -> list[tuple[Route, str]]:
+        """Routes, each with a task, that together use all prefill workers and every task of every decode worker."""
+        pairs = [(decode, task) for decode, tasks in enumerate(self.decode_tasks) for task in tasks]
+        routes = []
+        for turn in range(max(len(pairs), len(self.prefill_load))):
+            decode, task = pairs[turn % len(pairs)]
+            able = _able(task, self._prefill_tasks, len(self.prefill_load))
+            routes.append((Route(able[turn % len(able)], decode), task))
+        return routes
+
     def _begin(self, ticket: Ticket, tokens: int) -> Ticket:
-        self._owe(ticket, tokens)
+        self._set_outstanding(ticket, tokens)
         self.decode_load[ticket.route.decode] += 1
         self._tickets[ticket.route.prefill].add(ticket)
         return ticket
 
-    def _owe(self, ticket: Ticket, tokens: int) -> None:
+    def _set_outstanding(self, ticket: Ticket, tokens: int) -> None:
         self.prefill_load[ticket.route.prefill] += tokens - ticket.outstanding
         ticket.outstanding = tokens
 
@@ -136,14 +146,14 @@ class Router:
         self._turns[able] += 1
         return able[(self._turns[able] - 1) % len(able)]
 
-    def _coming(self, worker: int, keys: Sequence[PageKey]) -> int:
-        """How many leading pages unfinished requests will publish on a worker: equal prompts at one instant meet."""
+    def _pending(self, worker: int, keys: Sequence[PageKey]) -> int:
+        """The leading pages that unfinished requests will publish on a worker: simultaneous equal prompts meet there."""
         return max((_num_common(t.keys, keys) for t in self._tickets[worker] if t.outstanding), default=0)
 
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What a prompt would cost on each worker; `known` says how many leading pages are there or are coming."""
+    """What a prompt would cost on each worker; `known(worker)` is its number of leading pages cached or pending there."""
 
     context_len: int
     page_size: int
@@ -151,7 +161,7 @@ class _Prompt:
     known: Callable[[int], int]
 
     def path(self, worker: int) -> Sequence[PageKey]:
-        """The pages that the worker need not make."""
+        """The keys of the pages that the worker need not compute."""
         num_pages = self.known(worker)
         expect(num_pages <= len(self.keys), f"{num_pages} pages of a prompt of {len(self.keys)} are cached")
         return self.keys[:num_pages]
@@ -164,11 +174,11 @@ class _Prompt:
 class _Affinity:
     """The policy `prefix`: a prompt goes where its KV is, unless that worker is overloaded.
 
-    A session key stays with its worker. A prompt without one, or the first of its session, goes to the worker that has
-    most of it cached: a conversation stays where it is. But what is cached may be only what many share, and they must
-    not all herd there: once as much work has come behind the very page where the cached part ends as copying that part
-    costs, the prompt goes where tokens to encode + outstanding + recently assigned tokens are least. A conversation's
-    cached part ends at a new page in each turn, so it is not driven away by the work of others.
+    A session stays with its worker. A prompt without a session, or the first of its session, goes to the worker that has
+    most of it cached, so that a conversation stays with its KV. But the cached part may be a prefix that many prompts
+    share, and they must not all crowd on one worker: once the work assigned behind the last cached page equals the cost
+    of encoding the cached part elsewhere, the prompt goes where tokens to encode + outstanding + recently assigned tokens
+    are least. A conversation's cached part ends at a new page in each turn, so other prompts do not drive it away.
     """
 
     def __init__(self, load: list[int]):
@@ -178,8 +188,8 @@ class _Affinity:
         self._behind: OrderedDict[bytes, int] = OrderedDict()
 
     def choose(self, able: tuple[int, ...], session: str | None, prompt: _Prompt) -> int:
-        """The prefill worker, one of `able`; the prompt is counted as assigned to it."""
-        # Workers that cannot take all tasks share no KV (each encodes with its own weights): a place in each group.
+        """The prefill worker, from `able`; the prompt is counted as assigned to it."""
+        # Workers that do not serve all tasks share no KV (each encodes with its own weights): a home in each group.
         home = self._sessions.get((session, able)) if session else None
         worker = self._first(able, prompt) if home is None else self._unless_overloaded(home, able, prompt)
         if session:
@@ -216,13 +226,13 @@ def _able(task: str, tasks: Sequence[Collection[str]] | None, num_workers: int) 
     return tuple(worker for worker in range(num_workers) if tasks is None or task in tasks[worker])
 
 
-def _num_common(one: Sequence[PageKey], other: Sequence[PageKey]) -> int:
-    """Length of the common prefix; keys are chained, so once they differ they never agree again."""
-    return bisect_left(range(min(len(one), len(other))), True, key=lambda index: one[index] != other[index])
+def _num_common(left: Sequence[PageKey], right: Sequence[PageKey]) -> int:
+    """Length of the common prefix; keys are chained, so all keys after the first difference differ."""
+    return bisect_left(range(min(len(left), len(right))), True, key=lambda index: left[index] != right[index])
 
 
 def _remember(table: OrderedDict[Any, int], key: Hashable, value: int) -> None:
-    """Writes an entry, forgetting the least recently written one beyond the bound."""
+    """Writes an entry and drops the least recently written entry beyond the bound."""
     table[key] = value
     table.move_to_end(key)
     if len(table) > MAX_REMEMBERED:

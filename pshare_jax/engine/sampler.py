@@ -1,7 +1,7 @@
-"""Chooses the next token of every sequence of a decode step on the device (pshare_jax/sampling/sample.py), in one call.
+"""Chooses the next token of every sequence of a decode step on the device (sampling/sample.py), in one call.
 
-Each decode worker has one. Token histories (penalties, bias, bans) are kept on the host and cross over only for batches
-that need them.
+Each decode worker has a sampler. Token histories (penalties, bias, bans) are kept on the host and copied to the device
+only for batches that need them.
 """
 
 import functools
@@ -30,21 +30,22 @@ class Sampler:
         self._nothing: dict[int, Adjustments] = {}
 
     def sample(self, logits: Any, batch: Sequence[Running]) -> Choice:
-        """The choice for each row of the batch: token id and, where asked for, log-probabilities."""
+        """The choice for each row of the batch: token id and, where requested, log-probabilities."""
         num_rows = logits.shape[0]
-        rows = sampling_rows([one.request.sampling for one in batch], [one.num_tokens for one in batch], num_rows)
-        adjusted = any(one.history.active for one in batch)
-        reported = any(one.request.logprobs is not None for one in batch)
-        drawn = any(not one.request.sampling.is_greedy for one in batch)
+        settings = [sequence.request.sampling for sequence in batch]
+        rows = sampling_rows(settings, [sequence.num_tokens for sequence in batch], num_rows)
+        adjusted = any(sequence.history.active for sequence in batch)
+        reported = any(sequence.request.logprobs is not None for sequence in batch)
+        drawn = any(not sampling.is_greedy for sampling in settings)
         adjustments = self._adjustments(batch, num_rows) if adjusted else self.no_adjustments(num_rows)
         sampled = self._sample(logits, rows, adjustments, np.array(drawn), np.array(adjusted), np.array(reported))
         ids = np.asarray(sampled.ids).tolist()
         if not reported:
             return lambda row, sequence: (ids[row], None)
-        return functools.partial(_with_logprobs, ids, *(np.asarray(one) for one in sampled[2:]))
+        return functools.partial(_with_logprobs, ids, *map(np.asarray, sampled[2:]))
 
     def no_adjustments(self, num_rows: int) -> Adjustments:
-        """Zeros on the device, which a batch without adjustments is given and does not read."""
+        """Zeros on the device, for a batch without adjustments, which does not read them."""
         if num_rows not in self._nothing:
             shape = num_rows, self._vocab_size
             self._nothing[num_rows] = self._placed(np.zeros(shape, np.float32), np.zeros(shape, bool))
@@ -66,7 +67,7 @@ class Sampler:
         return self._placed(bias, repeated)
 
     def _placed(self, bias: np.ndarray, repeated: np.ndarray) -> Adjustments:
-        # Arrays of the same placement as the resident zeros, or the call would be compiled a second time.
+        # The same placement as the resident zeros, or the call would be compiled a second time.
         return jax.device_put(Adjustments(bias, repeated), replicated(self._mesh))
 
 

@@ -1,4 +1,4 @@
-"""A request's life in the engine: its state, and how far prefill and decode are. Host-side, imports no jax.
+"""A request's life in the engine: its state, and its progress in prefill and decode.
 
 The engine wraps each request in a `Sequence`, and workers move it from state to state. Only the transitions in `LEGAL`
 exist; the last three states are final.
@@ -21,10 +21,10 @@ from pshare_jax.text.stop_strings import TextOutput
 
 
 class State(enum.Enum):
-    """Where a sequence is on its way.
+    """The stage of a sequence.
 
-    A waiting sequence holds nothing; a preempted one holds its private pages' content in host memory alone. Pages are
-    held in the states between, and given back by the worker that has the sequence.
+    A waiting sequence holds nothing, and a preempted sequence only a copy of its private pages in host memory. In the
+    states between it holds pages, which the worker that has it releases.
     """
 
     WAITING = "waiting"
@@ -40,7 +40,7 @@ class State(enum.Enum):
 _ENDS = {State.ABORTED, State.FAILED}
 LEGAL: dict[State, set[State]] = {
     State.WAITING: {State.PREFILLING} | _ENDS,
-    # Back to where it was admitted from: what it waited for will not come, or its pages are lost.
+    # It must restart if pages that it waited for will not be produced, or if its pages are lost.
     State.PREFILLING: {State.TRANSFERRING, State.WAITING, State.PREEMPTED} | _ENDS,
     State.TRANSFERRING: {State.DECODING, State.WAITING, State.PREEMPTED} | _ENDS,
     State.DECODING: {State.PREEMPTED, State.FINISHED} | _ENDS,
@@ -52,28 +52,28 @@ LEGAL: dict[State, set[State]] = {
 
 
 class IllegalTransition(AssertionError):
-    """A worker tried to move a sequence where its state does not lead: a bug, not a user's mistake."""
+    """A transition that `LEGAL` does not have: a bug, not a user's mistake."""
 
 
 @dataclass(frozen=True)
 class Saved:
-    """The content of a preempted sequence's private pages in host memory, in parts of as many pages as move at once."""
+    """The content of a preempted sequence's private pages in host memory, in parts of at most one transfer's pages."""
 
     parts: list[Any]
 
 
 @dataclass
 class PrefillProgress:
-    """How much of the base's KV a sequence has since it was last admitted."""
+    """The base's KV that a sequence has, since its last admission."""
 
     table: PageTable | None = None
-    """Its pages in the prefill pool; the decode pages themselves where both workers have one pool."""
+    """Its pages in the prefill pool, or, if both workers share one pool, its decode pages."""
     context_len: int = 0
     """Leading tokens whose KV must come from the base before the sequence can decode."""
     num_prefilled: int = 0
-    """Of these, how many the prefill pool holds."""
+    """The number of these tokens that the prefill pool holds."""
     num_sent: int = 0
-    """Leading pages that the decode pool holds or that are on their way to it."""
+    """Leading pages that are in the decode pool or in flight to it."""
 
     @property
     def done(self) -> bool:
@@ -83,22 +83,22 @@ class PrefillProgress:
 
 @dataclass
 class DecodeProgress:
-    """How far a sequence's own part is: prompt tokens scored, tokens generated, and where their KV lies."""
+    """The progress of a sequence in its decode module: scored and generated tokens, and the pages of their KV."""
 
     weights: Any = None
-    """What it decodes with, from its submission to its end, even if its task changes meanwhile."""
+    """The weights that it decodes with, from submission to end, even if its task changes meanwhile."""
     table: PageTable | None = None
     """Its pages in the decode pool."""
     saved: Saved | None = None
-    """While it is preempted and until it decodes again: the content of its private pages."""
+    """The content of its private pages, from its preemption until it decodes again."""
     completion_ids: list[int] = field(default_factory=list)
     opened: bool = False
-    """Whether scoring steps have read what they must before it generates."""
+    """Whether all scoring steps that must precede generation are done."""
     num_scored: int = 0
     """Prompt tokens that scoring steps have consumed."""
     scores: list[TokenLogprobs] = field(default_factory=list)
     last_turn: int = 0
-    """The decode step that it took part in last."""
+    """The last decode step that it took part in."""
 
 
 _numbers = itertools.count()
@@ -106,7 +106,7 @@ _numbers = itertools.count()
 
 @dataclass(eq=False)
 class Sequence:
-    """A request on its way. All fields are read and written under the engine's lock, except by the worker that has the
+    """A request in the engine. All fields are read and written under the engine's lock, except by the worker that has the
     sequence, which alone releases its pages.
     """
 
@@ -116,7 +116,7 @@ class Sequence:
     keys: list[PageKey]
     on_event: Callable[[Event], None] = lambda event: None
     ticket: Ticket = field(init=False)
-    """The router's record of it: its workers, and the work left for the prefill worker."""
+    """The router's record: its workers, and the work left for the prefill worker."""
     state: State = State.WAITING
     number: int = field(default_factory=lambda: next(_numbers))
     """Its age: older sequences are served first and preempted last."""
@@ -161,7 +161,7 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of prompt and answer so far; the last one is not yet in the KV."""
+        """Tokens of prompt and answer so far; the last token is not yet in the KV."""
         return len(self.request.prompt) + len(self.decode.completion_ids)
 
     @property
@@ -171,7 +171,7 @@ class Sequence:
 
     @property
     def next_input(self) -> int:
-        """The token that the decode module consumes next: the last prompt token, then its own."""
+        """The token that the decode module consumes next: the last prompt token, then its own tokens."""
         return self.decode.completion_ids[-1] if self.decode.completion_ids else self.request.prompt[-1]
 
     def __post_init__(self) -> None:
@@ -184,7 +184,7 @@ class Sequence:
         return self.request.score_start + self.decode.num_scored, next_position(len(self.request.prompt))
 
     def scored(self, num_tokens: int, scores: list[TokenLogprobs]) -> Event | None:
-        """Notes that a step has consumed so many more tokens, with the score of each next token; the event, if there is any."""
+        """Records a step that consumed `num_tokens` tokens and scored the token after each; returns an event, if any."""
         self.decode.num_scored += num_tokens
         self.decode.scores += scores
         self.progressed = time.monotonic()
@@ -199,7 +199,7 @@ class Sequence:
         return Event("", 0, ends, None, self.cached_tokens, None, reported) if reported or ends else None
 
     def accept(self, token_id: int, logprobs: TokenLogprobs | None = None) -> Event:
-        """Appends a sampled token: the text to show, and why the sequence ends if it does."""
+        """Appends a sampled token; the event has the text to show and, if the sequence ends, the reason."""
         self.decode.completion_ids.append(token_id)
         self.history.push(token_id)
         self.progressed = time.monotonic()

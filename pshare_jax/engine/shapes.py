@@ -1,13 +1,17 @@
-"""The few shapes that device calls come in: tokens of a chunk, rows of a batch, pages of a move. Imports no jax.
+"""The few shapes of device calls: tokens of a chunk, rows of a batch, pages of a transfer.
 
-Every shape is compiled once; what is called for is padded to the next one.
+Every shape is compiled once; inputs are padded to the next larger shape.
 """
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
+from pshare_jax.model.paged_batch import PagedBatch
+
 CHUNK_TOKENS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 MAX_ROW_TOKENS = 64
-"""Longest chunks that share a call: longer ones are as fast one by one, without padding (measured on CPU)."""
+"""Longest chunks that share a call: longer chunks are as fast in calls of their own, without padding (measured on CPU)."""
 
 
 def bucket_of(size: int, buckets: Sequence[int]) -> int:
@@ -16,7 +20,7 @@ def bucket_of(size: int, buckets: Sequence[int]) -> int:
 
 
 def pages_for(num_tokens: int, page_size: int) -> int:
-    """Pages that hold so many tokens."""
+    """Number of pages for `num_tokens` tokens."""
     return -(-num_tokens // page_size)
 
 
@@ -31,7 +35,7 @@ def row_buckets(most: int) -> list[int]:
 
 
 def page_buckets(most: int) -> list[int]:
-    """Numbers of pages of a move with at most `most` pages: 2, 8, 32, ... and `most`."""
+    """Numbers of pages of a transfer of at most `most` pages: 2, 8, 32, ... and `most`."""
     sizes, size = [], 2
     while size < most:
         sizes.append(size)
@@ -39,12 +43,23 @@ def page_buckets(most: int) -> list[int]:
     return [*sizes, most]
 
 
+def padded_batch(
+    shape: tuple[int, int], table_len: int, chunks: Iterable[tuple[Sequence[int], int, Sequence[int]]] = ()
+) -> tuple[np.ndarray, PagedBatch]:
+    """Tokens of that shape (rows, tokens) and their metadata; each chunk fills a row: (pages, tokens in them, new tokens)."""
+    tokens, batch = np.zeros(shape, np.int32), PagedBatch.empty(shape[0], table_len)
+    for row, (pages, context_len, new) in enumerate(chunks):
+        tokens[row, : len(new)] = new
+        batch.fill(row, pages, context_len, len(new))
+    return tokens, batch
+
+
 Shape = tuple[int | str, ...]
 """Names the shape of a step: (rows, tokens) of a prefill, (rows,) of a decode step, ("score",) of a scoring step."""
 
 
 class CompiledShapes:
-    """Which shapes of steps may be used: all, or while the server still compiles only those that are ready.
+    """The shapes of steps that may be used: all, or, after `limit`, only those that are compiled.
 
     Read by workers, extended by the compiling thread.
     """
@@ -54,32 +69,32 @@ class CompiledShapes:
         self._growing = False
 
     def limit(self, shapes: Iterable[Shape]) -> None:
-        """Only these from now on, and those that are added until `settle`."""
+        """Allows only these shapes from now on, and those added until `settle`."""
         self._only = set(shapes)
         self._growing = True
 
     def add(self, shape: Shape) -> None:
-        """This one too."""
+        """Allows a shape that is now compiled."""
         if self._only is not None:
             self._only.add(shape)
 
     def give_up(self, shape: Shape) -> None:
-        """This one no more, unless it is the last of its kind (prefill, decode, score): a smaller step may work where it
-        failed.
+        """Drops a shape that failed, since a smaller step may work, unless it is the last of its kind (prefill, decode,
+        score).
         """
-        if self._only is not None and any(_kind(one) == _kind(shape) and one != shape for one in self._only):
+        if self._only is not None and any(_kind(other) == _kind(shape) and other != shape for other in self._only):
             self._only.discard(shape)
 
     def settle(self) -> None:
-        """No more will be added."""
+        """No shape will be added any more."""
         self._growing = False
 
     def may_be_used(self, shape: Shape) -> bool:
-        """Whether a step may have it, now or later."""
+        """Whether a step may use the shape, now or later."""
         return self._growing or shape in self
 
     def knows(self, shape: Shape) -> bool:
-        """Whether it is known to be compiled."""
+        """Whether the shape is known to be compiled."""
         return self._only is not None and shape in self._only
 
     def __contains__(self, shape: Shape) -> bool:
@@ -91,9 +106,9 @@ def _kind(shape: Shape) -> tuple[int, type]:
 
 
 def choose_rows(remaining: Sequence[int], most: int, ready: CompiledShapes) -> tuple[list[int], int]:
-    """(indices, bucket) of the next prefill step over sequences with so many tokens to go, the oldest first.
+    """(indices, bucket) of the next prefill step, from the remaining tokens of the sequences, the oldest first.
 
-    The oldest gives the bucket. Up to four sequences whose next chunk falls into the same one share the call, if it is
+    The oldest determines the bucket. Up to four sequences whose next chunk has the same bucket share the call, if it is
     short; the number of rows is 1, 2 or 4, never padded.
     """
     buckets = [size for size in token_buckets(most) if (1, size) in ready]

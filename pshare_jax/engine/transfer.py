@@ -1,7 +1,7 @@
-"""Moves pages from prefill pools to one decode pool: one gather, one device_put, and one scatter when the array is ready.
+"""KV transfers from prefill pools to a decode pool: a gather, a device_put, and a scatter once the array is ready.
 
-The thread that owns the prefill pool calls `send` between its steps and goes on; the thread that owns the decode pool
-calls `receive`, which writes only content that has arrived, so that no decode step ever waits for a prefill.
+The prefill worker's thread calls `send` between its steps without waiting; the decode worker's thread calls `receive`,
+which writes only content that has arrived, so that no decode step ever waits for a prefill.
 """
 
 import logging
@@ -22,7 +22,7 @@ MAX_IN_FLIGHT = 16
 
 @dataclass
 class TransferStats:
-    """Transfers written: how many, their pages and bytes, seconds from dispatch to written; and those that failed."""
+    """Written transfers: their number, pages, bytes and seconds from dispatch to write; and the number that failed."""
 
     count: int = 0
     num_pages: int = 0
@@ -46,10 +46,10 @@ class KVTransfer:
         return len(self._admission.in_flight[self._worker])
 
     def has_room(self, sequence: Sequence) -> bool:
-        """Whether one more transfer of the sequence may be sent.
+        """Whether another transfer of the sequence may be sent.
 
         While the sequence waits for other sequences' pages, its transfers cannot be written. They take at most half of
-        the room: those others may have another prefill worker, and must be able to send what this sequence waits for.
+        the room, since those sequences' prefill workers must be able to send the pages that it waits for.
         """
         held = sequence.decode.table
         waits = held is not None and held.manager.waiting(sequence)
@@ -63,18 +63,18 @@ class KVTransfer:
             self._fail(transfer)
 
     def receive(self) -> bool:
-        """Writes the transfers that have arrived (called by the decode pool's thread); whether any left the flight."""
+        """Writes the transfers that have arrived (called by the decode pool's thread); whether any was written or dropped."""
         with self._hooks.lock:
             dropped = self._admission.drop_cancelled(self._worker)
-            sent = [one for one in self._admission.writable(self._worker) if one.content is not None]
-        arrived = [transfer for transfer in sent if transfer.content.is_ready()]
+            writable = self._admission.writable(self._worker)
+        arrived = [transfer for transfer in writable if transfer.content is not None and transfer.content.is_ready()]
         for transfer in arrived:
             self._write(transfer)
         return dropped or bool(arrived)
 
     def _write(self, transfer: PageTransfer) -> None:
         try:
-            # It is ready; this raises if the step that computes it has failed.
+            # The content is ready; this raises if the step that computed it has failed.
             transfer.content.block_until_ready()
         except Exception:
             self._fail(transfer)
@@ -83,7 +83,7 @@ class KVTransfer:
             if transfer.cancelled or transfer.target.stale:
                 return
             pages = transfer.target_pages
-        # If it is cancelled just now, the next holder of its pages writes after this: one thread writes the pool.
+        # If it is cancelled now, the next holder of its pages still writes later, since one thread writes the pool.
         self._pool.scatter(pages, transfer.content)
         with self._hooks.lock:
             self._count(transfer)

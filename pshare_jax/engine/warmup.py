@@ -1,6 +1,6 @@
-"""Every program that a running engine calls, compiled ahead of time: the smallest before the server answers, then the rest.
+"""Compiles every program that a running engine calls ahead of time: the smallest before the server starts answering.
 
-A program compiled here is the very one that the worker's first call uses. Called by startup.py.
+A worker's first call uses the program compiled here. Called by the server's startup and task loader, and benchmarks.
 """
 
 import functools
@@ -19,20 +19,19 @@ from pshare_jax.engine import scoring
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.interfaces import DecodeSpec, PrefillSpec
 from pshare_jax.engine.kv.device_pages import DevicePages
-from pshare_jax.engine.shapes import CompiledShapes, Shape, pages_for, prefill_shapes, row_buckets
-from pshare_jax.model.paged_batch import PagedBatch
+from pshare_jax.engine.shapes import CompiledShapes, Shape, padded_batch, pages_for, prefill_shapes, row_buckets
 from pshare_jax.model.paged_steps import page_moves
 
 logger = logging.getLogger(__name__)
 SMALL_TOKENS, SMALL_ROWS = 64, 1
-"""A server answers when chunks of so many tokens and decode steps of so many rows are compiled: longer prompts go in more
-chunks and more sequences take turns until the rest is there."""
+"""The server starts answering once chunks of this many tokens and decode steps of this many rows are compiled; until the
+rest is compiled, longer prompts take more chunks and more sequences take turns."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One program: what it is, whether the smallest start needs it, how it is lowered, and the step's shape that it is
-    for (None: pages are moved by it).
+    """A program: its name, whether a small warm-up compiles it, its lowering, and the shape of its step (None: it
+    transfers pages).
     """
 
     name: str
@@ -42,7 +41,7 @@ class Variant:
 
 
 def variants(engine: Engine) -> list[Variant]:
-    """All programs of the engine's workers, each once, the small ones first."""
+    """All programs of the engine's workers, each once, in the order of compiling."""
     prefill, decode = engine.prefill_specs, engine.decode_specs
     sources = {id(spec.pool): DevicePages.of(spec.pool) for spec in prefill}
     targets = {id(spec.pool): DevicePages.of(spec.pool) for spec in decode}
@@ -50,18 +49,18 @@ def variants(engine: Engine) -> list[Variant]:
         *(_prefill(spec, engine) for spec in prefill),
         *(_decode(spec, engine) for spec in decode),
         *(_score(spec, engine) for spec in decode),
-        *(_takes(store) for store in (sources | targets).values()),
-        *(_puts(store) for store in targets.values()),
-        *(_places(source, target) for source, target in itertools.product(sources.values(), targets.values())),
+        *(_gathers(store) for store in (sources | targets).values()),
+        *(_scatters(store) for store in targets.values()),
+        *(_device_puts(source, target) for source, target in itertools.product(sources.values(), targets.values())),
     ]
     found: dict[tuple, Variant] = {}
     for key, variant in itertools.chain.from_iterable(programs):
         found.setdefault(key, variant)
-    return sorted(found.values(), key=_turn)
+    return sorted(found.values(), key=_order)
 
 
-def _turn(variant: Variant) -> tuple[bool, int, Shape]:
-    """What is compiled first: what the start needs, moves and decode steps, scoring steps, prefill steps."""
+def _order(variant: Variant) -> tuple[bool, int, Shape]:
+    """Small programs first; then transfers and decode steps, scoring steps, prefill steps."""
     shape = variant.shape or ()
     kind = 1 if shape == scoring.SHAPE else 2 * (len(shape) == 2)
     return not variant.small, kind, shape
@@ -115,31 +114,31 @@ def _score(spec: DecodeSpec, engine: Engine) -> Iterator[tuple[tuple, Variant]]:
         yield ("score", step, store.mesh, store.num_pages), Variant("score", False, lower, scoring.SHAPE)
 
 
-def _takes(store: DevicePages) -> Iterator[tuple[tuple, Variant]]:
+def _gathers(store: DevicePages) -> Iterator[tuple[tuple, Variant]]:
     moves: Any = page_moves(store.config, store.mesh)
     for num in store.move_buckets:
         lower = functools.partial(moves.gather.lower, store.spec, np.zeros(num, np.int32))
-        yield ("take", num, store.mesh, store.num_pages), Variant(f"take {num} pages", True, lower)
+        yield ("gather", num, store.mesh, store.num_pages), Variant(f"gather {num} pages", True, lower)
 
 
-def _puts(store: DevicePages) -> Iterator[tuple[tuple, Variant]]:
+def _scatters(store: DevicePages) -> Iterator[tuple[tuple, Variant]]:
     moves: Any = page_moves(store.config, store.mesh)
     for num in store.move_buckets:
         lower = functools.partial(moves.scatter.lower, store.spec, np.zeros(num, np.int32), store.content_spec(num))
-        yield ("put", num, store.mesh, store.num_pages), Variant(f"put {num} pages", True, lower)
+        yield ("scatter", num, store.mesh, store.num_pages), Variant(f"scatter {num} pages", True, lower)
 
 
-def _places(source: DevicePages, target: DevicePages) -> Iterator[tuple[tuple, Variant]]:
-    """Content that goes to more devices than it comes from is cut up by a program that JAX makes for each shape."""
+def _device_puts(source: DevicePages, target: DevicePages) -> Iterator[tuple[tuple, Variant]]:
+    """JAX compiles a program for each shape to split content for a mesh of another size."""
     if source.mesh.size == target.mesh.size:
         return
     for num in source.move_buckets:
-        lower = functools.partial(_Placing, source, target, num)
-        yield ("place", num, source.mesh, target.mesh), Variant(f"place {num} pages", True, lower)
+        lower = functools.partial(_DevicePut, source, target, num)
+        yield ("device_put", num, source.mesh, target.mesh), Variant(f"device_put {num} pages", True, lower)
 
 
-class _Placing:
-    """A move between two pools' devices; a `jax.device_put` cannot be lowered, so it is done once instead."""
+class _DevicePut:
+    """A transfer between two pools' devices; a `jax.device_put` cannot be lowered, so it is run once instead."""
 
     def __init__(self, source: DevicePages, target: DevicePages, num: int):
         self._spec, self._target = source.content_spec(num), target
@@ -152,12 +151,12 @@ class _Placing:
 def _step_lowering(
     step: Any, params: Any, store: DevicePages, shape: tuple[int, int], engine: Engine
 ) -> Callable[[], Any]:
-    rows = PagedBatch.empty(shape[0], pages_for(engine.facts.max_len, store.page_size))
-    return functools.partial(step.lower, _specs(params), np.zeros(shape, np.int32), rows, store.spec)
+    tokens, rows = padded_batch(shape, pages_for(engine.facts.max_len, store.page_size))
+    return functools.partial(step.lower, _specs(params), tokens, rows, store.spec)
 
 
 def _specs(params: Any) -> Any:
-    """Shapes alone: who waits to be compiled must not keep the weights of a task that goes meanwhile."""
+    """Shapes alone, so that a pending compilation does not keep the weights of a removed task alive."""
     return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), params)
 
 
@@ -168,24 +167,24 @@ def compile_all(programs: Iterable[Variant]) -> None:
 
 
 class BackgroundCompiler:
-    """Compiles what is not small in a thread; each shape may be used once all its programs are there, and `wake` makes
-    the workers look at it. `stop` ends the thread.
+    """Compiles the remaining programs in a thread. A shape may be used once all its programs are compiled; `wake` then
+    wakes the workers. `stop` ends the thread.
     """
 
     def __init__(
         self,
         rest: Sequence[Variant],
         ready: Sequence[CompiledShapes],
-        say: Callable[[str], None],
+        report: Callable[[str], None],
         wake: Callable[[], None],
     ):
-        self._rest, self._ready, self._say, self._wake = rest, ready, say, wake
+        self._rest, self._ready, self._report, self._wake = rest, ready, report, wake
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pshare-compile", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Returns when the thread has ended, after the program that it compiles now."""
+        """Ends the thread after the program that it is compiling, and waits for it."""
         self._stopping.set()
         self._thread.join()
 
@@ -197,7 +196,7 @@ class BackgroundCompiler:
             try:
                 variant.lower().compile()
             except Exception:
-                # What cannot be compiled (want of memory) is not used; the server goes on with smaller shapes.
+                # A program that cannot be compiled (out of memory) is not used; workers continue with other shapes.
                 logger.exception("%s could not be compiled", variant.name)
                 continue
             left[variant.shape] -= 1
@@ -207,4 +206,4 @@ class BackgroundCompiler:
                 self._wake()
         for ready in self._ready:
             ready.settle()
-        self._say("all programs are compiled")
+        self._report("all programs are compiled")

@@ -1,8 +1,7 @@
-"""Which workers are stepped by which thread: one thread for all workers that share devices, one owner for each pool.
+"""Worker threads: one thread steps all workers that share devices, so each pool belongs to exactly one thread.
 
-A turn gives every decode worker of the group a step and lets at most one prefill worker run a chunk, so that a running
-answer never waits for more than one chunk. Programs that were compiled meanwhile have their slow first run when no
-request is in the engine.
+In a turn every decode worker of the group runs a step and at most one prefill worker runs a chunk, so that a running
+answer never waits for more than one chunk. Newly compiled programs have their slow first run when the engine is idle.
 """
 
 import threading
@@ -14,7 +13,7 @@ from pshare_jax.engine.prefill_worker import PrefillWorker
 
 POLL_SECONDS = 0.001
 STALL_SECONDS = 60.0
-"""A thread that is in one turn for so long is stalled; /health then says so."""
+"""A thread whose turn takes longer is stalled, which /health reports."""
 
 
 class WorkerGroup:
@@ -26,11 +25,11 @@ class WorkerGroup:
 
     @property
     def must_poll(self) -> bool:
-        """Whether something can become possible without a wake-up."""
+        """Whether a worker may have something to do without a wake-up."""
         return any(worker.must_poll for worker in (*self.decode, *self.prefill))
 
     def step(self) -> bool:
-        """One turn; False if no worker had anything to do."""
+        """One turn; False if there was nothing to do."""
         done = [worker.step() for worker in self.decode]
         for offset in range(len(self.prefill)):
             worker = self.prefill[(self._next + offset) % len(self.prefill)]
@@ -42,12 +41,12 @@ class WorkerGroup:
         return any(done)
 
     def warm_up(self) -> bool:
-        """The first run of one program that is compiled; False if all have run."""
+        """Runs one compiled step that has not run yet; False if all have run."""
         return any(worker.warm_up() for worker in (*self.decode, *self.prefill))
 
 
 class WorkerThread:
-    """The one thread that steps a group of workers; `on_death` is called if it dies. It warms up when `may_warm_up` allows it."""
+    """The thread that steps a group of workers, and warms up while `may_warm_up()`; if it dies, it calls `on_death`."""
 
     def __init__(self, group: WorkerGroup, on_death: Callable[[WorkerGroup], None], may_warm_up: Callable[[], bool]):
         self._group, self._on_death, self._may_warm_up = group, on_death, may_warm_up
@@ -59,12 +58,12 @@ class WorkerThread:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs (or was never asked to)."""
+        """Whether the thread runs or was never started."""
         return not self._started or self._thread.is_alive()
 
     @property
     def stalled(self) -> bool:
-        """Whether the current turn takes far too long."""
+        """Whether the current turn takes longer than `STALL_SECONDS`."""
         began = self._turn_began
         return began is not None and time.monotonic() - began > STALL_SECONDS
 
@@ -94,8 +93,19 @@ class WorkerThread:
             raise
 
 
+def group_workers(
+    prefill: Sequence[PrefillWorker], decode: Sequence[DecodeWorker], devices: list[set[int]]
+) -> list[WorkerGroup]:
+    """The workers, prefill before decode, in groups that share no device; `devices` has those of each worker."""
+    first = len(prefill)
+    return [
+        WorkerGroup([prefill[i] for i in members if i < first], [decode[i - first] for i in members if i >= first])
+        for members in group_by_devices(devices)
+    ]
+
+
 def group_by_devices(device_sets: list[set[int]]) -> list[list[int]]:
-    """Indices of the workers that (directly or through another) share a device, one list a group."""
+    """Indices of the workers that share a device, directly or through another worker, as one list per group."""
     groups: list[tuple[set[int], list[int]]] = []
     for index, devices in enumerate(device_sets):
         touching = [group for group in groups if group[0] & devices]

@@ -1,6 +1,6 @@
-"""Evaluation: the accuracy of decode modules on tasks with verifiers.
+"""Evaluation: the accuracy of decode modules on tasks whose answers a verifier scores.
 
-`tasks` opens a task's questions, `verifiers` judge answers, `evaluate` asks an engine and is the command
-`pshare-evaluate`. It imports engine, training's data and cards, and share, never server; experiments call it. It takes no
-lock: the engine is stepped in the calling thread.
+Tasks (reasoning-gym, BFCL, data files), verifiers, and `pshare-evaluate`, which runs them on an engine, so that modules
+share prefixes and batches; there is no generation loop here. Experiments call it; it stands on engine, share, text and
+training's data and model card. Nothing here locks: an evaluation steps its own engine in the calling thread.
 """

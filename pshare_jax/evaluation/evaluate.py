@@ -1,7 +1,7 @@
-"""Task accuracy of decode modules: greedy answers of an engine to a task's questions, each judged by the task's verifier.
+"""Task accuracy of decode modules: an engine's greedy answers to a task's questions, scored by the task's verifier.
 
 `pshare-evaluate`, or `python -m pshare_jax.evaluation.evaluate`; experiments call `evaluate`. With a sharing ratio below 1
-the module reads the rest of the prompt itself, which also shows what naive sharing does to a full fine-tune.
+the module encodes the rest of the prompt itself, which also shows the effect of naive sharing on a full fine-tune.
 """
 
 import argparse
@@ -46,7 +46,7 @@ Z95 = 1.959964
 
 @dataclass(frozen=True)
 class Answer:
-    """One answered question: texts, the verifier's score, and whether the answer was cut at max_new_tokens."""
+    """An answered question: texts, the verifier's score, and whether the answer was cut at max_new_tokens."""
 
     name: str
     prompt: str
@@ -58,7 +58,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """All answers, in the items' order, the new tokens in them, and the seconds of generating and judging (compiling too)."""
+    """All answers in the items' order, their number of tokens, and the seconds of compiling, generating and scoring."""
 
     answers: list[Answer]
     num_tokens: int
@@ -66,7 +66,7 @@ class EvalResult:
 
     @property
     def num_right(self) -> int:
-        """Answers with the full score of 1."""
+        """Number of answers with the full score of 1."""
         return sum(answer.score >= 1 for answer in self.answers)
 
     @property
@@ -81,7 +81,7 @@ class EvalResult:
 
     @property
     def mean_score(self) -> float:
-        """Mean of the scores, where parts of 1 count."""
+        """Mean of the scores, with partial scores."""
         return sum(answer.score for answer in self.answers) / len(self.answers)
 
     def summary(self, num_samples: int = 5) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def evaluate(
     rows: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> EvalResult:
-    """The module's greedy answers to all items (at least one), judged: `evaluate_modules` with one module."""
+    """`evaluate_modules` for a single module."""
     results = evaluate_modules(
         base,
         {"module": module},
@@ -139,17 +139,17 @@ def evaluate_modules(
     rows: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, EvalResult]:
-    """The greedy answers of all modules to all items (at least one), judged; modules share the base's prefill of an item.
+    """Scored greedy answers of all modules to all items (at least one); modules share the base's prefill of an item.
 
-    Of a prompt's n tokens the base encodes the first floor(sharing_ratio * (n - 1)), the module the others: 1 is
-    PrefillShare, 0 the module alone, which prefills with its own weights. At most `rows` answers are generated at a time.
+    Of a prompt's n tokens the base encodes the first floor(sharing_ratio * (n - 1)) and the module the rest: 1 is
+    PrefillShare, and with 0 the module prefills with its own weights. At most `rows` answers are generated at a time.
     `progress` is called with 1, 2, ... as answers end.
 
     Raises:
-        PshareError: no items, a wrong number, a prompt that is too long, or a module on other devices.
+        PshareError: no items, a number out of range, a prompt that is too long, or a module on other devices.
     """
     if not items:
-        raise PshareError("There are no questions to evaluate on.")
+        raise PshareError("There are no questions to evaluate; the task must have at least one.")
     if not 0 <= sharing_ratio <= 1:
         raise PshareError(f"The sharing ratio must be from 0 to 1, not {sharing_ratio}.")
     if rows < 1:
@@ -173,14 +173,14 @@ def evaluate_modules(
     results = {}
     for index, task in enumerate(modules):
         own = answers[index :: len(modules)]
-        judged = [_judged(base, item, answer, verifier) for item, answer in zip(items, own, strict=True)]
+        scored = [_scored(base, item, answer, verifier) for item, answer in zip(items, own, strict=True)]
         seconds = time.perf_counter() - started
-        results[task] = EvalResult(judged, sum(len(answer.ids) for answer in own), seconds)
+        results[task] = EvalResult(scored, sum(len(answer.ids) for answer in own), seconds)
     return results
 
 
 def _engine(base: Model, modules: Mapping[str, DecodeModule], longest: int, rows: int, alone: bool) -> Engine:
-    """Prefill and decode on the base's own devices, with pages for `rows` of the longest sequences (each module's)."""
+    """Prefill and decode on the base's own devices, with pages for `rows` of the longest sequences."""
     devices = [jax.devices().index(device) for device in base.mesh.devices.flat]
     kv = KVConfig()
     pages = (1 + rows * pages_for(longest + 1, kv.page_size)) * (len(modules) if alone else 1)
@@ -202,11 +202,11 @@ def wilson(num_right: float | int, num_items: int) -> tuple[float, float]:
     share, weight = num_right / num_items, Z95**2 / num_items
     centre = (share + weight / 2) / (1 + weight)
     half = math.sqrt(weight * (share * (1 - share) + weight / 4)) / (1 + weight)
-    # Rounding must not leave the share itself outside.
+    # Rounding must not exclude the share itself.
     return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
-def _judged(base: Model, item: Item, answer: Result, verifier: Verifier) -> Answer:
+def _scored(base: Model, item: Item, answer: Result, verifier: Verifier) -> Answer:
     prompt = base.tokenizer.decode(item.prompt_ids, skip_special_tokens=False)
     cut = answer.finish_reason != "stop"
     return Answer(item.name, prompt, answer.text, item.expected, verifier(answer.text, item.record), cut)
@@ -216,7 +216,7 @@ def _judged(base: Model, item: Item, answer: Result, verifier: Verifier) -> Answ
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Evaluates what the command line says and prints the accuracy; 2 after a user's mistake."""
+    """Evaluates a module on a task and prints its accuracy; the exit status is 2 after a user's mistake."""
     options = _parser().parse_args(arguments)
     try:
         _run(options)
@@ -231,24 +231,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pshare-evaluate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--base", required=True, help="the base: a folder, .gguf, hub name or pypi:package")
-    parser.add_argument("--module", required=True, help="a decode module's folder, a full fine-tune's, or: base")
+    parser.add_argument("--module", required=True, help="folder of a decode module or a full fine-tune, or: base")
     parser.add_argument(
         "--task",
         required=True,
         help="reasoning_gym:<task>?size=500&seed=7, bfcl:simple, bfcl:multiple, or a data file such as data.jsonl",
     )
-    parser.add_argument("--sharing-ratio", type=float, default=1.0, help="share of the prompt on base KV (default 1)")
+    parser.add_argument(
+        "--sharing-ratio", type=float, default=1.0, help="share of the prompt that the base encodes (default 1)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default 256)")
     parser.add_argument("--rows", type=int, default=16, help="answers generated at a time (default 16)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 elsewhere")
     parser.add_argument("--output", type=Path, help="also write the numbers and some answers to this JSON file")
-    parser.add_argument("--card", type=Path, help="a decode module's folder, in whose card the accuracy is told")
+    parser.add_argument(
+        "--card", type=Path, help="also write the accuracy into the model card in this decode module's folder"
+    )
     return parser
 
 
 def _run(options: argparse.Namespace) -> None:
     if options.output and not options.output.parent.is_dir():
-        raise PshareError(f"--output: there is no folder {options.output.parent}.")
+        raise PshareError(f"--output: {options.output.parent} is not a folder; create it first.")
     if options.card:
         _check_card(options)
     keep_programs(cache_folder())
@@ -264,25 +268,25 @@ def _run(options: argparse.Namespace) -> None:
         f"95 % interval {low:.1%} to {high:.1%}), {result.seconds:.1f} s"
     )
     if options.output:
-        asked = {key: value for key, value in vars(options).items() if key not in ("output", "card")}
+        settings = {key: value for key, value in vars(options).items() if key not in ("output", "card")}
         dtype = base.architecture.dtype
-        content = {**asked, "dtype": dtype, "device": base.mesh.devices.flat[0].device_kind, **result.summary()}
+        content = {**settings, "dtype": dtype, "device": base.mesh.devices.flat[0].device_kind, **result.summary()}
         options.output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if options.card:
         add_accuracy(options.card, options.task, result.accuracy, _reader(options))
 
 
 def _check_card(options: argparse.Namespace) -> None:
-    """Before the work: the card must be there, and of the module that is asked, or the base's accuracy stands in it."""
+    """Checks, before the work, that the card exists and that it is the evaluated module's or the base is evaluated."""
     if not read_manifest(options.card).training:
         raise PshareError(
-            f"--card {options.card} does not say how it was trained, so there is no model card to tell it in."
+            f"--card {options.card} has no model card, since its manifest has no training record; leave --card out."
         )
     if options.module != "base" and Path(options.module).resolve() != options.card.resolve():
-        raise PshareError(f"--card {options.card} is not the folder of --module {options.module}.")
+        raise PshareError(f"--card {options.card} must be the folder of --module, {options.module}.")
     if options.module != "base" and 0 < options.sharing_ratio < 1:
         raise PshareError(
-            "a card tells what a module scores on base KV or alone; leave --sharing-ratio out, or give 0."
+            "A model card reports accuracy with a sharing ratio of 1 or 0; set --sharing-ratio to 1 or 0, or leave --card out."
         )
 
 
@@ -293,7 +297,7 @@ def _reader(options: argparse.Namespace) -> Reader:
 
 
 def load_any_module(source: str, base: Model) -> DecodeModule:
-    """The module of a folder, also of a full fine-tune that was not made for the base's KV; "base" is the base itself."""
+    """The module of a folder, also of a full fine-tune that was not trained on the base's KV; "base" is the base itself."""
     if source == "base":
         return DecodeModule(base.architecture, base.params, base.mesh)
     return load_module(source, base, prefill="own")

@@ -1,7 +1,7 @@
-"""Evaluation tasks by name: questions as the server would see them, and the verifier of their answers.
+"""Evaluation tasks by name: questions in the base's chat template, and the verifier of their answers.
 
-`reasoning_gym:<task>?key=value` asks the items of a reasoning-gym task, `bfcl:<category>` those of BFCL; any other name is a
-data file or glob, where every answer that training would learn is asked for and compared as a whole.
+`reasoning_gym:<task>?key=value` has the items of a reasoning-gym task, `bfcl:<category>` the questions of BFCL; any other
+name is a data file or glob, with a question for every answer that training would learn, compared as a whole.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from pshare_jax.training.data.sources import GYM, open_reasoning_gym
 
 @dataclass(frozen=True)
 class Item:
-    """A question: where it is from, the prompt's ids, an answer that is right (for people), the verifier's record."""
+    """A question: its source, the prompt's ids, a right answer (for people), and the verifier's record."""
 
     name: str
     prompt_ids: tuple[int, ...]
@@ -32,7 +32,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """Questions and their verifier; of a data file also what became of its records."""
+    """Questions and their verifier; for a data file also the report on its records."""
 
     items: list[Item]
     verifier: Verifier
@@ -41,10 +41,10 @@ class Task:
 
 @contextlib.contextmanager
 def open_task(name: str, base: Model) -> Iterator[Task]:
-    """The task of that name, asked in the base's chat template. Of a file, what the base cannot read is left out.
+    """The task of that name, in the base's chat template. A file's records that the base cannot encode are left out.
 
     Raises:
-        PshareError: an unknown task or category, a source that cannot be read, or what the task needs is missing.
+        PshareError: an unknown task or category, a source that cannot be read, or a missing dependency of the task.
     """
     tokenizer = base.tokenizer
     if name.startswith(GYM):
@@ -63,7 +63,7 @@ def open_task(name: str, base: Model) -> Iterator[Task]:
 
 
 def sample_items(samples: SampleSet, tokenizer: Tokenizer) -> list[Item]:
-    """A question for every answer of the samples, the true conversation before it; for `exact_match`."""
+    """A question for every answer of the samples, with the true conversation before it; for `exact_match`."""
     items = []
     for index in (int(index) for group in samples.members for index in group):
         sample = samples.store[index]
@@ -74,7 +74,7 @@ def sample_items(samples: SampleSet, tokenizer: Tokenizer) -> list[Item]:
 
 
 def gym_item(name: str, index: int, entry: Mapping[str, Any], tokenizer: Tokenizer) -> Item:
-    """An item of a reasoning-gym task, asked as the source of that name trains it."""
+    """An item of a reasoning-gym task, in the form that training on that source uses."""
     question = entry["question"]
     if tokenizer.chat_template is None:
         ids = tokenizer.encode(question)
@@ -84,6 +84,6 @@ def gym_item(name: str, index: int, entry: Mapping[str, Any], tokenizer: Tokeniz
 
 
 def bfcl_item(question: Mapping[str, Any], tokenizer: Tokenizer) -> Item:
-    """A question of `read_questions`."""
+    """An item from a question of `read_questions`."""
     ids = tokenizer.encode_chat(question["messages"])
     return Item(question["id"], tuple(ids), json.dumps(question["ground_truth"]), question)

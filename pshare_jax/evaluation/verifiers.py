@@ -1,6 +1,6 @@
-"""Verifiers: (answer text, what is known of the question) -> a score from 0 to 1, 1 for a right answer.
+"""Verifiers: (answer text, the question's record) -> a score from 0 to 1, 1 for a right answer.
 
-`eval_tasks.py` chooses one for a task; BFCL's is in `bfcl.py`.
+tasks.py chooses a task's verifier; BFCL's is in training/data/bfcl.py.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,12 +10,12 @@ Verifier = Callable[[str, Mapping[str, Any]], float]
 
 
 def exact_match(answer: str, record: Mapping[str, Any]) -> float:
-    """Whether the answer is record["answer"], but for white space around either."""
+    """Whether the answer equals record["answer"], apart from surrounding white space."""
     return float(answer.strip() == record["answer"].strip())
 
 
 def gym_verifier(dataset: Any) -> Verifier:
-    """The scorer of a reasoning-gym data set; records are its items. Some tasks give a part of 1 to a part of an answer."""
+    """The scorer of a reasoning-gym data set; records are its items. Some tasks give partial scores."""
 
     def verify(answer: str, record: Mapping[str, Any]) -> float:
         return float(dataset.score_answer(answer.strip(), record))

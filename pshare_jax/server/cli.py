@@ -1,7 +1,7 @@
 """The command line of the server: `pshare-serve --config FILE [a.b=c ...]`, also behind serve/main.py.
 
-It prints the resolved config and what it is doing, binds the address before loading anything, serves until Ctrl-C or
-SIGTERM, and ends a user's mistake with one sentence and exit status 2.
+It prints the resolved config and its progress, binds the address before loading anything, and serves until Ctrl-C or
+SIGTERM. After a user's mistake it prints one sentence and exits with status 2.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from pshare_jax.settings import load_settings, to_yaml
 
 GRACE_SECONDS = 5
 KEEP_ALIVE_SECONDS = 75
-"""Longer than clients keep idle connections (httpx: 5 s), or one would send into what the server is just closing."""
+"""Longer than clients keep idle connections (httpx: 5 s), or a client could send on a connection that is being closed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the server; the exit status is 0 after a wanted stop and 2 after a user's mistake."""
+    """Runs the server; returns the exit status, 0 after a requested stop and 2 after a user's mistake."""
     options = _parser().parse_intermixed_args(arguments)
     try:
         config = load_settings(ServeConfig, options.config, options.overrides)
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _without_key(config: ServeConfig) -> ServeConfig:
-    """What may be printed."""
+    """The config with its API key hidden."""
     if config.server.api_key is None:
         return config
     return replace(config, server=replace(config.server, api_key="(hidden)"))
@@ -56,44 +56,44 @@ def _without_key(config: ServeConfig) -> ServeConfig:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="pshare-serve", description="Serve many tasks over one shared prefill.")
     parser.add_argument("--config", required=True, type=Path, help="a YAML file, such as configs/serve/smollm2.yaml")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved config and end")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and exit")
     parser.add_argument(
         "--warmup",
         choices=("small", "full"),
         default="small",
-        help="small (default): answer once a short chat's programs are compiled, the rest follows in the background; "
-        "full: compile everything first",
+        help="small (default): start answering once the programs for a short chat are compiled, and compile the rest in "
+        "the background; full: compile everything first",
     )
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="config values, such as server.port=8001")
     return parser
 
 
 def _serve(config: ServeConfig, full_warmup: bool) -> None:
-    # Here because they import JAX, which neither --print-config nor a refused config needs.
+    # Imported here: they import JAX, which neither --print-config nor a refused config needs.
     from pshare_jax.compilation_cache import cache_folder
     from pshare_jax.server import startup
 
     started = time.monotonic()
 
-    def say(line: str) -> None:
+    def report(line: str) -> None:
         print(f"[{time.monotonic() - started:5.1f} s] {line}", flush=True)
 
     listener = bind(config.server)
-    # systemd and docker stop with SIGTERM; it means what Ctrl-C means, also while weights are loading.
+    # systemd and docker stop with SIGTERM; it acts like Ctrl-C, also while weights are loading.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with listener:
         if config.server.log_requests:
             _log_requests()
         startup.prepare_jax(config, cache_folder())
-        served, programs = startup.build(config, say)
+        served, programs = startup.build(config, report)
         served.engine.start()
         compiler = None
         try:
-            compiler = startup.warm_up(served, programs, full_warmup, say)
+            compiler = startup.warm_up(served, programs, full_warmup, report)
             port = listener.getsockname()[1]
             host = f"[{config.server.host}]" if ":" in config.server.host else config.server.host
 
-            def tell_ready() -> None:
+            def report_ready() -> None:
                 print(f"ready in {time.monotonic() - started:.1f} s: http://{host}:{port}", flush=True)
 
             _listen(listener, config.server)
@@ -105,7 +105,7 @@ def _serve(config: ServeConfig, full_warmup: bool) -> None:
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=math.ceil(config.server.drain_seconds) + GRACE_SECONDS,
             )
-            server = DrainingServer(settings, served.engine, tell_ready, config.server.drain_seconds)
+            server = DrainingServer(settings, served.engine, report_ready, config.server.drain_seconds)
             asyncio.run(server.serve([listener]))
         finally:
             served.engine.stop()
@@ -126,14 +126,16 @@ def bind(server: ServerConfig) -> socket.socket:
     """A socket bound to the config's address.
 
     Raises:
-        PshareError: the address is taken, not this machine's, or needs more rights.
+        PshareError: the address is in use, not on this machine, or needs more privileges.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (OSError, UnicodeError):
-        raise PshareError(f"server.host {server.host!r} is not an address of this machine.") from None
+        raise PshareError(
+            f"server.host {server.host!r} is not an address of this machine; use such as 127.0.0.1."
+        ) from None
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -145,7 +147,7 @@ def bind(server: ServerConfig) -> socket.socket:
 
 
 def _listen(listener: socket.socket, server: ServerConfig) -> None:
-    """Opens the bound socket to clients (bound alone, it refuses them while the model loads)."""
+    """Opens the bound socket to clients; until then it refuses connections."""
     try:
         listener.listen(2048)
     except OSError as error:
@@ -154,5 +156,5 @@ def _listen(listener: socket.socket, server: ServerConfig) -> None:
 
 def _cannot_listen(server: ServerConfig, error: OSError) -> PshareError:
     reason = (error.strerror or str(error)).lower()
-    hint = "choose another port with server.port=8001, or any free one with server.port=0"
+    hint = "choose another port with server.port=8001, or any free port with server.port=0"
     return PshareError(f"Cannot listen on {server.host}:{server.port}: {reason}; {hint}.")

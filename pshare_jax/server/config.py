@@ -1,4 +1,4 @@
-"""The serve config: the engine's (engine/config.py), the base, and the HTTP side. Imports no jax."""
+"""The serve config: the engine's config (engine/config.py), the base, and the HTTP server."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,12 +13,11 @@ MAX_CPU_DEVICES = 64
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """The HTTP side: address (port 0 = any free port) and largest request body.
+    """The HTTP server: address (port 0 = any free port) and largest request body.
 
-    With `api_key` (absent: the environment variable PSHARE_API_KEY) clients must send it as a bearer token. On a stop,
-    running answers have `drain_seconds` to end. `log_requests` writes a JSON line for each call to standard error. With
-    `modules_dir` clients may load, replace and unload tasks whose folders lie below it (tasks/api.py), which needs an API
-    key.
+    Clients must send `api_key` (default: the environment variable PSHARE_API_KEY), if set, as a bearer token. On a stop,
+    running answers have `drain_seconds` to end. `log_requests` writes a JSON line for each call to standard error.
+    `modules_dir` lets clients load, replace and unload tasks from its subfolders (tasks/api.py); it needs an API key.
     """
 
     host: str = "127.0.0.1"
@@ -58,7 +57,7 @@ def check_config(config: ServeConfig) -> None:
 
 
 def num_cpu_devices(config: ServeConfig) -> int:
-    """Virtual devices that a CPU is split into for this config (without a placement: one for prefill, one for decode)."""
+    """Number of virtual devices into which a CPU is split (without a placement: one for prefill, one for decode)."""
     if config.placement is None:
         return 2
     highest = max(index for _, worker in workers_of(config.placement) for index in worker.devices)

@@ -10,14 +10,14 @@ from pshare_jax.engine.engine import Engine
 
 
 class DrainingServer(uvicorn.Server):
-    """On shutdown it accepts nothing new, and aborts the requests that still run after `drain_seconds`."""
+    """On shutdown it refuses new requests, and aborts the requests that still run after `drain_seconds`."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, on_ready: Callable[[], None], drain_seconds: float):
         super().__init__(config)
         self._engine, self._on_ready, self._drain_seconds = engine, on_ready, drain_seconds
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called once by uvicorn."""
+        """Called by uvicorn once."""
         await super().startup(sockets)
         self._on_ready()
 

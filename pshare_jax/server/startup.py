@@ -1,6 +1,6 @@
-"""From a config to a running engine: devices, weights on every worker's mesh, tasks, compiled programs, a first answer.
+"""From a config to a running engine: devices, weights on every worker's mesh, tasks, compiled programs, first answers.
 
-Called by the command line only. Everything here happens before the server answers, so it tells its progress.
+Called by the command line alone, before the server starts answering; `report` is called with each line of progress.
 """
 
 import os
@@ -28,20 +28,20 @@ from pshare_jax.server.tasks.loader import TaskLoader
 from pshare_jax.server.tasks.table import TaskTable
 from pshare_jax.share.model import load
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 WARM_UP_LEN = 40
-"""Tokens of the warm-up prompt: a short chat's."""
+"""Tokens of the warm-up prompt, as in a short chat."""
 
 
 def prepare_jax(config: ServeConfig, cache_folder: Path) -> None:
-    """Splits the CPU as the placement needs and keeps compiled programs on disk; must run before JAX starts."""
+    """Splits the CPU as the placement needs and keeps compiled programs on disk; must run before JAX is initialised."""
     virtual_cpu_devices(num_cpu_devices(config))
     keep_programs(cache_folder)
     count_compilations()
 
 
-def build(config: ServeConfig, say: Say) -> tuple[AppContext, list[Variant]]:
-    """Loads the base once, puts it on every worker's mesh and adds the tasks; the engine is not started yet.
+def build(config: ServeConfig, report: Report) -> tuple[AppContext, list[Variant]]:
+    """Loads the base, puts it on every worker's mesh and adds the tasks; the engine is not started yet.
 
     Raises:
         PshareError: the placement, the base or a task cannot be served.
@@ -50,16 +50,16 @@ def build(config: ServeConfig, say: Say) -> tuple[AppContext, list[Variant]]:
     modules_dir = _checked_modules_dir(config, api_key)
     devices = jax.devices()
     placement = resolve_placement(config.placement, devices[0].platform, len(devices))
-    say(f"{len(devices)} {devices[0].platform} devices; {_described(placement)}")
-    say(f"opening and loading the base {config.base}")
+    report(f"{len(devices)} {devices[0].platform} devices; {_described(placement)}")
+    report(f"opening and loading the base {config.base}")
     dtype = None if config.dtype == "auto" else config.dtype
     model = load(config.base, dtype=dtype, mesh=mesh_of(placement.prefill[0]))
-    engine = Engine.build(model, config, say)
+    engine = Engine.build(model, config, report)
     num_pages = sum(pool.num_pages for pool in engine.pools)
-    say(f"KV: {num_pages} pages of {engine.facts.page_bytes:,} bytes in {len(engine.pools)} pools")
+    report(f"KV: {num_pages} pages of {engine.facts.page_bytes:,} bytes in {len(engine.pools)} pools")
     limits = Limits(engine.facts.max_len, model.config.vocab_size, model.stop_ids, config.limits.max_requests)
-    say("clients need the API key" if api_key else "clients need no API key")
-    # Clients need not know where a folder lies.
+    report("clients need the API key" if api_key else "clients need no API key")
+    # Clients need not know the path of a folder.
     base = Path(config.base).name
     table = modules_dir and _task_table(config, placement, engine, modules_dir)
     served = AppContext(engine, model.tokenizer, limits, config.server.max_body_bytes, api_key, base, table)
@@ -71,7 +71,9 @@ def _checked_modules_dir(config: ServeConfig, api_key: str | None) -> Path | Non
         return None
     folder = Path(config.server.modules_dir)
     if not config.server.modules_dir or not folder.is_dir():
-        raise PshareError(f"server.modules_dir {config.server.modules_dir!r} is not a folder.")
+        raise PshareError(
+            f"server.modules_dir {config.server.modules_dir!r} is not a folder; create it or leave the key out."
+        )
     if api_key is None:
         raise PshareError(
             "server.modules_dir lets clients change the tasks, so it needs an API key: set server.api_key or PSHARE_API_KEY."
@@ -98,42 +100,42 @@ def _key_from_environment() -> str | None:
     return key and key.strip()
 
 
-def warm_up(served: AppContext, programs: list[Variant], full: bool, say: Say) -> BackgroundCompiler:
-    """Compiles what a short chat needs, or with `full` everything, and lets every task on every worker of a started
-    engine answer once; the rest is compiled in the background.
+def warm_up(served: AppContext, programs: list[Variant], full: bool, report: Report) -> BackgroundCompiler:
+    """Compiles what a short chat needs, or with `full` everything, and runs a first answer of every task on every worker
+    of a started engine; the rest is compiled in the background.
 
     Raises:
-        PshareError: a task's first answer failed, such as for want of memory.
+        PshareError: a task's first answer failed, for example out of memory.
     """
-    now = [one for one in programs if full or one.small]
-    say(f"compiling {len(now)} of {len(programs)} programs")
+    now = [program for program in programs if full or program.small]
+    report(f"compiling {len(now)} of {len(programs)} programs")
     compile_all(now)
-    # Known to be compiled only now: while no request is there, workers run such steps once.
+    # Only now, since workers warm up the shapes that are known to be compiled.
     engine = served.engine
     ready = [worker.compiled for worker in engine.workers]
     for shapes in ready:
-        shapes.limit(one.shape for one in now if one.shape is not None)
-    # Its half is built on first use, which must not stall the streams of others.
+        shapes.limit(program.shape for program in now if program.shape is not None)
+    # Part of the tokenizer is built on first use, which must not stall other requests' streams.
     served.tokenizer.encode("", allow_special=False)
     first_answers(served)
     while full and not engine.warm and engine.healthy:
         time.sleep(POLL_SECONDS)
-    return BackgroundCompiler([one for one in programs if one not in now], ready, say, engine.wake)
+    rest = [program for program in programs if program not in now]
+    return BackgroundCompiler(rest, ready, report, engine.wake)
 
 
 def first_answers(served: AppContext) -> None:
-    """Two tokens from every task on every worker.
+    """Generates two tokens with every task on every worker.
 
     Raises:
         PshareError: an answer failed.
     """
     max_len = served.limits.max_len
     prompt = (0,) * max(1, min(WARM_UP_LEN, max_len - 2))
-    for number, (route, task) in enumerate(served.engine.all_routes()):
-        # A salt of its own: no prompt of a user's shall hit what nobody asked for.
-        request = Request(
-            f"warm-up-{number}", task, prompt, min(2, max_len - len(prompt)), cache_salt=f"warm-up {number}"
-        )
+    for number, (route, task) in enumerate(served.engine.router.all_routes()):
+        # A salt of its own, so that no user's prompt hits the warm-up's KV.
+        name, max_tokens = f"warm-up-{number}", min(2, max_len - len(prompt))
+        request = Request(name, task, prompt, max_tokens, cache_salt=name)
         try:
             served.engine.submit(request, route=route).result()
         except RequestFailed:

@@ -300,11 +300,11 @@ def test_the_same_prompt_goes_where_its_pages_are():
 
 def test_all_routes_reach_every_task_of_every_worker_and_every_prefill_worker():
     engine = make_engine({"t": SCRIPT, "u": SCRIPT}, num_prefill=3).engine
-    assert engine.all_routes() == [(Route(0, 0), "t"), (Route(1, 0), "u"), (Route(2, 0), "t")]
+    assert engine.router.all_routes() == [(Route(0, 0), "t"), (Route(1, 0), "u"), (Route(2, 0), "t")]
     engine = make_engine({"t": SCRIPT, "u": SCRIPT}, num_decode=2).engine
-    assert engine.all_routes() == [(Route(0, decode), task) for decode in (0, 1) for task in "tu"]
+    assert engine.router.all_routes() == [(Route(0, decode), task) for decode in (0, 1) for task in "tu"]
     engine = make_engine({"t": SCRIPT, "u": SCRIPT}, num_prefill=2, prefill_tasks=[["t"], ["u"]]).engine
-    assert engine.all_routes() == [(Route(0, 0), "t"), (Route(1, 0), "u")]
+    assert engine.router.all_routes() == [(Route(0, 0), "t"), (Route(1, 0), "u")]
 
 
 def test_workers_that_share_devices_share_a_thread():

@@ -261,4 +261,4 @@ def test_a_reader_of_ends_that_fails_ends_nobody_else(caplog):
     fakes.engine.abort(names[0])
     fakes.run()
     assert [client.text(name) for name in names] == ["", "xy", "xy"]
-    assert "could not be noted" in caplog.text
+    assert "a callback failed" in caplog.text

@@ -265,7 +265,7 @@ def test_a_worker_that_may_not_take_the_task_is_not_chosen():
         1,
         1,
     ]
-    with pytest.raises(PshareError, match="No prefill worker takes the task 'sum'"):
+    with pytest.raises(PshareError, match=r"prefill .*'sum'"):
         world.assign(prompt_of(2), task="sum")
 
 
@@ -319,7 +319,7 @@ def test_the_decode_worker_is_the_first_with_the_fewest_requests_that_serves_the
     router.release(tickets[3])
     assert router.assign("t", "s", 5000, (), lambda worker: 0).route == Route(0, 1)
     assert router.decode_load == [2, 1, 1]
-    with pytest.raises(PshareError, match="No decode worker takes the task 'v'"):
+    with pytest.raises(PshareError, match=r"decode .*'v'"):
         router.assign("v", None, 1, (), lambda worker: 0)
     assert router.decode_load == [2, 1, 1]
 
@@ -341,7 +341,7 @@ def test_progress_counts_down_and_lost_work_counts_up_again():
 def test_a_begun_answer_is_no_work_for_prefill():
     fakes = make_engine({"t": [1]})
     fakes.engine.submit(Request("r", "t", tuple(range(40)), 2, response_start=9), lambda event: None)
-    assert fakes.engine._router.prefill_load == [8]
+    assert fakes.engine.router.prefill_load == [8]
 
 
 def test_a_cache_cannot_have_more_than_the_prompt():

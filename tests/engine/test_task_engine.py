@@ -66,7 +66,7 @@ def test_all_choices_of_a_call_have_the_same_weights():
     """A swap that comes in the middle of a call's submission waits for its end."""
     fakes = make_engine({"t": OLD}, num_decode=2)
     client, engine = Client(fakes), fakes.engine
-    router: Any = engine._router
+    router: Any = engine.router
     began, swapped = threading.Event(), threading.Event()
 
     def change():
@@ -105,7 +105,7 @@ def test_a_call_with_an_unknown_task_takes_nothing():
     requests = [Request("a", "t", (1, 2), 4), Request("b", "u", (1, 2), 4)]
     with pytest.raises(UnknownTask):
         fakes.engine.submit_all(requests, [lambda event: None] * 2)
-    assert (fakes.engine.num_live, fakes.engine._router.decode_load) == (0, [0])
+    assert (fakes.engine.num_live, fakes.engine.router.decode_load) == (0, [0])
 
 
 def test_a_task_goes_only_to_the_workers_it_is_given_to():

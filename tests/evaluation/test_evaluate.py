@@ -234,12 +234,12 @@ def test_a_card_tells_what_was_evaluated(folder, base, tmp_path, capsys):
     assert run(*common, "--module", tmp_path / "m", "--sharing-ratio", 0.5) == 2
     assert run(*common, "--module", tmp_path / "bare") == 2
     assert run(*common[:-1], tmp_path / "bare", "--module", "base") == 2
-    told = capsys.readouterr().err.splitlines()
-    assert [one.partition("--card")[2] for one in told[1:]] == [
-        f" {tmp_path / 'm'} is not the folder of --module {tmp_path / 'bare'}.",
-        f" {tmp_path / 'bare'} does not say how it was trained, so there is no model card to tell it in.",
+    errors = capsys.readouterr().err.splitlines()
+    assert [error.partition("--card")[2] for error in errors[1:]] == [
+        f" {tmp_path / 'm'} must be the folder of --module, {tmp_path / 'bare'}.",
+        f" {tmp_path / 'bare'} has no model card, since its manifest has no training record; leave --card out.",
     ]
-    assert "leave --sharing-ratio out" in told[0]
+    assert "set --sharing-ratio to 1 or 0" in errors[0]
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_a_card_tells_what_was_evaluated(folder, base, tmp_path, capsys):
         ({"--task": "missing.jsonl"}, "There is no data file missing.jsonl"),
         ({"--task": "reasoning_gym:no_such"}, "has no task 'no_such'"),
         ({"--module": "missing"}, "there is no decode module folder missing."),
-        ({"--output": "missing/results.json"}, "--output: there is no folder missing."),
+        ({"--output": "missing/results.json"}, "--output: missing is not a folder"),
         ({"--sharing-ratio": "2"}, "from 0 to 1, not 2.0"),
         ({"--card": "missing"}, "there is no decode module folder missing."),
         ({"--max-new-tokens": "1024"}, "at most 1024 tokens"),

@@ -134,7 +134,7 @@ class Stepped:
 
     def check_everywhere(self, **modules: str) -> None:
         """Tasks answer as these modules on every worker that has them."""
-        asked = [(self.ask(task, route=route), task) for route, task in self.engine.all_routes()]
+        asked = [(self.ask(task, route=route), task) for route, task in self.engine.router.all_routes()]
         assert {task for _, task in asked} == set(modules)
         expected = [self.world.expected(modules[task]) for _, task in asked]
         assert self.ids(*[sequence for sequence, _ in asked]) == expected

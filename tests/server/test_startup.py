@@ -70,7 +70,7 @@ def world(tiny_folders, tmp_path_factory):
 def test_every_route_equals_the_oracle(world, placement, num_pools):
     config, oracle = world
     engine = build(replace(config, placement=placement))[0].engine
-    for route, task in engine.all_routes():
+    for route, task in engine.router.all_routes():
         assert answers(engine, task, route) == oracle[task]
     assert len({id(worker.pool) for worker in (*engine.prefill_workers, *engine.decode_workers)}) == num_pools
     engine.admission.check()
@@ -80,7 +80,7 @@ def test_isolated_tasks_prefill_with_their_own_weights(world):
     """The oracle is generation with a task's own weights on both sides; the base's task is unchanged."""
     config, oracle = world
     engine = build(replace(config, sharing="isolated"))[0].engine
-    assert [(route.prefill, task) for route, task in engine.all_routes()] == [(0, "chat"), (1, "math")]
+    assert [(route.prefill, task) for route, task in engine.router.all_routes()] == [(0, "chat"), (1, "math")]
     assert answers(engine, "chat") == oracle["chat"]
     model = ps.load(config.base)
     module = ps.load_module(config.tasks["math"], model)

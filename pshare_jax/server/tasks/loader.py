@@ -1,6 +1,6 @@
-"""A decode module's folder -> weights on the meshes of decode workers, with every program compiled that their steps call.
+"""Loads a decode module's folder onto the meshes of decode workers, and compiles every program that their steps call.
 
-task_table.py calls it in its own thread, beside the workers': it touches no pool and nothing of theirs.
+table.py calls it in a thread of its own, while workers run: it touches neither pools nor the workers' state.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ class TaskLoader:
         self._engine = engine
 
     def load(self, folder: Path, workers: Sequence[int], check: Callable[[], None]) -> dict[int, DecodeModule]:
-        """The module on each of the workers' devices; `check` may raise to give up.
+        """The module on the devices of each worker; `check` is called between steps and may raise to cancel.
 
         Raises:
             PshareError: the module does not fit the base.
@@ -33,11 +33,11 @@ class TaskLoader:
         return modules
 
     def _compile(self, worker: int, module: DecodeModule, check: Callable[[], None]) -> None:
-        """What is compiled already, for a task of the same architecture, takes no time."""
+        """Programs of a task with the same architecture are compiled already and take no time."""
         compiled = self._engine.decode_workers[worker].compiled
         spec = replace(self._engine.decode_specs[worker], tasks={"": module})
         for program in decode_variants(spec, self._engine):
-            # Also shapes that are not used yet while the start still compiles: they must not come before this.
+            # Also shapes that startup is still compiling: workers must not use them before this module's programs.
             if program.shape is not None and compiled.may_be_used(program.shape):
                 program.lower().compile()
                 check()
