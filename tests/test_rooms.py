@@ -24,7 +24,7 @@ DEVICE = (
     r"engine\.(build|kv\.device_pages|sampler|warmup)",
     r"server\.(startup|tasks\.loader)",
     r"training\.(checkpoint|model_card|result|run$|trainer|data\.loader|plan\.|step\.)",
-    r"evaluation\.(evaluate|generation|tasks)",
+    r"evaluation\.(evaluate|tasks)",
 )
 """Modules that need JAX, as patterns; all others are host code."""
 BARE = """

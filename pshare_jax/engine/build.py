@@ -26,8 +26,10 @@ from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.sampler import Sampler
 from pshare_jax.engine.shapes import page_buckets, pages_for
 from pshare_jax.errors import PshareError
-from pshare_jax.mesh import make_mesh
+from pshare_jax.mesh import make_mesh, same_devices
 from pshare_jax.model.kv.pages import page_bytes
+from pshare_jax.model.sharding import parameter_sharding
+from pshare_jax.share.decode_module import DecodeModule
 from pshare_jax.share.factorize import TaskModules
 from pshare_jax.share.model import Model
 
@@ -150,8 +152,17 @@ class EngineBuilder:
             if name not in modules.tasks:
                 source = self._config.tasks[name]
                 self._report(f"adding the task {name} ({source if isinstance(source, str) else 'a module'})")
-                modules.add_task(name, source)
+                modules.add_task(name, self._module_on(base, source) if isinstance(source, DecodeModule) else source)
         return modules
+
+    def _module_on(self, base: Model, module: DecodeModule) -> DecodeModule:
+        """A module in memory on the base's mesh; arrays that it has of the base are the base's there too."""
+        if same_devices(module.mesh, base.mesh):
+            return module
+        own = {path: array for path, array in module.params.items() if self._model.params.get(path) is not array}
+        moved = jax.device_put(own, {path: parameter_sharding(path, base.config, base.mesh) for path in own})
+        params = {path: moved[path] if path in moved else base.params[path] for path in module.params}
+        return replace(module, params=params, mesh=base.mesh)
 
 
 def mesh_of(worker: PrefillPlacement | DecodePlacement) -> Mesh:

@@ -17,12 +17,12 @@ from typing import Any
 from pshare_jax.engine.admission import Admission
 from pshare_jax.engine.config import EngineConfig
 from pshare_jax.engine.decode_worker import DecodeWorker
-from pshare_jax.engine.handle import Handle, Result, run_all
+from pshare_jax.engine.handle import EngineFull, Handle, Result, run_all
 from pshare_jax.engine.interfaces import DecodeSpec, EngineHooks, ModelFacts, PrefillSpec, Weights
 from pshare_jax.engine.kv.keys import PageKey, page_keys
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.prefill_worker import PrefillWorker
-from pshare_jax.engine.request import FAILED, TIMED_OUT, Event, Request
+from pshare_jax.engine.request import FAILED, TIMED_OUT, Event, Request, check_request
 from pshare_jax.engine.router import Route, Router
 from pshare_jax.engine.sequence import LEGAL, Sequence, State
 from pshare_jax.engine.shapes import pages_for
@@ -35,10 +35,6 @@ from pshare_jax.text.stop_strings import TextOutput
 
 logger = logging.getLogger(__name__)
 _numbers = itertools.count()
-
-
-class EngineFull(PshareError):
-    """The engine is at its limit of waiting and running requests, `limits.max_requests`."""
 
 
 class EngineDown(PshareError):
@@ -60,6 +56,7 @@ class Engine:
         self._live: dict[str, Sequence] = {}
         self._accepting = True
         self._started = False
+        self._stepping = threading.Lock()
         self.num_ended: dict[State, int] = {}
         self.on_end: list[Callable[[Sequence], None]] = []
         """Called with every sequence that has ended, under the lock; an exception is logged."""
@@ -137,8 +134,14 @@ class Engine:
         return run_all(self, requests, self._advance, progress)
 
     def _advance(self) -> None:
-        """Runs a step; waits shortly if it did nothing, or if the engine's threads run the steps."""
-        if self._started or not self.step():
+        """Runs a step; waits shortly if it did nothing, or if the steps are run by the engine's threads or another caller."""
+        done = False
+        if not self._started and self._stepping.acquire(blocking=False):
+            try:
+                done = self._step_workers()
+            finally:
+                self._stepping.release()
+        if not done:
             time.sleep(POLL_SECONDS)
 
     # --- requests -------------------------------------------------------------------------------------------------
@@ -154,6 +157,7 @@ class Engine:
             route: by default the router's choice.
 
         Raises:
+            PshareError: the request does not fit the model.
             EngineFull: too many requests are waiting or running.
             EngineDown: a worker thread has died or the engine is stopping.
             UnknownTask: no decode worker has the request's task.
@@ -164,6 +168,8 @@ class Engine:
         self, requests: Items[Request], on_events: Items[Callable[[Event], None] | None], route: Route | None = None
     ) -> list[Handle]:
         """Accepts all requests or none of them; otherwise as `submit`."""
+        for request in requests:
+            check_request(request, self.facts.vocab_size, self.facts.max_len)
         keys: dict[tuple[str, str, int, tuple[int, ...]], list[PageKey]] = {}
         handles = []
         for request, on_event in zip(requests, on_events, strict=True):
@@ -316,8 +322,12 @@ class Engine:
     # --- steps and threads ----------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """Steps every group of workers once (without threads); False if there was nothing to do."""
+        """One turn of every group of workers (without threads); False if none had anything to do."""
         self.expire()
+        return self._step_workers()
+
+    def _step_workers(self) -> bool:
+        # Without `expire`: a caller that pauses between two handles must not find its requests given up.
         done = [group.step() for group in self._groups]
         return any(done)
 

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from pshare_jax.engine.engine import Engine
 
 
+class EngineFull(PshareError):
+    """As many requests as `limits.max_requests` are waiting or running."""
+
+
 class RequestFailed(PshareError):
     """A request has ended with an error."""
 
@@ -47,15 +51,18 @@ class Handle:
         cancel: Callable[[str], None],
         on_event: Callable[[Event], None] | None = None,
     ):
-        """With `on_event` the events go to it, and the handle yields none."""
+        """With `on_event` the events go to it, and the handle has neither events nor a result."""
         self.sequence = sequence
         self._advance, self._cancel = advance, cancel
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._has_events = on_event is None
         self._seen: list[Event] = []
         sequence.on_event = on_event or self._events.put
 
     def __iter__(self) -> Iterator[Event]:
         """The events that no iteration has yielded yet."""
+        if not self._has_events:
+            raise ValueError("the events of this handle go to its on_event")
         while not (self._seen and self._seen[-1].last):
             try:
                 event = self._events.get_nowait()
@@ -100,27 +107,41 @@ def run_all(
     engine: "Engine", requests: Iterable[Request], advance: Callable[[], None], progress: Callable[[int], None] | None
 ) -> list[Result]:
     """`Engine.run`; `advance` waits for the engine."""
-    handles: list[Handle] = []
-    num_reported = 0
+    requests = list(requests)
+    for request in requests:
+        check_request(request, engine.facts.vocab_size, engine.facts.max_len)
+    results: dict[int, Result] = {}
+    running: dict[int, Handle] = {}
 
-    def report() -> None:
-        nonlocal num_reported
-        while progress is not None and num_reported < sum(handle.done for handle in handles):
-            num_reported += 1
-            progress(num_reported)
+    def wait() -> None:
+        """Takes the results of ended requests and drops their handles; if there are none, waits for the engine."""
+        ended = [index for index, handle in running.items() if handle.done]
+        if not ended:
+            advance()
+        for index in ended:
+            results[index] = running[index].result()
+            del running[index]
+            if progress is not None:
+                progress(len(results))
 
     try:
-        for request in requests:
-            check_request(request, engine.facts.vocab_size, engine.facts.max_len)
-            while engine.num_live >= engine.config.limits.max_requests:
-                advance()
-            handles.append(engine.submit(request))
-            report()
-        results = []
-        for handle in handles:
-            results.append(handle.result())
-            report()
-        return results
+        for index, request in enumerate(requests):
+            while (handle := _submit_if_room(engine, request)) is None:
+                wait()
+            running[index] = handle
+        while running:
+            wait()
     finally:
-        for handle in handles:
+        for handle in running.values():
             handle.cancel()
+        if running:
+            # The workers release the pages of cancelled requests in their next step.
+            advance()
+    return [results[index] for index in range(len(requests))]
+
+
+def _submit_if_room(engine: "Engine", request: Request) -> Handle | None:
+    try:
+        return engine.submit(request)
+    except EngineFull:
+        return None

@@ -110,7 +110,8 @@ def check_request(request: Request, vocab_size: int, max_len: int) -> None:
         raise PshareError("The prompt is empty; it needs at least one token.")
     if request.max_tokens < 0:
         raise PshareError(f"max_tokens must be at least 0, not {request.max_tokens}.")
-    if len(prompt) + request.max_tokens > max_len:
+    # Also an answer of no token needs a place behind the prompt: its last token is consumed.
+    if len(prompt) + max(request.max_tokens, 1) > max_len:
         raise PshareError(
             f"The context length is at most {max_len} tokens, but the prompt has {len(prompt)} and max_tokens is "
             f"{request.max_tokens}; shorten the prompt or lower max_tokens."

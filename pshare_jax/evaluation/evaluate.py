@@ -5,6 +5,7 @@ the module encodes the rest of the prompt itself, which also shows the effect of
 """
 
 import argparse
+import gc
 import json
 import math
 import sys
@@ -30,11 +31,12 @@ from pshare_jax.engine.config import (
 )
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.handle import Result
-from pshare_jax.engine.request import Request
+from pshare_jax.engine.request import Request, check_request
 from pshare_jax.engine.shapes import pages_for
 from pshare_jax.errors import PshareError
 from pshare_jax.evaluation.tasks import Item, Task, open_task
 from pshare_jax.evaluation.verifiers import Verifier
+from pshare_jax.model.kv.dense import bucket
 from pshare_jax.share.boundary import response_start_at
 from pshare_jax.share.decode_module import DecodeModule, load_module, read_manifest
 from pshare_jax.share.model import DTYPES, Model, load
@@ -154,12 +156,9 @@ def evaluate_modules(
         raise PshareError(f"The sharing ratio must be from 0 to 1, not {sharing_ratio}.")
     if rows < 1:
         raise PshareError(f"The number of rows must be at least 1, not {rows}.")
-    started = time.perf_counter()
-    longest = max(len(item.prompt_ids) for item in items) + max_new_tokens
-    engine = _engine(base, modules, longest, rows, alone=sharing_ratio == 0)
     requests = [
         Request(
-            f"{index} {task}",
+            f"question {index + 1}, {task}",
             task,
             item.prompt_ids,
             max_new_tokens,
@@ -169,21 +168,37 @@ def evaluate_modules(
         for index, item in enumerate(items)
         for task in modules
     ]
+    for request in requests:
+        # Before the pools are made, whose size follows from the longest prompt.
+        check_request(request, base.config.vocab_size, base.config.max_len)
+    started = time.perf_counter()
+    engine = _engine(base, modules, requests, rows, alone=sharing_ratio == 0)
     answers = engine.run(requests, progress)
+    generated = time.perf_counter() - started
+    # Its objects refer to each other, and its pools must be gone before the next engine's are made.
+    del engine
+    gc.collect()
     results = {}
     for index, task in enumerate(modules):
-        own = answers[index :: len(modules)]
+        started, own = time.perf_counter(), answers[index :: len(modules)]
         scored = [_scored(base, item, answer, verifier) for item, answer in zip(items, own, strict=True)]
-        seconds = time.perf_counter() - started
+        seconds = generated + time.perf_counter() - started
         results[task] = EvalResult(scored, sum(len(answer.ids) for answer in own), seconds)
     return results
 
 
-def _engine(base: Model, modules: Mapping[str, DecodeModule], longest: int, rows: int, alone: bool) -> Engine:
-    """Prefill and decode on the base's own devices, with pages for `rows` of the longest sequences."""
+def _engine(
+    base: Model, modules: Mapping[str, DecodeModule], requests: Sequence[Request], rows: int, alone: bool
+) -> Engine:
+    """Prefill and decode on the base's own devices, with pages for `rows` of the longest sequences.
+
+    Pages and rows are rounded up to a few sizes, so that evaluations share compiled programs.
+    """
     devices = [jax.devices().index(device) for device in base.mesh.devices.flat]
+    rows = min(rows, bucket(len(requests), smallest=1))
+    longest = bucket(max(len(request.prompt) + request.max_tokens for request in requests) + 1)
     kv = KVConfig()
-    pages = (1 + rows * pages_for(longest + 1, kv.page_size)) * (len(modules) if alone else 1)
+    pages = (1 + rows * pages_for(longest, kv.page_size)) * (len(modules) if alone else 1)
     return Engine.build(
         base,
         EngineConfig(
@@ -192,7 +207,8 @@ def _engine(base: Model, modules: Mapping[str, DecodeModule], longest: int, rows
             placement=Placement([PrefillPlacement(devices)], [DecodePlacement(devices)]),
             kv=replace(kv, pages=max(3, pages)),
             batch=BatchConfig(decode_rows=rows),
-            limits=LimitsConfig(stall_seconds=math.inf),
+            # With more requests than rows the pool would be shared by more sequences than it is made for.
+            limits=LimitsConfig(max_requests=rows, stall_seconds=math.inf),
         ),
     )
 

@@ -1,5 +1,8 @@
 """Handles, `generate` and `run`: the engine as a library, with its threads and without."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from fake_engine import make_engine
 from serving_fakes import EOS, Echo
@@ -63,11 +66,63 @@ def test_cancel_ends_a_request_at_once(fakes):
     ("prompt", "max_tokens", "fact"),
     [((), 1, "empty"), ((1, 2), 10_000, "10000"), ((1, 260), 1, "259"), ((1, -1), 1, "259"), ((1,), -1, "max_tokens")],
 )
-def test_a_request_that_cannot_be_answered_is_refused_and_cancels_the_others(fakes, prompt, max_tokens, fact):
-    good = Request("good", "t", (1, 2), 100)
+def test_a_request_that_cannot_be_answered_is_refused_before_any_runs(fakes, prompt, max_tokens, fact):
+    good, bad = Request("good", "t", (1, 2), 100), Request("bad", "t", prompt, max_tokens)
     with pytest.raises(PshareError, match=fact):
-        fakes.engine.run([good, Request("bad", "t", prompt, max_tokens)])
+        fakes.engine.run([good, bad])
+    with pytest.raises(PshareError, match=fact):
+        fakes.engine.submit(bad)
     assert fakes.engine.num_live == 0
+    assert fakes.decode["t"].rows == []
+
+
+def test_the_whole_context_can_be_used_and_no_more(fakes):
+    max_len = fakes.engine.facts.max_len
+    prompt = tuple(range(200)) + tuple(range(max_len - 200 - 1))
+    assert len(fakes.engine.generate([prompt], "t", max_tokens=1)[0].ids) == 1
+    with pytest.raises(PshareError, match=str(max_len)):
+        fakes.engine.submit(Request("r", "t", (*prompt, 1), 0, scores_prompt=True))
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_callers_in_several_threads_share_the_engine(started):
+    fakes = make_engine({"t": ECHO}, max_requests=4)
+    if started:
+        fakes.engine.start()
+
+    def ask(start):
+        return [result.ids for result in fakes.engine.generate(PROMPTS[start:], "t", max_tokens=4, stop_ids=())]
+
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(ask, range(4)))
+    fakes.engine.stop()
+    assert answers == [[ECHO.answer(prompt, 4) for prompt in PROMPTS[start:]] for start in range(4)]
+    # Without threads of its own the engine is stepped by its callers, one at a time.
+    assert set(fakes.faults) <= (set() if started else {"two threads touch one pool"})
+
+
+def test_a_failed_request_cancels_the_others_and_their_pages_come_back(caplog):
+    fakes = make_engine({"t": ECHO, "bad": Echo("bad")})
+    fakes.decode["bad"].fail_at = 1
+    requests = [Request("long", "t", (1, 2), 200), Request("bad", "bad", (3,) * 9, 9)]
+    with pytest.raises(RequestFailed):
+        fakes.engine.run(requests)
+    assert fakes.engine.idle
+    fakes.check()
+
+
+def test_a_pause_between_two_handles_is_no_stall():
+    fakes = make_engine({"t": ECHO}, stall_seconds=0.05)
+    handle = fakes.engine.submit(Request("r", "t", (1, 2), 3))
+    time.sleep(0.1)
+    assert handle.result().finish_reason == "length"
+
+
+def test_a_handle_with_a_callback_has_no_events(fakes):
+    events = []
+    handle = fakes.engine.submit(Request("r", "t", (1, 2), 2), events.append)
+    with pytest.raises(ValueError, match="on_event"):
+        handle.result()
 
 
 def test_an_unknown_task_is_named_with_the_known_ones(fakes):
