@@ -1,4 +1,4 @@
-"""A warmed-up engine compiles nothing, whatever comes; its programs are few, and until all are there it uses those that are."""
+"""A warmed-up engine compiles nothing for any request; its programs are few, and it uses each as soon as it is compiled."""
 
 import dataclasses
 from pathlib import Path
@@ -35,7 +35,7 @@ def sources(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 
 
 def random_request(world: Engines, draw: np.random.Generator, most: int) -> Request:
-    """Any length, any way of sampling, any report."""
+    """A request with a random length, sampling and report."""
     answer_len = int(draw.integers(1, 20))
     length = int(draw.integers(1, most - answer_len + 1))
     fields: dict[str, Any] = {"seed": int(draw.integers(1000))}
@@ -59,7 +59,7 @@ def random_request(world: Engines, draw: np.random.Generator, most: int) -> Requ
 
 
 def play(world: Engines, engine: Engine, draw: np.random.Generator, count: int) -> None:
-    """So many requests that come and go, some aborted, one to twelve at a time."""
+    """Runs `count` requests, some of them aborted, one to twelve at a time."""
     live: list[Answer] = []
     wanted = 1
     while count or live:
@@ -140,12 +140,12 @@ def test_an_engine_serves_with_the_small_programs_while_the_rest_is_compiled(sou
     requests = [world.clear(draw, "chat", length) for length in (3, 40, 130)]
     world.check(*requests, engine=engine)
     assert set(shapes) == {(1, 64), (1, 1)}
-    # No compiling here: each is told to be there, as the compiling thread would.
-    told: list[str] = []
+    # Nothing is compiled here: each program only counts as compiled.
+    lines: list[str] = []
     rest = [dataclasses.replace(one, lower=Nothing) for one in programs if not one.small]
-    compiler = BackgroundCompiler(rest, [worker.compiled for worker in workers], told.append, engine.wake)
+    compiler = BackgroundCompiler(rest, [worker.compiled for worker in workers], lines.append, engine.wake)
     compiler._thread.join()
-    assert len(told) == 1
+    assert len(lines) == 1
     for shape in [*prefill_shapes(128), *[(rows,) for rows in row_buckets(4)]]:
         assert all(shape in worker.compiled for worker in workers)
 
@@ -172,7 +172,7 @@ def test_what_is_compiled_has_its_first_run_once_and_hurts_nobody(sources):
     assert engine.warm
     assert set(ran) == {*prefill_shapes(128), *((rows, 1) for rows in row_buckets(4)), (1, SCORE_TOKENS)}
     assert len(ran) == sum(one.name.startswith(("prefill", "decode", "score")) for one in variants(engine))
-    # The same prompts hit what is cached, which the first runs have left alone.
+    # The same prompts still hit the cache, which the first runs did not touch.
     world.check(*requests, engine=engine)
 
 

@@ -1,4 +1,4 @@
-"""Everything at once on a real engine: small pools, late copies, aborts, mixed tasks, shared prefixes, salts, sampling.
+"""Everything at once on a real engine: small pools, late transfers, aborts, mixed tasks, shared prefixes, salts, sampling.
 
 Every finished answer must be the oracle's, every aborted one its beginning, and no page may be left over.
 """
@@ -42,8 +42,8 @@ PREFIX_LENGTHS = (40, 33, 25, 12)
 SPLIT = placed([[0]], [[1]])
 SMALL = {"prefill_pages": 26, "decode_pages": 20}
 ABORTS = {"any": 0.01, "prefilling": 0.4, "in flight": 0.02, "awaited": 0.05}
-"""Whose aborts, and how likely each turn: anybody; one in prefill that others await; one with a copy on its way;
-one with a copy that others await."""
+"""Probability of an abort in each turn: of any request; of a request in prefill that others await; of a request with a
+transfer in flight; of a request with a transfer that others await."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def sources(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 
 @dataclass
 class Asked:
-    """A request, when it comes, and what it must give."""
+    """A request, its arrival, and its expected answer."""
 
     request: Request
     expected: Rollout
@@ -63,7 +63,7 @@ class Asked:
 
 @dataclass
 class Plan:
-    """Requests in the order of their coming, in waves with idle moments between them; each prompt once a few tasks."""
+    """Requests in order of arrival, in waves with idle moments between them; each prompt for several tasks."""
 
     world: Engines
     draw: np.random.Generator
@@ -74,7 +74,7 @@ class Plan:
         self.prefixes = [self.draw.integers(0, VOCAB, length) for length in PREFIX_LENGTHS]
 
     def fill(self, count: int) -> "Plan":
-        """So many requests."""
+        """Draws `count` requests."""
         while len(self.asked) < count:
             self._burst()
         return self
@@ -116,13 +116,13 @@ class Plan:
 
 @dataclass
 class Storm:
-    """Plays a plan on an engine, turn by turn, with random aborts; checks books each turn and pools when idle."""
+    """Plays a plan on an engine, turn by turn, with random aborts; checks lists each turn and pools when idle."""
 
     engine: Engine
     plan: Plan
     draw: np.random.Generator
     faults: float = 0.0
-    """How likely a step or a copy is to fail, each turn."""
+    """Probability that a step or a transfer fails, each turn."""
     aborts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ABORTS, 0))
     num_idle: int = 0
 
@@ -178,7 +178,7 @@ class Storm:
 
 
 def check_answers(plan: Plan) -> None:
-    """Finished answers are the oracle's, ended ones its beginning."""
+    """Finished answers equal the oracle's, and aborted answers are its beginning."""
     for asked in plan.asked:
         answer = asked.answer
         assert answer.sequence.final
@@ -215,7 +215,7 @@ def world_of(sources: tuple[Path, dict[str, Any]], placement: Placement = SPLIT,
 
 
 def assert_split_troubles(counters: Counters, sent: Sent, played: Storm) -> None:
-    """A run that has not met all of this proves little; a long one has also lost pages that somebody waited for."""
+    """A run proves little unless all of this has happened; a long run must also have lost pages that others awaited."""
     assert counters.restarts > 0 or len(played.plan.asked) < 500
     assert counters.preemptions > 0
     assert counters.evictions > 0
@@ -227,7 +227,7 @@ def assert_split_troubles(counters: Counters, sent: Sent, played: Storm) -> None
 
 
 def assert_colocated_troubles(counters: Counters, sent: Sent, played: Storm) -> None:
-    """The same where nothing is copied."""
+    """The same without transfers."""
     assert counters.restarts > 0 or len(played.plan.asked) < 500
     assert counters.preemptions > 0
     assert counters.evictions > 0
@@ -266,7 +266,7 @@ def test_storm_over_two_and_two_workers(sources, caplog, policy):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_storm_over_workers_that_share_devices_crosswise(sources, caplog):
-    """Each pool takes copies from the other pair's prefill worker, and its own pair's pages without a copy."""
+    """Each pool receives transfers from the other pair's prefill worker, and shares its own pair's pages."""
     world = world_of(sources, placed([[0], [1]], [[1], [0]]))
     met = storm(world, 8, 500, caplog, prefill_pages=22)
     assert_split_troubles(*met)

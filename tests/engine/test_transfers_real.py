@@ -1,4 +1,4 @@
-"""Copies between real pools: late, failing, never coming, out of order, aborted on their way, between all degrees of TP.
+"""Transfers between real pools: late, failing, lost, out of order, aborted in flight, between all degrees of TP.
 
 Every answer must be the oracle's and every page must come back.
 """
@@ -49,7 +49,7 @@ def sources(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def world(sources) -> Engines:
-    """One prefill and one decode worker, debug mode."""
+    """One prefill and one decode worker, in debug mode."""
     return world_on(sources, placed([[0]], [[1]]), debug=True)
 
 
@@ -59,7 +59,7 @@ def draw() -> np.random.Generator:
 
 
 def held_back(engine: Engine) -> FaultyStore:
-    """The decode pool's store, into which copies do not come until a test lets them."""
+    """The decode pool's store, at which transfers do not arrive until a test lets them."""
     store = store_of(engine.admission.decode_pools[0])
     store.polls = lambda: NEVER
     return store
@@ -72,7 +72,7 @@ def let_come(store: FaultyStore) -> None:
 
 
 def assert_right(world: Engines, *answers: Answer) -> None:
-    """The answers are finished and the oracle's."""
+    """The answers are finished and equal the oracle's."""
     for answer in answers:
         assert answer.error is None, answer.events[-1]
         expected = world.expected(answer.sequence.request)
@@ -87,7 +87,7 @@ def finish(world: Engines, engine: Engine, *answers: Answer) -> None:
     assert_restored(engine)
 
 
-# --- aborts and failures on the way -----------------------------------------------------------------------------------
+# --- aborts and failures in flight ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("length", "state"), [(28, State.TRANSFERRING), (40, State.PREFILLING)])
@@ -151,7 +151,7 @@ def test_a_copy_that_never_comes_is_given_up_and_its_pages_come_back(world, draw
     store.polls = lambda: 0
     step_until(engine, lambda: lost.ended and not time.sleep(0.01))
     assert lost.error == TIMED_OUT
-    # Who waited for that copy gets its own, or is given up in its turn: nobody may ever wait for it again.
+    # Requests that waited for that transfer send their own or fail in turn: none may ever wait for it again.
     step_until(engine, lambda: late.ended and not time.sleep(0.01))
     stall_after(engine, 300.0)
     step_until(engine, lambda: engine.idle)
@@ -173,7 +173,7 @@ def test_an_inherited_copy_that_never_comes_is_given_up(world, draw):
     stall_after(engine, 0.2)
     newest = waiting
     for _ in range(20):
-        # A chain of requests that wait for it, each before the one before it is given up.
+        # A chain of requests that wait for it, each submitted before its predecessor fails.
         time.sleep(0.05)
         newest = Answer(engine, world.request("lora", first.prompt))
         engine.step()
@@ -277,7 +277,7 @@ def test_copies_that_wait_for_others_leave_room_for_these(sources, draw):
     prefix = draw.integers(0, 320, 70)
     first = Answer(engine, world.request("chat", prefix, 4), Route(0, 0))
     engine.prefill_workers[0].step()
-    # Two of three chunks are still to come: the others wait for them in the decode pool, having prefilled by themselves.
+    # Two of three chunks are outstanding: the other requests have prefilled, and wait for them in the decode pool.
     others = [
         Answer(engine, world.request("chat", [*prefix[:68], index, 1], 4), Route(1, 0))
         for index in range(MAX_IN_FLIGHT + 4)
@@ -358,7 +358,7 @@ def published(pool: Pool) -> dict[bytes, np.ndarray]:
 
 
 def oracle_pages(world: Engines, request: Request) -> np.ndarray:
-    """KV of the request's full pages as the plain loop makes it: `[L, 2, K, pages, page, H]`."""
+    """KV of the request's full pages as the plain loop computes it: `[L, 2, K, pages, page, H]`."""
     size = world.config.kv.page_size
     num_pages = (len(request.prompt) - 1) // size
     dense = world.oracle(request.task).prefill([list(request.prompt[:-1])])

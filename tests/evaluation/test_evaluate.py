@@ -1,4 +1,4 @@
-"""Evaluation from a task's name to the accuracy: questions as training and the server see them, judged and counted."""
+"""Evaluation from a task's name to the accuracy: questions in the form of training and serving, scored and counted."""
 
 import json
 import math
@@ -92,7 +92,7 @@ def test_reasoning_gym_asks_what_it_trains(base):
 
 
 def test_bfcl_asks_with_functions_and_judges_calls(base, monkeypatch):
-    """Without the wheel: the questions are ours here."""
+    """Without the wheel: the questions are the test's own."""
     functions = [{"name": "a.b", "parameters": {"type": "dict", "properties": {}, "required": []}}]
     question = {
         "id": "simple_0",
@@ -120,7 +120,7 @@ def asked(base, tmp_path_factory) -> list[Item]:
 
 @pytest.mark.parametrize("ratio", [1.0, 0.0])
 def test_answers_are_those_of_the_plain_loop(base, module_folder, asked, ratio):
-    """The texts that are judged, in order; with ratio 0 those of the fine-tune without sharing."""
+    """The scored texts, in order; with ratio 0 the texts of the fine-tune without sharing."""
     module = load_any_module(str(module_folder), base)
     shared = ps.factorize(base if ratio else ps.load(module_folder))
     shared.add_task("m", module if ratio else "base")
@@ -196,9 +196,9 @@ def test_command_line(folder, module_folder, tmp_path, capsys):
     output = tmp_path / "results.json"
     arguments = ("--base", folder, "--module", plain, "--task", data, "--max-new-tokens", 4, "--output", output)
     assert run(*arguments, "--sharing-ratio", 0.5, "--rows", 2) == 0
-    told = capsys.readouterr()
-    assert f"{data}: 0.0% right (0 of 2; 95 % interval 0.0% to 65.8%)" in told.out
-    assert "dropped: 1 x no messages (line 2)" in told.err
+    output = capsys.readouterr()
+    assert f"{data}: 0.0% right (0 of 2; 95 % interval 0.0% to 65.8%)" in output.out
+    assert "dropped: 1 x no messages (line 2)" in output.err
     result = json.loads(output.read_text())
     assert (result["sharing_ratio"], result["num_items"], result["dtype"]) == (0.5, 2, "float32")
     assert (result["scores"], len(result["wrong"]), result["right"]) == ([0.0, 0.0], 2, [])
@@ -258,7 +258,7 @@ def test_mistakes_end_in_one_sentence(folder, tmp_path, monkeypatch, capsys, cha
     monkeypatch.chdir(tmp_path)
     options = {"--base": folder, "--module": "base", "--task": "reasoning_gym:chain_sum?size=1", **changes}
     assert run(*(word for pair in options.items() for word in pair)) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert sentence in told.err
-    assert told.err.count("\n") == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert sentence in output.err
+    assert output.err.count("\n") == 1

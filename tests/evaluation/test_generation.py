@@ -1,4 +1,4 @@
-"""What evaluation generates equals the plain loop token by token, in every family, for every share of the prompt.
+"""Evaluation generates the plain loop's tokens, in every family, for every share of the prompt.
 
 Where the module reads all of the prompt itself, the reference is transformers with the saved module. Prompts are redrawn
 until every choice is clear.
@@ -56,7 +56,7 @@ def made(request, tmp_path_factory) -> Made:
 
 
 def clear_prompts(shared: ps.SharedModel, task: str, ratio: float) -> tuple[list[list[int]], list[list[int]]]:
-    """A prompt of every length of which every choice is clear, and the plain loop's answers."""
+    """A prompt of every length, without near-ties, and the plain loop's answers."""
     made = [clear_prompt(shared, task, ratio, length) for length in LENGTHS]
     return [prompt for prompt, _ in made], [ids for _, ids in made]
 
