@@ -127,7 +127,10 @@ def check_traffic(place, mood, seeds, num_requests):
             seen.update(evicted=worker.pool.manager.num_evicted, cached=worker.pool.cache_stats.cached_tokens)
         if mood == "calm":
             # Only preempted requests prefill more than their uncached tokens.
-            asked = sum(len(one.request.prompt) - 1 - one.cached_tokens for one in traffic.client.sequences.values())
+            asked = sum(
+                len(sequence.request.prompt) - 1 - sequence.cached_tokens
+                for sequence in traffic.client.sequences.values()
+            )
             fed = sum(prefill.num_tokens for prefill in fakes.prefill)
             assert fed == asked or (preempted and fed > asked)
             assert seen["restarts"] == 0

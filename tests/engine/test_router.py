@@ -106,7 +106,7 @@ class Talk:
 
     @property
     def num_moves(self):
-        return sum(one != other for one, other in pairwise(self.workers))
+        return sum(first != second for first, second in pairwise(self.workers))
 
 
 def talk_all(world, agents, keyed, outstanding, seed, system_pages=10):

@@ -141,7 +141,7 @@ class Storm:
             self.engine.admission.check()
             self._abort(live)
             self._break()
-            live = [one for one in live if not one.answer.ended]
+            live = [entry for entry in live if not entry.answer.ended]
             turn += 1
         assert not waiting
         assert not live
@@ -153,11 +153,11 @@ class Storm:
         return turn
 
     def _abort(self, live: list[Asked]) -> None:
-        sequences = [one.answer.sequence for one in live]
-        on_way = [one for one in sequences if self.engine.admission.transfers_of(one) and not one.final]
-        awaited = [one for one in on_way if has_waiters(one)]
-        prefilling = [one for one in sequences if one.state is State.PREFILLING and has_waiters(one)]
-        for kind, able in zip(ABORTS, (sequences, prefilling, on_way, awaited), strict=True):
+        sequences = [entry.answer.sequence for entry in live]
+        sending = [each for each in sequences if self.engine.admission.transfers_of(each) and not each.final]
+        awaited = [each for each in sending if has_waiters(each)]
+        prefilling = [each for each in sequences if each.state is State.PREFILLING and has_waiters(each)]
+        for kind, able in zip(ABORTS, (sequences, prefilling, sending, awaited), strict=True):
             if able and self.draw.random() < ABORTS[kind]:
                 self.engine.abort(able[self.draw.integers(len(able))].request.id)
                 self.aborts[kind] += 1
@@ -167,14 +167,14 @@ class Storm:
             return
         pools = pools_of(self.engine)
         store = store_of(pools[self.draw.integers(len(pools))])
-        on_way = [late for pool in pools for late in store_of(pool).late[-4:]]
+        sending = [late for pool in pools for late in store_of(pool).late[-4:]]
         kind = self.draw.integers(3)
         if kind == 0:
             store.fault = RuntimeError("a step fails")
         elif kind == 1:
             store.place_fault = RuntimeError("a copy cannot be sent")
-        elif on_way:
-            on_way[self.draw.integers(len(on_way))].error = RuntimeError("a copy fails")
+        elif sending:
+            sending[self.draw.integers(len(sending))].error = RuntimeError("a copy fails")
 
 
 def check_answers(plan: Plan) -> None:
@@ -346,7 +346,7 @@ def threaded_storm(world: Engines, seed: int, count: int, limit: float, **pools:
 def _wait(engine: Engine, condition: Callable[[], bool], deadline: float) -> None:
     while not condition():
         if time.monotonic() > deadline:
-            states = [(one.request.id, one.state) for one in engine._live.values()]
+            states = [(sequence.request.id, sequence.state) for sequence in engine.live]
             raise AssertionError(f"the engine stands still: {states}")
         time.sleep(0.001)
 
@@ -369,7 +369,7 @@ def restless() -> Iterator[None]:
 
 def check_threaded(world: Engines, seed: int, count: int, caplog: Any, **pools: Any) -> None:
     engine, plan = threaded_storm(world, seed, count, 150, **pools)
-    assert not [one for one in caplog.records if one.levelno >= logging.ERROR], caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR], caplog.text
     check_answers(plan)
     counters = Counters.of(engine)
     print(counters, engine.num_ended)

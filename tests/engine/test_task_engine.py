@@ -90,10 +90,10 @@ def test_all_choices_of_a_call_have_the_same_weights():
     engine.submit_all(requests, [lambda event: None] * 4)
     thread.join()
     sequences = [engine._live[request.id] for request in requests]
-    assert {one.decode_worker for one in sequences} == {0, 1}
-    assert len({id(one.decode.weights) for one in sequences}) == 1
+    assert {sequence.decode_worker for sequence in sequences} == {0, 1}
+    assert len({id(sequence.decode.weights) for sequence in sequences}) == 1
     fakes.run()
-    assert [one.decode.completion_ids for one in sequences] == [OLD.answer((1, 2, 3), 4)] * 4
+    assert [sequence.decode.completion_ids for sequence in sequences] == [OLD.answer((1, 2, 3), 4)] * 4
     router.assign = assign
     name = client.ask(prompt=(1, 2, 3), max_tokens=4)
     fakes.run()

@@ -131,9 +131,9 @@ def test_answers_are_those_of_the_plain_loop(base, module_folder, asked, ratio):
         want.append((base.tokenizer.decode(ids if cut else ids[:-1]), cut, len(ids)))
     right = {want[1][0], want[4][0]}
     done: list[int] = []
-    result = evaluate(
+    results = evaluate(
         base,
-        module,
+        {"m": module},
         asked,
         lambda answer, record: 1.0 if answer in right else 0.5,
         max_new_tokens=NEW,
@@ -141,15 +141,16 @@ def test_answers_are_those_of_the_plain_loop(base, module_folder, asked, ratio):
         rows=2,
         progress=done.append,
     )
-    assert [(one.answer, one.cut) for one in result.answers] == [(text, cut) for text, cut, _ in want]
+    result = results["m"]
+    assert [(answer.answer, answer.cut) for answer in result.answers] == [(text, cut) for text, cut, _ in want]
     assert result.num_tokens == sum(length for _, _, length in want)
     assert done == list(range(1, len(asked) + 1))
     num_right = sum(text in right for text, _, _ in want)
     assert result.accuracy == num_right / len(asked) < 1
     assert result.mean_score == pytest.approx((num_right + len(asked)) / 2 / len(asked))
     summary = result.summary(num_samples=1)
-    assert [one["answer"] for one in summary["right"]] == [want[1][0]]
-    assert [one["answer"] for one in summary["wrong"]] == [want[0][0]]
+    assert [answer["answer"] for answer in summary["right"]] == [want[1][0]]
+    assert [answer["answer"] for answer in summary["wrong"]] == [want[0][0]]
     assert summary["scores"][1] == 1.0
 
 
@@ -157,15 +158,15 @@ def test_the_ratio_matters(base, module_folder, asked):
     module = load_any_module(str(module_folder), base)
 
     def answers(ratio: float) -> list[str]:
-        result = evaluate(base, module, asked, exact_match, max_new_tokens=NEW, sharing_ratio=ratio)
-        return [one.answer for one in result.answers]
+        results = evaluate(base, {"m": module}, asked, exact_match, max_new_tokens=NEW, sharing_ratio=ratio)
+        return [answer.answer for answer in results["m"].answers]
 
     assert answers(1.0) != answers(0.0) != answers(0.5)
 
 
 def test_nothing_to_ask(base):
     with pytest.raises(PshareError, match="no questions"):
-        evaluate(base, load_any_module("base", base), [], exact_match, max_new_tokens=1)
+        evaluate(base, {"base": load_any_module("base", base)}, [], exact_match, max_new_tokens=1)
 
 
 @pytest.mark.parametrize(("right", "total"), [(0, 10), (10, 10), (3, 10), (7, 500), (1, 1)])
@@ -196,9 +197,9 @@ def test_command_line(folder, module_folder, tmp_path, capsys):
     output = tmp_path / "results.json"
     arguments = ("--base", folder, "--module", plain, "--task", data, "--max-new-tokens", 4, "--output", output)
     assert run(*arguments, "--sharing-ratio", 0.5, "--rows", 2) == 0
-    output = capsys.readouterr()
-    assert f"{data}: 0.0% right (0 of 2; 95 % interval 0.0% to 65.8%)" in output.out
-    assert "dropped: 1 x no messages (line 2)" in output.err
+    printed = capsys.readouterr()
+    assert f"{data}: 0.0% right (0 of 2; 95 % interval 0.0% to 65.8%)" in printed.out
+    assert "dropped: 1 x no messages (line 2)" in printed.err
     result = json.loads(output.read_text())
     assert (result["sharing_ratio"], result["num_items"], result["dtype"]) == (0.5, 2, "float32")
     assert (result["scores"], len(result["wrong"]), result["right"]) == ([0.0, 0.0], 2, [])
@@ -258,7 +259,7 @@ def test_mistakes_end_in_one_sentence(folder, tmp_path, monkeypatch, capsys, cha
     monkeypatch.chdir(tmp_path)
     options = {"--base": folder, "--module": "base", "--task": "reasoning_gym:chain_sum?size=1", **changes}
     assert run(*(word for pair in options.items() for word in pair)) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert sentence in output.err
-    assert output.err.count("\n") == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert sentence in printed.err
+    assert printed.err.count("\n") == 1

@@ -13,7 +13,7 @@ from tiny import FAMILIES, random_tokens, tiny_folder, tiny_module
 
 import pshare_jax as ps
 from pshare_jax.engine.engine import Engine
-from pshare_jax.evaluation.evaluate import evaluate_modules
+from pshare_jax.evaluation.evaluate import evaluate
 from pshare_jax.evaluation.tasks import Item
 from pshare_jax.share.boundary import base_len, response_start_at
 
@@ -89,7 +89,7 @@ def generated(made: Made, tasks: tuple[str, ...], prompts: list[list[int]], rati
         patch.setattr(Engine, "run", noted)
         items = [Item(str(index), tuple(prompt), "", {}) for index, prompt in enumerate(prompts)]
         modules = {task: made.module(task) for task in tasks}
-        results = evaluate_modules(
+        results = evaluate(
             base, modules, items, lambda text, record: 1.0, max_new_tokens=NEW, sharing_ratio=ratio, rows=2
         )
     assert {name: result.num_tokens for name, result in results.items()} == dict.fromkeys(tasks, NEW * len(prompts))
