@@ -1,4 +1,4 @@
-"""Random traffic over fakes: small pools, shared beginnings, slow and failing transfers, aborts; every answer must be right.
+"""Random traffic over fakes: small pools, shared beginnings, slow or failing transfers, aborts; every answer is right.
 
 Pages are erased when they are given back, so a page that is read too late or lent too early shows in an answer.
 """
@@ -127,10 +127,8 @@ def check_traffic(place, mood, seeds, num_requests):
             seen.update(evicted=worker.pool.manager.num_evicted, cached=worker.pool.cache_stats.cached_tokens)
         if mood == "calm":
             # Only preempted requests prefill more than their uncached tokens.
-            asked = sum(
-                len(sequence.request.prompt) - 1 - sequence.cached_tokens
-                for sequence in traffic.client.sequences.values()
-            )
+            sequences = traffic.client.sequences.values()
+            asked = sum(len(seq.request.prompt) - 1 - seq.cached_tokens for seq in sequences)
             fed = sum(prefill.num_tokens for prefill in fakes.prefill)
             assert fed == asked or (preempted and fed > asked)
             assert seen["restarts"] == 0

@@ -131,17 +131,8 @@ def test_answers_are_those_of_the_plain_loop(base, module_folder, asked, ratio):
         want.append((base.tokenizer.decode(ids if cut else ids[:-1]), cut, len(ids)))
     right = {want[1][0], want[4][0]}
     done: list[int] = []
-    results = evaluate(
-        base,
-        {"m": module},
-        asked,
-        lambda answer, record: 1.0 if answer in right else 0.5,
-        max_new_tokens=NEW,
-        sharing_ratio=ratio,
-        rows=2,
-        progress=done.append,
-    )
-    result = results["m"]
+    settings = {"max_new_tokens": NEW, "sharing_ratio": ratio, "rows": 2, "progress": done.append}
+    result = evaluate(base, {"m": module}, asked, lambda answer, _: 1.0 if answer in right else 0.5, **settings)["m"]
     assert [(answer.answer, answer.cut) for answer in result.answers] == [(text, cut) for text, cut, _ in want]
     assert result.num_tokens == sum(length for _, _, length in want)
     assert done == list(range(1, len(asked) + 1))

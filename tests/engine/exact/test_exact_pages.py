@@ -94,10 +94,8 @@ def test_the_bases_kv_arrives(tmp_path, kv_heads):
 
 def test_preempted_sequences_go_on_as_if_nothing_had_been(engines):
     """A2-17, at a quarter of its size: two requests of 2 pages and 2 tokens, and 2 pages and 3 new tokens, 7 pages."""
-    [first], [second] = (
-        engines.some(2 * PAGE + 2, ("math",), 2 * PAGE + 3),
-        engines.some(2 * PAGE + 2, ("tools",), 11, 7),
-    )
+    [first] = engines.some(2 * PAGE + 2, ("math",), 2 * PAGE + 3)
+    [second] = engines.some(2 * PAGE + 2, ("tools",), 11, 7)
     assert first.prompt != second.prompt
     pool = engines.engine.decode_workers[0].pool
     taken = pool.manager.allocate(pool.num_usable - 7, "nobody")
