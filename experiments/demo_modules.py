@@ -101,8 +101,9 @@ def _questions(demo: Demo, config: TrainConfig, base: Model) -> Iterator[Task]:
 
 
 def _asked(base: Model, source: str, task: Task, max_new_tokens: int, ratio: float) -> EvalResult:
-    module = load_any_module(source, base)
-    result = evaluate(base, module, task.items, task.verifier, max_new_tokens=max_new_tokens, sharing_ratio=ratio)
+    modules = {source: load_any_module(source, base)}
+    results = evaluate(base, modules, task.items, task.verifier, max_new_tokens=max_new_tokens, sharing_ratio=ratio)
+    result = results[source]
     print(f"{source}, sharing ratio {ratio:g}: {result.accuracy:.1%} in {result.seconds:.0f} s", flush=True)
     return result
 

@@ -149,10 +149,10 @@ def _answer(
     rows: Rows, base: Model, task: Task, name: str, seed: int | None, module: str, ratios: tuple[float, ...]
 ) -> None:
     missing = [ratio for ratio in ratios if not rows.has(name, seed, ratio)]
-    loaded = load_any_module(module, base) if missing else None
+    modules = {name: load_any_module(module, base)} if missing else {}
     for ratio in missing:
-        assert loaded is not None
-        result = evaluate(base, loaded, task.items, task.verifier, max_new_tokens=MAX_NEW_TOKENS, sharing_ratio=ratio)
+        results = evaluate(base, modules, task.items, task.verifier, max_new_tokens=MAX_NEW_TOKENS, sharing_ratio=ratio)
+        result = results[name]
         right = "".join(str(int(answer.score >= 1)) for answer in result.answers)
         cut = sum(answer.cut for answer in result.answers)
         rows.add({"model": name, "seed": seed, "ratio": ratio, "accuracy": result.accuracy, "cut": cut, "right": right})

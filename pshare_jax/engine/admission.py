@@ -158,11 +158,7 @@ class Admission:
 
     def leave_prefill(self, worker: int) -> list[Sequence]:
         """Sequences with their whole context prefilled and sent move on to their decode worker."""
-        gone = [
-            sequence
-            for sequence in self.prefilling[worker]
-            if not sequence.final and not sequence.must_restart and _all_sent(sequence)
-        ]
+        gone = [sequence for sequence in self.prefilling[worker] if _all_sent(sequence)]
         for sequence in gone:
             self.prefilling[worker].remove(sequence)
             sequence.move(State.TRANSFERRING)
@@ -210,11 +206,8 @@ class Admission:
 
     def drop_cancelled(self, worker: int) -> bool:
         """Drops the transfers that are cancelled or orphaned, or whose pool was rebuilt; whether there were any."""
-        gone = [
-            transfer
-            for transfer in self.in_flight[worker]
-            if transfer.cancelled or transfer.target.stale or transfer.orphaned
-        ]
+        in_flight = self.in_flight[worker]
+        gone = [transfer for transfer in in_flight if transfer.cancelled or transfer.target.stale or transfer.orphaned]
         for transfer in gone:
             self.transfer_failed(transfer)
         return bool(gone)
@@ -391,7 +384,7 @@ def _can_start(sequence: Sequence) -> bool:
 
 def _all_sent(sequence: Sequence) -> bool:
     source, target = sequence.prefill.table, sequence.decode.table
-    if not sequence.prefill.done:
+    if sequence.final or sequence.must_restart or not sequence.prefill.done:
         return False
     if source is None or source is target:
         return True

@@ -120,9 +120,7 @@ class EngineBuilder:
         """Pages of each pool when `neighbours` pools divide a worker's."""
         pages = self._config.kv.pages // neighbours
         if pages < 3:
-            raise PshareError(
-                f"kv.pages is {self._config.kv.pages}, but {neighbours} isolated prefill workers need {3 * neighbours}."
-            )
+            raise PshareError(f"kv.pages must be at least {3 * neighbours} for {neighbours} isolated prefill workers.")
         return pages
 
     def _pool(self, name: str, mesh: Mesh, num_pages: int) -> Pool:

@@ -183,12 +183,8 @@ def _check_tasks(workers: Sequence[DecodePlacement], tasks: Collection[str]) -> 
         if len(set(names)) != len(names):
             raise PshareError(f"placement.decode.{i}.tasks names a task twice: {', '.join(names)}.")
         if not names:
-            raise PshareError(
-                f"placement.decode.{i}.tasks is empty; name a task, or leave the key out to serve all tasks."
-            )
+            raise PshareError(f"placement.decode.{i}.tasks is empty; name a task or omit the key for all.")
         served.update(names)
     for name in tasks:
         if name not in served:
-            raise PshareError(
-                f"No decode worker serves the task {name!r}; add it to the tasks of a worker in placement.decode."
-            )
+            raise PshareError(f"No decode worker serves the task {name!r}; add it to the tasks of a worker.")

@@ -107,31 +107,6 @@ class EvalResult:
 
 def evaluate(
     base: Model,
-    module: DecodeModule,
-    items: Sequence[Item],
-    verifier: Verifier,
-    *,
-    max_new_tokens: int,
-    sharing_ratio: float = 1.0,
-    rows: int = 16,
-    progress: Callable[[int], None] | None = None,
-) -> EvalResult:
-    """`evaluate_modules` for a single module."""
-    results = evaluate_modules(
-        base,
-        {"module": module},
-        items,
-        verifier,
-        max_new_tokens=max_new_tokens,
-        sharing_ratio=sharing_ratio,
-        rows=rows,
-        progress=progress,
-    )
-    return results["module"]
-
-
-def evaluate_modules(
-    base: Model,
     modules: Mapping[str, DecodeModule],
     items: Sequence[Item],
     verifier: Verifier,
@@ -253,16 +228,12 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="reasoning_gym:<task>?size=500&seed=7, bfcl:simple, bfcl:multiple, or a data file such as data.jsonl",
     )
-    parser.add_argument(
-        "--sharing-ratio", type=float, default=1.0, help="share of the prompt that the base encodes (default 1)"
-    )
+    parser.add_argument("--sharing-ratio", type=float, default=1.0, help="share that the base encodes (default 1)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default 256)")
     parser.add_argument("--rows", type=int, default=16, help="answers generated at a time (default 16)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on CPU, bfloat16 elsewhere")
     parser.add_argument("--output", type=Path, help="also write the numbers and some answers to this JSON file")
-    parser.add_argument(
-        "--card", type=Path, help="also write the accuracy into the model card in this decode module's folder"
-    )
+    parser.add_argument("--card", type=Path, help="also write the accuracy into this decode module's model card")
     return parser
 
 
@@ -324,9 +295,9 @@ def _shown(base: Model, module: DecodeModule, task: Task, options: argparse.Name
     columns = (TextColumn("Answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         shown = bar.add_task("", total=len(task.items))
-        return evaluate(
+        results = evaluate(
             base,
-            module,
+            {options.task: module},
             task.items,
             task.verifier,
             max_new_tokens=options.max_new_tokens,
@@ -334,6 +305,7 @@ def _shown(base: Model, module: DecodeModule, task: Task, options: argparse.Name
             rows=options.rows,
             progress=lambda done: bar.update(shown, completed=done),
         )
+        return results[options.task]
 
 
 if __name__ == "__main__":

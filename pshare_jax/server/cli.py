@@ -133,9 +133,7 @@ def bind(server: ServerConfig) -> socket.socket:
             server.host, server.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (OSError, UnicodeError):
-        raise PshareError(
-            f"server.host {server.host!r} is not an address of this machine; use such as 127.0.0.1."
-        ) from None
+        raise PshareError(f"server.host {server.host!r} is not an address of this machine; try 127.0.0.1.") from None
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

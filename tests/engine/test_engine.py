@@ -1,4 +1,4 @@
-"""engine.py and its rooms, stepped in turn over fakes: the walk, chunks, turn order, routes and admission."""
+"""engine.py over fakes, stepped in turn: a request's life, chunks, order of steps, routes and admission."""
 
 from itertools import pairwise
 
@@ -18,7 +18,7 @@ SCRIPT = [*b"xyz", EOS]
 ENDLESS = [120]
 
 
-# --- the walk --------------------------------------------------------------------------------------------------------
+# --- a request's life ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("colocated", [False, True])
@@ -80,7 +80,7 @@ def test_long_prompts_go_in_chunks():
     assert client.text("a") == "xyz"
     stats = fakes.engine.prefill_workers[0].stats
     assert (stats.calls, stats.tokens, stats.slots) == (3, 1299, 512 + 512 + 384)
-    # Each chunk's pages are sent as soon as it is dispatched, and the tail with the last one.
+    # Each chunk's pages are sent as soon as it is dispatched, and the tail with the last chunk.
     assert fakes.engine.transfers[0].stats.num_pages == 82
 
 
@@ -143,7 +143,7 @@ def test_copies_do_not_pile_up_before_a_decode_worker(monkeypatch):
     fakes.step(20)
     assert fakes.engine.transfers[0].in_flight == 2
     assert [client.state(name) for name in names] == [State.TRANSFERRING] * 2 + [State.PREFILLING] * 3
-    # They are all prefilled: whoever comes behind them does not wait for them.
+    # They are all prefilled, so later requests do not wait for them.
     client.ask("other", (2, 2, 2))
     gate.open = True
     fakes.run()
@@ -151,7 +151,7 @@ def test_copies_do_not_pile_up_before_a_decode_worker(monkeypatch):
 
 
 def test_copies_that_come_in_another_order_are_right():
-    """Case A3-19: the first of two copies into neighbouring pages comes last, while a third request decodes."""
+    """Case A3-19: the first of two transfers into neighbouring pages arrives last, while a third request decodes."""
     echo = Echo("t")
     fakes = make_engine({"t": echo})
     gates = [fakes.hold(101, polls=6), fakes.hold(102, polls=2)]
@@ -205,7 +205,7 @@ def test_a_step_has_at_most_so_many_rows_and_all_get_their_turns():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_colocated_answers_wait_for_one_chunk_at_most(workers):
-    """Between two decode steps there is one prefill chunk at most, however many prefill workers share the devices."""
+    """At most one prefill chunk runs between two decode steps, for any number of prefill workers on the devices."""
     devices = [{0}] * workers
     fakes = make_engine(
         {"t": ENDLESS}, num_prefill=workers, num_decode=workers, colocated=True, devices=(devices, devices)
@@ -220,8 +220,8 @@ def test_colocated_answers_wait_for_one_chunk_at_most(workers):
     chunks = [turn for turn in turns if turn != "t"]
     assert len(chunks) == 4 * 7
     assert all("t" in pair for pair in pairwise(turns))
-    # The workers' chunks come in turn.
-    assert workers == 1 or all(one != other for one, other in pairwise(chunks))
+    # The workers run their chunks in turn.
+    assert workers == 1 or all(first != second for first, second in pairwise(chunks))
 
 
 # --- admission and routes --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Aborts at every place: at once for the client, within two steps for the pages, and nobody else notices."""
+"""Aborts in every state: immediate for the client, pages released within two steps, other requests unaffected."""
 
 import pytest
 from fake_engine import Client, make_engine
@@ -48,7 +48,7 @@ STATES = {
 }
 
 
-# Where nothing is transferred, no copy can be held back.
+# Without transfers, none can be held back.
 CASES = [(state, colocated) for state in STATES for colocated in (False, True) if state is not State.TRANSFERRING]
 
 
@@ -96,7 +96,7 @@ def test_abort_after_every_number_of_steps():
 
 
 def test_a_copy_on_its_way_is_not_written_into_pages_that_were_given_back():
-    """Case A3-01: the pages go to the next request at once; the copy comes later."""
+    """Case A3-01: the pages go to the next request at once; the transfer arrives later."""
     fakes = make_engine({"t": ECHO}, decode_pages=8)
     gate = fakes.hold(1)
     client = Client(fakes)
@@ -157,7 +157,7 @@ def test_unknown_and_ended_ids_are_ignored():
 
 
 def test_an_abort_from_within_an_event_ends_it_there():
-    """The api's clients may hang up at any moment, also while their event is being sent."""
+    """A client may disconnect at any moment, also while its event is being sent."""
     fakes = make_engine({"t": ECHO})
     client = Client(fakes)
     client.ask("a")

@@ -1,4 +1,4 @@
-"""A deadline in every state (cases A3-02, A3-08): who makes no progress is given up, and nothing stays held."""
+"""A deadline in every state (cases A3-02, A3-08): requests without progress fail, and no pages stay held."""
 
 import time
 
@@ -29,19 +29,19 @@ def clock(monkeypatch):
 
 
 def ask_now(client, name, prompt, **fields):
-    """A request that came at the clock's time."""
+    """A request that arrived at the clock's time."""
     client.ask(name, prompt, **fields)
     client.sequences[name].progressed = time.monotonic()
 
 
 def waiting(fakes, client, monkeypatch):
-    """The decode pool is taken by another."""
+    """Another request holds the decode pool."""
     client.ask("runs", [2] * 30, max_tokens=38)
     client.ask("frozen", [1] * 40)
 
 
 def prefilling(fakes, client, monkeypatch):
-    """The way to the decode worker is taken by a copy that never comes."""
+    """A transfer that never arrives blocks the transfers to the decode worker."""
     monkeypatch.setattr(transfer, "MAX_IN_FLIGHT", 1)
     client.ask("runs", [2] * 6, max_tokens=38)
     fakes.step_until(lambda: client.state("runs") is State.DECODING)
@@ -51,14 +51,14 @@ def prefilling(fakes, client, monkeypatch):
 
 
 def transferring(fakes, client, monkeypatch):
-    """A copy that never comes."""
+    """A transfer that never arrives."""
     fakes.hold(1)
     client.ask("runs", [2] * 6, max_tokens=38)
     client.ask("frozen", [1] * 30)
 
 
 def awaiting(fakes, client, monkeypatch):
-    """Another's copy that never comes."""
+    """Another request's transfer that never arrives."""
     fakes.hold(1)
     client.ask("runs", [2] * 6, max_tokens=38)
     client.ask("frozen too", [1] * 29)
@@ -66,7 +66,7 @@ def awaiting(fakes, client, monkeypatch):
 
 
 def decoding(fakes, client, monkeypatch):
-    """The only one that decodes gets no page for its next token: a copy that never comes holds the rest."""
+    """The only decoding request gets no page for its next token: a transfer that never arrives holds the rest."""
     client.ask("frozen", [1] * 8)
     fakes.step_until(lambda: client.state("frozen") is State.DECODING)
     fakes.hold(3)
@@ -74,7 +74,7 @@ def decoding(fakes, client, monkeypatch):
 
 
 def preempted(fakes, client, monkeypatch):
-    """An older one needs the whole pool."""
+    """An older request needs the whole pool."""
     client.ask("runs", [2] * 30, max_tokens=38)
     client.ask("frozen", [1] * 20)
 
@@ -106,7 +106,7 @@ def test_every_state_has_a_deadline(freeze, clock, monkeypatch):
         seconds += 1
     assert seconds >= STALL
     assert (client.end("frozen"), len(client.ids("frozen"))) == (TIMED_OUT, said)
-    # Who made progress goes on, and nobody waits for what is stuck.
+    # Requests with progress continue, and none waits for what is stuck.
     assert client.events.get("frozen too") is None or client.end("frozen too") == TIMED_OUT
     for store in fakes.decode_stores:
         store.gates.clear()
@@ -118,7 +118,7 @@ def test_every_state_has_a_deadline(freeze, clock, monkeypatch):
 
 
 def test_a_copy_that_never_comes_is_given_up_though_others_wait_for_it(clock):
-    """Its request was aborted, so only the waiters' and the copy's own deadlines can end it."""
+    """Its request was aborted, so only the waiters' and the transfer's own deadlines can end it."""
     fakes = make_engine({"t": ECHO}, stall_seconds=STALL)
     fakes.hold(1)
     client = Client(fakes)
@@ -137,13 +137,13 @@ def test_a_copy_that_never_comes_is_given_up_though_others_wait_for_it(clock):
     clock(2)
     fakes.run()
     assert client.end("early") == TIMED_OUT
-    # The late one made the pages itself; it did not wait out its own time.
+    # The late request computed the pages itself before its own deadline.
     assert client.ids("late") == ECHO.answer([1] * 30, 4)
 
 
 @pytest.mark.parametrize("colocated", [False, True])
 def test_progress_of_any_kind_moves_the_deadline(clock, colocated):
-    """Chunks, copies and tokens: a long request is no stuck one."""
+    """Chunks, transfers and tokens are progress: a long request is not stuck."""
     fakes = make_engine({"t": ECHO}, chunk=4, colocated=colocated, stall_seconds=STALL)
     client = Client(fakes)
     client.ask("long", [1] * 60, max_tokens=30)
@@ -182,7 +182,7 @@ def test_an_end_before_its_time_tells_what_was_made():
 
 
 def test_who_comes_and_goes_behind_does_not_keep_a_request_waiting(clock):
-    """A worker hangs; others who give up must not move the deadline of who stood before them."""
+    """A worker hangs; requests that give up must not move the deadline of requests queued before them."""
     fakes = make_engine({"t": ECHO}, pages=24, stall_seconds=STALL)
     fakes.hold(1)
     client = Client(fakes)

@@ -1,4 +1,4 @@
-"""Failures at every place: who fails with it, who survives, and that the pools are whole afterwards."""
+"""Failures of every kind: which requests fail, which survive, and that the pools are intact afterwards."""
 
 import pytest
 from fake_engine import Client, make_engine
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.host
 
 ECHO = Echo("t")
 FAIL = 250
-"""The token at whose sight a step fails."""
+"""A step that reads this token fails."""
 
 
 def check_answer(client, name, count):
@@ -100,7 +100,7 @@ def test_a_failed_prefill_step_fails_everyone_with_pages_in_that_pool(caplog):
 
 @pytest.mark.parametrize("length", [10, 17, 40, 70])
 def test_a_prefill_step_that_fails_after_its_dispatch_gives_no_wrong_answer(length, caplog):
-    """Devices tell late: the next steps and copies are on their way by then, computed from what is not there."""
+    """Devices report late: the next steps and transfers are dispatched by then, computed from missing content."""
     fakes = make_engine({"t": ECHO}, chunk=8)
     fakes.prefill[0].fail_on, fakes.prefill[0].fail_late = FAIL, True
     client = Client(fakes)
@@ -121,7 +121,7 @@ def test_a_prefill_step_that_fails_after_its_dispatch_gives_no_wrong_answer(leng
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("side", ["prefill", "decode"])
 def test_a_failed_step_of_a_colocated_pool(side, late, caplog):
-    """Both sides lose their pages, and neither trips over what the other's failure left behind."""
+    """Both workers lose their pages, and neither stumbles over what the other's failure left behind."""
     fakes = make_engine({"t": ECHO}, colocated=True, chunk=8)
     client = Client(fakes)
     client.ask("decodes", [2] * 10)
@@ -152,7 +152,7 @@ def test_nothing_of_a_failed_pool_is_hit_again(caplog):
     fakes.decode["t"].fail_on = None
     client.ask("after", prompt, max_tokens=5)
     fakes.run()
-    # The prefill pool is another one: it still has the prompt, which is copied once more.
+    # The prefill pool is intact: it still has the prompt, which is transferred once more.
     assert [client.cached(name) for name in ("before", "after")] == [0, 20]
     assert fakes.engine.transfers[0].stats.num_pages == 10
     check_answer(client, "after", 5)
@@ -194,7 +194,7 @@ def test_a_failed_transfer_fails_only_its_request(when, caplog, monkeypatch):
     assert fakes.engine.transfers[0].stats.failures == 1
     assert [worker.pool.generation for worker in fakes.engine.decode_workers] == [0]
     assert len(caplog.records) == 1
-    # It may be asked again.
+    # The same request may be submitted again.
     fakes.decode_stores[0].refused.clear()
     fakes.decode_stores[0].gates.clear()
     if when != "gathered":
@@ -229,7 +229,7 @@ def test_what_was_said_before_the_failure_stays_said(caplog):
 
 
 def test_a_step_whose_first_run_fails_is_not_used():
-    """Such as for want of memory: smaller steps go on, and the last of a kind is kept."""
+    """For example out of memory: smaller steps continue, and the last shape of a kind is kept."""
     fakes = make_engine({"t": [*b"xy", EOS]}, chunk=64)
     client = Client(fakes)
     (worker,), (decoder,) = fakes.engine.prefill_workers, fakes.engine.decode_workers
@@ -253,7 +253,7 @@ def fails(sequence):
     raise KeyError(sequence.request.task)
 
 
-def test_a_reader_of_ends_that_fails_ends_nobody_else(caplog):
+def test_a_failing_end_callback_affects_no_request(caplog):
     fakes = make_engine({"t": [*b"xy", EOS]})
     client = Client(fakes)
     fakes.engine.on_end.append(fails)

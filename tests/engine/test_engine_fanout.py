@@ -1,4 +1,4 @@
-"""Equal prompts at one instant: one prefill and one copy for all, and what happens when the one who does it goes."""
+"""Simultaneous equal prompts: one prefill and one transfer for all, also when their producer ends early."""
 
 import pytest
 from fake_engine import PAGE, Client, make_engine
@@ -27,7 +27,7 @@ def check_answers(client, names, prompt=PROMPT):
 @pytest.mark.parametrize("colocated", [False, True])
 @pytest.mark.parametrize("apart", [0, 1, 2, 5])
 def test_equal_prompts_are_prefilled_and_copied_once(colocated, apart):
-    """At the same instant, or while the first one is prefilled, copied or decoded."""
+    """At the same instant, or while the first is prefilled, transferred or decoded."""
     fakes = make_engine(TASKS, chunk=8, colocated=colocated)
     client = Client(fakes)
     for task in "tuvw":
@@ -76,7 +76,7 @@ def test_the_copy_goes_on_while_the_rest_is_prefilled():
 
 
 def test_salts_part_what_would_be_shared():
-    """Case A2-09, both halves: the same salt hits, another one misses."""
+    """Case A2-09, both halves: the same salt hits, another salt misses."""
     fakes = make_engine(TASKS)
     client = Client(fakes)
     cached = []
@@ -103,7 +103,7 @@ def test_generated_pages_are_never_hit(other_first):
     assert (client.cached("two"), client.cached("three")) == (FULL, FULL)
 
 
-# --- who does the work goes ------------------------------------------------------------------------------------------
+# --- the producer ends early -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("colocated", [False, True])
@@ -118,7 +118,7 @@ def test_the_prefilling_owner_is_aborted_and_the_others_start_anew(colocated, st
     fakes.run()
     check_answers(client, "uvw")
     if steps < 4:
-        # What was written and published is not computed again; one of the three does the rest.
+        # What was written and published is not computed again; one request of the three computes the rest.
         assert fakes.engine.admission.num_restarts == 3
     assert fakes.prefill[0].num_tokens == FULL + (3 if steps < 5 else 4) * TAIL
     # Hits are counted once, as they were when the request was first admitted.
@@ -146,7 +146,7 @@ def test_a_copy_that_others_wait_for_outlives_its_request():
 
 
 def test_several_copies_outlive_their_request_in_order():
-    """Two copies of one request; the second one comes first."""
+    """Two transfers of one request; the second arrives first."""
     fakes = make_engine(TASKS, moves=(4,))
     store = fakes.decode_stores[0]
     first, second = Gate(), Gate()
@@ -174,7 +174,7 @@ def test_a_copy_that_nobody_waits_for_any_more_is_dropped():
     fakes.step(2)
     assert fakes.engine.admission.num_adopted >= 1
     fakes.engine.abort("u")
-    # It still may come, but it is needed by nobody and need not.
+    # It may still arrive, but no request needs it.
     fakes.step(3)
     assert fakes.engine.idle
     fakes.check()
@@ -201,7 +201,7 @@ def test_a_failed_copy_sends_the_others_to_make_their_own(aborted):
 
 
 def test_a_chain_of_waiters():
-    """A longer prompt waits for a shorter one's pages and others for its own: the first one's abort reaches all."""
+    """A longer prompt waits for a shorter one's pages and others for its own: the first request's abort reaches all."""
     longer = [*PROMPT[: FULL + 1], *range(100, 120)]
     fakes = make_engine(TASKS, chunk=8)
     client = Client(fakes)

@@ -1,4 +1,4 @@
-"""A decode pool that is too small for all: the youngest goes to host memory and comes back, and no answer changes."""
+"""A decode pool that is too small for all: the youngest is preempted and resumed, and no answer changes."""
 
 import pytest
 from fake_engine import PAGE, Client, make_engine
@@ -25,7 +25,7 @@ def test_answers_are_the_same(length, colocated, moves):
     assert fakes.engine.decode_workers[0].num_preempted >= 1
     for name, prompt in prompts.items():
         assert client.ids(name) == ECHO.answer(prompt, 20)
-        # A preempted request's pages come back by hits; they are not counted as the request's.
+        # A resumed request hits its own pages; these hits are not counted as the request's.
         assert client.cached(name) == 0
         assert [event.completion_tokens for event in client.events[name]] == list(range(1, 21))
 
@@ -88,7 +88,7 @@ def test_a_preempted_request_holds_nothing_on_the_devices():
     young = client.sequences["young"]
     assert (young.prefill.table, young.decode.table) == (None, None)
     assert young.decode.saved is not None
-    # The tail page and what was generated; the full pages are the base's to make again.
+    # The tail page and the generated tokens' pages; the base recomputes the full pages.
     num_kv = len(young.request.prompt) + len(young.decode.completion_ids) - 1
     assert sum(len(part) for part in young.decode.saved.parts) == -(-num_kv // PAGE) - 20 // PAGE
     fakes.check()

@@ -1,4 +1,4 @@
-"""Scoring in the engine, with fake workers: what is scored on whose KV, in which order, under preemption and aborts."""
+"""Scoring in the engine, with fake workers: on which KV, in which order, under preemption and aborts."""
 
 import random
 from typing import Any
@@ -23,7 +23,7 @@ def engine_of(**settings):
 
 
 def scores_of(client, name):
-    """The one event that has the prompt's scores, which comes first."""
+    """The prompt's scores, which only the first event has."""
     events = client.events[name]
     assert not any(event.prompt_logprobs for event in events[1:])
     scores: tuple[Any, ...] = events[0].prompt_logprobs
@@ -49,11 +49,11 @@ def test_every_prompt_token_is_scored_as_the_first_of_an_answer(colocated, lengt
     fakes.run()
     scores = scores_of(client, name)
     assert scores[0] is None
-    assert [one.token_id for one in scores[1:]] == prompt[1:]
-    for index, one in enumerate(scores[1:], 1):
+    assert [score.token_id for score in scores[1:]] == prompt[1:]
+    for index, score in enumerate(scores[1:], 1):
         best = ECHO.next_id(prompt[:index], 0)
-        assert one.top == ((best, 0.0),)
-        assert one.logprob == (0.0 if prompt[index] == best else -1.0)
+        assert score.top == ((best, 0.0),)
+        assert score.logprob == (0.0 if prompt[index] == best else -1.0)
     assert client.ids(name) == ECHO.answer(prompt, 3)
     assert fakes.decode["t"].scored == prompt[:-1]
 
@@ -73,7 +73,7 @@ def test_a_begun_answer_goes_on_from_the_modules_own_kv(colocated, scores_prompt
     if scores_prompt:
         scores = scores_of(client, name)
         assert scores[:start] == (None,) * start
-        assert [one.logprob for one in scores[start:]] == [0.0] * (length - start)
+        assert [score.logprob for score in scores[start:]] == [0.0] * (length - start)
 
 
 def test_no_tokens_may_be_asked_for():
@@ -87,7 +87,7 @@ def test_no_tokens_may_be_asked_for():
 
 
 def test_what_a_begun_answer_wrote_is_never_shared():
-    """Invariant 3: the same prompt without `response_start`, and the other way round, hits base pages alone."""
+    """Invariant 3: the same prompt with and without `response_start`, in either order, hits base pages alone."""
     fakes, client = engine_of()
     prompt = PROMPT[:41]
     client.ask(prompt=prompt, max_tokens=1, response_start=10)
@@ -103,7 +103,7 @@ def test_what_a_begun_answer_wrote_is_never_shared():
 
 
 def test_scoring_takes_turns_with_answers():
-    """No answer waits for more than one scoring step, and scoring goes on while others answer."""
+    """No answer waits for more than one scoring step, and scoring continues beside running answers."""
     fakes, client = engine_of()
     other = client.ask(prompt=(1, 2), max_tokens=50)
     fakes.step_until(lambda: client.state(other) is State.DECODING)
@@ -146,7 +146,7 @@ def test_scoring_that_will_never_be_compiled_is_an_error_at_once():
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_storm_of_scores_answers_and_aborts_in_small_pools(seed, monkeypatch):
-    """Preempted in the middle, a sequence goes on where it was: nothing is scored twice or from a lost page."""
+    """A sequence preempted in the middle continues where it was: nothing is scored twice or from a lost page."""
     monkeypatch.setattr(scoring, "SCORE_TOKENS", 5)
     draw = random.Random(seed)
     fakes = make_engine({"t": ECHO}, pages=40, decode_pages=26, rows=4, colocated=bool(seed % 2))
@@ -171,9 +171,9 @@ def test_a_storm_of_scores_answers_and_aborts_in_small_pools(seed, monkeypatch):
         first = len(prompt) if start is None else start
         assert client.ids(name) == made_after(prompt, first, count)
         if scores:
-            told = scores_of(client, name)
+            scores = scores_of(client, name)
             begun = start or 1
-            assert told[:begun] == (None,) * begun
+            assert scores[:begun] == (None,) * begun
             for index in range(begun, len(prompt)):
                 made = 0 if start is None else index - start
-                assert told[index].top[0][0] == ECHO.next_id(prompt[:index], made)
+                assert scores[index].top[0][0] == ECHO.next_id(prompt[:index], made)

@@ -1,4 +1,4 @@
-"""Random traffic over fakes: small pools, shared beginnings, slow and failing copies, aborts; every answer must be right.
+"""Random traffic over fakes: small pools, shared beginnings, slow or failing transfers, aborts; every answer is right.
 
 Pages are erased when they are given back, so a page that is read too late or lent too early shows in an answer.
 """
@@ -51,7 +51,7 @@ class Traffic:
             # The next turn of a conversation.
             past = self.draw.choice(list(self.client.sequences.values()))
             prompt = [*past.request.prompt, *past.decode.completion_ids, 7][:40]
-        places = [len(one) for one in (self.fakes.prefill, self.fakes.decode_stores)]
+        places = [len(workers) for workers in (self.fakes.prefill, self.fakes.decode_stores)]
         route = Route(*map(self.draw.randrange, places)) if self.draw.random() < 0.5 else None
         salt = self.draw.choice(["", "", "s"])
         for _ in range(self.draw.randrange(1, 4)):
@@ -59,7 +59,7 @@ class Traffic:
             self.client.ask(prompt=prompt, task=task, max_tokens=count, cache_salt=salt, route=route)
 
     def abort(self):
-        """Some request, rather one that others may wait for."""
+        """Some request, preferably a request that others may wait for."""
         live = [name for name in self.client.events if not self.client.ended(name)]
         early = [name for name in live if not self.client.ids(name)]
         if live:
@@ -126,8 +126,9 @@ def check_traffic(place, mood, seeds, num_requests):
         for worker in (*engine.prefill_workers, *engine.decode_workers):
             seen.update(evicted=worker.pool.manager.num_evicted, cached=worker.pool.cache_stats.cached_tokens)
         if mood == "calm":
-            # What was not cached was prefilled; more only for those who were preempted.
-            asked = sum(len(one.request.prompt) - 1 - one.cached_tokens for one in traffic.client.sequences.values())
+            # Only preempted requests prefill more than their uncached tokens.
+            sequences = traffic.client.sequences.values()
+            asked = sum(len(seq.request.prompt) - 1 - seq.cached_tokens for seq in sequences)
             fed = sum(prefill.num_tokens for prefill in fakes.prefill)
             assert fed == asked or (preempted and fed > asked)
             assert seen["restarts"] == 0

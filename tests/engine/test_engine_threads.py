@@ -1,4 +1,4 @@
-"""The engine with its threads: they serve, wake each other, stop, and their death or standstill shows in the health."""
+"""The engine with its threads: they serve, wake each other and stop; a dead or stalled thread is unhealthy."""
 
 import threading
 import time
@@ -29,7 +29,7 @@ def wait_for(reached, seconds=10.0):
 
 
 def stays(reached, seconds=0.1):
-    """Still so after all threads had the time to go to sleep."""
+    """Whether it still holds after all threads had the time to go to sleep."""
     time.sleep(seconds)
     return reached()
 
@@ -41,13 +41,13 @@ def started(fakes):
         yield Client(fakes)
     finally:
         fakes.engine.stop()
-    # The threads have ended, so this one may give back what the last aborts left.
+    # The threads have ended, so the test's thread may release what the last aborts left.
     fakes.step_until(lambda: fakes.engine.idle)
     fakes.check()
 
 
 class Stop:
-    """Called by a worker, holds it up until the test lets it go on."""
+    """Blocks the worker that calls it until the test lets it continue."""
 
     def __init__(self):
         self._go, self._there = threading.Event(), threading.Event()
@@ -101,7 +101,7 @@ def test_clients_come_and_go_in_many_threads():
         assert client.end(name) == "length" or int(name.split()[1]) % 3 == 2
 
 
-# --- one worker's step is another one's chance -----------------------------------------------------------------------
+# --- a worker's step wakes another worker ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["decodes", "is copied"])
@@ -118,7 +118,7 @@ def test_pages_of_an_aborted_request_go_to_who_waits_for_them(where):
         stop.reached()
         wait_for(lambda: client.state("a") is (State.DECODING if where == "decodes" else State.TRANSFERRING))
         client.ask("b", [2] * 20, max_tokens=2)
-        # The worker that has it gives its pages back only later, when those who may have them have looked in vain.
+        # Its worker releases the pages only later, when the requests that wait for them have already checked.
         fakes.engine.abort("a")
         assert stays(lambda: client.state("b") is State.WAITING)
         stop.go()
@@ -133,7 +133,7 @@ def test_prefill_pages_are_free_as_soon_as_their_answer_begins():
         wait_for(lambda: client.sequences["a"].state is State.TRANSFERRING)
         client.ask("b", [2] * 29, max_tokens=2)
         assert stays(lambda: client.state("b") is State.WAITING)
-        # Its first step goes on and on: nothing else wakes the prefill worker.
+        # Its first step does not end: nothing else wakes the prefill worker.
         stop = fakes.decode["t"].before = Stop()
         gate.open = True
         stop.reached()
@@ -143,7 +143,7 @@ def test_prefill_pages_are_free_as_soon_as_their_answer_begins():
 
 
 def test_more_copies_than_may_be_on_their_way_at_once():
-    """The decode worker sleeps when the first one is sent, and the prefill worker cannot go on without it."""
+    """The decode worker sleeps when the first transfer is sent, and the prefill worker cannot continue without it."""
     fakes = make_engine({"t": ECHO}, chunk=4, moves=(1,))
     with started(fakes) as client:
         assert stays(lambda: fakes.engine.idle)
@@ -153,7 +153,7 @@ def test_more_copies_than_may_be_on_their_way_at_once():
 
 
 def test_pages_of_an_aborted_prefill_go_to_the_answer_that_needs_one():
-    # A chunk fills no page, so no copy makes the decode worker look again.
+    # A chunk fills no page, so no transfer wakes the decode worker.
     fakes = make_engine({"t": ECHO}, chunk=3, decode_pages=13)
     with started(fakes) as client:
         first = fakes.decode["t"].before = Stop()
@@ -185,7 +185,7 @@ def test_who_waited_for_a_copy_that_failed_is_admitted_again(caplog):
 
 
 def test_a_copy_that_never_comes_ends_by_its_deadline():
-    """Case A3-02, by the engine's own watch."""
+    """Case A3-02, by the engine's watch thread."""
     fakes = make_engine({"t": ECHO}, stall_seconds=0.5)
     fakes.hold(1)
     with started(fakes) as client:
@@ -230,7 +230,7 @@ def test_a_dead_thread_fails_its_requests_and_shows_in_health(side, monkeypatch)
     wait_for(lambda: client.ended("runs"))
     wait_for(lambda: client.ended("is copied") or client.ids("is copied"))
     engine.stop()
-    # What is on healthy workers lives on, until it or the engine ends.
+    # Requests on healthy workers continue.
     assert client.end("runs") == "length"
     assert client.end("is copied") in (FAILED if side == "decode_workers" else "length", "abort")
 
@@ -265,7 +265,7 @@ def test_a_thread_that_stands_still_is_unhealthy_until_it_goes_on(monkeypatch):
         client.ask("a")
         stop.reached()
         wait_for(lambda: not fakes.engine.healthy)
-        # Others are still taken: it may go on.
+        # New requests are still accepted: the stalled turn may end.
         client.ask("b")
         stop.go()
         wait_for(lambda: client.ended("a") and client.ended("b"))

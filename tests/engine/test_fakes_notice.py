@@ -1,4 +1,4 @@
-"""The fakes must notice: every way in which a page can be wrong is a fault and gives another answer."""
+"""The fakes must notice every kind of wrong page: it is a fault and changes the answer."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ OTHER = list(range(60, 80))
 
 
 def stale(store, pages):
-    """A page of another prompt, at the same place of its context."""
+    """A page of another prompt, at the same position of its context."""
     store.pages[pages[1]] = store.pages[other_page(store, OTHER[4])]
 
 

@@ -1,4 +1,4 @@
-"""A warmed-up engine compiles nothing, whatever comes; its programs are few, and until all are there it uses those that are."""
+"""A warmed-up engine compiles nothing for any request; its programs are few, and it uses each as soon as it is compiled."""
 
 import dataclasses
 from typing import Any
@@ -29,7 +29,7 @@ TASKS = ("chat", "math", "lora")
 
 
 def random_request(world: Engines, draw: np.random.Generator, most: int) -> Request:
-    """Any length, any way of sampling, any report."""
+    """A request with a random length, sampling and report."""
     answer_len = int(draw.integers(1, 20))
     length = int(draw.integers(1, most - answer_len + 1))
     fields: dict[str, Any] = {"seed": int(draw.integers(1000))}
@@ -53,7 +53,7 @@ def random_request(world: Engines, draw: np.random.Generator, most: int) -> Requ
 
 
 def play(world: Engines, engine: Engine, draw: np.random.Generator, count: int) -> None:
-    """So many requests that come and go, some aborted, one to twelve at a time."""
+    """Runs `count` requests, some of them aborted, one to twelve at a time."""
     live: list[Answer] = []
     wanted = 1
     while count or live:
@@ -65,7 +65,7 @@ def play(world: Engines, engine: Engine, draw: np.random.Generator, count: int) 
         engine.step()
         if live and draw.random() < 0.01:
             engine.abort(live[draw.integers(len(live))].sequence.request.id)
-        live = [one for one in live if not one.ended]
+        live = [answer for answer in live if not answer.ended]
 
 
 def check_warm(world: Engines, count: int) -> None:
@@ -126,7 +126,7 @@ def test_an_engine_serves_with_the_small_programs_while_the_rest_is_compiled(sou
     programs = variants(engine)
     workers = engine.workers
     for worker in workers:
-        worker.compiled.limit(one.shape for one in programs if one.small and one.shape is not None)
+        worker.compiled.limit(variant.shape for variant in programs if variant.small and variant.shape is not None)
     shapes: list[tuple[int, ...]] = []
     for pool in pools_of(engine):
         pool.run = noted(pool.run, shapes)
@@ -134,12 +134,12 @@ def test_an_engine_serves_with_the_small_programs_while_the_rest_is_compiled(sou
     requests = [world.clear(draw, "chat", length) for length in (3, 40, 130)]
     world.check(*requests, engine=engine)
     assert set(shapes) == {(1, 64), (1, 1)}
-    # No compiling here: each is told to be there, as the compiling thread would.
-    told: list[str] = []
-    rest = [dataclasses.replace(one, lower=Nothing) for one in programs if not one.small]
-    compiler = BackgroundCompiler(rest, [worker.compiled for worker in workers], told.append, engine.wake)
+    # Nothing is compiled here: each program only counts as compiled.
+    lines: list[str] = []
+    rest = [dataclasses.replace(variant, lower=Nothing) for variant in programs if not variant.small]
+    compiler = BackgroundCompiler(rest, [worker.compiled for worker in workers], lines.append, engine.wake)
     compiler._thread.join()
-    assert len(told) == 1
+    assert len(lines) == 1
     for shape in [*prefill_shapes(128), *[(rows,) for rows in row_buckets(4)]]:
         assert all(shape in worker.compiled for worker in workers)
 
@@ -153,7 +153,7 @@ def test_what_is_compiled_has_its_first_run_once_and_hurts_nobody(sources):
     draw = np.random.default_rng(11)
     requests = [world.clear(draw, "chat", length) for length in (3, 40, 130)]
     world.check(*requests, engine=engine)
-    shapes = [one.shape for one in variants(engine) if one.shape is not None]
+    shapes = [variant.shape for variant in variants(engine) if variant.shape is not None]
     for worker in workers:
         worker.compiled.limit(shapes)
     ran: list[tuple[int, ...]] = []
@@ -165,8 +165,8 @@ def test_what_is_compiled_has_its_first_run_once_and_hurts_nobody(sources):
         pass
     assert engine.warm
     assert set(ran) == {*prefill_shapes(128), *((rows, 1) for rows in row_buckets(4)), (1, SCORE_TOKENS)}
-    assert len(ran) == sum(one.name.startswith(("prefill", "decode", "score")) for one in variants(engine))
-    # The same prompts hit what is cached, which the first runs have left alone.
+    assert len(ran) == sum(variant.name.startswith(("prefill", "decode", "score")) for variant in variants(engine))
+    # The same prompts still hit the cache, which the first runs did not touch.
     world.check(*requests, engine=engine)
 
 

@@ -1,4 +1,4 @@
-"""request.py: the states of a sequence, what it asks for next, and when it ends."""
+"""request.py and sequence.py: the states of a sequence, its next input, and its end."""
 
 import itertools
 import time
@@ -99,8 +99,8 @@ def test_a_half_character_at_the_limit_is_flushed():
 def test_events_carry_hits_and_logprobs():
     seq = sequence()
     seq.cached_tokens = 16
-    told = TokenLogprobs(97, -0.5, ((97, -0.5), (98, -1.5)))
-    assert seq.accept(97, told) == Event("a", 1, None, None, 16, told, token_id=97)
+    logprobs = TokenLogprobs(97, -0.5, ((97, -0.5), (98, -1.5)))
+    assert seq.accept(97, logprobs) == Event("a", 1, None, None, 16, logprobs, token_id=97)
 
 
 def test_accepted_tokens_reach_the_history():

@@ -1,4 +1,4 @@
-"""routing.py: sessions and conversations stay where their KV is, nobody herds, the books go back to zero."""
+"""router.py: sessions and conversations stay with their KV, prompts do not crowd on a worker, loads return to zero."""
 
 import random
 from itertools import pairwise
@@ -23,12 +23,12 @@ NUM_SESSIONS, TURNS = 40, 5
 
 
 def context_of(prompt):
-    """What the base encodes of it."""
+    """The tokens of it that the base encodes."""
     return prompt[: base_len(len(prompt))]
 
 
 class World:
-    """A router over prefill workers whose prefix caches have unlimited room; counts what each had to encode."""
+    """A router over prefill workers whose prefix caches have unlimited room; counts the tokens that each encodes."""
 
     def __init__(self, num_prefill=2, policy: Policy = "prefix", num_decode=1, prefill_tasks=None):
         self.router = Router(num_prefill, [TASKS] * num_decode, policy, PAGE, prefill_tasks)
@@ -50,7 +50,7 @@ class World:
         return self.router.assign(task, session, base_len(len(prompt)), keys, cached_pages)
 
     def finish(self, ticket):
-        """Prefills and ends a request; how many pages were found cached."""
+        """Prefills and ends a request; returns the number of cached pages."""
         worker = ticket.route.prefill
         hits = self.hits(worker, ticket.keys)
         self.encoded[worker] += ticket.context_len - PAGE * hits
@@ -60,7 +60,7 @@ class World:
         return hits
 
     def ask(self, prompt, session=None, task="plan"):
-        """One request from begin to end on a server that does nothing else; its prefill worker."""
+        """Runs one request on an otherwise idle engine; returns its prefill worker."""
         ticket = self.assign(prompt, session, task)
         self.finish(ticket)
         return ticket.route.prefill
@@ -71,7 +71,7 @@ class World:
 
 
 class Talk:
-    """One session: its growing context, and how many of its calls found all of it that an earlier call had encoded."""
+    """A session: its growing context, and the number of calls that hit everything that an earlier call had encoded."""
 
     def __init__(self, system, rng, agents):
         self.rng, self.agents = rng, agents
@@ -86,7 +86,7 @@ class Talk:
         return [self.rng.randrange(32_000) for _ in range(num)]
 
     def next_call(self):
-        """Prompt and task: agents are called in turn, each with an instruction at the end that is not kept."""
+        """The next prompt and task: agents are called in turn, each with a final instruction that is not kept."""
         self.keys = page_keys("base", "", context_of(self.context), PAGE, self.keys)
         if not self.agents:
             return self.context, "plan"
@@ -106,11 +106,11 @@ class Talk:
 
     @property
     def num_moves(self):
-        return sum(one != other for one, other in pairwise(self.workers))
+        return sum(first != second for first, second in pairwise(self.workers))
 
 
 def talk_all(world, agents, keyed, outstanding, seed, system_pages=10):
-    """Case A3-20: sessions that share a system prompt, interleaved at random, up to so many requests outstanding."""
+    """Case A3-20: sessions that share a system prompt, interleaved at random, with a bounded number of outstanding requests."""
     rng = random.Random(seed)
     system = [rng.randrange(32_000) for _ in range(system_pages * PAGE)]
     talks = [Talk(system, rng, agents) for _ in range(NUM_SESSIONS)]
@@ -154,7 +154,7 @@ def test_sessions_on_one_and_on_three_workers(num_prefill):
 
 
 def test_the_other_policies_lose_what_the_first_keeps():
-    """The measures of case A3-20 see what is wrong with them."""
+    """The measures of case A3-20 detect a bad policy."""
     talks = talk_all(World(2, "round_robin"), False, True, 1, 0)
     assert min(talk.hit_rate for talk in talks) < 0.5
     world = World(2, "least_loaded")
@@ -214,7 +214,7 @@ def test_equal_prompts_at_one_instant_meet_on_one_worker():
     tickets = [world.assign(prompt_of(20, tail=32), task=task) for task in TASKS]
     assert [ticket.route.prefill for ticket in tickets] == [0] * 4
     assert [ticket.outstanding for ticket in tickets] == [20 * PAGE + 31] + [15] * 3
-    # The maker is gone, but others are about to make the same; then nobody is.
+    # The producer has ended, but others will compute the same pages; then no request will.
     world.router.release(tickets.pop(0))
     tickets.append(world.assign(prompt_of(20, tail=32)))
     assert tickets[-1].outstanding == 15
@@ -271,7 +271,7 @@ def test_a_worker_that_may_not_take_the_task_is_not_chosen():
 
 @pytest.mark.parametrize("policy", ["prefix", "round_robin", "least_loaded"])
 def test_a_prefill_worker_for_each_task(policy):
-    """The isolated baseline: a session's tasks do not chase each other's place."""
+    """The isolated baseline: a session's tasks do not move each other's home worker."""
     world = World(4, policy, prefill_tasks=[{task} for task in TASKS])
     for _ in range(3):
         assert [world.ask(prompt_of(4), "s", task) for task in TASKS] == [0, 1, 2, 3]

@@ -42,15 +42,15 @@ def prefixed(world: Engines, draw: np.random.Generator) -> list[list[Request]]:
     for task in ("chat", "math", "lora", "chat", "math"):
         head = draw.integers(0, VOCAB, 17)
         tails = [world.clear(draw, task, int(draw.integers(1, 8)), 4) for _ in range(6)]
-        found.append([world.request(one.task, [*head, *one.prompt], 4) for one in tails])
+        found.append([world.request(tail.task, [*head, *tail.prompt], 4) for tail in tails])
     return found
 
 
 def loop_clients(world: Engines, engine: Engine, requests: list[list[Request]], count: int) -> None:
-    """Six clients with a tail each go over the prefixes in random order until `count` answers are there."""
+    """Six clients with a tail each visit the prefixes in random order until `count` answers are complete."""
     draw = np.random.default_rng(13)
     live: dict[int, tuple[Answer, list[int]]] = {}
-    expected = [[world.expected(one).ids for one in row] for row in requests]
+    expected = [[world.expected(request).ids for request in row] for row in requests]
     done = 0
     while done < count:
         for client in set(range(6)) - live.keys():
@@ -101,8 +101,8 @@ def test_preempted_answers_are_not_recomputed(sources, draw, monkeypatch):
     world.check(*requests)
     preemptions = Counters.of(world.engine).preemptions
     assert preemptions > 0
-    # What the base is fed are prompt tokens: both contexts once, and at most the full pages again for each resume.
-    assert set(fed) <= {token for one in requests for token in one.prompt[:-1]}
+    # The base is fed prompt tokens alone: both contexts once, and at most the full pages again for each resume.
+    assert set(fed) <= {token for request in requests for token in request.prompt[:-1]}
     assert 66 <= len(fed) <= 66 + 32 * preemptions
     stats = world.engine.admission.prefill_pools[0].cache_stats
     assert (stats.num_requests, stats.prompt_tokens, stats.cached_tokens) == (2, 68, 0)
@@ -110,7 +110,7 @@ def test_preempted_answers_are_not_recomputed(sources, draw, monkeypatch):
 
 
 def watch_prefill(engine: Engine) -> list[int]:
-    """The tokens that prefill steps are fed from now on, without padding."""
+    """Collects the tokens that prefill steps are fed from now on, without padding."""
     fed: list[int] = []
     store = engine.prefill_workers[0].pool.store
     run, prefill = store.run, engine.prefill_workers[0]._weights.paged.prefill

@@ -1,4 +1,4 @@
-"""Everything at once on a real engine: small pools, late copies, aborts, mixed tasks, shared prefixes, salts, sampling.
+"""Everything at once on a real engine: small pools, late transfers, aborts, mixed tasks, shared prefixes, salts, sampling.
 
 Every finished answer must be the oracle's, every aborted one its beginning, and no page may be left over.
 """
@@ -42,13 +42,13 @@ PREFIX_LENGTHS = (40, 33, 25, 12)
 SPLIT = placed([[0]], [[1]])
 SMALL = {"prefill_pages": 26, "decode_pages": 20}
 ABORTS = {"any": 0.01, "prefilling": 0.4, "in flight": 0.02, "awaited": 0.05}
-"""Whose aborts, and how likely each turn: anybody; one in prefill that others await; one with a copy on its way;
-one with a copy that others await."""
+"""Probability of an abort in each turn: of any request; of a request in prefill that others await; of a request with a
+transfer in flight; of a request with a transfer that others await."""
 
 
 @dataclass
 class Asked:
-    """A request, when it comes, and what it must give."""
+    """A request, its arrival, and its expected answer."""
 
     request: Request
     expected: Rollout
@@ -58,7 +58,7 @@ class Asked:
 
 @dataclass
 class Plan:
-    """Requests in the order of their coming, in waves with idle moments between them; each prompt once a few tasks."""
+    """Requests in order of arrival, in waves with idle moments between them; each prompt for several tasks."""
 
     world: Engines
     draw: np.random.Generator
@@ -69,7 +69,7 @@ class Plan:
         self.prefixes = [self.draw.integers(0, VOCAB, length) for length in PREFIX_LENGTHS]
 
     def fill(self, count: int) -> "Plan":
-        """So many requests."""
+        """Draws `count` requests."""
         while len(self.asked) < count:
             self._burst()
         return self
@@ -111,13 +111,13 @@ class Plan:
 
 @dataclass
 class Storm:
-    """Plays a plan on an engine, turn by turn, with random aborts; checks books each turn and pools when idle."""
+    """Plays a plan on an engine, turn by turn, with random aborts; checks lists each turn and pools when idle."""
 
     engine: Engine
     plan: Plan
     draw: np.random.Generator
     faults: float = 0.0
-    """How likely a step or a copy is to fail, each turn."""
+    """Probability that a step or a transfer fails, each turn."""
     aborts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ABORTS, 0))
     num_idle: int = 0
 
@@ -136,7 +136,7 @@ class Storm:
             self.engine.admission.check()
             self._abort(live)
             self._break()
-            live = [one for one in live if not one.answer.ended]
+            live = [entry for entry in live if not entry.answer.ended]
             turn += 1
         assert not waiting
         assert not live
@@ -148,11 +148,11 @@ class Storm:
         return turn
 
     def _abort(self, live: list[Asked]) -> None:
-        sequences = [one.answer.sequence for one in live]
-        on_way = [one for one in sequences if self.engine.admission.transfers_of(one) and not one.final]
-        awaited = [one for one in on_way if has_waiters(one)]
-        prefilling = [one for one in sequences if one.state is State.PREFILLING and has_waiters(one)]
-        for kind, able in zip(ABORTS, (sequences, prefilling, on_way, awaited), strict=True):
+        sequences = [entry.answer.sequence for entry in live]
+        sending = [each for each in sequences if self.engine.admission.transfers_of(each) and not each.final]
+        awaited = [each for each in sending if has_waiters(each)]
+        prefilling = [each for each in sequences if each.state is State.PREFILLING and has_waiters(each)]
+        for kind, able in zip(ABORTS, (sequences, prefilling, sending, awaited), strict=True):
             if able and self.draw.random() < ABORTS[kind]:
                 self.engine.abort(able[self.draw.integers(len(able))].request.id)
                 self.aborts[kind] += 1
@@ -162,18 +162,18 @@ class Storm:
             return
         pools = pools_of(self.engine)
         store = store_of(pools[self.draw.integers(len(pools))])
-        on_way = [late for pool in pools for late in store_of(pool).late[-4:]]
+        sending = [late for pool in pools for late in store_of(pool).late[-4:]]
         kind = self.draw.integers(3)
         if kind == 0:
             store.fault = RuntimeError("a step fails")
         elif kind == 1:
             store.place_fault = RuntimeError("a copy cannot be sent")
-        elif on_way:
-            on_way[self.draw.integers(len(on_way))].error = RuntimeError("a copy fails")
+        elif sending:
+            sending[self.draw.integers(len(sending))].error = RuntimeError("a copy fails")
 
 
 def check_answers(plan: Plan) -> None:
-    """Finished answers are the oracle's, ended ones its beginning."""
+    """Finished answers equal the oracle's, and aborted answers are its beginning."""
     for asked in plan.asked:
         answer = asked.answer
         assert answer.sequence.final
@@ -210,7 +210,7 @@ def world_of(sources: tuple[Path, dict[str, Any]], placement: Placement = SPLIT,
 
 
 def assert_split_troubles(counters: Counters, sent: Sent, played: Storm) -> None:
-    """A run that has not met all of this proves little; a long one has also lost pages that somebody waited for."""
+    """A run proves little unless all of this has happened; a long run must also have lost pages that others awaited."""
     assert counters.restarts > 0 or len(played.plan.asked) < 500
     assert counters.preemptions > 0
     assert counters.evictions > 0
@@ -222,7 +222,7 @@ def assert_split_troubles(counters: Counters, sent: Sent, played: Storm) -> None
 
 
 def assert_colocated_troubles(counters: Counters, sent: Sent, played: Storm) -> None:
-    """The same where nothing is copied."""
+    """The same without transfers."""
     assert counters.restarts > 0 or len(played.plan.asked) < 500
     assert counters.preemptions > 0
     assert counters.evictions > 0
@@ -261,7 +261,7 @@ def test_storm_over_two_and_two_workers(sources, caplog, policy):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_storm_over_workers_that_share_devices_crosswise(sources, caplog):
-    """Each pool takes copies from the other pair's prefill worker, and its own pair's pages without a copy."""
+    """Each pool receives transfers from the other pair's prefill worker, and shares its own pair's pages."""
     world = world_of(sources, placed([[0], [1]], [[1], [0]]))
     met = storm(world, 8, 500, caplog, prefill_pages=22)
     assert_split_troubles(*met)
@@ -341,7 +341,7 @@ def threaded_storm(world: Engines, seed: int, count: int, limit: float, **pools:
 def _wait(engine: Engine, condition: Callable[[], bool], deadline: float) -> None:
     while not condition():
         if time.monotonic() > deadline:
-            states = [(one.request.id, one.state) for one in engine._live.values()]
+            states = [(sequence.request.id, sequence.state) for sequence in engine.live]
             raise AssertionError(f"the engine stands still: {states}")
         time.sleep(0.001)
 
@@ -364,7 +364,7 @@ def restless() -> Iterator[None]:
 
 def check_threaded(world: Engines, seed: int, count: int, caplog: Any, **pools: Any) -> None:
     engine, plan = threaded_storm(world, seed, count, 150, **pools)
-    assert not [one for one in caplog.records if one.levelno >= logging.ERROR], caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR], caplog.text
     check_answers(plan)
     counters = Counters.of(engine)
     print(counters, engine.num_ended)

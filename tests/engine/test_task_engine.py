@@ -1,4 +1,4 @@
-"""A task changes in the engine: what runs, waits or was preempted keeps its old weights, and the two are never mixed."""
+"""A task is replaced in the engine: live requests keep their old weights, and old and new are never mixed."""
 
 import threading
 from typing import Any
@@ -25,7 +25,7 @@ def swap(fakes, task="t", answer=NEW):
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 5, 9])
 @pytest.mark.parametrize("place", [{}, {"colocated": True}, {"num_decode": 2}])
 def test_old_and_new_ones_are_never_mixed(steps, place):
-    """Wherever a request is when its task changes: it waits, is prefilled, copied, decoded."""
+    """In every state of a request when its task changes: waiting, prefilled, transferred, decoded."""
     fakes = make_engine({"t": OLD}, **place)
     client = Client(fakes)
     prompts = [[number] * (number * 3) for number in range(1, 7)]
@@ -63,7 +63,7 @@ def test_a_preempted_request_comes_back_to_its_old_weights(change):
 
 
 def test_all_choices_of_a_call_have_the_same_weights():
-    """A swap that comes in the middle of a call's submission waits for its end."""
+    """A replacement in the middle of a submission waits for its end."""
     fakes = make_engine({"t": OLD}, num_decode=2)
     client, engine = Client(fakes), fakes.engine
     router: Any = engine.router
@@ -81,7 +81,7 @@ def test_all_choices_of_a_call_have_the_same_weights():
         if not began.is_set():
             thread.start()
             assert began.wait(5)
-        # The swap has the time to come, and must not.
+        # The replacement has the time to happen, and must not.
         assert not swapped.wait(0.05)
         return assign(*args)
 
@@ -90,10 +90,10 @@ def test_all_choices_of_a_call_have_the_same_weights():
     engine.submit_all(requests, [lambda event: None] * 4)
     thread.join()
     sequences = [engine._live[request.id] for request in requests]
-    assert {one.decode_worker for one in sequences} == {0, 1}
-    assert len({id(one.decode.weights) for one in sequences}) == 1
+    assert {sequence.decode_worker for sequence in sequences} == {0, 1}
+    assert len({id(sequence.decode.weights) for sequence in sequences}) == 1
     fakes.run()
-    assert [one.decode.completion_ids for one in sequences] == [OLD.answer((1, 2, 3), 4)] * 4
+    assert [sequence.decode.completion_ids for sequence in sequences] == [OLD.answer((1, 2, 3), 4)] * 4
     router.assign = assign
     name = client.ask(prompt=(1, 2, 3), max_tokens=4)
     fakes.run()

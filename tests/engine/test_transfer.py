@@ -1,4 +1,4 @@
-"""transfer.py: which pages move, in which parts, what is pinned meanwhile, and what is never written."""
+"""transfer.py: which pages are transferred, in which parts, which are held meanwhile, and which are never written."""
 
 import pytest
 from fake_engine import PAGE, Client, make_engine
@@ -14,7 +14,7 @@ ECHO = Echo("t")
 
 
 def noted_moves(fakes):
-    """How many pages each copy into the decode pool has."""
+    """Number of pages of each transfer into the decode pool."""
     store, moves = fakes.decode_stores[0], []
     scatter = store.scatter
 
@@ -47,7 +47,7 @@ def test_only_what_the_decode_worker_lacks_is_moved():
     fakes = make_engine({"t": ECHO}, chunk=64, moves=(32,))
     moves = noted_moves(fakes)
     client = Client(fakes)
-    # A tail page is private, so the third one moves its own although the first one's was the same.
+    # A tail page is private, so the third request transfers its own although the first request's was the same.
     prompts = [range(22), [*range(22), *range(50, 61)], range(22), range(21)]
     for prompt in prompts:
         name = client.ask(prompt=prompt, max_tokens=3)
@@ -63,7 +63,7 @@ def test_pages_move_while_the_rest_is_prefilled():
     client = Client(fakes)
     client.ask("a", range(22), max_tokens=3)
     fakes.run()
-    # After 6, 12, 18 and 21 tokens; a page goes when it is full, the tail at the end.
+    # After 6, 12, 18 and 21 tokens; a page is sent when it is full, the tail at the end.
     assert moves == [1, 2, 1, 2]
 
 
@@ -88,7 +88,7 @@ def test_both_sides_are_pinned_until_the_copy_is_done():
 
 
 def test_a_pinned_page_is_not_lent_to_others():
-    """The prefill pool is under pressure while pages of it are on their way."""
+    """The prefill pool is under pressure while pages of it are in flight."""
     fakes = make_engine({"t": ECHO}, pages=14, decode_pages=60)
     gate = fakes.hold(1)
     client = Client(fakes)
@@ -122,7 +122,7 @@ def test_what_comes_after_its_pool_has_failed_is_not_written(caplog):
 
 
 def test_a_copy_whose_source_pool_has_failed_is_whole_or_not_used(caplog):
-    """It was gathered before the failure, so those who wait for it may have it."""
+    """It was gathered before the failure, so the requests that wait for it may use it."""
     fakes = make_engine({"t": ECHO}, num_prefill=2, chunk=64, moves=(32,))
     gate = fakes.hold(1)
     client = Client(fakes)

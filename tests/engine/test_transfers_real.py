@@ -1,4 +1,4 @@
-"""Copies between real pools: late, failing, never coming, out of order, aborted on their way, between all degrees of TP.
+"""Transfers between real pools: late, failing, lost, out of order, aborted in flight, between all degrees of TP.
 
 Every answer must be the oracle's and every page must come back.
 """
@@ -42,7 +42,7 @@ from pshare_jax.model.sharding import content_sharding, pages_sharding
 
 @pytest.fixture(scope="module")
 def world(sources) -> Engines:
-    """One prefill and one decode worker, debug mode."""
+    """One prefill and one decode worker, in debug mode."""
     return world_on(sources, placed([[0]], [[1]]), debug=True)
 
 
@@ -52,7 +52,7 @@ def draw() -> np.random.Generator:
 
 
 def held_back(engine: Engine) -> FaultyStore:
-    """The decode pool's store, into which copies do not come until a test lets them."""
+    """The decode pool's store, at which transfers do not arrive until a test lets them."""
     store = store_of(engine.admission.decode_pools[0])
     store.polls = lambda: NEVER
     return store
@@ -65,7 +65,7 @@ def let_come(store: FaultyStore) -> None:
 
 
 def assert_right(world: Engines, *answers: Answer) -> None:
-    """The answers are finished and the oracle's."""
+    """The answers are finished and equal the oracle's."""
     for answer in answers:
         assert answer.error is None, answer.events[-1]
         expected = world.expected(answer.sequence.request)
@@ -75,12 +75,12 @@ def assert_right(world: Engines, *answers: Answer) -> None:
 
 def finish(world: Engines, engine: Engine, *answers: Answer) -> None:
     """Steps until all have ended; they must be right, and the pools as before."""
-    step_until(engine, lambda: all(one.ended for one in answers))
+    step_until(engine, lambda: all(answer.ended for answer in answers))
     assert_right(world, *answers)
     assert_restored(engine)
 
 
-# --- aborts and failures on the way -----------------------------------------------------------------------------------
+# --- aborts and failures in flight ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("length", "state"), [(28, State.TRANSFERRING), (40, State.PREFILLING)])
@@ -118,7 +118,7 @@ def test_a_copy_that_fails_ends_its_request_alone(world, draw, when):
         store.place_fault = RuntimeError("no memory")
     else:
         store.polls = lambda: 3
-    answers = [Answer(engine, one) for one in (failing, waiting)]
+    answers = [Answer(engine, request) for request in (failing, waiting)]
     engine.step()
     if when == "written":
         store.late[-1].error = RuntimeError("the link is down")
@@ -144,7 +144,7 @@ def test_a_copy_that_never_comes_is_given_up_and_its_pages_come_back(world, draw
     store.polls = lambda: 0
     step_until(engine, lambda: lost.ended and not time.sleep(0.01))
     assert lost.error == TIMED_OUT
-    # Who waited for that copy gets its own, or is given up in its turn: nobody may ever wait for it again.
+    # Requests that waited for that transfer send their own or fail in turn: none may ever wait for it again.
     step_until(engine, lambda: late.ended and not time.sleep(0.01))
     stall_after(engine, 300.0)
     step_until(engine, lambda: engine.idle)
@@ -166,7 +166,7 @@ def test_an_inherited_copy_that_never_comes_is_given_up(world, draw):
     stall_after(engine, 0.2)
     newest = waiting
     for _ in range(20):
-        # A chain of requests that wait for it, each before the one before it is given up.
+        # A chain of requests that wait for it, each submitted before its predecessor fails.
         time.sleep(0.05)
         newest = Answer(engine, world.request("lora", first.prompt))
         engine.step()
@@ -179,9 +179,9 @@ def test_a_failed_prefill_step_ends_its_requests_and_frees_their_decode_pages(wo
     running, failing, queued = (world.clear(draw, "math", length, 12) for length in (20, 60, 70))
     stream = Answer(engine, running)
     step_until(engine, lambda: len(stream.ids) > 1)
-    answers = [Answer(engine, one) for one in (failing, queued)]
+    answers = [Answer(engine, request) for request in (failing, queued)]
     engine.prefill_workers[0].step()
-    assert [one.sequence.state for one in answers] == [State.PREFILLING, State.WAITING]
+    assert [answer.sequence.state for answer in answers] == [State.PREFILLING, State.WAITING]
     store_of(engine.admission.prefill_pools[0]).fault = RuntimeError("no memory")
     engine.prefill_workers[0].step()
     assert answers[0].error == FAILED
@@ -211,8 +211,8 @@ def test_copies_that_finish_in_reversed_order_into_adjacent_pages(world, draw):
     engine = faulty_engine(world)
     store = held_back(engine)
     requests = [(world.clear(draw, "chat", 30, 10), *(world.clear(draw, "chat", 9, 4) for _ in "ab")) for _ in range(3)]
-    world.check(*[one for three in requests for one in three], engine=faulty_engine(world))
-    expected = [[world.expected(one).ids for one in three] for three in requests]
+    world.check(*[request for three in requests for request in three], engine=faulty_engine(world))
+    expected = [[world.expected(request).ids for request in three] for three in requests]
     adjacent = 0
     for repeat in range(200):
         turn = repeat % len(requests)
@@ -220,15 +220,15 @@ def test_copies_that_finish_in_reversed_order_into_adjacent_pages(world, draw):
         stream = Answer(engine, world.again(requests[turn][0]))
         step_until(engine, lambda stream=stream: len(stream.ids) == 2)
         store.polls = lambda: NEVER
-        first, second = (Answer(engine, world.again(one)) for one in requests[turn][1:])
+        first, second = (Answer(engine, world.again(request)) for request in requests[turn][1:])
         step_until(engine, lambda second=second: second.sequence.state is State.TRANSFERRING)
-        tables = [set(decode_pages(one)) for one in (first, second)]
+        tables = [set(decode_pages(answer)) for answer in (first, second)]
         adjacent += any(page + 1 in tables[1] or page - 1 in tables[1] for page in tables[0])
         early, late = store.late[-1], store.late[-2]
         early.polls, late.polls = 0, repeat % 3 + 1
         answers = [stream, first, second]
-        step_until(engine, lambda answers=answers: all(one.ended for one in answers))
-        assert [one.ids for one in answers] == expected[turn]
+        step_until(engine, lambda answers=answers: all(answer.ended for answer in answers))
+        assert [answer.ids for answer in answers] == expected[turn]
         for pool in pools_of(engine):
             pool.manager.flush()
     assert adjacent > 100
@@ -238,13 +238,13 @@ def test_copies_that_finish_in_reversed_order_into_adjacent_pages(world, draw):
 def test_a_delayed_copy_does_not_slow_running_streams(world, draw):
     engine = faulty_engine(world)
     streams = [Answer(engine, world.clear(draw, "math", length, 20)) for length in (7, 20, 33)]
-    step_until(engine, lambda: all(one.ids for one in streams))
+    step_until(engine, lambda: all(stream.ids for stream in streams))
     store = held_back(engine)
     held = Answer(engine, world.clear(draw, "math", 60))
     for _ in range(12):
-        before = [len(one.ids) for one in streams]
+        before = [len(stream.ids) for stream in streams]
         engine.step()
-        assert [len(one.ids) for one in streams] == [count + 1 for count in before]
+        assert [len(stream.ids) for stream in streams] == [count + 1 for count in before]
     assert len(engine.admission.transfers_of(held.sequence)) == 2
     assert held.ids == []
     let_come(store)
@@ -256,7 +256,7 @@ def test_small_pools_and_many_arrivals_end_all(world, draw):
     engine = faulty_engine(world, prefill_pages=32, decode_pages=18)
     distinct = [world.clear(draw, task, int(draw.integers(1, 32)), 4) for task in ("chat", "math", "lora") * 5]
     requests = [distinct[index % 15] for index in range(64)]
-    world.check(*[world.again(one) for one in requests], engine=engine)
+    world.check(*[world.again(request) for request in requests], engine=engine)
     # Idle for longer than a request may stand still.
     stall_after(engine, 0.5)
     time.sleep(0.6)
@@ -270,7 +270,7 @@ def test_copies_that_wait_for_others_leave_room_for_these(sources, draw):
     prefix = draw.integers(0, 320, 70)
     first = Answer(engine, world.request("chat", prefix, 4), Route(0, 0))
     engine.prefill_workers[0].step()
-    # Two of three chunks are still to come: the others wait for them in the decode pool, having prefilled by themselves.
+    # Two of three chunks are outstanding: the other requests have prefilled, and wait for them in the decode pool.
     others = [
         Answer(engine, world.request("chat", [*prefix[:68], index, 1], 4), Route(1, 0))
         for index in range(MAX_IN_FLIGHT + 4)
@@ -278,7 +278,7 @@ def test_copies_that_wait_for_others_leave_room_for_these(sources, draw):
     for _ in range(60):
         engine.prefill_workers[1].step()
         engine.decode_workers[0].step()
-    assert all(has_waiters(first.sequence) and not one.ids for one in others)
+    assert all(has_waiters(first.sequence) and not answer.ids for answer in others)
     finish(world, engine, first, *others)
 
 
@@ -351,7 +351,7 @@ def published(pool: Pool) -> dict[bytes, np.ndarray]:
 
 
 def oracle_pages(world: Engines, request: Request) -> np.ndarray:
-    """KV of the request's full pages as the plain loop makes it: `[L, 2, K, pages, page, H]`."""
+    """KV of the request's full pages as the plain loop computes it: `[L, 2, K, pages, page, H]`."""
     size = world.config.kv.page_size
     num_pages = (len(request.prompt) - 1) // size
     dense = world.oracle(request.task).prefill([list(request.prompt[:-1])])

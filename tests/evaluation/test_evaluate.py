@@ -1,4 +1,4 @@
-"""Evaluation from a task's name to the accuracy: questions as training and the server see them, judged and counted."""
+"""Evaluation from a task's name to the accuracy: questions in the form of training and serving, scored and counted."""
 
 import json
 import math
@@ -92,7 +92,7 @@ def test_reasoning_gym_asks_what_it_trains(base):
 
 
 def test_bfcl_asks_with_functions_and_judges_calls(base, monkeypatch):
-    """Without the wheel: the questions are ours here."""
+    """Without the wheel: the questions are the test's own."""
     functions = [{"name": "a.b", "parameters": {"type": "dict", "properties": {}, "required": []}}]
     question = {
         "id": "simple_0",
@@ -120,7 +120,7 @@ def asked(base, tmp_path_factory) -> list[Item]:
 
 @pytest.mark.parametrize("ratio", [1.0, 0.0])
 def test_answers_are_those_of_the_plain_loop(base, module_folder, asked, ratio):
-    """The texts that are judged, in order; with ratio 0 those of the fine-tune without sharing."""
+    """The scored texts, in order; with ratio 0 the texts of the fine-tune without sharing."""
     module = load_any_module(str(module_folder), base)
     shared = ps.factorize(base if ratio else ps.load(module_folder))
     shared.add_task("m", module if ratio else "base")
@@ -131,25 +131,17 @@ def test_answers_are_those_of_the_plain_loop(base, module_folder, asked, ratio):
         want.append((base.tokenizer.decode(ids if cut else ids[:-1]), cut, len(ids)))
     right = {want[1][0], want[4][0]}
     done: list[int] = []
-    result = evaluate(
-        base,
-        module,
-        asked,
-        lambda answer, record: 1.0 if answer in right else 0.5,
-        max_new_tokens=NEW,
-        sharing_ratio=ratio,
-        rows=2,
-        progress=done.append,
-    )
-    assert [(one.answer, one.cut) for one in result.answers] == [(text, cut) for text, cut, _ in want]
+    settings = {"max_new_tokens": NEW, "sharing_ratio": ratio, "rows": 2, "progress": done.append}
+    result = evaluate(base, {"m": module}, asked, lambda answer, _: 1.0 if answer in right else 0.5, **settings)["m"]
+    assert [(answer.answer, answer.cut) for answer in result.answers] == [(text, cut) for text, cut, _ in want]
     assert result.num_tokens == sum(length for _, _, length in want)
     assert done == list(range(1, len(asked) + 1))
     num_right = sum(text in right for text, _, _ in want)
     assert result.accuracy == num_right / len(asked) < 1
     assert result.mean_score == pytest.approx((num_right + len(asked)) / 2 / len(asked))
     summary = result.summary(num_samples=1)
-    assert [one["answer"] for one in summary["right"]] == [want[1][0]]
-    assert [one["answer"] for one in summary["wrong"]] == [want[0][0]]
+    assert [answer["answer"] for answer in summary["right"]] == [want[1][0]]
+    assert [answer["answer"] for answer in summary["wrong"]] == [want[0][0]]
     assert summary["scores"][1] == 1.0
 
 
@@ -157,15 +149,15 @@ def test_the_ratio_matters(base, module_folder, asked):
     module = load_any_module(str(module_folder), base)
 
     def answers(ratio: float) -> list[str]:
-        result = evaluate(base, module, asked, exact_match, max_new_tokens=NEW, sharing_ratio=ratio)
-        return [one.answer for one in result.answers]
+        results = evaluate(base, {"m": module}, asked, exact_match, max_new_tokens=NEW, sharing_ratio=ratio)
+        return [answer.answer for answer in results["m"].answers]
 
     assert answers(1.0) != answers(0.0) != answers(0.5)
 
 
 def test_nothing_to_ask(base):
     with pytest.raises(PshareError, match="no questions"):
-        evaluate(base, load_any_module("base", base), [], exact_match, max_new_tokens=1)
+        evaluate(base, {"base": load_any_module("base", base)}, [], exact_match, max_new_tokens=1)
 
 
 @pytest.mark.parametrize(("right", "total"), [(0, 10), (10, 10), (3, 10), (7, 500), (1, 1)])
@@ -196,9 +188,9 @@ def test_command_line(folder, module_folder, tmp_path, capsys):
     output = tmp_path / "results.json"
     arguments = ("--base", folder, "--module", plain, "--task", data, "--max-new-tokens", 4, "--output", output)
     assert run(*arguments, "--sharing-ratio", 0.5, "--rows", 2) == 0
-    told = capsys.readouterr()
-    assert f"{data}: 0.0% right (0 of 2; 95 % interval 0.0% to 65.8%)" in told.out
-    assert "dropped: 1 x no messages (line 2)" in told.err
+    printed = capsys.readouterr()
+    assert f"{data}: 0.0% right (0 of 2; 95 % interval 0.0% to 65.8%)" in printed.out
+    assert "dropped: 1 x no messages (line 2)" in printed.err
     result = json.loads(output.read_text())
     assert (result["sharing_ratio"], result["num_items"], result["dtype"]) == (0.5, 2, "float32")
     assert (result["scores"], len(result["wrong"]), result["right"]) == ([0.0, 0.0], 2, [])
@@ -258,7 +250,7 @@ def test_mistakes_end_in_one_sentence(folder, tmp_path, monkeypatch, capsys, cha
     monkeypatch.chdir(tmp_path)
     options = {"--base": folder, "--module": "base", "--task": "reasoning_gym:chain_sum?size=1", **changes}
     assert run(*(word for pair in options.items() for word in pair)) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert sentence in told.err
-    assert told.err.count("\n") == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert sentence in printed.err
+    assert printed.err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""What evaluation generates equals the plain loop token by token, in every family, for every share of the prompt.
+"""Evaluation generates the plain loop's tokens, in every family, for every share of the prompt.
 
 Where the module reads all of the prompt itself, the reference is transformers with the saved module. Prompts are redrawn
 until every choice is clear.
@@ -13,7 +13,7 @@ from tiny import FAMILIES, random_tokens, tiny_folder, tiny_module
 
 import pshare_jax as ps
 from pshare_jax.engine.engine import Engine
-from pshare_jax.evaluation.evaluate import evaluate_modules
+from pshare_jax.evaluation.evaluate import evaluate
 from pshare_jax.evaluation.tasks import Item
 from pshare_jax.share.boundary import base_len, response_start_at
 
@@ -56,7 +56,7 @@ def made(request, tmp_path_factory) -> Made:
 
 
 def clear_prompts(shared: ps.SharedModel, task: str, ratio: float) -> tuple[list[list[int]], list[list[int]]]:
-    """A prompt of every length of which every choice is clear, and the plain loop's answers."""
+    """A prompt of every length, without near-ties, and the plain loop's answers."""
     made = [clear_prompt(shared, task, ratio, length) for length in LENGTHS]
     return [prompt for prompt, _ in made], [ids for _, ids in made]
 
@@ -89,7 +89,7 @@ def generated(made: Made, tasks: tuple[str, ...], prompts: list[list[int]], rati
         patch.setattr(Engine, "run", noted)
         items = [Item(str(index), tuple(prompt), "", {}) for index, prompt in enumerate(prompts)]
         modules = {task: made.module(task) for task in tasks}
-        results = evaluate_modules(
+        results = evaluate(
             base, modules, items, lambda text, record: 1.0, max_new_tokens=NEW, sharing_ratio=ratio, rows=2
         )
     assert {name: result.num_tokens for name, result in results.items()} == dict.fromkeys(tasks, NEW * len(prompts))

@@ -1,4 +1,4 @@
-"""Held-out questions: as many as asked, none twice, none that training has; and what counts as said anywhere in a text."""
+"""Held-out questions: the requested number, none twice, none in the training data; and what counts as stated in a text."""
 
 import pytest
 from tiny import tiny_folder

@@ -93,7 +93,7 @@ def test_bfcl_accepts_its_own_answers_and_no_others(wheel, verify, category, cou
 
 
 def test_bfcl_is_training_data(wheel, verify):
-    """Asked as the evaluation asks, answered as the checker wants; what no answer of ours is right for is told."""
+    """Questions in the evaluation's form, answers in the checker's; questions without a right answer are reported."""
     questions = read_questions("live_simple", wheel)
     records = list(read_source("bfcl:live_simple"))
     assert [record.line for record in records] == list(range(1, 259))
@@ -141,7 +141,7 @@ def plain(value):
 
 
 def test_arguments_that_the_checker_was_not_written_for(verify):
-    """They are wrong, with the reason, and the next answer is judged as ever."""
+    """They are wrong, with the reason, and the next answer is scored as usual."""
     functions = [
         {"name": "f", "parameters": {"type": "dict", "properties": {"a": {"type": "dict"}}, "required": ["a"]}}
     ]

@@ -1,4 +1,4 @@
-"""What the sharing of prompt KV is for, in exact counts: an agent session over a growing context, shared and isolated.
+"""The effect of sharing prompt KV, in exact counts: an agent session over a growing context, shared and isolated.
 
 Four tasks with weights of their own are called one after another, three turns long. Each call's prompt is the context
 and an instruction that is not kept; then the context grows by the answer and a tool's output.
@@ -31,14 +31,14 @@ def make(folders):
     base, tasks = folders
 
     def engines(sharing):
-        # As many pages for each task alone as its calls need, and the same in total for all together.
+        # Each isolated task has as many pages as its calls need, and the shared engine the same total.
         return Engines(base, tasks, SPLIT, page_size=PAGE, pages=1024, chunk=CHUNK, rows=1, sharing=sharing)
 
     return engines
 
 
 def session(engines):
-    """The answers of a session's calls, in their order."""
+    """The answers of a session's calls, in order."""
     draw = np.random.default_rng(3)
     context, answers = draw.integers(0, VOCAB, CONTEXT).tolist(), []
     for _ in range(TURNS):
@@ -69,7 +69,7 @@ def test_a_session_prefills_what_is_new(make, sharing, prefilled, percent):
         assert prefilled == firsts + 2 * 4 * (4 * grown + new)
     assert prefill_tokens(engines.engine) == prefilled
     stats = [worker.pool.cache_stats for worker in engines.engine.prefill_workers]
-    cached, prompts = sum(one.cached_tokens for one in stats), sum(one.prompt_tokens for one in stats)
+    cached, prompts = sum(pool.cached_tokens for pool in stats), sum(pool.prompt_tokens for pool in stats)
     assert prompts == sum(CONTEXT + call * grown + INSTRUCTION for call in range(12))
     # A prompt's last token is never prefilled, and never counts as cached.
     assert cached == prompts - 12 - prefilled == sum(answer.cached_tokens for answer in answers)
@@ -88,7 +88,7 @@ def test_a_session_keeps_one_copy_of_its_context(make, sharing):
     kept = max(pages) if sharing == "shared" else sum(pages[-4:])
     assert worker.pool.manager.num_cached == kept + 12
     moved = engines.engine.transfers[0].stats
-    # The rest of what moved are the calls' tails.
+    # The other transferred pages are the calls' tails.
     assert moved.num_pages == kept + 12 + 12
 
 

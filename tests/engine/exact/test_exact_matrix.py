@@ -42,7 +42,7 @@ MESHES = ("1-1", "2-1", "1-2", "4-2", "2-4")
 """Devices of the prefill and of the decode worker."""
 PLACES = ("split", "colocated")
 CHUNKS = ("below", "page", "above", "many")
-"""A prefill chunk of a page's tokens less one, of a page, of one more, of 16 or 48 in several pages."""
+"""Tokens of a prefill chunk: a page less one, a page, a page and one, and 16 or 48 in several pages."""
 
 
 class Case(NamedTuple):
@@ -64,7 +64,7 @@ class Case(NamedTuple):
     @property
     def placement(self) -> Placement:
         """Its devices: decode workers begin at the fifth, so that engines share compilations."""
-        num_prefill, num_decode = (int(one) for one in self.meshes.split("-"))
+        num_prefill, num_decode = map(int, self.meshes.split("-"))
         decode = list(range(4, 4 + num_decode))
         return placed([decode if self.place == "colocated" else list(range(num_prefill))], [decode])
 
@@ -102,7 +102,7 @@ def possible(values: tuple[Any, ...]) -> bool:
 
 
 def larger_product() -> list[Case]:
-    """Everything times everything, but of the chunks one each, in turn; without the table's cases."""
+    """The product of all axes, except that the chunks take turns; without the table's cases."""
     cases = []
     for index, values in enumerate(itertools.product(*AXES[:-1])):
         b = values[1]
@@ -146,7 +146,9 @@ def test_the_models_notice_every_page(family, task, worlds):
         assert logprobs > 2 * LOGPROB_TOLERANCE, f"{what} {page}"
 
 
-@pytest.mark.parametrize("family", ["llama", *(pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES[1:])])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:])]
+)
 def test_the_padded_oracle_is_the_plain_loop(family, worlds):
     loop = worlds[family].loops["shared"]
     for length in (1, 16, 33):
@@ -187,7 +189,7 @@ def test_answers_are_the_plain_loops(case, worlds):
 
 @pytest.fixture
 def few_programs_here() -> Iterator[None]:
-    """The larger product compiles more programs than a process may hold at once, within this one module."""
+    """The larger product compiles more programs within this module than a process may hold at once."""
     yield
     drop_programs(30_000)
 
@@ -199,7 +201,7 @@ def test_more_answers_are_the_plain_loops(case, worlds, few_programs_here):
 
 
 def check(case: Case, world: World) -> None:
-    """All prompts at once, then again one after the other for other tasks, then one that goes on from an answer."""
+    """All prompts at once, then one by one for other tasks, then a prompt that continues an answer."""
     engines = world.engines(case.placement, page_size=case.page_size, chunk=case.chunk, sharing=case.sharing)
     base = digest(engines.engine.prefill_specs[0].weights.params)
     b, lengths = case.page_size, sorted({1, *edges(case.page_size)})
@@ -211,7 +213,7 @@ def check(case: Case, world: World) -> None:
         # In the isolated baseline only the longest prompt was the same task's before.
         hits = case.sharing == "shared" or len(request.prompt) == LONG
         assert answer.cached_tokens == (full_len(len(request.prompt), b) if hits else 0)
-    # No page with generated tokens may be found for a prompt that goes on from another task's answer.
+    # A prompt that continues another task's answer must not hit a page with generated tokens.
     turn = engines.check(engines.turn(TASKS[-1], (*world.long, *answers[-2].ids), logprobs=0))
     assert turn[0].cached_tokens == full_len(LONG, b)
     assert_prefilled_once(engines.engine, [*answers, *warm, *turn])
@@ -235,13 +237,13 @@ def long_tokens(case: Case) -> int:
 
 
 def check_devices(case: Case, engines: WorldEngines) -> None:
-    """Weights and pages of each side lie on its devices, all of them and no others."""
+    """Weights and pages of each worker lie on exactly its devices."""
     engine, devices = engines.engine, jax.devices()
-    prefill = [(side.weights.params, DevicePages.of(side.pool).pages) for side in engine.prefill_specs]
+    prefill = [(spec.weights.params, DevicePages.of(spec.pool).pages) for spec in engine.prefill_specs]
     decode = [
         ([weights.params for weights in worker._tasks.values()], DevicePages.of(worker.pool).pages)
         for worker in engine.decode_workers
     ]
-    wanted = [{devices[i] for i in side[0].devices} for side in (case.placement.prefill, case.placement.decode)]
+    wanted = [{devices[i] for i in workers[0].devices} for workers in (case.placement.prefill, case.placement.decode)]
     assert [devices_of(prefill), devices_of(decode)] == wanted
     assert wanted[0].isdisjoint(wanted[1]) or case.place == "colocated"

@@ -41,7 +41,7 @@ def test_every_row_begins_at_its_own_pages(engines, order):
 
 @pytest.mark.parametrize("task", ["math", "tools"])
 def test_rows_follow_sequences_that_come_and_go(engines, task):
-    """A6-12: of four the first ends early, another comes, then the third ends."""
+    """A6-12: the first of four requests ends early, another arrives, then the third ends."""
     lengths, counts = (6, 9, 3, 12), (8, 20, 12, 20)
     requests = [engines.some(length, (task,), count)[0] for length, count in zip(lengths, counts, strict=True)]
     answers = [Answer(engines.engine, request) for request in requests]
@@ -64,7 +64,7 @@ def test_exactly_max_tokens(engines, count):
         assert answer.events[-1].finish_reason == "length"
 
 
-# --- what travels --------------------------------------------------------------------------------------------------------
+# --- transferred pages ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
@@ -94,25 +94,26 @@ def test_the_bases_kv_arrives(tmp_path, kv_heads):
 
 def test_preempted_sequences_go_on_as_if_nothing_had_been(engines):
     """A2-17, at a quarter of its size: two requests of 2 pages and 2 tokens, and 2 pages and 3 new tokens, 7 pages."""
-    [one], [two] = engines.some(2 * PAGE + 2, ("math",), 2 * PAGE + 3), engines.some(2 * PAGE + 2, ("tools",), 11, 7)
-    assert one.prompt != two.prompt
+    [first] = engines.some(2 * PAGE + 2, ("math",), 2 * PAGE + 3)
+    [second] = engines.some(2 * PAGE + 2, ("tools",), 11, 7)
+    assert first.prompt != second.prompt
     pool = engines.engine.decode_workers[0].pool
     taken = pool.manager.allocate(pool.num_usable - 7, "nobody")
-    answers = [Answer(engines.engine, request) for request in (one, two)]
+    answers = [Answer(engines.engine, request) for request in (first, second)]
     while not all(answer.ended for answer in answers):
         engines.engine.step()
     pool.manager.release(taken, "nobody")
     settle(engines.engine)
-    assert [answer.ids for answer in answers] == [engines.expected(request).ids for request in (one, two)]
+    assert [answer.ids for answer in answers] == [engines.expected(request).ids for request in (first, second)]
     assert engines.engine.decode_workers[0].num_preempted > 0
     stats = engines.engine.prefill_workers[0].pool.cache_stats
     assert (stats.num_requests, stats.prompt_tokens, stats.cached_tokens) == (2, 2 * (2 * PAGE + 2), 0)
-    [again] = engines.check(engines.request("tools", one.prompt))
-    assert again.cached_tokens == full_len(len(one.prompt), PAGE)
+    [again] = engines.check(engines.request("tools", first.prompt))
+    assert again.cached_tokens == full_len(len(first.prompt), PAGE)
 
 
 def test_colliding_digests_are_no_hits(engines, monkeypatch):
-    """A2-06: with digests of 8 bits every page collides with others; only equal tokens are believed."""
+    """A2-06: with digests of 8 bits every page collides with others; only pages with equal tokens are hits."""
     monkeypatch.setattr(page_keys, "_digest", lambda data: hashlib.sha256(data).digest()[:1])
     draw = np.random.default_rng(5)
     stems = draw.integers(0, VOCAB, (5, 2 * PAGE)).tolist()

@@ -1,5 +1,5 @@
-"""Prefix hits on real engines: prompt KV is found by every task and answers stay the plain loop's; generated KV is found
-by nobody (cases.md A2-04, A2-08 to A2-10, A2-13, A2-19, A2-21).
+"""Prefix hits on real engines: every task hits prompt KV, and answers equal the plain loop's; no prompt hits generated KV
+(cases.md A2-04, A2-08 to A2-10, A2-13, A2-19, A2-21).
 """
 
 import pytest
@@ -22,11 +22,11 @@ def gemma(world_of):
 
 @pytest.fixture(scope="module", params=PLACEMENTS)
 def engines(request, llama):
-    """One engine for each placement: a test takes prompts that no other has, or a cold engine."""
+    """An engine for each placement: a test uses prompts that no other test has, or a cold engine."""
     return llama.engines(PLACEMENTS[request.param], rows=4)
 
 
-# --- generated KV is nobody else's (A2-04) -----------------------------------------------------------------------------
+# --- generated KV is private (A2-04) -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", edges(PAGE))
@@ -37,7 +37,7 @@ def test_a_task_goes_on_from_anothers_answer(engines, length, order):
     [answer] = engines.check(first, engine=cold)
     [again] = engines.check(same, engine=cold)
     assert (answer.cached_tokens, again.cached_tokens) == (0, full_len(length, PAGE))
-    # Pages that hold an answer are the base's only once it has made them itself.
+    # Pages that hold an answer are hits only once the base has computed them itself.
     before = (*first.prompt, *answer.ids)
     for task in order[1:]:
         turn = engines.turn(task, before)
@@ -65,7 +65,7 @@ def test_a_task_goes_on_from_an_answer_that_is_still_being_made(engines, length)
     assert [answer.cached_tokens for answer in answers] == [0, full_len(length, PAGE), full_len(length, PAGE)]
 
 
-# --- prompt KV is everybody's ------------------------------------------------------------------------------------------
+# --- prompt KV is shared -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", edges(PAGE))
@@ -86,8 +86,8 @@ def test_the_last_prompt_token_is_always_left(engines, length):
 def test_cached_tokens_are_told(llama, placement, sharing, length):
     """A2-19: another task's prompt counts as cached where KV is shared, and a task's own always."""
     engines = llama.engines(PLACEMENTS[placement], sharing=sharing)
-    one, other, again = engines.some(length, tasks=("math", "tools", "math"))
-    answers = [engines.check(request)[0] for request in (one, other, again)]
+    first, second, again = engines.some(length, tasks=("math", "tools", "math"))
+    answers = [engines.check(request)[0] for request in (first, second, again)]
     whole = 10 * PAGE
     assert [answer.cached_tokens for answer in answers] == [0, whole if sharing == "shared" else 0, whole]
     assert all(event.cached_tokens == answer.cached_tokens for answer in answers for event in answer.events)
@@ -95,7 +95,7 @@ def test_cached_tokens_are_told(llama, placement, sharing, length):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_salt_hits_its_own_and_misses_all_others(engines, task):
-    """A2-09: both sides of it, within a task and from one task to another."""
+    """A2-09: hits and misses, within a task and across tasks."""
     cold = engines.new_engine()
     [request] = engines.some(3 * PAGE, tasks=(task,))
     other = TASKS[TASKS.index(task) - 1]
@@ -110,12 +110,12 @@ def test_a_salt_hits_its_own_and_misses_all_others(engines, task):
     assert [cached("b"), cached(""), cached("a"), cached("\ud800")] == [whole] * 4
 
 
-@pytest.mark.parametrize(("one", "other"), [(("1", (23,)), ("12", (3,))), (("", (1, 23)), ("", (12, 3)))])
-def test_parts_that_join_to_the_same_text_are_apart(engines, llama, one, other):
+@pytest.mark.parametrize(("left", "right"), [(("1", (23,)), ("12", (3,))), (("", (1, 23)), ("", (12, 3)))])
+def test_parts_that_join_to_the_same_text_are_apart(engines, llama, left, right):
     """A2-08: a salt and the first token, and two tokens."""
     cold = engines.new_engine()
     rest = llama.prompt(2 * PAGE, 1)
-    for salt, tokens in (one, other):
+    for salt, tokens in (left, right):
         request = engines.turn("math", (*tokens, *rest), cache_salt=salt)
         assert engines.check(request, engine=cold)[0].cached_tokens == 0
 

@@ -54,13 +54,13 @@ def engines(request, llama):
 
 
 def sampled(engines, task, length=10, max_tokens=16, sampling=SEEDED, **fields):
-    """A request with an answer that is not the greedy one."""
+    """A request with an answer that differs from the greedy answer."""
     for number in range(20):
         [request] = engines.some(length, (task,), max_tokens, number, sampling=sampling, **fields)
         greedy = engines.request(task, request.prompt, max_tokens)
         if engines.expected(request).ids != engines.expected(greedy).ids:
             return request
-    raise AssertionError("every answer is the greedy one")
+    raise AssertionError("every answer equals the greedy answer")
 
 
 def neighbours(engines, task, count):
@@ -87,7 +87,7 @@ def test_a_seed_alone_and_after_a_prefix_hit(engines):
 
 
 def test_a_seed_and_a_preemption(engines):
-    """The youngest is preempted: the second of two whose answers need more pages than there are."""
+    """The youngest is preempted: the second of two requests that together need more pages than the pool has."""
     first, second = sampled(engines, "tools"), sampled(engines, "math", sampling=dataclasses.replace(SEEDED, seed=8))
     [worker] = engines.engine.decode_workers
     allocator = worker.pool.manager
@@ -110,7 +110,7 @@ def test_parameters_do_what_they_do_in_the_plain_loop(engines, kind):
     sampling = SamplingParams(**{"seed": 5, **KINDS[kind]})
     requests = [sampled(engines, task, 7, 12, sampling, logprobs=0) for task in TASKS]
     plain = [engines.some(9, (task,), 12)[0] for task in TASKS]
-    engines.check(*(one for pair in zip(requests, plain, strict=True) for one in pair))
+    engines.check(*(request for pair in zip(requests, plain, strict=True) for request in pair))
 
 
 def test_all_kinds_in_one_batch(engines):
@@ -135,7 +135,7 @@ def test_stop_ids_are_banned_until_enough_tokens_are_out(engines):
 
 
 def test_the_first_token_is_the_tasks_own(engines):
-    """A3-14: base and tasks disagree on it; it comes once, with the task's own score."""
+    """A3-14: base and tasks disagree on it; it is reported once, with the task's own score."""
     requests = engines.some(12, TASKS, 4, logprobs=5)
     assert len({engines.expected(request).ids[0] for request in requests}) == len(TASKS)
     for request, answer in zip(requests, engines.check(*requests), strict=True):
@@ -146,7 +146,7 @@ def test_the_first_token_is_the_tasks_own(engines):
         assert abs(reported.logprob - right.max()) < LOGPROB_TOLERANCE
         assert len(answer.events) == 4
         best = np.argsort(-right)[:5]
-        assert [one for one, _ in reported.top] == best.tolist()
+        assert [token for token, _ in reported.top] == best.tolist()
         assert np.abs(np.array([score for _, score in reported.top]) - right[best]).max() < LOGPROB_TOLERANCE
 
 

@@ -28,26 +28,26 @@ def expected_scores(engines, request):
 
 
 def assert_scored(engines, answer, request):
-    told = answer.events[0].prompt_logprobs
+    scores = answer.events[0].prompt_logprobs
     expected = expected_scores(engines, request)
-    assert [one is None for one in told] == [one is None for one in expected]
-    got = [one and one.logprob for one in told]
+    assert [score is None for score in scores] == [score is None for score in expected]
+    got = [score and score.logprob for score in scores]
     for ours, theirs in zip(got, expected, strict=True):
         assert theirs is None or abs(ours - theirs) < LOGPROB_TOLERANCE
-    assert [one.token_id for one in told if one] == [
-        token for token, one in zip(request.prompt, expected, strict=True) if one is not None
+    assert [score.token_id for score in scores if score] == [
+        token for token, score in zip(request.prompt, expected, strict=True) if score is not None
     ]
-    for one in told:
-        if one is not None:
-            logprobs = [value for _, value in one.top]
+    for score in scores:
+        if score is not None:
+            logprobs = [value for _, value in score.top]
             assert logprobs == sorted(logprobs, reverse=True)
-            assert logprobs[0] >= one.logprob - 1e-6
+            assert logprobs[0] >= score.logprob - 1e-6
     for place in (START + 1, LENGTH - 1):
         cut = engines.request(request.task, request.prompt[:place], 1, response_start=request.response_start)
         best = engines.expected(cut)
         if best.smallest_gap >= MIN_GAP:
-            assert told[place].top[0][0] == best.ids[0]
-            assert abs(told[place].top[0][1] - best.logprobs[0]) < LOGPROB_TOLERANCE
+            assert scores[place].top[0][0] == best.ids[0]
+            assert abs(scores[place].top[0][1] - best.logprobs[0]) < LOGPROB_TOLERANCE
 
 
 def clear(engines, task, number, **fields):
@@ -61,7 +61,7 @@ def clear(engines, task, number, **fields):
 
 
 PLACED = {"llama": (SPLIT, 4), "qwen3": (placed([[0]], [[2, 3]]), 1), "gemma3": (COLOCATED, 16)}
-"""Of each family one placement and page size: with pages of 16 base and begun answer share a page."""
+"""A placement and page size for each family: with pages of 16 base and begun answer share a page."""
 
 
 def test_scores_and_begun_answers_equal_the_oracle(family, world, monkeypatch):
@@ -70,14 +70,14 @@ def test_scores_and_begun_answers_equal_the_oracle(family, world, monkeypatch):
     tasks = TASKS if family == "llama" else ("math",)
     engines = world.engines(place, page_size=page_size)
     for start in (None, START):
-        # Prompts that no request had before.
+        # Prompts that no earlier request had.
         numbers = range(100 if start else 0, 200)
         requests = [
             clear(engines, task, index, response_start=start) for task, index in zip(tasks, numbers, strict=False)
         ]
-        # A second time with a warm cache.
+        # The second time with a warm cache.
         for again in (False, True):
-            asked = [engines.again(one) for one in requests] if again else requests
+            asked = [engines.again(request) for request in requests] if again else requests
             answers = engines.check(*asked)
             for request, answer in zip(asked, answers, strict=True):
                 assert_scored(engines, answer, request)
@@ -95,6 +95,6 @@ def test_what_was_made_scores_as_it_was_made(family, world):
         "tools", (*request.prompt, *made.ids), 1, logprobs=0, scores_prompt=True, response_start=LENGTH
     )
     [scored] = engines.run(whole)
-    told = scored.events[0].prompt_logprobs[LENGTH:]
+    scores = scored.events[0].prompt_logprobs[LENGTH:]
     got = [event.logprobs.logprob for event in made.events if event.logprobs]
-    np.testing.assert_allclose([one.logprob for one in told if one], got, atol=LOGPROB_TOLERANCE)
+    np.testing.assert_allclose([score.logprob for score in scores if score], got, atol=LOGPROB_TOLERANCE)
