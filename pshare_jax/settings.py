@@ -134,7 +134,7 @@ def _assign(kind: Any, node: Any, parts: list[str], value: Any, key: str) -> Any
     if dataclasses.is_dataclass(kind):
         fields = _field_types(kind)
         if parts[0] not in fields:
-            raise _unknown_key(_join(key, parts[0]), key, fields)
+            raise _unknown_key(kind, key, parts[0])
         node = _as_map(node, key)
         below = _assign(fields[parts[0]], node.get(parts[0]), parts[1:], value, _join(key, parts[0]))
         return {**node, parts[0]: below}
@@ -188,7 +188,7 @@ def _build_dataclass(kind: Any, value: Any, key: str) -> Any:
     types_of = _field_types(kind)
     for name in value:
         if name not in types_of:
-            raise _unknown_key(_join(key, name), key, types_of)
+            raise _unknown_key(kind, key, name)
     for field in dataclasses.fields(kind):
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in value:
@@ -263,8 +263,11 @@ def _text_key(name: Any, key: str) -> str:
 # --- wording ---------------------------------------------------------------------------------------------------------
 
 
-def _unknown_key(full: str, parent: str, fields: Mapping[str, Any]) -> PshareError:
-    return PshareError(f"Unknown key {full}; {parent or 'the config'} takes {', '.join(fields)}.")
+def _unknown_key(kind: Any, parent: str, name: Any) -> PshareError:
+    """A config class may say in `MOVED` what has become of a former key."""
+    moved = getattr(kind, "MOVED", {}).get(name)
+    allowed = f"{parent or 'the config'} takes {', '.join(_field_types(kind))}" if moved is None else moved
+    return PshareError(f"Unknown key {_join(parent, name)}; {allowed}.")
 
 
 def _join(key: str, name: Any) -> str:

@@ -2,16 +2,20 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pshare_jax.engine.router import Policy
 from pshare_jax.errors import PshareError
 from pshare_jax.settings import check_least
 
+_MOVED = {"tp": "a worker is tensor-parallel over all its devices, so leave it out"}
+
 
 @dataclass(frozen=True)
 class PrefillPlacement:
     """A prefill worker: indices of its devices, over all of which it is tensor-parallel."""
+
+    MOVED: ClassVar = _MOVED
 
     devices: list[int]
 
@@ -19,6 +23,8 @@ class PrefillPlacement:
 @dataclass(frozen=True)
 class DecodePlacement:
     """A decode worker: indices of its devices, over all of which it is tensor-parallel, and the tasks it serves."""
+
+    MOVED: ClassVar = _MOVED
 
     devices: list[int]
     tasks: Literal["all"] | list[str] = "all"

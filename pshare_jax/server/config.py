@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pshare_jax.engine.config import EngineConfig, check_engine_config, workers_of
 from pshare_jax.errors import PshareError
@@ -19,6 +19,8 @@ class ServerConfig:
     running answers have `drain_seconds` to end. `log_requests` writes a JSON line for each call to standard error.
     `modules_dir` lets clients load, replace and unload tasks from its subfolders (tasks/api.py); it needs an API key.
     """
+
+    MOVED: ClassVar = {name: f"it is now limits.{name}" for name in ("max_requests", "stall_seconds")}
 
     host: str = "127.0.0.1"
     port: int = 8000
