@@ -12,8 +12,18 @@ from jaxtyping import install_import_hook
 install_import_hook("pshare_jax", "beartype.beartype")
 
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax", "grain", "torch", "transformers", "peft"}
-COMPILED_QUICKLY = ("engine/", "evaluation/", "model/", "share/", "test_mesh.py", "training/step/", "weights/")
-"""Paths whose tests compare numbers of tiny models: XLA leaves out most optimisations, which halves compilation."""
+COMPILED_QUICKLY = (
+    "engine/",
+    "evaluation/",
+    "model/",
+    "server/test_startup.py",
+    "server/test_task_loading.py",
+    "share/",
+    "test_mesh.py",
+    "training/step/",
+    "weights/",
+)
+"""Paths whose tests compare numbers of tiny models: XLA leaves out most optimisations, except in the slow tier."""
 HOST_MARK = re.compile(r"^pytestmark = .*pytest\.mark\.host\b", re.MULTILINE)
 
 
@@ -67,7 +77,10 @@ def programs(request: pytest.FixtureRequest):
     import jax
     from memory_maps import drop_programs
 
-    quickly = request.path.relative_to(Path(__file__).parent).as_posix().startswith(COMPILED_QUICKLY)
+    in_slow_tier = request.config.option.markexpr == "slow"
+    quickly = not in_slow_tier and request.path.relative_to(Path(__file__).parent).as_posix().startswith(
+        COMPILED_QUICKLY
+    )
     if quickly != jax.config.values["jax_disable_most_optimizations"]:
         drop_programs(0)
         jax.config.update("jax_disable_most_optimizations", quickly)
