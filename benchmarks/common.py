@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pshare_jax.engine.config import DecodePlacement, EngineConfig, Placement, PrefillPlacement
+from pshare_jax.engine.config import EngineConfig
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.warmup import compile_all, variants
 from pshare_jax.share.model import Model
@@ -34,11 +34,6 @@ def table(title: str, headings: Sequence[str]) -> Table:
     for heading in headings:
         empty.add_column(heading, justify="right")
     return empty
-
-
-def placement(prefill_device: int, decode_device: int) -> Placement:
-    """A prefill and a decode worker on a device each."""
-    return Placement([PrefillPlacement([prefill_device])], [DecodePlacement([decode_device])])
 
 
 def warm_engine(model: Model, config: EngineConfig) -> Engine:

@@ -22,7 +22,7 @@ from rich.console import Console
 
 import pshare_jax
 from benchmarks import common
-from pshare_jax.engine.config import EngineConfig, KVConfig
+from pshare_jax.engine.config import EngineConfig, KVConfig, placed
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.interfaces import PrefillSpec
 from pshare_jax.engine.kv.device_pages import DevicePages
@@ -37,7 +37,7 @@ ROWS, STEPS, PROMPT, LONG, RUNS = 8, 64, 512, 2048, 5
 
 def warm_engine(model: pshare_jax.Model, decode_device: int) -> Engine:
     """A warmed-up engine with prefill on device 0."""
-    placement = common.placement(0, decode_device)
+    placement = placed([[0]], [[decode_device]])
     return common.warm_engine(model, EngineConfig(tasks={"chat": "base"}, placement=placement, kv=KVConfig(16, 640)))
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 import pshare_jax
 from benchmarks import common
-from pshare_jax.engine.config import EngineConfig, KVConfig
+from pshare_jax.engine.config import EngineConfig, KVConfig, placed
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Request
 from pshare_jax.model.architecture import is_lora
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
         tasks = {f"task{i}": lora_module(model, Path(folder) / f"task{i}", i) for i in range(TASKS)}
         sharings: tuple[Sharing, ...] = ("shared", "isolated")
         for sharing in sharings:
-            placement, kv = common.placement(0, 1 % len(jax.devices())), KVConfig(16, options.pages)
+            placement, kv = placed([[0]], [[1 % len(jax.devices())]]), KVConfig(16, options.pages)
             config = EngineConfig(tasks=tasks, placement=placement, sharing=sharing, kv=kv)
             engine = common.warm_engine(model, config)
             results[sharing] = measure(engine, list(tasks), model.config.vocab_size, options.context, options.sessions)

@@ -15,7 +15,7 @@ from pshare_jax.mesh import same_devices
 from pshare_jax.model.architecture import Architecture
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.kv.dense import DenseKV
-from pshare_jax.model.layers import ATTENTION_TARGETS, MLP_TARGETS, LoraConfig
+from pshare_jax.model.layers import LoraConfig
 from pshare_jax.model.sharding import check_tensor_parallel, kv_sharding, parameter_sharding
 
 DEGREES = (1, 2, 4)
@@ -126,7 +126,7 @@ def test_indivisible_vocabulary_is_replicated(tmp_path):
 def test_every_parameter_has_a_rule(family):
     biases = {"attention_bias": True, **({"mlp_bias": True} if family == "llama" else {})}
     config = config_of(family, tie_word_embeddings=False, **biases)
-    lora = LoraConfig(rank=4, scale=1.0, targets=(*ATTENTION_TARGETS, *MLP_TARGETS))
+    lora = LoraConfig(rank=4, scale=1.0, targets=("q", "k", "v", "o", "gate", "up", "down"))
     mesh = ps.make_mesh([0, 1])
     for path, leaf in Architecture(config).with_lora(lora).shapes.items():
         spec = parameter_sharding(path, config, mesh).spec

@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
 from pshare_jax.engine.kv.pool import PageTable, Pool
-from pshare_jax.engine.page_transfer import PageTransfer
-from pshare_jax.engine.sequence import PrefillProgress, Sequence, State
+from pshare_jax.engine.sequence import PageTransfer, PrefillProgress, Sequence, State
 from pshare_jax.engine.shapes import pages_for
 
 _age = operator.attrgetter("number")

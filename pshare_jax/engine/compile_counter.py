@@ -1,28 +1,25 @@
 """Counts the programs that XLA has compiled in this process; a warmed-up server must compile none."""
 
 import functools
+from dataclasses import dataclass
 
-_EVENT = "/jax/core/compile/backend_compile_duration"
 
-
+@dataclass
 class CompileCounter:
     """The number of compilations (including hits in the persistent cache) and their seconds."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.seconds = 0.0
+    count: int = 0
+    seconds: float = 0.0
 
     def note(self, event: str, duration_secs: float, **_: str | int) -> None:
         """Called by JAX for every measured event."""
-        if event == _EVENT:
+        if event == "/jax/core/compile/backend_compile_duration":
             self.count += 1
             self.seconds += duration_secs
 
 
-@functools.cache
-def compile_counter() -> CompileCounter:
-    """The process's counter, which stays at zero until `count_compilations`."""
-    return CompileCounter()
+compile_counter = functools.cache(CompileCounter)
+"""The process's counter, which stays at zero until `count_compilations`."""
 
 
 @functools.cache

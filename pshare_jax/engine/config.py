@@ -108,6 +108,13 @@ def check_engine_config(config: EngineConfig) -> None:
         _check_tasks(config.placement.decode, config.tasks)
 
 
+def placed(prefill: Sequence[list[int]], decode: Sequence[list[int]]) -> Placement:
+    """Workers on these devices; each decode worker serves all tasks."""
+    return Placement(
+        [PrefillPlacement(devices) for devices in prefill], [DecodePlacement(devices) for devices in decode]
+    )
+
+
 def resolve_placement(placement: Placement | None, platform: str, num_devices: int) -> Placement:
     """The placement on a machine with `num_devices` devices of `platform`; None takes the platform's default.
 
@@ -132,14 +139,11 @@ def worker_tasks(worker: DecodePlacement, tasks: Sequence[str]) -> list[str]:
 
 def _default_placement(platform: str, num_devices: int) -> Placement:
     if num_devices == 1:
-        return Placement([PrefillPlacement([0])], [DecodePlacement([0])])
+        return placed([[0]], [[0]])
     if platform == "cpu":
-        return Placement([PrefillPlacement([0])], [DecodePlacement([1])])
+        return placed([[0]], [[1]])
     half = num_devices // 2
-    return Placement(
-        [PrefillPlacement([index]) for index in range(half)],
-        [DecodePlacement([index]) for index in range(half, num_devices)],
-    )
+    return placed([[index] for index in range(half)], [[index] for index in range(half, num_devices)])
 
 
 def workers_of(placement: Placement) -> list[tuple[str, PrefillPlacement | DecodePlacement]]:

@@ -15,10 +15,10 @@ import numpy as np
 from pshare_jax.engine import scoring
 from pshare_jax.engine.admission import Admission
 from pshare_jax.engine.interfaces import EngineHooks, TokenSampler, Weights
-from pshare_jax.engine.preemption import restore, save
+from pshare_jax.engine.kv.pool import PageTable
 from pshare_jax.engine.request import Event
-from pshare_jax.engine.sequence import Sequence, State
-from pshare_jax.engine.shapes import CompiledShapes, Shape, bucket_of, padded_batch, row_buckets
+from pshare_jax.engine.sequence import Saved, Sequence, State
+from pshare_jax.engine.shapes import CompiledShapes, Shape, bucket_of, padded_batch, pages_for, row_buckets
 from pshare_jax.engine.transfer import KVTransfer
 from pshare_jax.model.paged_batch import PagedBatch
 
@@ -225,3 +225,28 @@ class DecodeWorker:
             self._hooks.end(sequence, State.FINISHED, event)
         else:
             sequence.on_event(event)
+
+
+def save(sequence: Sequence) -> Saved:
+    """Copies a preempted sequence's private pages to the host: the base can recompute only the prompt's full pages."""
+    held, private = _private_pages(sequence)
+    most = held.pool.move_pages
+    starts = range(0, len(private), most)
+    return Saved([np.asarray(held.pool.store.gather(private[start : start + most])) for start in starts])
+
+
+def restore(sequence: Sequence) -> None:
+    """Writes the saved content into the sequence's new pages."""
+    held, private = _private_pages(sequence)
+    assert sequence.decode.saved is not None
+    most = held.pool.move_pages
+    for index, content in enumerate(sequence.decode.saved.parts):
+        held.pool.scatter(private[index * most : (index + 1) * most], held.pool.store.device_put(content))
+    sequence.decode.saved = None
+
+
+def _private_pages(sequence: Sequence) -> tuple[PageTable, list[int]]:
+    """The page table, and the pages behind the prompt's full pages that hold KV."""
+    held = sequence.decode.table
+    assert held is not None
+    return held, held.pages[len(sequence.keys) : pages_for(sequence.next_position, held.pool.page_size)]

@@ -126,9 +126,11 @@ def run_all(
 
     try:
         for index, request in enumerate(requests):
-            while (handle := _submit_if_room(engine, request)) is None:
-                wait()
-            running[index] = handle
+            while index not in running:
+                try:
+                    running[index] = engine.submit(request)
+                except EngineFull:
+                    wait()
         while running:
             wait()
     finally:
@@ -138,10 +140,3 @@ def run_all(
             # The workers release the pages of cancelled requests in their next step.
             advance()
     return [results[index] for index in range(len(requests))]
-
-
-def _submit_if_room(engine: "Engine", request: Request) -> Handle | None:
-    try:
-        return engine.submit(request)
-    except EngineFull:
-        return None

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pshare_jax.engine.admission import Admission
 from pshare_jax.engine.interfaces import EngineHooks
 from pshare_jax.engine.kv.pool import Pool
-from pshare_jax.engine.page_transfer import PageTransfer
 from pshare_jax.engine.request import FAILED, Event
-from pshare_jax.engine.sequence import Sequence, State
+from pshare_jax.engine.sequence import PageTransfer, Sequence, State
 
 logger = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 16

@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pshare_jax.compilation_cache import cache_folder, keep_programs
-from pshare_jax.engine.config import (
-    BatchConfig,
-    DecodePlacement,
-    EngineConfig,
-    KVConfig,
-    LimitsConfig,
-    Placement,
-    PrefillPlacement,
-)
+from pshare_jax.engine.config import BatchConfig, EngineConfig, KVConfig, LimitsConfig, placed
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.handle import Result
 from pshare_jax.engine.request import Request, check_request
@@ -172,15 +164,14 @@ def _engine(
     devices = [jax.devices().index(device) for device in base.mesh.devices.flat]
     rows = min(rows, bucket(len(requests), smallest=1))
     longest = bucket(max(len(request.prompt) + request.max_tokens for request in requests) + 1)
-    kv = KVConfig()
-    pages = (1 + rows * pages_for(longest, kv.page_size)) * (len(modules) if alone else 1)
+    pages = (1 + rows * pages_for(longest, KVConfig.page_size)) * (len(modules) if alone else 1)
     return Engine.build(
         base,
         EngineConfig(
             tasks=modules,
             sharing="isolated" if alone else "shared",
-            placement=Placement([PrefillPlacement(devices)], [DecodePlacement(devices)]),
-            kv=replace(kv, pages=max(3, pages)),
+            placement=placed([devices], [devices]),
+            kv=KVConfig(pages=max(3, pages)),
             batch=BatchConfig(decode_rows=rows),
             # With more requests than rows the pool would be shared by more sequences than it is made for.
             limits=LimitsConfig(max_requests=rows, stall_seconds=math.inf),

@@ -14,9 +14,6 @@ from jaxtyping import Array, Float
 
 from pshare_jax.model.config import ModelConfig
 
-ATTENTION_TARGETS = ("q", "k", "v", "o")
-MLP_TARGETS = ("gate", "up", "down")
-
 
 @dataclass(frozen=True)
 class LoraConfig:

@@ -3,9 +3,9 @@
 import jax
 import pytest
 from tiny import tiny_module
-from tiny_engine import placed
 
 import pshare_jax as ps
+from pshare_jax.engine.config import placed
 
 PROMPTS = [list(range(start, start + 21)) for start in (3, 50, 140)]
 

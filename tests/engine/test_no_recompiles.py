@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from faults import Counters, assert_restored, pools_of, shardings, world_on
 from tiny import VOCAB
-from tiny_engine import Answer, Engines, placed
+from tiny_engine import Answer, Engines
 
 import pshare_jax as ps
 from pshare_jax.engine.compile_counter import count_compilations
-from pshare_jax.engine.config import EngineConfig, KVConfig
+from pshare_jax.engine.config import EngineConfig, KVConfig, placed
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Request
 from pshare_jax.engine.scoring import SCORE_TOKENS

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from faults import Counters, arrays_of, assert_restored, faulty_engine, pools_of, store_of, world_on
 from tiny import VOCAB
-from tiny_engine import Answer, Engines, placed
+from tiny_engine import Answer, Engines
 
 from pshare_jax.engine import decode_worker as decode
+from pshare_jax.engine.config import placed
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Request
 from pshare_jax.engine.sequence import State

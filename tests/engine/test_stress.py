@@ -28,9 +28,9 @@ from faults import (
     world_on,
 )
 from tiny import VOCAB
-from tiny_engine import MIN_GAP, Answer, Engines, placed
+from tiny_engine import MIN_GAP, Answer, Engines
 
-from pshare_jax.engine.config import Placement
+from pshare_jax.engine.config import Placement, placed
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Request
 from pshare_jax.engine.sequence import State

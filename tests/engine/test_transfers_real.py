@@ -25,8 +25,9 @@ from faults import (
     world_on,
 )
 from tiny import tiny_config, tiny_folder
-from tiny_engine import MIN_GAP, Answer, Engines, placed
+from tiny_engine import MIN_GAP, Answer, Engines
 
+from pshare_jax.engine.config import placed
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.kv.keys import page_keys

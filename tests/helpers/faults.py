@@ -16,7 +16,7 @@ from pshare_jax.engine.config import Placement
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.kv.pool import Pool
-from pshare_jax.engine.page_transfer import PageTransfer
+from pshare_jax.engine.sequence import PageTransfer
 from pshare_jax.engine.sequence import Sequence as Running
 
 NEVER = 10**9

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import tiny_folder, tiny_module
-from tiny_engine import placed
 
 import pshare_jax as ps
-from pshare_jax.engine.config import BatchConfig, KVConfig
+from pshare_jax.engine.config import BatchConfig, KVConfig, placed
 from pshare_jax.engine.request import Request
 from pshare_jax.engine.router import Route
 from pshare_jax.engine.sequence import State

@@ -8,14 +8,7 @@ from typing import Any
 import numpy as np
 
 import pshare_jax as ps
-from pshare_jax.engine.config import (
-    BatchConfig,
-    DecodePlacement,
-    EngineConfig,
-    KVConfig,
-    Placement,
-    PrefillPlacement,
-)
+from pshare_jax.engine.config import BatchConfig, EngineConfig, KVConfig, Placement, placed
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Event, Request
 from pshare_jax.engine.router import Route
@@ -24,11 +17,6 @@ from pshare_jax.share.generate import Rollout
 from pshare_jax.text.tokenizer import Tokenizer
 
 MIN_GAP = 1e-4
-
-
-def placed(prefill: list[list[int]], decode: list[list[int]]) -> Placement:
-    """A placement with all tasks on every decode worker."""
-    return Placement([PrefillPlacement(one) for one in prefill], [DecodePlacement(one) for one in decode])
 
 
 SPLIT, COLOCATED = placed([[0]], [[1]]), placed([[0]], [[0]])

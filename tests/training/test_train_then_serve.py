@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tiny_engine import Engines, placed
+from tiny_engine import Engines
 from tiny_runs import LORA, make_base_and_data, run_config
 
+from pshare_jax.engine.config import placed
 from pshare_jax.training.config import EvaluationConfig, MeshConfig
 from pshare_jax.training.data.config import RowsConfig
 from pshare_jax.training.run import train

@@ -30,9 +30,9 @@ from exact_world import (
 )
 from memory_maps import drop_programs
 from tiny import FAMILIES, VOCAB
-from tiny_engine import Engines, placed, prefill_tokens
+from tiny_engine import Engines, prefill_tokens
 
-from pshare_jax.engine.config import Placement
+from pshare_jax.engine.config import Placement, placed
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.request import Request
 from pshare_jax.share.factorize import SharedModel

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from exact_world import LOGPROB_TOLERANCE, TASKS
 from tiny import FAMILIES, VOCAB
-from tiny_engine import COLOCATED, MIN_GAP, SPLIT, placed, settle
+from tiny_engine import COLOCATED, MIN_GAP, SPLIT, settle
 
 import pshare_jax as ps
 from pshare_jax.engine import scoring
+from pshare_jax.engine.config import placed
 
 LENGTH, START = 27, 11
 
