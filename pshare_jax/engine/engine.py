@@ -168,14 +168,13 @@ class Engine:
         self, requests: Items[Request], on_events: Items[Callable[[Event], None] | None], route: Route | None = None
     ) -> list[Handle]:
         """Accepts all requests or none of them; otherwise as `submit`."""
-        for request in requests:
-            check_request(request, self.facts.vocab_size, self.facts.max_len)
-        keys: dict[tuple[str, str, int, tuple[int, ...]], list[PageKey]] = {}
+        keys: dict[tuple[str, str, int | None, int, tuple[int, ...]], list[PageKey]] = {}
         handles = []
         for request, on_event in zip(requests, on_events, strict=True):
-            # All choices of one prompt share its keys: it is hashed once.
-            hashed = request.task, request.cache_salt, request.base_len, request.prompt
+            # All choices of one prompt share its check and its keys: its tokens are read once.
+            hashed = request.task, request.cache_salt, request.response_start, request.max_tokens, request.prompt
             if hashed not in keys:
+                check_request(request, self.facts.vocab_size, self.facts.max_len)
                 keys[hashed] = page_keys(
                     self.facts.key_of(request.task), request.cache_salt, request.context, self.page_size
                 )
