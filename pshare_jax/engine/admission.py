@@ -49,14 +49,14 @@ class Admission:
         """Pages were released: sequences that did not fit may fit now."""
         self._may_admit = [True for _ in self._may_admit]
 
-    def admit(self, worker: int) -> bool:
-        """Admits waiting sequences, the oldest first, while the pools have room; whether any was admitted.
+    def admit(self, worker: int) -> list[Sequence]:
+        """Admits waiting sequences, the oldest first, while the pools have room; returns those that it admitted.
 
         The first sequence that finds a decode pool full gets priority there: no younger sequence of any queue reserves in
         that pool before it.
         """
         if not self._may_admit[worker]:
-            return False
+            return []
         self._may_admit[worker] = False
         admitted = []
         for sequence in list(self.waiting[worker]):
@@ -77,7 +77,7 @@ class Admission:
             admitted.append(sequence)
         for sequence in admitted:
             self._left_queue(sequence)
-        return bool(admitted)
+        return admitted
 
     def _left_queue(self, gone: Sequence) -> None:
         """The sequences behind it for the same decode worker are nearer to their turn, which is progress."""

@@ -215,8 +215,12 @@ class DecodeWorker:
         self.num_tokens += len(batch)
         with self._hooks.lock:
             for row, sequence in enumerate(batch):
-                if not sequence.final:
-                    self._give(sequence, sequence.accept(*sampled(row, sequence)))
+                if sequence.final:
+                    continue
+                event = sequence.accept(*sampled(row, sequence))
+                if event.completion_tokens == 1:
+                    self._hooks.first_token(sequence)
+                self._give(sequence, event)
             if self._admission.reap_decode(self.index):
                 self._hooks.wake()
 

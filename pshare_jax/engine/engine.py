@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pshare_jax.engine.admission import Admission
@@ -41,6 +42,10 @@ class EngineDown(PshareError):
     """A worker thread has died, or the engine is stopping."""
 
 
+class RequestBanned(PshareError):
+    """The same request has made a device step fail before."""
+
+
 class UnknownTask(PshareError):
     """A request's task is not served, or no longer served."""
 
@@ -58,9 +63,14 @@ class Engine:
         self._started = False
         self._stepping = threading.Lock()
         self.num_ended: dict[State, int] = {}
+        self.on_admitted: list[Callable[[Sequence], None]] = []
+        """Called with every sequence at its first admission, under the lock; an exception is logged."""
+        self.on_first_token: list[Callable[[Sequence], None]] = []
+        """Likewise, at its first generated token."""
         self.on_end: list[Callable[[Sequence], None]] = []
-        """Called with every sequence that has ended, under the lock; an exception is logged."""
-        hooks = EngineHooks(self.lock, self.end, self._prefilled, self._pool_failed, self.wake)
+        """Likewise, when it has ended."""
+        admitted, first_token = partial(_call, self.on_admitted), partial(_call, self.on_first_token)
+        hooks = EngineHooks(self.lock, admitted, first_token, self.end, self._prefilled, self._pool_failed, self.wake)
         self.admission = Admission([spec.pool for spec in prefill], [spec.pool for spec in decode])
         self.page_size = decode[0].pool.page_size
         table_len = pages_for(facts.max_len, self.page_size)
@@ -160,6 +170,7 @@ class Engine:
             PshareError: the request does not fit the model.
             EngineFull: too many requests are waiting or running.
             EngineDown: a worker thread has died or the engine is stopping.
+            RequestBanned: the same request has made a device step fail before.
             UnknownTask: no decode worker has the request's task.
         """
         return self.submit_all([request], [on_event], route)[0]
@@ -271,12 +282,7 @@ class Engine:
             del self._live[sequence.request.id]
             self.router.release(sequence.ticket)
             sequence.on_event(event)
-            for callback in self.on_end:
-                try:
-                    callback(sequence)
-                except Exception:
-                    # An error in a metric must not end a worker's thread.
-                    logger.exception("a callback failed at the end of request %s", sequence.request.id)
+            _call(self.on_end, sequence)
         self.wake()
 
     @property
@@ -364,6 +370,11 @@ class Engine:
         """Whether new requests are accepted and every worker thread is alive and not stalled."""
         return self._accepting and all(thread.alive and not thread.stalled for thread in self._threads)
 
+    @property
+    def broken(self) -> bool:
+        """Whether a task can no longer be served, since all its workers are dead."""
+        return False
+
     def expire(self) -> None:
         """Fails requests, and cancels adopted transfers, without progress for `limits.stall_seconds`."""
         limit = time.monotonic() - self.config.limits.stall_seconds
@@ -404,3 +415,12 @@ class Engine:
     def _run_watch(self) -> None:
         while not self._stopped.wait(0.5):
             self.expire()
+
+
+def _call(callbacks: Iterable[Callable[[Sequence], None]], sequence: Sequence) -> None:
+    for callback in callbacks:
+        try:
+            callback(sequence)
+        except Exception:
+            # An error in a metric must not end a worker's thread.
+            logger.exception("a callback failed for request %s", sequence.request.id)

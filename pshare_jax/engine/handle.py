@@ -73,6 +73,11 @@ class Handle:
             yield event
 
     @property
+    def admitted(self) -> bool:
+        """Whether the request has left the queue at least once."""
+        return self.sequence.admitted is not None
+
+    @property
     def done(self) -> bool:
         """Whether the request has ended."""
         return self.sequence.final

@@ -83,12 +83,15 @@ class EngineHooks:
     """The workers' calls into the engine. Its state is read and written under the re-entrant `lock`, never during device
     work.
 
+    `admitted(sequence)` reports its first admission, `first_token(sequence)` its first generated token.
     `end(sequence, state, event)` ends a sequence once, from any thread; the worker that has it releases its pages.
     `prefilled(sequence)` reports that `num_prefilled` has changed. `pool_failed(pool)` is called by the pool's thread
     after a failed step. `wake()` wakes all worker threads.
     """
 
     lock: threading.RLock
+    admitted: Callable[[Sequence], None]
+    first_token: Callable[[Sequence], None]
     end: Callable[[Sequence, State, Event], None]
     prefilled: Callable[[Sequence], None]
     pool_failed: Callable[[Pool], None]

@@ -96,6 +96,9 @@ class PrefillWorker:
             with self._hooks.lock:
                 done = self._admission.reap_prefill(self.index)
                 admitted = self._admission.admit(self.index)
+                for sequence in admitted:
+                    if sequence.admitted == sequence.progressed:
+                        self._hooks.admitted(sequence)
             if done or admitted:
                 # Pages were released, or a full decode pool's priority has moved: workers that wait for it may be asleep.
                 self._hooks.wake()

@@ -76,7 +76,8 @@ class Event:
     `text` may be shown now (often one token's text, possibly empty). A request's last event has a `finish_reason`
     ("stop", "length", "abort") or an `error` sentence. `cached_tokens` counts the prompt tokens that were not prefilled
     for this request. `prompt_logprobs`, with an entry for each prompt token (None without a score), are reported once,
-    before the first token, if requested.
+    before the first token, if requested. `retry` says of an error whether the same request may succeed later (True), will
+    fail again (False), or neither (None).
     """
 
     text: str = ""
@@ -87,6 +88,7 @@ class Event:
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
     token_id: int | None = None
+    retry: bool | None = None
 
     @property
     def failure(self) -> str | None:
