@@ -68,8 +68,8 @@ class PagesModel:
         assert 0 not in lent
         self.retain(lent)
 
-    def reserve(self, name, prefixes, num, reservation):
-        shared = self.chain(prefixes)
+    def reserve(self, name, prefixes, num, reservation, wait):
+        shared = self.chain(prefixes)[: None if wait else self.hits(prefixes)]
         self.retain(shared)
         self.allocate(num - len(shared), reservation and reservation.pages[len(shared) :])
         if reservation is None:
@@ -80,6 +80,8 @@ class PagesModel:
         if awaited:
             self.waits[name] = awaited
         for prefix, page in list(zip(prefixes, reservation.pages, strict=False))[len(shared) :]:
+            if prefix in self.pending:
+                break
             self.pending[prefix] = page
             self.producer[page] = name
 
@@ -104,6 +106,10 @@ class PagesModel:
     def done(self, page):
         del self.producer[page]
         self.waits = {waiter: pages - {page} for waiter, pages in self.waits.items() if pages != {page}}
+
+    def waiters_of(self, producer):
+        produced = {page for page, other in self.producer.items() if other == producer}
+        return {waiter for waiter, pages in self.waits.items() if pages & produced}
 
     def drop(self, gone):
         """All that waited for its pages, directly or not."""

@@ -45,7 +45,7 @@ class PagesWorld:
 
     # Sequences
 
-    def reserve(self, prompt, salt="", tail=1, lookup=True):
+    def reserve(self, prompt, salt="", tail=1, lookup=True, wait=True):
         """A request is admitted if it fits. Without lookup it produces all pages itself, unregistered."""
         keys = page_keys("base", salt, prompt[: base_len(len(prompt))], SIZE)
         prefixes = [(salt, *prompt[: SIZE * (index + 1)]) for index in range(len(keys))]
@@ -53,8 +53,13 @@ class PagesWorld:
         name = f"sequence {self.seen['sequences']}"
         self.seen["sequences"] += 1
         evicted, hits = self.manager.num_evicted, self.manager.num_hits(asked)
-        reservation = self.manager.reserve(name, asked, num)
-        self._expect("reserve", name, prefixes if lookup else [], num, reservation)
+        shareable = self.manager.num_shareable(asked) if wait else hits
+        fits = [self.manager.could_reserve(asked, num, spare, wait) for spare in range(self.manager.num_pages)]
+        reservation = self.manager.reserve(name, asked, num, wait)
+        left = -1 if reservation is None else self.manager.num_available
+        assert fits == [left >= spare for spare in range(self.manager.num_pages)]
+        assert reservation is None or reservation.num_shared == shareable
+        self._expect("reserve", name, prefixes if lookup else [], num, reservation, wait)
         self.seen["evicted"] += self.manager.num_evicted - evicted
         self.seen["refused"] += reservation is None
         if reservation is None:
@@ -64,6 +69,7 @@ class PagesWorld:
         self._rely(self.live[name], hits)
         self.seen.update(hits=hits, waits=first - hits)
         self.seen["hit, wait and own"] += 0 < hits < first < len(asked)
+        self.seen["did not wait"] += self.manager.num_shareable(asked) > first and not wait
 
     def publish(self, choice, num):
         """A sequence or transfer that waits for no page gets some more pages written and published."""
@@ -190,7 +196,9 @@ class PagesWorld:
         assert {page.id: page.producer for page in real._pages if page.producer} == model.producer
         for name, live in self.live.items():
             assert self.manager.waiting(name) == (name in model.waits)
+            assert set(self.manager.waiters_of(name)) == model.waiters_of(name)
             assert self.manager.num_hits(live.keys) == model.hits(live.prefixes)
+            assert self.manager.num_shareable(live.keys) == len(model.chain(live.prefixes))
         if not self.loose_pins:
             assert model.num_cut_off == 0, "a beginning was evicted before its end"
 

@@ -3,6 +3,7 @@
 There is one record per page. Prefill, decode and API threads all call the manager, always under the engine's lock.
 """
 
+from bisect import bisect_left
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -96,9 +97,14 @@ class PageManager:
         return len(self._evictable)
 
     @property
+    def num_available(self) -> int:
+        """Pages that can be lent: free pages and those that can be evicted."""
+        return len(self._free) + len(self._evictable)
+
+    @property
     def num_used(self) -> int:
         """Pages with a reference."""
-        return self.num_pages - 1 - len(self._free) - len(self._evictable)
+        return self.num_pages - 1 - self.num_available
 
     def references(self, page: int) -> int:
         """The page's reference count."""
@@ -106,7 +112,11 @@ class PageManager:
 
     def num_hits(self, keys: Sequence[PageKey]) -> int:
         """How many leading pages of a prompt are published (for the router: holds nothing, changes nothing)."""
-        return sum(page.producer is None for page in self._chain(keys))
+        return len(self._chain(keys, wait=False))
+
+    def num_shareable(self, keys: Sequence[PageKey]) -> int:
+        """How many leading pages of a prompt are published or pending: what `reserve` would share."""
+        return len(self._chain(keys))
 
     def waiting(self, waiter: Hashable) -> bool:
         """Whether a page that the waiter needs is still pending."""
@@ -116,14 +126,29 @@ class PageManager:
         """Whether one of these pages is awaited."""
         return any(self._pages[page].waiters for page in pages)
 
-    def reserve(self, sequence: Hashable, keys: Sequence[PageKey], num_pages: int) -> Reservation | None:
+    def waiters_of(self, producer: Hashable) -> list[Hashable]:
+        """All that wait for pages that the producer has pending, without those that wait for them in turn."""
+        return list(dict.fromkeys(waiter for page in self._produced.get(producer, ()) for waiter in page.waiters))
+
+    def could_reserve(self, keys: Sequence[PageKey], num_pages: int, spare: int = 0, wait: bool = True) -> bool:
+        """Whether `reserve` would succeed and leave `spare` pages or more that can be lent. Changes nothing."""
+        if num_pages + spare <= self.num_available:
+            return True  # a shared page takes at most one that can be lent, as an own page does
+        chain = self._chain(keys, wait)
+        num_idle = sum(page.refs == 0 for page in chain)
+        return num_pages - len(chain) + spare <= self.num_available - num_idle
+
+    def reserve(
+        self, sequence: Hashable, keys: Sequence[PageKey], num_pages: int, wait: bool = True
+    ) -> Reservation | None:
         """All pages of a sequence, each with one reference, or None (and nothing changed) if the pool has too few.
 
         The sequence becomes a waiter for the shared pages that are pending, and the producer of its own pages with a key;
-        these stay private from the first key whose digest collides. Without keys nothing is looked up or registered. To
-        undo a reservation: `drop(sequence)` and release the pages.
+        these stay private from the first key whose digest collides. Without `wait` only published pages are shared: a
+        page that is pending elsewhere counts as a collision. Without keys nothing is looked up or registered. To undo a
+        reservation: `drop(sequence)` and release the pages.
         """
-        chain = self._chain(keys)
+        chain = self._chain(keys, wait)
         shared = [page.id for page in chain]
         self.retain(shared)
         own = self.allocate(num_pages - len(shared))
@@ -151,7 +176,7 @@ class PageManager:
         """`num` private pages with one reference each, or None (and nothing changed) if too few are free or evictable."""
         if num < 0:
             raise AssertionError(f"{num} pages were asked for")
-        if num > len(self._free) + len(self._evictable):
+        if num > self.num_available:
             return None
         self.num_evicted += self._evict(num - len(self._free))
         pages = [self._free.pop() for _ in range(num)]
@@ -285,17 +310,38 @@ class PageManager:
             if any(faults.values()):
                 raise AssertionError(f"page {page.id} " + " and ".join(fault for fault in faults if faults[fault]))
 
-    def _chain(self, keys: Sequence[PageKey]) -> list[_Page]:
-        """The longest prefix that is in the tree: published pages, then pending pages."""
+    def _chain(self, keys: Sequence[PageKey], wait: bool = True) -> list[_Page]:
+        """The longest prefix that is in the tree: published pages, then (with `wait`) pending pages.
+
+        All pages before a page of the tree are in it, and published if it is; so the last page is found by bisection, and
+        the way back from there shows whether the pages are those of the prompt.
+        """
+        num = bisect_left(keys, True, key=lambda key: self._find(key, wait) is None)
+        chain: list[_Page] = []
+        page = self._find(keys[num - 1], wait) if num else None
+        for index in range(num - 1, -1, -1):
+            if page is None or page.key != keys[index]:
+                return self._scan(keys, wait)
+            chain.append(page)
+            page = page.parent
+        chain.reverse()
+        return chain if page is None else self._scan(keys, wait)
+
+    def _scan(self, keys: Sequence[PageKey], wait: bool) -> list[_Page]:
+        """The same, page by page: digests collide, so a page of the tree may follow one that is not."""
         chain: list[_Page] = []
         parent = None
         for key in keys:
-            page = self._tree.get(key.digest)
+            page = self._find(key, wait)
             if page is None or not page.matches(key, parent):
                 break
             chain.append(page)
             parent = page
         return chain
+
+    def _find(self, key: PageKey, wait: bool) -> _Page | None:
+        page = self._tree.get(key.digest)
+        return page if page is None or wait or page.producer is None else None
 
     def _publish_one(self, page: _Page, key: PageKey, parent: _Page | None) -> int:
         found = self._tree.get(key.digest)

@@ -88,6 +88,73 @@ def test_stats_of_four_equal_prompts_at_one_instant_and_of_a_duplicate():
     assert (stats.num_published, stats.num_duplicates, stats.num_waits) == (4, 4, 3)
 
 
+# --- before and instead of waiting ---------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_does_not_wait_computes_pending_pages_itself_and_takes_over_published_pages():
+    manager = PageManager(30)
+    slow = start(manager, "slow")
+    manager.publish("slow", KEYS, slow.pages, 0, 1)
+    quick = manager.reserve("quick", KEYS, 5, wait=False)
+    assert quick is not None
+    assert (quick.pages[0], quick.num_shared, manager.waiting("quick")) == (slow.pages[0], 1, False)
+    assert manager.publish("quick", KEYS, quick.pages, 1, 2) == quick.pages[1:2]  # still pending elsewhere
+    manager.publish("slow", KEYS, slow.pages, 1, 4)
+    assert manager.publish("quick", KEYS, quick.pages, 1, 4) == slow.pages[1:4]
+    assert (manager.num_hits(KEYS), manager.stats.num_waits) == (4, 0)
+    manager.check({"slow", "quick"})
+
+
+def test_could_reserve_counts_what_would_be_shared_and_changes_nothing():
+    manager = PageManager(8)
+    warm(manager, CONTEXT[:4])
+    warm(manager, OTHER[:6])  # 2 pages are free, 5 can be evicted
+    for num_pages, spare, fits in ((7, 0, True), (8, 0, False), (6, 1, True), (6, 2, False)):
+        assert manager.could_reserve(KEYS, num_pages, spare) == fits
+        assert manager.could_reserve(keys_of(range(40, 48)), num_pages, spare) == fits
+    reservation = start(manager, "producer")
+    assert (manager.num_free, manager.num_available, manager.num_evicted) == (0, 2, 1)
+    for num_pages, wait, fits in ((6, True, True), (7, True, False), (4, False, True), (5, False, False)):
+        assert manager.could_reserve(KEYS, num_pages, wait=wait) == fits
+    assert (manager.num_free, manager.num_available, manager.num_evicted) == (0, 2, 1)
+    manager.check({"producer"})
+    finish(manager, "producer", reservation)
+
+
+def test_waiters_of_a_producer_are_those_that_wait_for_its_own_pages():
+    manager = PageManager(60)
+    contexts = {"a": CONTEXT[:4], "b": CONTEXT, "c": CONTEXT[:2], "d": (*CONTEXT, 7, 7)}
+    for name, context in contexts.items():
+        start(manager, name, context)
+    assert [manager.waiters_of(name) for name in "abcd"] == [["b", "c", "d"], ["d"], [], []]
+    manager.drop("a")
+    assert manager.waiters_of("a") == manager.waiters_of("stranger") == []
+
+
+class Lookups(dict):
+    """Counts them."""
+
+    num = 0
+
+    def get(self, *args):
+        self.num += 1
+        return super().get(*args)
+
+
+def test_a_long_prompt_is_found_by_bisection():
+    manager = PageManager(2_001)
+    context = range(2 * 1_024)
+    warm(manager, context[: 2 * 700])
+    keys = keys_of(context)
+    tree = manager._tree = Lookups(manager._tree)
+    start(manager, "producer", context[: 2 * 900])
+    tree.num = 0
+    assert (manager.num_hits(keys), manager.num_shareable(keys)) == (700, 900)
+    assert manager.could_reserve(keys, 1_001)
+    assert not manager.could_reserve(keys, 2_001)
+    assert tree.num < 4 * 14
+
+
 # --- orders --------------------------------------------------------------------------------------------------------------
 
 

@@ -33,10 +33,10 @@ class PagesMachine(RuleBasedStateMachine):
     def begin(self, num_pages, loose_pins):
         self.world = PagesWorld(num_pages, loose_pins=loose_pins)
 
-    @rule(prompt=PROMPT, salt=SALT, tail=st.integers(1, 2), lookup=st.integers(0, 4), times=st.integers(1, 3))
-    def ask(self, prompt, salt, tail, lookup, times):
+    @rule(prompt=PROMPT, salt=SALT, tail=st.integers(1, 2), odd=st.integers(0, 7), times=st.integers(1, 3))
+    def ask(self, prompt, salt, tail, odd, times):
         for _ in range(times):
-            self.world.reserve(prompt, salt, tail, lookup > 0)
+            self.world.reserve(prompt, salt, tail, lookup=odd != 7, wait=odd != 6)
 
     @precondition(lambda self: self.world.live)
     @rule(choice=CHOICE, num=st.integers(1, 5))
@@ -101,7 +101,8 @@ def walk(world, draw, steps):
         salt, context = draw.choice(("", "", "", "s")), draw.choices((0, 1), (4, 1), k=draw.randint(1, 10))
         for _ in range(draw.choice((1, 2, 4))):
             own = draw.choices((0, 1), k=draw.randint(0, 5))
-            world.reserve(context + own, salt, draw.randint(1, 2), draw.random() < 0.85)
+            lookup, wait = draw.random() < 0.85, draw.random() < 0.8
+            world.reserve(context + own, salt, draw.randint(1, 2), lookup, wait)
 
     def choice():
         return draw.randrange(12)
