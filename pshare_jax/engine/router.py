@@ -1,7 +1,7 @@
 """Chooses the workers of a request: the decode worker by task and load, the prefill worker by policy.
 
-The engine reports every request's start, prefill progress and end, under its lock. Load is outstanding work, running or
-queued, never cached pages.
+The engine reports every request's start, prefill progress and end, and workers that die and return, under its lock. Load
+is outstanding work, running or queued, never cached pages.
 """
 
 from bisect import bisect_left
@@ -16,6 +16,7 @@ from pshare_jax.engine.kv.page_manager import expect
 from pshare_jax.errors import PshareError
 
 Policy = Literal["prefix", "round_robin", "least_loaded"]
+Kind = Literal["prefill", "decode"]
 
 MAX_REMEMBERED = 65_536  # sessions, and as many ends of cached prefixes
 OVERLOAD = 2  # affinity may cost this many times what the quickest worker takes,
@@ -61,12 +62,13 @@ class Router:
         self.decode_tasks = decode_tasks
         self.prefill_load = [0] * num_prefill
         self.decode_load = [0] * len(decode_tasks)
+        self._left_out: dict[Kind, set[int]] = {"prefill": set(), "decode": set()}
         self._policy = policy
         self._page_size = page_size
         self._prefill_tasks = prefill_tasks
         self._turns: Counter[tuple[int, ...]] = Counter()
         self._tickets: list[set[Ticket]] = [set() for _ in range(num_prefill)]
-        self._affinity = _Affinity(self.prefill_load)
+        self._affinity = _Affinity(self.prefill_load, page_size)
 
     def assign(
         self,
@@ -80,7 +82,7 @@ class Router:
 
         Args:
             task: both workers must serve it; it does not affect the affinity.
-            session: the client's key for calls that share a growing context; None or "" without a session.
+            session: the client's key for calls that share a growing context, a tie-break; None or "" without a session.
             context_len: tokens of the prompt that the base encodes (share/boundary.py).
             keys: the keys of the prompt's full pages.
             cached_pages: the number of the prompt's leading pages in the prefix cache of a prefill worker; the policy
@@ -89,8 +91,8 @@ class Router:
         Raises:
             PshareError: no worker serves the task.
         """
-        able = _able(task, self._prefill_tasks, len(self.prefill_load))
-        decoders = _able(task, self.decode_tasks, len(self.decode_load))
+        able = self._alive("prefill", _able(task, self._prefill_tasks, len(self.prefill_load)))
+        decoders = self._alive("decode", _able(task, self.decode_tasks, len(self.decode_load)))
         if not able or not decoders:
             raise PshareError(f"No {'decode' if able else 'prefill'} worker serves the task {task!r}.")
         decode = min(decoders, key=self.decode_load.__getitem__)
@@ -122,6 +124,18 @@ class Router:
         self.decode_load[ticket.route.decode] -= 1
         self._tickets[ticket.route.prefill].remove(ticket)
 
+    def leave_out(self, kind: Kind, index: int) -> None:
+        """The worker is dead: `assign` avoids it until `bring_back`. Its requests count until each is released.
+
+        Where every worker that serves a task is left out, `assign` chooses among them as if they were alive: the engine
+        restarts them.
+        """
+        self._left_out[kind].add(index)
+
+    def bring_back(self, kind: Kind, index: int) -> None:
+        """The worker is alive again."""
+        self._left_out[kind].discard(index)
+
     def all_routes(self) -> list[tuple[Route, str]]:
         """Routes, each with a task, that together use all prefill workers and every task of every decode worker."""
         pairs = [(decode, task) for decode, tasks in enumerate(self.decode_tasks) for task in tasks]
@@ -131,6 +145,9 @@ class Router:
             able = _able(task, self._prefill_tasks, len(self.prefill_load))
             routes.append((Route(able[turn % len(able)], decode), task))
         return routes
+
+    def _alive(self, kind: Kind, able: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(worker for worker in able if worker not in self._left_out[kind]) or able
 
     def _begin(self, ticket: Ticket, tokens: int) -> Ticket:
         self._set_outstanding(ticket, tokens)
@@ -174,44 +191,41 @@ class _Prompt:
 class _Affinity:
     """The policy `prefix`: a prompt goes where its KV is, unless that worker is overloaded.
 
-    A session stays with its worker. A prompt without a session, or the first of its session, goes to the worker that has
-    most of it cached, so that a conversation stays with its KV. But the cached part may be a prefix that many prompts
+    So a conversation stays with its KV, with or without a session. But the cached part may be a prefix that many prompts
     share, and they must not all crowd on one worker: once the work assigned behind the last cached page equals the cost
     of encoding the cached part elsewhere, the prompt goes where tokens to encode + outstanding + recently assigned tokens
     are least. A conversation's cached part ends at a new page in each turn, so other prompts do not drive it away.
+
+    A session breaks ties: its last worker counts as one page less busy. It weighs no more, since the caches are known
+    exactly, and a client may give all its conversations one key.
     """
 
-    def __init__(self, load: list[int]):
+    def __init__(self, load: list[int], page_size: int):
         self._load = load  # the router's, in tokens
+        self._page_size = page_size
         self._recent = [0.0] * len(load)
-        self._sessions: OrderedDict[tuple[str, tuple[int, ...]], int] = OrderedDict()
+        self._sessions: OrderedDict[str, int] = OrderedDict()
         self._behind: OrderedDict[bytes, int] = OrderedDict()
 
     def choose(self, able: tuple[int, ...], session: str | None, prompt: _Prompt) -> int:
         """The prefill worker, from `able`; the prompt is counted as assigned to it."""
-        # Workers that do not serve all tasks share no KV (each encodes with its own weights): a home in each group.
-        home = self._sessions.get((session, able)) if session else None
-        worker = self._first(able, prompt) if home is None else self._unless_overloaded(home, able, prompt)
+        worker = self._best(able, self._sessions.get(session) if session else None, prompt)
         if session:
-            _remember(self._sessions, (session, able), worker)
+            _remember(self._sessions, session, worker)
         self._count(worker, prompt)
         return worker
 
-    def _first(self, able: tuple[int, ...], prompt: _Prompt) -> int:
-        busy = {worker: self._load[worker] + self._recent[worker] for worker in able}
-        warmest = min(able, key=lambda worker: (prompt.uncached(worker), busy[worker]))
-        cheapest = min(able, key=lambda worker: prompt.uncached(worker) + busy[worker])
+    def _best(self, able: tuple[int, ...], home: int | None, prompt: _Prompt) -> int:
+        wait = {worker: self._load[worker] + prompt.uncached(worker) for worker in able}
+        recent = {worker: self._recent[worker] - self._page_size * (worker == home) for worker in able}
+        warmest = min(able, key=lambda worker: (prompt.uncached(worker), self._load[worker] + recent[worker]))
+        cheapest = min(able, key=lambda worker: wait[worker] + recent[worker])
+        quickest = min(able, key=lambda worker: (wait[worker], recent[worker]))
         path = prompt.path(warmest)
         behind = self._behind.get(path[-1].digest, 0) if path else 0
-        copying = prompt.uncached(cheapest) - prompt.uncached(warmest)
-        return cheapest if behind >= copying else self._unless_overloaded(warmest, able, prompt)
-
-    def _unless_overloaded(self, home: int, able: tuple[int, ...], prompt: _Prompt) -> int:
-        if self._load[home] == min(self._load[worker] for worker in able):
-            return home
-        wait = {worker: self._load[worker] + prompt.uncached(worker) for worker in able}
-        quickest = min(able, key=lambda worker: (wait[worker], self._recent[worker]))
-        return quickest if wait[home] > OVERLOAD * wait[quickest] + SLACK_TOKENS else home
+        if behind >= prompt.uncached(cheapest) - prompt.uncached(warmest):
+            return cheapest
+        return quickest if wait[warmest] > OVERLOAD * wait[quickest] + SLACK_TOKENS else warmest
 
     def _count(self, worker: int, prompt: _Prompt) -> None:
         tokens, path = prompt.uncached(worker), prompt.path(worker)
