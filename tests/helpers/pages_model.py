@@ -5,6 +5,8 @@ A prefix is (salt, *tokens), so two prefixes are the same page exactly if they a
 
 from collections import Counter
 
+from pshare_jax.engine.kv.eviction import MAX_USES
+
 
 class PagesModel:
     """Predicts every result; only the ids of newly lent pages are taken from the real manager, and checked."""
@@ -16,8 +18,10 @@ class PagesModel:
         self.pending = {}
         self.producer = {}
         self.waits = {}
-        self.last_use = {}
-        self.now = 0
+        self.uses = Counter()  # reservations that shared the page since it was published
+        self.priority = {}  # for eviction: the least goes first, of equals the page that was released first
+        self.clock = self.now = 0
+        self.num_spared = 0  # evictions that spared a page that was unused for longer, since it had more uses
         self.num_cut_off = 0  # evictions of a page with published or pending ones behind it
 
     @property
@@ -52,7 +56,7 @@ class PagesModel:
             assert self.refs[page] > 0
             self.refs[page] -= 1
             self.now += 1
-            self.last_use[page] = self.now
+            self.priority[page] = (self.clock + 1 + min(self.uses[page], MAX_USES), self.now)
 
     def allocate(self, num, lent):
         """Takes what was lent (None: nothing), if that is right."""
@@ -61,7 +65,7 @@ class PagesModel:
             return
         assert lent is not None
         while self.num_free < num:
-            self.evict_oldest()
+            self.evict()
         assert len(set(lent)) == num == len(lent)
         assert not any(self.refs[page] for page in lent)
         assert not set(lent) & set(self.published.values())
@@ -70,11 +74,12 @@ class PagesModel:
 
     def reserve(self, name, prefixes, num, reservation, wait):
         shared = self.chain(prefixes)[: None if wait else self.hits(prefixes)]
-        self.retain(shared)
-        self.allocate(num - len(shared), reservation and reservation.pages[len(shared) :])
         if reservation is None:
-            self.release(shared)
+            assert num - len(shared) > self.num_free + sum(page not in shared for page in self.cached)
             return
+        self.retain(shared)
+        self.allocate(num - len(shared), reservation.pages[len(shared) :])
+        self.uses.update(page for page in shared if page not in self.producer)
         awaited = {page for page in shared if page in self.producer}
         assert reservation.pages[: reservation.num_shared] == shared
         if awaited:
@@ -128,13 +133,20 @@ class PagesModel:
     def adopt(self, adopter, producer, pages):
         self.producer.update({page: adopter for page in pages if self.producer.get(page) == producer})
 
-    def evict_oldest(self):
-        oldest = min(self.cached, key=lambda page: self.last_use[page])
-        top = next(prefix for prefix, page in self.published.items() if page == oldest)
+    @property
+    def evictable(self):
+        """In the order of eviction."""
+        return sorted(self.cached, key=lambda page: self.priority[page])
+
+    def evict(self):
+        first = self.evictable[0]
+        self.clock = self.priority[first][0]
+        self.num_spared += any(self.priority[page][1] < self.priority[first][1] for page in self.cached)
+        top = next(prefix for prefix, page in self.published.items() if page == first)
         self.num_cut_off += sum(prefix[: len(top)] == top for prefix in (*self.published, *self.pending)) > 1
         self.unlink(top)
 
     def unlink(self, top):
         for prefixes in (self.published, self.pending):
             for prefix in [prefix for prefix in prefixes if prefix[: len(top)] == top]:
-                del prefixes[prefix]
+                del self.uses[prefixes.pop(prefix)]

@@ -178,7 +178,7 @@ class PagesWorld:
         assert self.manager.flush() == num_cached
         assert self.manager.num_cached == 0
         while self.model and self.model.cached:
-            self.model.evict_oldest()
+            self.model.evict()
 
     # Always
 
@@ -192,6 +192,7 @@ class PagesWorld:
         real, model = self.manager, self.model
         states = (model.num_free, len(model.cached), model.num_used)
         assert (real.num_free, real.num_cached, real.num_used) == states
+        assert list(real._evictable) == model.evictable
         assert {page.id for page in real._tree.values()} == {*model.published.values(), *model.pending.values()}
         assert {page.id: page.producer for page in real._pages if page.producer} == model.producer
         for name, live in self.live.items():
@@ -204,6 +205,7 @@ class PagesWorld:
 
     def end(self):
         """All sequences, transfers and pins go: every page is free."""
+        self.seen["spared"] += self.model is None or self.model.num_spared
         while self.live:
             self.abort(0)
         while self.pins:

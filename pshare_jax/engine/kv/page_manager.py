@@ -4,11 +4,12 @@ There is one record per page. Prefill, decode and API threads all call the manag
 """
 
 from bisect import bisect_left
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from pshare_jax.engine.kv.eviction import EvictionOrder
 from pshare_jax.engine.kv.keys import PageKey
 
 SEQUENCE = "sequence"
@@ -43,6 +44,7 @@ class _Page:
 
     id: int
     refs: int = 0
+    uses: int = 0  # reservations that shared it since it was published
     key: PageKey | None = None
     parent: "_Page | None" = None
     children: "dict[_Page, None]" = field(default_factory=dict)
@@ -63,7 +65,8 @@ class PageManager:
 
     A page is a hit only if its digest, its content and the very page before it are those asked for. A page that leaves
     the tree takes all pages behind it along, since no hit can reach them; if referenced they become private. A holder of
-    a page should hold all pages before it: then eviction takes ends before beginnings and cuts nothing off.
+    a page should hold all pages before it: then eviction (eviction.py) takes ends before beginnings and cuts nothing off,
+    since a beginning is used as often as its ends or more, and released after them.
 
     `on_free` gets the pages that were just freed, before any of them is lent again. Wrong use raises AssertionError.
     A failed pool gets a new manager; pages of the old manager are released there.
@@ -81,7 +84,7 @@ class PageManager:
         self._on_free = on_free
         self._pages = [_Page(number) for number in range(num_pages)]
         self._free = list(range(num_pages - 1, 0, -1))
-        self._evictable: OrderedDict[int, None] = OrderedDict()  # the longest unused page first
+        self._evictable = EvictionOrder()
         self._tree: dict[bytes, _Page] = {}  # by the key's digest
         self._produced: dict[Hashable, dict[_Page, None]] = {}  # by producer
         self._awaited: dict[Hashable, dict[_Page, None]] = {}  # by waiter
@@ -148,20 +151,21 @@ class PageManager:
         page that is pending elsewhere counts as a collision. Without keys nothing is looked up or registered. To undo a
         reservation: `drop(sequence)` and release the pages.
         """
+        if not self.could_reserve(keys, num_pages, wait=wait):
+            return None
         chain = self._chain(keys, wait)
         shared = [page.id for page in chain]
         self.retain(shared)
-        own = self.allocate(num_pages - len(shared))
-        if own is None:
-            self.release(shared)
-            return None
-        awaited = [page for page in chain if page.producer is not None]
-        for page in awaited:
+        own = self._lend(num_pages - len(shared), SEQUENCE)
+        for page in chain:
+            if page.producer is None:
+                page.uses += 1
+                continue
             if page.producer == sequence:
                 raise AssertionError(f"page {page.id} would be awaited by its producer")
             page.waiters[sequence] = None
             self._awaited.setdefault(sequence, {})[page] = None
-        self.stats.num_waits += bool(awaited)
+        self.stats.num_waits += bool(chain) and chain[-1].producer is not None
         parent = chain[-1] if chain else None
         for key, number in zip(keys[len(chain) :], own, strict=False):
             if key.digest in self._tree:
@@ -174,25 +178,16 @@ class PageManager:
 
     def allocate(self, num: int, holder: str = SEQUENCE) -> list[int] | None:
         """`num` private pages with one reference each, or None (and nothing changed) if too few are free or evictable."""
-        if num < 0:
-            raise AssertionError(f"{num} pages were asked for")
-        if num > self.num_available:
-            return None
-        self.num_evicted += self._evict(num - len(self._free))
-        pages = [self._free.pop() for _ in range(num)]
-        for page in pages:
-            self._pages[page].refs = 1
-        self._count(holder, num)
-        return pages
+        return self._lend(num, holder) if num <= self.num_available else None
 
     def retain(self, pages: Sequence[int], holder: str = SEQUENCE) -> None:
         """Adds a reference to each of these pages, none of which may be free."""
         for page in pages:
             record = self._pages[page]
-            if page < 1 or (record.refs == 0 and page not in self._evictable):
+            if page < 1 or (record.refs == 0 and record.key is None):
                 raise AssertionError(f"page {page} was retained by {holder}, but it is free")
             if record.refs == 0:
-                del self._evictable[page]
+                self._evictable.remove(page)
             record.refs += 1
         self._count(holder, len(pages))
 
@@ -210,7 +205,7 @@ class PageManager:
             if record.producer is not None:
                 raise AssertionError(f"page {page} was released by {holder}, but it is pending")
             if record.key is not None:
-                self._evictable[page] = None
+                self._evictable.add(page, record.uses)
             else:
                 freed.append(page)
         self._give_back(freed)
@@ -280,8 +275,9 @@ class PageManager:
         self._check_pages()
         free = [page.id for page in self._pages[1:] if page.refs == 0 and page.key is None]
         expect(sorted(self._free) == free, "the free list is not exactly the free pages")
-        idle = {page.id for page in self._pages if page.refs == 0 and page.key is not None}
-        expect(self._evictable.keys() == idle, "the evictable pages are not exactly the unreferenced pages with a key")
+        idle = [page.id for page in self._pages if page.refs == 0 and page.key is not None]
+        right = sorted(self._evictable) == idle
+        expect(right, "the evictable pages are not exactly the unreferenced pages with a key")
         tree = {page.key.digest: page for page in self._pages if page.key is not None}
         expect(self._tree == tree, "the tree is not exactly the pages with a key")
         held, holders = sum(page.refs for page in self._pages), dict(self.holders)
@@ -306,6 +302,7 @@ class PageManager:
                 "has a child with another parent": any(child.parent is not page for child in page.children),
                 "is no child of its parent": parent is not None and page not in parent.children,
                 "is published before its parent": not pending and parent is not None and parent.producer is not None,
+                "has more uses than its parent": parent is not None and page.uses > parent.uses,
             }
             if any(faults.values()):
                 raise AssertionError(f"page {page.id} " + " and ".join(fault for fault in faults if faults[fault]))
@@ -342,6 +339,16 @@ class PageManager:
     def _find(self, key: PageKey, wait: bool) -> _Page | None:
         page = self._tree.get(key.digest)
         return page if page is None or wait or page.producer is None else None
+
+    def _lend(self, num: int, holder: str) -> list[int]:
+        if num < 0:
+            raise AssertionError(f"{num} pages were asked for")
+        self.num_evicted += self._evict(num - len(self._free))
+        pages = [self._free.pop() for _ in range(num)]
+        for page in pages:
+            self._pages[page].refs = 1
+        self._count(holder, num)
+        return pages
 
     def _publish_one(self, page: _Page, key: PageKey, parent: _Page | None) -> int:
         found = self._tree.get(key.digest)
@@ -385,17 +392,17 @@ class PageManager:
             leaving += page.children
             if page.key is not None:
                 del self._tree[page.key.digest]
-            page.key, page.parent, page.children = None, None, {}
+            page.key, page.parent, page.children, page.uses = None, None, {}, 0
             if page.refs == 0:
-                del self._evictable[page.id]
+                self._evictable.remove(page.id)
                 freed.append(page.id)
         self._give_back(freed)
 
     def _evict(self, num: int) -> int:
-        """Frees evictable pages, the longest unused first, until `num` or more are freed or none is left."""
+        """Frees evictable pages, in the order of eviction, until `num` or more are freed or none is left."""
         before = len(self._free)
         while self._evictable and len(self._free) < before + num:
-            self._unlink(self._pages[next(iter(self._evictable))])
+            self._unlink(self._pages[self._evictable.victim()])
         return len(self._free) - before
 
     def _give_back(self, freed: list[int]) -> None:
