@@ -294,6 +294,18 @@ def test_a_session_leaves_an_overloaded_worker_and_stays_where_it_went(session):
     assert world.router.prefill_load == [SLACK_TOKENS - 1, 0]
 
 
+def test_of_two_copies_the_less_loaded_and_of_two_quick_workers_the_less_used():
+    world, prompt = World(3), prompt_of(40)
+    for worker, tokens in ((0, 1000), (1, 900)):
+        world.cache(worker, page_keys("base", "", context_of(prompt), PAGE))
+        world.router.take(Route(worker, 0), tokens)
+    assert world.ask(prompt) == 1
+    world = World(3)
+    assert [world.ask(prompt), world.ask(prompt_of(4, 5000))] == [0, 1]
+    world.router.take(Route(0, 0), 3000)
+    assert world.ask([*prompt, *prompt_of(1, 9000)]) == 2
+
+
 def test_cached_pages_are_no_load():
     world = World(2)
     for start in (0, 4000):

@@ -245,6 +245,15 @@ def test_a_page_is_not_believed_behind_another_first_page_of_the_same_digest(mon
     assert (manager.num_free, manager.num_cached) == (19, 1)
 
 
+@pytest.mark.parametrize(("published", "asked"), [("ab", "b"), ("b", "ab"), ("ab", "cb"), ("abc", "aac")])
+def test_the_same_page_elsewhere_in_a_prompt_is_no_hit(published, asked):
+    manager = PageManager(9)
+    keys = {name: PageKey(name.encode(), name.encode()) for name in "abc"}
+    reservation = manager.reserve("a", [keys[name] for name in published], 3)
+    assert reservation is not None
+    assert manager.num_shareable([keys[name] for name in asked]) == (asked == "aac")
+
+
 # --- misuse and faults ---------------------------------------------------------------------------------------------------
 
 # Pages 1 and 2 are published and held; "producer" has 3 and 4 pending, for which "waiter" waits; 5 and 6 are their tails.
