@@ -213,7 +213,7 @@ class Sequence:
     def _text(self, token_id: int) -> tuple[str, str | None]:
         if token_id in self.request.stop_ids:
             return self.output.finish(), "stop"
-        text = self.output.push(token_id)
+        text = self.output.push(token_id, may_stop=len(self.decode.completion_ids) > self.request.min_tokens)
         if self.output.stopped:
             return text, "stop"
         if len(self.decode.completion_ids) < self.request.max_tokens:

@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from pshare_jax.text.chat_template import ROLES, map_strings
+from pshare_jax.text.native import encode_ids
 
 # Private-use planes 15 and 16: in no control token, unchanged by normalisers, rare in real text.
 _PRIVATE_USE = range(0xF0000, 0x10FFFD)
@@ -106,7 +107,7 @@ class PlainEncoder:
         for start, end, index in control:
             pieces += [restore(text[at:start]), self._name_of[index]]
             at = end
-        ids = self._backend.encode("".join([*pieces, restore(text[at:])]), add_special_tokens=False).ids
+        ids = encode_ids(self._backend, "".join([*pieces, restore(text[at:])]))
         return [self._id_of.get(index, index) for index in ids]
 
 

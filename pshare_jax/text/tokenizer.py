@@ -20,6 +20,16 @@ from pshare_jax.text.control_tokens import ControlText, Placeholders, PlainEncod
 from pshare_jax.text.detokenizer import Detokenizer, token_bytes_for
 from pshare_jax.text.gguf_tokenizer import read_gguf
 from pshare_jax.text.hf_files import SPECIAL_NAMES, read_folder, write_folder
+from pshare_jax.text.length_bound import max_token_bytes
+from pshare_jax.text.native import decode, encode_ids, encode_offsets
+
+
+class PromptTooLong(PshareError):
+    """A prompt has at least `least` tokens, as its text's length alone shows."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__(f"The prompt has at least {least} tokens, which is too long; shorten it.")
+        self.least = least
 
 
 @runtime_checkable
@@ -41,7 +51,9 @@ class Encoder(Protocol):
         """The template's source."""
         ...
 
-    def encode(self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True, refuse_from: int | None = None
+    ) -> list[int]:
         """Ids of a text prompt."""
         ...
 
@@ -60,6 +72,7 @@ class Encoder(Protocol):
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
+        refuse_from: int | None = None,
     ) -> list[int]:
         """Ids of a chat's prompt."""
         ...
@@ -114,11 +127,18 @@ class Tokenizer:
         """Texts of the named control tokens, None where the model has none."""
         return {name: self._config.get(name) for name in SPECIAL_NAMES}
 
-    def encode(self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True, refuse_from: int | None = None
+    ) -> list[int]:
         """Ids of a text prompt, with one BOS if the tokenizer adds it, also if the text already starts with it.
 
         Without `allow_special`, control text in `text` is encoded like any other text.
+
+        Raises:
+            PromptTooLong: the text's length shows that it has at least `refuse_from` tokens.
+            PshareError: the text is not valid Unicode.
         """
+        self._check_length(text, refuse_from)
         ids = self._encode(text) if allow_special else self._plain.encode(text)
         if not add_special_tokens:
             return ids
@@ -140,7 +160,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`; ids outside the vocabulary are skipped."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return decode(self._backend, ids, skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The token's own bytes: part of a character for byte tokens, a control token's text in UTF-8."""
@@ -161,17 +181,22 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
+        refuse_from: int | None = None,
     ) -> list[int]:
         """The prompt's ids for a chat, as the model's template writes it.
 
         Without control text in messages, tools and kwargs the ids equal those of transformers' `apply_chat_template`.
-        Control text in them is encoded as ordinary text. PshareError: the model has no template, a role or part is
-        unknown, the template refuses the messages, or it would complete message text to a control token.
+        Control text in them is encoded as ordinary text.
+
+        Raises:
+            PromptTooLong: the rendered text's length shows that it has at least `refuse_from` tokens.
+            PshareError: the model has no template, a role or part is unknown, the template refuses the messages, or it
+                would complete message text to a control token.
         """
         try:
             variables = plain_data(template_kwargs or {})
             chat = [checked_messages(messages), plain_data(tools), list(variables.values())]
-            return self._encode_checked(chat, list(variables), add_generation_prompt)
+            return self._encode_checked(chat, list(variables), add_generation_prompt, refuse_from)
         except RecursionError as error:
             raise PshareError("The messages are nested too deeply; flatten them.") from error
 
@@ -210,18 +235,22 @@ class Tokenizer:
         text = text[len(before) :]
         return self._encode_masked(text, placeholders) if self._control.inside(chat) else self._encode(text)
 
-    def _encode_checked(self, chat: list[Any], names: list[str], add_generation_prompt: bool) -> list[int]:
+    def _encode_checked(
+        self, chat: list[Any], names: list[str], add_generation_prompt: bool, refuse_from: int | None
+    ) -> list[int]:
         """`chat`: messages, tools, and the values of the template variables called `names`."""
         template = self._template(chat[1])
+        plain = self._rendered(template, chat, names, add_generation_prompt)
+        self._check_length(plain, refuse_from)
         placeholders = self._control.placeholders(chat, template.source)
         disguised = placeholders.disguised(chat, template.words)
         text = self._rendered(template, disguised, names, add_generation_prompt)
-        own = self._control_ids(self._finder.encode(_valid(text), add_special_tokens=False).ids)
+        own = self._control_ids(encode_ids(self._finder, _valid(text)))
         if self._control.inside(chat):
             text = self._rendered(template, placeholders.masked(chat), names, add_generation_prompt)
             ids = self._encode_masked(text, placeholders)
         else:
-            ids = self._encode(self._rendered(template, chat, names, add_generation_prompt))
+            ids = self._encode(plain)
         if self._control_ids(ids) != own:
             raise PshareError("The chat template would turn text of the messages into control tokens; rephrase it.")
         return ids
@@ -232,7 +261,7 @@ class Tokenizer:
         return template.render(messages, tools, add_generation_prompt, variables)
 
     def _encode_masked(self, text: str, placeholders: Placeholders) -> list[int]:
-        encoding = self._backend.encode(_valid(text), add_special_tokens=False)
+        encoding = encode_offsets(self._backend, _valid(text))
         tokens = zip(encoding.ids, encoding.offsets, strict=True)
         spans = [(start, end, index) for index, (start, end) in tokens if index in self._control_set]
         return self._plain.encode(text, spans, placeholders.restored)
@@ -273,8 +302,21 @@ class Tokenizer:
     def _finder(self) -> Backend:
         return control_finder(self._backend)
 
+    @cached_property
+    def _max_token_bytes(self) -> int | None:
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        return max_token_bytes(self._backend, map(self.token_bytes, vocab.values()))
+
+    def _check_length(self, text: str, refuse_from: int | None) -> None:
+        # A character has at most four bytes, so most texts need not be encoded.
+        if refuse_from is None or self._max_token_bytes is None or len(text) * 4 < refuse_from * self._max_token_bytes:
+            return
+        least = -(-len(_valid(text).encode()) // self._max_token_bytes)
+        if least >= refuse_from:
+            raise PromptTooLong(least)
+
     def _encode(self, text: str) -> list[int]:
-        return self._backend.encode(_valid(text), add_special_tokens=False).ids
+        return encode_ids(self._backend, _valid(text))
 
     def _control_ids(self, ids: list[int]) -> list[int]:
         return [index for index in ids if index in self._control_set]

@@ -1,5 +1,7 @@
 """output.py: stop strings in a stream (cases A1-10, A1-12, A1-13, A1-15)."""
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,6 +55,41 @@ def test_pieces_are_the_truncated_text(text, stops, size):
     pieces, stopped = stream(text, stops, size)
     assert "".join(pieces) == truncated(text, stops)
     assert stopped == (truncated(text, stops) != text or any(text.endswith(stop) for stop in stops))
+
+
+@given(
+    st.lists(st.text("ab", max_size=5), max_size=8),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=6),
+    st.integers(0, 8),
+)
+def test_a_stop_string_must_end_after_the_texts_that_may_not_stop(texts, stops, first):
+    """As a whole text: the first end of any stop string behind the first texts, wherever it begins."""
+    matcher, pieces = StopMatcher(stops), []
+    for index, text in enumerate(texts):
+        pieces.append(matcher.push(text, may_stop=index >= first))
+    whole = "".join(texts)
+    free = len("".join(texts[:first]))
+    ends = [
+        (end, end - len(stop))
+        for end in range(free + 1, len(whole) + 1)
+        for stop in stops
+        if whole[:end].endswith(stop)
+    ]
+    assert "".join([*pieces, matcher.flush()]) == (whole[: min(ends)[1]] if ends else whole)
+    assert matcher.stopped == bool(ends)
+
+
+def test_many_and_long_stop_strings_cost_little():
+    """The work per character does not grow with the matched length, and nothing is prepared for unmatched text."""
+    stops = ["a" * 1_000_000 + str(index) for index in range(64)]
+    began = time.perf_counter()
+    matcher = StopMatcher(stops)
+    assert time.perf_counter() - began < 0.1
+    for _ in range(20):
+        assert matcher.push("a" * 100) == ""
+    began = time.perf_counter()
+    assert matcher.push("b") == "a" * 2000 + "b"
+    assert time.perf_counter() - began < 0.5
 
 
 EMOJI = "😀".encode()
