@@ -89,6 +89,11 @@ class CompiledShapes:
         """No shape will be added any more."""
         self._growing = False
 
+    @property
+    def settled(self) -> bool:
+        """Whether no shape will be added any more."""
+        return not self._growing
+
     def may_be_used(self, shape: Shape) -> bool:
         """Whether a step may use the shape, now or later."""
         return self._growing or shape in self

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import uvicorn
 
+from pshare_jax.engine.engine import Engine
 from pshare_jax.errors import PshareError
 from pshare_jax.server.app import make_app
 from pshare_jax.server.config import ServeConfig, ServerConfig, check_config
@@ -29,8 +30,14 @@ KEEP_ALIVE_SECONDS = 75
 """Longer than clients keep idle connections (httpx: 5 s), or a client could send on a connection that is being closed."""
 
 
+class EngineBroken(Exception):
+    """All workers of a task are dead."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the server; returns the exit status, 0 after a requested stop and 2 after a user's mistake."""
+    """Runs the server; returns the exit status: 0 after a requested stop, 1 if a task could no longer be served, 2 after a
+    user's mistake.
+    """
     options = _parser().parse_intermixed_args(arguments)
     try:
         config = load_settings(ServeConfig, options.config, options.overrides)
@@ -41,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PshareError as error:
         print(f"pshare-serve: {error}", file=sys.stderr)
         return 2
+    except EngineBroken as error:
+        print(f"pshare-serve: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped", flush=True)
     return 0
@@ -106,13 +116,24 @@ def _serve(config: ServeConfig, full_warmup: bool) -> None:
                 timeout_graceful_shutdown=math.ceil(config.server.drain_seconds) + GRACE_SECONDS,
             )
             server = DrainingServer(settings, served.engine, report_ready, config.server.drain_seconds)
-            asyncio.run(server.serve([listener]))
+            run(server, listener, served.engine)
         finally:
             served.engine.stop()
             if compiler is not None:
                 compiler.stop()
             if served.task_table is not None:
                 served.task_table.stop()
+
+
+def run(server: DrainingServer, listener: socket.socket, engine: Engine) -> None:
+    """Serves until a stop is requested.
+
+    Raises:
+        EngineBroken: all workers of a task are dead.
+    """
+    asyncio.run(server.serve([listener]))
+    if engine.broken:
+        raise EngineBroken("All workers of a task have failed (the log above says why); start the server again.")
 
 
 def _log_requests() -> None:

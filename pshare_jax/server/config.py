@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from pshare_jax.engine.config import EngineConfig, check_engine_config, workers_of
 from pshare_jax.errors import PshareError
+from pshare_jax.server.origins import is_origin
 from pshare_jax.settings import check_least
 
 MAX_CPU_DEVICES = 64
@@ -17,6 +18,7 @@ class ServerConfig:
 
     Clients must send `api_key` (default: the environment variable PSHARE_API_KEY), if set, as a bearer token. On a stop,
     running answers have `drain_seconds` to end. `log_requests` writes a JSON line for each call to standard error.
+    Pages of other sites may call the server from a browser if their origin is in `allowed_origins` (origins.py).
     `modules_dir` lets clients load, replace and unload tasks from its subfolders (tasks/api.py); it needs an API key.
     """
 
@@ -29,6 +31,7 @@ class ServerConfig:
     drain_seconds: float = 30.0
     log_requests: bool = True
     modules_dir: str | None = None
+    allowed_origins: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,12 @@ def check_config(config: ServeConfig) -> None:
         raise PshareError(f"server.port must be 0 to 65535, not {config.server.port}.")
     if not 0 <= config.server.drain_seconds < math.inf:
         raise PshareError(f"server.drain_seconds must be at least 0 and finite, not {config.server.drain_seconds}.")
+    for origin in config.server.allowed_origins:
+        if not is_origin(origin):
+            raise PshareError(
+                f"server.allowed_origins has {origin!r}; write a site as its origin, such as https://ai.example.org or "
+                "http://localhost:3000 (no path, no slash at the end), or * for every site."
+            )
     key = config.server.api_key
     if key is not None and (not key or key != key.strip()):
         raise PshareError("server.api_key is empty or has blanks around it; give it a value or leave it out.")

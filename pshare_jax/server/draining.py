@@ -1,4 +1,4 @@
-"""uvicorn's server, with a callback once it serves and a shutdown that drains running requests."""
+"""uvicorn's server: a callback once it serves, a shutdown that drains running requests, and a stop of a broken engine."""
 
 import asyncio
 import socket
@@ -20,6 +20,11 @@ class DrainingServer(uvicorn.Server):
         """Called by uvicorn once."""
         await super().startup(sockets)
         self._on_ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second: a server that can no longer serve a task stops, to be restarted."""
+        self.should_exit = self.should_exit or self._engine.broken
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Called by uvicorn on a signal; it then waits for open responses (a second Ctrl-C ends them at once)."""

@@ -1,6 +1,7 @@
 """Prometheus metrics: GET /metrics.
 
-Times and tokens by task are recorded when a request ends; everything else is read from the engine at each scrape.
+Times by task are recorded when they are known, tokens when a request ends; everything else is read from the engine at each
+scrape.
 """
 
 import time
@@ -14,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from pshare_jax.engine.compile_counter import compile_counter
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.sequence import Sequence, State
+from pshare_jax.server.gateway_metrics import GatewayCollector
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
@@ -44,9 +46,10 @@ F = TypeVar("F", CounterMetricFamily, GaugeMetricFamily)
 class Metrics:
     """All metrics of one engine; requests before this object was made (those of the warm-up) are not counted."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, base: str):
         self._registry = CollectorRegistry()
-        self._queue = self._seconds("pshare_queue_seconds", "Time from arrival to admission to prefill.")
+        queue = "Time from arrival to admission to prefill, or to the end of a request that was never admitted."
+        self._queue = self._seconds("pshare_queue_seconds", queue)
         self._first = self._seconds("pshare_time_to_first_token_seconds", "Time from arrival to the first token.")
         self._whole = self._seconds("pshare_request_seconds", "Time from arrival to the end of the request.")
         mean = "A request's mean time per output token after the first."
@@ -57,26 +60,46 @@ class Metrics:
         self._ended = Counter(
             "pshare_requests", "Ended requests, by outcome.", ("task", "outcome"), registry=self._registry
         )
+        self._refused = Counter(
+            "pshare_refusals",
+            "Error responses, by status and reason (the error's code, the field that it names, or its type).",
+            ("status", "reason"),
+            registry=self._registry,
+        )
         self._registry.register(_EngineCollector(engine))
+        self._registry.register(GatewayCollector(engine, base))
+        engine.on_admitted.append(self.record_admission)
+        engine.on_first_token.append(self.record_first_token)
         engine.on_end.append(self.record_end)
 
+    def record_refusal(self, status: int, reason: str) -> None:
+        """Counts an error response; `reason` comes from a fixed set."""
+        self._refused.labels(str(status), reason).inc()
+
+    def record_admission(self, sequence: Sequence) -> None:
+        """Records the time in the queue; called under the engine's lock, as the other two."""
+        if sequence.admitted is not None:
+            self._queue.labels(sequence.request.task).observe(sequence.admitted - sequence.arrived)
+
+    def record_first_token(self, sequence: Sequence) -> None:
+        """Records the time to the first token."""
+        if sequence.first_token is not None:
+            self._first.labels(sequence.request.task).observe(sequence.first_token - sequence.arrived)
+
     def record_end(self, sequence: Sequence) -> None:
-        """Records an ended request; called under the engine's lock."""
+        """Records an ended request."""
         task, now = sequence.request.task, time.monotonic()
         self._ended.labels(task, sequence.state.value).inc()
         self._whole.labels(task).observe(now - sequence.arrived)
         if sequence.admitted is None:
+            self._queue.labels(task).observe(now - sequence.arrived)
             return
-        self._queue.labels(task).observe(sequence.admitted - sequence.arrived)
         self._prompt.labels(task).inc(len(sequence.request.prompt))
         self._cached.labels(task).inc(sequence.cached_tokens)
         self._generated.labels(task).inc(len(sequence.decode.completion_ids))
-        if sequence.first_token is not None:
-            self._first.labels(task).observe(sequence.first_token - sequence.arrived)
-            if sequence.state is State.FINISHED and len(sequence.decode.completion_ids) > 1:
-                self._token.labels(task).observe(
-                    (sequence.progressed - sequence.first_token) / (len(sequence.decode.completion_ids) - 1)
-                )
+        num_later = len(sequence.decode.completion_ids[1:])
+        if sequence.first_token is not None and sequence.state is State.FINISHED and num_later:
+            self._token.labels(task).observe((sequence.progressed - sequence.first_token) / num_later)
 
     def text(self) -> bytes:
         """The response to a scrape."""

@@ -1,4 +1,4 @@
-"""ASGI middleware: request ids, the API key, the request log, and an error object for unexpected exceptions."""
+"""ASGI middleware: request ids, origins, the API key, the request log, and an error object for unexpected exceptions."""
 
 import hmac
 import json
@@ -9,17 +9,20 @@ import uuid
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi.responses import JSONResponse
+from fastapi import Response
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pshare_jax.engine.request import FAILED
-from pshare_jax.server.openai.schema import ApiError, error_body
+from pshare_jax.server.errors import OnRefusal, error_response, reason_of
+from pshare_jax.server.openai.schema import ApiError
+from pshare_jax.server.origins import Origins, is_preflight, preflight_headers
+from pshare_jax.server.probes import PATHS as PROBES
 
 logger = logging.getLogger(__name__)
 request_log = logging.getLogger("pshare_jax.requests")
-OPEN_PATHS = ("/health", "/")
-"""Paths without a key: health checks have none, and the live page contains no data and asks for it."""
+OPEN_PATHS = (*PROBES, "/")
+"""Paths without a key: probes have none, and the live page contains no data and asks for it."""
 CLIENT_CLOSED_REQUEST = 499
 """The logged status if the client disconnected before the end of the response (nginx's code)."""
 
@@ -27,8 +30,9 @@ CLIENT_CLOSED_REQUEST = 499
 class Middleware:
     """Adds x-request-id to every response: the client's own if it is printable ASCII, else a new id."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None):
+    def __init__(self, app: ASGIApp, api_key: str | None, origins: Origins, on_refusal: OnRefusal):
         self._app, self._api_key = app, api_key
+        self._origins, self._on_refusal = origins, on_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request. Handlers may add fields for its log line to `scope["state"]["log_fields"]`."""
@@ -40,30 +44,42 @@ class Middleware:
         log_fields: dict[str, Any] = {}
         scope.setdefault("state", {})["log_fields"] = log_fields
         began, status = time.monotonic(), 0
+        more_headers = [(b"x-request-id", request_id), *self._origins.response_headers(headers)]
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+                message["headers"] = [*message.get("headers", []), *more_headers]
             await send(message)
 
         try:
-            if _is_cross_origin(scope["method"], headers):
-                await _cross_origin_error()(scope, receive, send_with_id)
-            elif self._allowed(scope["path"], headers):
-                await self._app(scope, receive, send_with_id)
-            else:
-                await _key_error()(scope, receive, send_with_id)
+            answer = self._own_answer(scope, headers) or self._app
+            await answer(scope, receive, send_with_id)
         except ClientDisconnect:
             status = CLIENT_CLOSED_REQUEST
         except Exception:
             logger.exception("request %s failed", request_id.decode())
             if not status:
-                error = ApiError(500, FAILED, kind="server_error").error
-                await JSONResponse(error_body(error), 500)(scope, receive, send_with_id)
+                await self._refused(ApiError(500, FAILED, kind="server_error"))(scope, receive, send_with_id)
         finally:
             _log(scope, request_id.decode(), status, time.monotonic() - began, log_fields)
+
+    def _own_answer(self, scope: Scope, headers: dict[bytes, bytes]) -> ASGIApp | None:
+        """The answer to a request that must not reach the application."""
+        # A preflight has no key; the request that follows it needs one.
+        preflight = is_preflight(scope["method"], headers)
+        if (preflight or scope["method"] == "POST") and not self._origins.allows(headers):
+            return self._refused(ApiError(403, self._origins.refusal(headers), kind="permission_error"))
+        if preflight:
+            response = Response(status_code=204)
+            response.raw_headers += preflight_headers(headers)
+            return response
+        return None if self._allowed(scope["path"], headers) else self._refused(_key_error())
+
+    def _refused(self, error: ApiError) -> ASGIApp:
+        self._on_refusal(error.status, reason_of(error.error))
+        return error_response(error, {"WWW-Authenticate": "Bearer"} if error.status == 401 else None)
 
     def _allowed(self, path: str, headers: dict[bytes, bytes]) -> bool:
         if self._api_key is None or path in OPEN_PATHS:
@@ -73,22 +89,9 @@ class Middleware:
         return hmac.compare_digest(key.strip(), self._api_key.encode()) and scheme.lower() == b"bearer"
 
 
-def _is_cross_origin(method: str, headers: dict[bytes, bytes]) -> bool:
-    """Whether another site's page in a browser sends this; it could otherwise use a server on its visitor's machine."""
-    origin = headers.get(b"origin")
-    return method == "POST" and origin is not None and origin.partition(b"://")[2] != headers.get(b"host")
-
-
-def _cross_origin_error() -> JSONResponse:
-    message = "Cross-origin requests are not allowed; call this server from its own page or from outside a browser."
-    error = ApiError(403, message, kind="permission_error")
-    return JSONResponse(error_body(error.error), 403)
-
-
-def _key_error() -> JSONResponse:
+def _key_error() -> ApiError:
     message = "The API key is missing or wrong; send it in the header Authorization: Bearer KEY."
-    error = ApiError(401, message, kind="authentication_error", code="invalid_api_key")
-    return JSONResponse(error_body(error.error), 401, {"WWW-Authenticate": "Bearer"})
+    return ApiError(401, message, kind="authentication_error", code="invalid_api_key")
 
 
 def _log(scope: Scope, request_id: str, status: int, seconds: float, log_fields: dict[str, Any]) -> None:

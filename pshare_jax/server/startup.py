@@ -62,7 +62,10 @@ def build(config: ServeConfig, report: Report) -> tuple[AppContext, list[Variant
     # Clients need not know the path of a folder.
     base = Path(config.base).name
     table = modules_dir and _task_table(config, placement, engine, modules_dir)
-    served = AppContext(engine, model.tokenizer, limits, config.server.max_body_bytes, api_key, base, table)
+    server = config.server
+    served = AppContext(
+        engine, model.tokenizer, limits, server.max_body_bytes, api_key, base, table, server.allowed_origins
+    )
     return served, variants(engine)
 
 
@@ -116,7 +119,7 @@ def warm_up(served: AppContext, programs: list[Variant], full: bool, report: Rep
     for shapes in ready:
         shapes.limit(program.shape for program in now if program.shape is not None)
     # Part of the tokenizer is built on first use, which must not stall other requests' streams.
-    served.tokenizer.encode("", allow_special=False)
+    served.tokenizer.encode("", allow_special=False, refuse_from=served.limits.max_len)
     first_answers(served)
     while full and not engine.warm and engine.healthy:
         time.sleep(POLL_SECONDS)

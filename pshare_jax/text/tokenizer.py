@@ -20,7 +20,7 @@ from pshare_jax.text.control_tokens import ControlText, Placeholders, PlainEncod
 from pshare_jax.text.detokenizer import Detokenizer, token_bytes_for
 from pshare_jax.text.gguf_tokenizer import read_gguf
 from pshare_jax.text.hf_files import SPECIAL_NAMES, read_folder, write_folder
-from pshare_jax.text.length_bound import max_token_bytes
+from pshare_jax.text.length_bound import LengthBound, length_bound
 from pshare_jax.text.native import decode, encode_ids, encode_offsets
 
 
@@ -303,16 +303,16 @@ class Tokenizer:
         return control_finder(self._backend)
 
     @cached_property
-    def _max_token_bytes(self) -> int | None:
+    def _length_bound(self) -> LengthBound | None:
         vocab = self._backend.get_vocab(with_added_tokens=True)
-        return max_token_bytes(self._backend, map(self.token_bytes, vocab.values()))
+        return length_bound(self._backend, map(self.token_bytes, vocab.values()))
 
     def _check_length(self, text: str, refuse_from: int | None) -> None:
-        # A character has at most four bytes, so most texts need not be encoded.
-        if refuse_from is None or self._max_token_bytes is None or len(text) * 4 < refuse_from * self._max_token_bytes:
+        bound = self._length_bound
+        # A character has at most four bytes, so most texts are short enough whatever they contain.
+        if refuse_from is None or bound is None or len(text) * 4 < refuse_from * bound.max_bytes:
             return
-        least = -(-len(_valid(text).encode()) // self._max_token_bytes)
-        if least >= refuse_from:
+        if (least := bound.least_tokens(_valid(text))) >= refuse_from:
             raise PromptTooLong(least)
 
     def _encode(self, text: str) -> list[int]:

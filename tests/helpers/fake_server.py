@@ -93,6 +93,8 @@ def serving(
     modules_dir=None,
     load=None,
     refusal=None,
+    allowed_origins=(),
+    tokenizer=None,
     **settings,
 ):
     """With `modules_dir`, `load(fakes, folder)` gives the weights of a task that is added."""
@@ -110,7 +112,16 @@ def serving(
             return dict.fromkeys(workers, weights)
 
         table = TaskTable(engine, modules_dir, range(len(engine.decode_workers)), loaded, refusal)
-    served = AppContext(engine, ByteTokenizer(), limits, max_body_bytes, api_key, task_table=table)
+    served = AppContext(
+        engine,
+        tokenizer or ByteTokenizer(),
+        limits,
+        max_body_bytes,
+        api_key,
+        base="tiny",
+        task_table=table,
+        allowed_origins=allowed_origins,
+    )
     engine.start()
     try:
         with answering(served, drain_seconds) as (client, server):

@@ -357,10 +357,10 @@ class ByteTokenizer:
     def token_bytes(self, token_id):
         return bytes([token_id]) if token_id < 256 else f"<{token_id}>".encode()
 
-    def encode(self, text, *, add_special_tokens=True, allow_special=True):
+    def encode(self, text, *, add_special_tokens=True, allow_special=True, refuse_from=None):
         return list(text.encode())
 
-    def encode_chat(self, messages, *, tools=None, add_generation_prompt=True, template_kwargs=None):
+    def encode_chat(self, messages, *, tools=None, add_generation_prompt=True, template_kwargs=None, refuse_from=None):
         if messages[0]["role"] == "assistant":
             raise PshareError("The chat template refuses these messages: roles must alternate.")
         extra = f"{len(tools)} tools\n" if tools else ""

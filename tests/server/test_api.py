@@ -33,6 +33,35 @@ def test_stop_strings(server, path):
     assert server.ask(path, stop=["A"]) == ("", "stop", 1)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_stop_strings_end_an_answer_only_after_min_tokens(server, path):
+    """The stop string must end in a later token; it may begin in an earlier one (as in vLLM)."""
+    assert server.ask(path, stop="B", min_tokens=1) == ("A", "stop", 2)
+    assert server.ask(path, stop="B", min_tokens=2, max_tokens=9, ignore_eos=True) == ("ABCDEFGH", "length", 9)
+    assert server.ask(path, stop=["A", "C", "CD"], min_tokens=3) == ("AB", "stop", 4)
+    assert server.ask(path, stop=["A", "B"], min_tokens=4) == ("ABCDEFGH", "stop", 9)
+    assert server.ask(path, stop="C", min_tokens=3, max_tokens=3) == ("ABC", "length", 3)
+    assert server.ask(path, stop="é", min_tokens=3, model="qwen3:mit Leer ü", max_tokens=200)[1] == "stop"
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("count", [5, 16, 64])
+def test_many_stop_strings(server, path, count):
+    """Case N1-08: agents send more than four."""
+    assert server.ask(path, stop=[*(f"\nStep {index}:" for index in range(count - 1)), "DE"]) == ("ABC", "stop", 5)
+
+
+def test_a_completion_has_16_tokens_by_default_and_a_chat_fills_the_context(server):
+    with serving(max_len=400) as small:
+        for path, count in zip(PATHS, (16, 399), strict=True):
+            assert small.ask(path, model="endless")[1:] == ("length", count)
+        assert small.post(prompt="p" * 390, model="endless").json()["usage"]["completion_tokens"] == 10
+        assert small.post(model="endless", min_tokens=20).json()["usage"]["completion_tokens"] == 20
+        assert small.post(model="endless", max_tokens=17).json()["usage"]["completion_tokens"] == 17
+        echo = small.post(model="endless", echo=True).json()["choices"][0]["text"]
+        assert echo == "p" + "x" * 16
+
+
 def test_an_unmatched_stop_string_delays_no_text(server):
     chunks = server.stream("/v1/completions", model="abc", prompt="p", stop="Z" * 40)
     assert pieces(chunks) == [*"ABCDEFGH", ""]
@@ -40,7 +69,7 @@ def test_an_unmatched_stop_string_delays_no_text(server):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_characters_are_whole_and_streams_equal_full_responses(server, path):
-    text, _, _ = server.ask(path, model="qwen3:mit Leer ü")
+    text, _, _ = server.ask(path, model="qwen3:mit Leer ü", max_tokens=200)
     assert text == FAMILY
     size = len(FAMILY.encode())
     for cut in [*range(1, 14), size - 1, size]:

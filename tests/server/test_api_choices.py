@@ -65,7 +65,9 @@ def test_prompts_are_in_order_and_count_once(server):
 
 def test_a_call_is_accepted_as_a_whole_or_not_at_all(server):
     assert error_of(server.post(prompt=["a", "b"], n=4), 400)["param"] == "n"
-    with server.client.stream("POST", PATHS[0], json=body_for(PATHS[0], model="endless", stream=True)) as running:
+    with server.client.stream(
+        "POST", PATHS[0], json=body_for(PATHS[0], model="endless", stream=True, max_tokens=50_000)
+    ) as running:
         lines = running.iter_lines()
         next(lines)
         aborted = server.engine.num_ended.get(State.ABORTED, 0)
@@ -127,7 +129,7 @@ def test_chat_logprobs_have_the_tokens_own_bytes(server, top):
 
 @pytest.mark.parametrize("top", [0, 1, 4])
 def test_completion_logprobs_have_one_entry_per_token(server, top):
-    body = body_for(PATHS[0], model=EMOJI, logprobs=top)
+    body = body_for(PATHS[0], model=EMOJI, logprobs=top, max_tokens=200)
     whole = server.client.post(PATHS[0], json=body).json()["choices"][0]
     lists = whole["logprobs"]
     assert whole["text"] == FAMILY

@@ -30,7 +30,7 @@ FIELDS: list[tuple[list[str], str, list[Any], int]] = [
     (PATHS, "min_p", [-0.1, 1.1, "x"], 400),
     (PATHS, "seed", ["x", 1.5, 2**63], 400),
     (PATHS, "n", [0, -1, 129, "2", True, 1.5], 400),
-    (PATHS, "stop", [5, [5], ["a", 5], [""], "", ["a", "b", "c", "d", "e"], {}], 400),
+    (PATHS, "stop", [5, [5], ["a", 5], [""], "", ["a"] * 65, {}], 400),
     (PATHS, "stop_token_ids", ["x", [-1], ["a"], [True], 3], 400),
     (PATHS, "stream", ["true", 1, []], 400),
     (PATHS, "stream_options", [5, [], {"include_usage": "yes"}], 400),

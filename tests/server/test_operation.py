@@ -13,7 +13,8 @@ import pytest
 from fake_server import PATHS, error_of, pieces, serving
 from prometheus_client.parser import text_string_to_metric_families
 
-from pshare_jax.engine.request import ABORTED
+from pshare_jax.engine.request import ABORTED, Request
+from pshare_jax.engine.sequence import State
 
 pytestmark = pytest.mark.host
 DOCS = Path(__file__).parents[2] / "docs"
@@ -68,7 +69,7 @@ def test_tokens_and_times_by_task():
 def test_live_and_aborted_requests_are_counted():
     with serving() as server:
         url = f"{server.client.base_url}{PATHS[0]}"
-        body = {"model": "endless", "prompt": "p", "stream": True}
+        body = {"model": "endless", "prompt": "p", "stream": True, "max_tokens": 50_000}
         with httpx.stream("POST", url, json=body) as response:
             lines = response.iter_lines()
             next(lines)
@@ -77,6 +78,101 @@ def test_live_and_aborted_requests_are_counted():
         samples = scrape(server)
         assert of_task(samples, "pshare_requests_total", "endless", outcome="aborted") == 1
         assert samples["pshare_live_requests", (("state", "decoding"),)] == 0
+
+
+def test_times_are_recorded_when_they_are_known():
+    """A stream without end: its time in the queue and to its first token, before it ends."""
+    with serving() as server:
+        body = {"model": "endless", "prompt": "p", "stream": True, "max_tokens": 50_000}
+        with server.client.stream("POST", PATHS[0], json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            samples = scrape(server)
+            assert of_task(samples, "pshare_queue_seconds_count", "endless") == 1
+            assert of_task(samples, "pshare_time_to_first_token_seconds_count", "endless") == 1
+            assert of_task(samples, "pshare_request_seconds_count", "endless") == 0
+        server.rest()
+        samples = scrape(server)
+        assert of_task(samples, "pshare_queue_seconds_count", "endless") == 1
+        assert of_task(samples, "pshare_time_to_first_token_seconds_count", "endless") == 1
+
+
+def test_the_queue_time_of_requests_that_are_never_admitted_is_recorded():
+    with serving(max_len=1024) as server:
+        server.fakes.hold(130)
+        server.engine.submit(Request("hog", "endless", (130,) * 700, 5), lambda event: None)
+        with pytest.raises(httpx.TimeoutException):
+            server.client.post(PATHS[0], json={"model": "abc", "prompt": [100] * 700}, timeout=0.2)
+        server.rest(1)
+        samples = scrape(server)
+        assert of_task(samples, "pshare_queue_seconds_count") == 1
+        assert 0.1 < of_task(samples, "pshare_queue_seconds_sum") < 2
+        assert of_task(samples, "pshare_prompt_tokens_total") == 0
+        server.engine.abort_all()
+
+
+def test_refusals_are_counted_by_status_and_reason():
+    with serving(max_requests=1, max_len=400, api_key="key") as server:
+        server.client.headers["authorization"] = "Bearer key"
+        server.post(prompt="p" * 500)
+        server.post(n=0)
+        server.post(temperature=[])
+        server.post(user=5)
+        server.post(model="never " * 9)
+        server.client.post(PATHS[0], content=b"[", headers={"content-type": "application/json"})
+        server.client.post(PATHS[0], content=b"{}")
+        server.client.post(PATHS[0], json={}, headers={"origin": "http://evil.example"})
+        server.client.post(PATHS[0], json={}, headers={"authorization": "Bearer wrong"})
+        server.client.post("/detokenize", json={"tokens": [9999]})
+        server.fakes.hold(130)
+        server.engine.submit(Request("hog", "endless", (130,) * 40, 5), lambda event: None)
+        server.post()
+        server.engine.abort_all()
+        server.post()
+        samples = scrape(server)
+    found = {
+        (dict(labels)["status"], dict(labels)["reason"]): value
+        for (name, labels), value in samples.items()
+        if name == "pshare_refusals_total"
+    }
+    assert found == {
+        ("400", "context_length_exceeded"): 1,
+        ("400", "n"): 1,
+        ("400", "temperature"): 1,
+        ("400", "user"): 1,
+        ("404", "model_not_found"): 1,
+        ("400", "invalid_request_error"): 2,
+        ("415", "invalid_request_error"): 1,
+        ("403", "permission_error"): 1,
+        ("401", "invalid_api_key"): 1,
+        ("429", "rate_limit_exceeded"): 1,
+        ("503", "unavailable"): 1,
+    }
+
+
+def test_gateways_find_the_load_under_their_names():
+    with serving(max_len=1024) as server:
+        model = (("model_name", "tiny"),)
+        names = ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc", "gpu_cache_usage_perc")
+        samples = scrape(server)
+        assert [samples[f"vllm:{name}", model] for name in names] == [0, 0, 0, 0]
+        tasks = ",".join(server.engine.tasks)
+        lora = (("max_lora", str(len(server.engine.tasks))), ("running_lora_adapters", tasks))
+        assert samples["vllm:lora_requests_info", (*lora, ("waiting_lora_adapters", ""))] > 0
+        pages = str(sum(pool.num_usable for pool in server.engine.pools))
+        assert samples["vllm:cache_config_info", (("block_size", "16"), ("num_gpu_blocks", pages))] == 1
+        server.fakes.hold(130)
+        for token in (130, 131):
+            server.engine.submit(Request(str(token), "abc", (token,) * 700, 5), lambda event: None)
+        limit = time.monotonic() + 5
+        while server.engine.num_in_state[State.TRANSFERRING] != 1:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+        samples = scrape(server)
+        waiting, running, usage, older = (samples[f"vllm:{name}", model] for name in names)
+        assert (waiting, running, usage) == (1, 1, older)
+        assert 0.6 < usage < 0.8
+        server.engine.abort_all()
 
 
 def test_the_grafana_dashboard_uses_existing_metrics():
@@ -89,6 +185,7 @@ def test_the_grafana_dashboard_uses_existing_metrics():
     }
     with serving() as server:
         server.post()
+        server.post(n=0)
         server.rest()
         existing = {name for name, _ in scrape(server)}
     assert asked
@@ -98,10 +195,11 @@ def test_the_grafana_dashboard_uses_existing_metrics():
 # --- the key ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_route_but_health_needs_the_key():
+def test_every_route_but_probes_needs_the_key():
     with serving(api_key="sécret") as server:
         right = {b"authorization": "Bearer sécret".encode()}
-        assert server.client.get("/health").status_code == 200
+        for path in ("/health", "/ready", "/version"):
+            assert server.client.get(path).status_code == 200
         wrong = [b"", b"Bearer wrong", b"Bearer", "Basic sécret".encode(), "sécret".encode()]
         for headers in [{b"authorization": value} for value in wrong]:
             for path in ("/v1/models", "/metrics", "/tokenizer_info", "/nothing"):
@@ -114,13 +212,8 @@ def test_every_route_but_health_needs_the_key():
         assert server.post(headers=right).json()["choices"][0]["text"] == "ABCDEFGH"
 
 
-def test_cross_origin_requests_are_refused():
+def test_bodies_must_be_json():
     with serving() as server:
-        host = f"{server.client.base_url.host}:{server.client.base_url.port}"
-        for origin, status in (("http://evil.example", 403), ("null", 403), (f"http://{host}", 200)):
-            for path in ("/flush_cache", PATHS[0]):
-                body = {"model": "abc", "prompt": "p"}
-                assert server.client.post(path, json=body, headers={"origin": origin}).status_code == status
         assert error_of(server.client.post(PATHS[0], content=b"{}"), 415)
 
 
@@ -155,7 +248,7 @@ def test_each_call_is_one_log_line(caplog, stream):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_disconnect_is_logged_as_499(caplog, stream):
     with caplog.at_level(logging.INFO, "pshare_jax.requests"), serving() as server:
-        body = {"model": "endless", "prompt": "p", "stream": stream}
+        body = {"model": "endless", "prompt": "p", "stream": stream, "max_tokens": 50_000}
         if stream:
             with httpx.stream("POST", f"{server.client.base_url}{PATHS[0]}", json=body) as response:
                 lines = response.iter_lines()
@@ -210,7 +303,8 @@ def test_shutdown_drains_running_requests(model, drain, ends):
         gate = threading.Event()
         server.fakes.decode[model].before = lambda: gate.wait(0.02)
         url = f"{server.client.base_url}{PATHS[0]}"
-        with httpx.stream("POST", url, json={"model": model, "prompt": "p", "stream": True}, timeout=10) as response:
+        body = {"model": model, "prompt": "p", "stream": True, "max_tokens": 50_000}
+        with httpx.stream("POST", url, json=body, timeout=10) as response:
             lines = response.iter_lines()
             first = next(lines)
             server.stop()

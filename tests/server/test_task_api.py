@@ -350,4 +350,4 @@ def test_requests_of_a_new_task_are_counted(server, caplog):
 
 
 def endless_body():
-    return {"model": "endless", "prompt": "q", "stream": True}
+    return {"model": "endless", "prompt": "q", "stream": True, "max_tokens": 50_000}

@@ -1,5 +1,6 @@
 """A text's length shows that it has too many tokens only if it does; long texts are encoded without Python's lock."""
 
+import json
 import sys
 import threading
 import time
@@ -9,11 +10,11 @@ from collections import defaultdict
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_tokenizer import write_tokenizer
+from tiny_tokenizer import byte_alphabet, write_tokenizer
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from pshare_jax.text.length_bound import NFC_SHRINKS, max_token_bytes
+from pshare_jax.text.length_bound import NFC_SHRINKS, length_bound
 from pshare_jax.text.tokenizer import PromptTooLong, Tokenizer
 
 pytestmark = pytest.mark.host
@@ -36,8 +37,22 @@ SPECIAL = ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "▁▁", " ▁ ", "    
 def test_no_text_has_fewer_tokens_than_its_length_shows(tokenizers, family, text):
     tokenizer = tokenizers[family]
     count = len(tokenizer.encode(text, add_special_tokens=False))
-    assert tokenizer._max_token_bytes is not None
+    assert tokenizer._length_bound is not None
     assert tokenizer.encode(text, refuse_from=count + 1) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("text", ["\x04" * 1000, "\x04ab" * 500, "a\U00040000" * 300])
+def test_bytes_outside_the_vocabulary_do_not_count(tokenizers, text):
+    """SmolLM2 has no token for some control characters and drops them."""
+    state = json.loads(tokenizers["smollm"]._backend.to_str())
+    for char in (byte_alphabet()[byte] for byte in (0x04, 0xF1)):
+        del state["model"]["vocab"][char]
+    tokenizer = Tokenizer(Backend.from_str(json.dumps(state)), {}, {})
+    assert tokenizer._length_bound is not None
+    assert tokenizer._length_bound.dropped == b"\x04\xf1"
+    count = len(tokenizer.encode(text))
+    assert count < len(text.encode())
+    assert len(tokenizer.encode(text, refuse_from=count + 1)) == count
 
 
 def test_nfc_shrinks_no_text_more_than_the_bound():
@@ -57,7 +72,8 @@ def test_pipelines_that_drop_text_have_no_bound(tokenizers):
     def bound(change):
         backend = Backend.from_str(tokenizers["smollm"]._backend.to_str())
         change(backend)
-        return max_token_bytes(backend, [b"abcd"])
+        found = length_bound(backend, [b"abcd"])
+        return found and found.max_bytes
 
     assert bound(lambda backend: None) == 4
     assert bound(lambda backend: setattr(backend, "normalizer", normalizers.NFC())) == 16
@@ -76,7 +92,7 @@ def test_pipelines_that_drop_text_have_no_bound(tokenizers):
 
 def test_a_too_long_prompt_is_refused_with_the_tokens_that_it_has_at_least(tokenizers):
     tokenizer = tokenizers["smollm"]
-    text = "x" * 1000 * tokenizer._max_token_bytes
+    text = "x" * 1000 * tokenizer._length_bound.max_bytes
     for call in (
         lambda limit: tokenizer.encode(text, refuse_from=limit),
         lambda limit: tokenizer.encode_chat([{"role": "user", "content": text}], refuse_from=limit),

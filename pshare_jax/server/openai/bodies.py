@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from fastapi import Request
 
+from pshare_jax.server.openai.encodings import DecodedTooLong, check_headers, decoded, json_text
 from pshare_jax.server.openai.schema import ApiError, RequestBody, parse_body
 
 T = TypeVar("T")
@@ -17,20 +18,26 @@ async def read_body(http: Request, kind: type[B], max_bytes: int) -> tuple[B, in
     """The checked body and its size in bytes.
 
     Raises:
-        ApiError: 415 for a content type other than JSON, 413 for more than `max_bytes`, 400 for an invalid body.
+        ApiError: 415 for a content type other than JSON or an unknown encoding, 413 for more than `max_bytes`, 400 for an
+            invalid body.
     """
-    content_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise ApiError(415, f"The Content-Type must be application/json, not {content_type or 'empty'}.")
+    encoding = check_headers(http.headers.get("content-type", ""), http.headers.get("content-encoding", ""))
     too_long = ApiError(413, f"The request body exceeds this server's limit of {max_bytes} bytes; shorten it.")
     if int(http.headers.get("content-length", "0")) > max_bytes:
         raise too_long
-    raw = bytearray()
+    parts = bytearray()
     async for part in http.stream():
-        raw += part
-        if len(raw) > max_bytes:
+        parts += part
+        if len(parts) > max_bytes:
             raise too_long
-    return await maybe_threaded(len(raw), lambda: parse_body(kind, bytes(raw))), len(raw)
+    raw = bytes(parts)
+    if encoding:
+        try:
+            # In a thread whatever its size: a few bytes may decode to many.
+            raw = await asyncio.to_thread(decoded, raw, encoding, max_bytes)
+        except DecodedTooLong:
+            raise too_long from None
+    return await maybe_threaded(len(raw), lambda: parse_body(kind, json_text(raw))), len(raw)
 
 
 async def maybe_threaded(size: int, work: Callable[[], T]) -> T:

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Collection
 from typing import Any
 
-MAX_STOPS = 4
+MAX_STOPS = 64
 MAX_NAME = 128
 
 # Fields that would change the output, each with the values that do not. (0 == False, but types must match.)

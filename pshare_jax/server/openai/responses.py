@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pshare_jax.engine.request import Event, Request, TokenLogprobs
+from pshare_jax.server.openai.json_bytes import dump
 from pshare_jax.server.openai.logprobs import TextLogprobs, chat_entry, joined
 from pshare_jax.server.openai.schema import ApiError, Body, ChatBody, CompletionBody, error_body
 from pshare_jax.text.tokenizer import Encoder
@@ -100,7 +101,7 @@ class ResponseBuilder:
         first = not choice.seen
         tokens = choice.take(event)
         if first and choice.echo is not None and event.failure is None:
-            yield self._chunk(index, choice.echo, logprobs=self._prompt_logprobs(choice))
+            yield self._chunk(index, choice.echo, logprobs=self._prompt_logprobs(choice), large=True)
         if event.text or tokens:
             content = {"content": event.text} if self._chat else event.text
             yield self._chunk(index, content, logprobs=self._logprobs(choice, tokens) if tokens else None)
@@ -153,14 +154,20 @@ class ResponseBuilder:
         return range(start, start + len(plain))
 
     def _chunk(
-        self, index: int, content: Any, *, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+        self,
+        index: int,
+        content: Any,
+        *,
+        logprobs: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
+        large: bool = False,
     ) -> str:
         part = {"delta": content} if self._chat else {"text": content}
         choice = {"index": index, **part, "logprobs": logprobs, "finish_reason": finish_reason}
         chunk: dict[str, Any] = {**self._stream_head(), "choices": [choice]}
         if self._body.include_usage:
             chunk["usage"] = self._usage() if self._body.continuous_usage else None
-        return _line(chunk)
+        return f"data: {dump(chunk).decode()}\n\n" if large else _line(chunk)
 
     def _stream_head(self) -> dict[str, Any]:
         return {**self._head, "object": "chat.completion.chunk"} if self._chat else self._head

@@ -5,8 +5,10 @@ server. A wrong type is refused by field name, null means absent, unknown fields
 would change the output are refused by name.
 """
 
+import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
@@ -26,7 +28,10 @@ MAX_DEPTH = 100
 
 
 class ApiError(Exception):
-    """An error response: HTTP status and OpenAI's error object."""
+    """An error response: HTTP status and OpenAI's error object.
+
+    `retry`: whether the same request may succeed later (True) or will fail again (False); None leaves it to the status.
+    """
 
     def __init__(
         self,
@@ -36,9 +41,10 @@ class ApiError(Exception):
         kind: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
+        retry: bool | None = None,
     ):
         super().__init__(message)
-        self.status = status
+        self.status, self.retry = status, retry
         self.error = {"message": message, "type": kind, "param": param, "code": code}
 
 
@@ -214,7 +220,8 @@ def parse_body(kind: type[B], raw: bytes) -> B:
         ApiError: 400, naming the field.
     """
     try:
-        data = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
+        with _no_collections():
+            data = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ApiError(400, f"The request body is not valid JSON: {reason}.") from None
@@ -242,7 +249,22 @@ def unknown_model(name: str, tasks: list[str]) -> ApiError:
 def unavailable() -> ApiError:
     """The error while the engine accepts nothing."""
     message = "The server accepts no requests: it is stopping or a worker has failed; see /health and the server's log."
-    return ApiError(503, message, kind="server_error")
+    return ApiError(503, message, kind="server_error", code="unavailable", retry=True)
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Pauses the garbage collector, which would search millions of new objects again and again (1.2 s of 1.4 s for 8 MB of
+    brackets) while the call keeps the interpreter's lock.
+    """
+    paused = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        # Not by a thread that found it paused: the other thread ends the pause.
+        if paused:
+            gc.enable()
 
 
 def _refuse_constant(name: str) -> None:

@@ -9,6 +9,8 @@ from pshare_jax.sampling.params import SamplingParams
 from pshare_jax.server.openai.schema import ApiError, Body, ChatBody, CompletionBody
 from pshare_jax.share.boundary import base_len
 
+DEFAULT_TOKENS = 16
+"""Completion tokens of /v1/completions without max_tokens, as in OpenAI's API; a chat may fill the context."""
 MAX_SCORES = 1_000_000
 """The most prompt logprobs of a call; each takes about 100 bytes until the response is sent."""
 
@@ -129,12 +131,24 @@ def _max_tokens(body: Body, prompt_len: int, max_len: int, param: str) -> int:
         raise ApiError(400, message, param="max_completion_tokens")
     requested = old if new is None else new
     if prompt_len >= max_len:
-        detail = f"your {param} resulted in {prompt_len} tokens, which leaves no room for a completion"
-    elif requested is not None and prompt_len + requested > max_len:
+        raise too_long(str(prompt_len), max_len, param)
+    room = max_len - prompt_len
+    if requested is None:
+        return room if isinstance(body, ChatBody) else min(room, max(DEFAULT_TOKENS, body.min_tokens))
+    if requested > room:
         parts = f"{prompt_len} in the {param}, {requested} in the completion"
-        detail = f"you requested {prompt_len + requested} tokens ({parts})"
-    else:
-        return max_len - prompt_len if requested is None else requested
+        raise _exceeds(f"you requested {prompt_len + requested} tokens ({parts})", max_len, param)
+    return requested
+
+
+def too_long(prompt_len: str, max_len: int, param: str) -> ApiError:
+    """The error for a prompt that fills the context, `prompt_len` says how long it is."""
+    return _exceeds(
+        f"your {param} resulted in {prompt_len} tokens, which leaves no room for a completion", max_len, param
+    )
+
+
+def _exceeds(detail: str, max_len: int, param: str) -> ApiError:
     # Clients recognise the first words of OpenAI's message.
     message = f"This model's maximum context length is {max_len} tokens. However, {detail}. Please reduce the length."
-    raise ApiError(400, message, param=param, code="context_length_exceeded")
+    return ApiError(400, message, param=param, code="context_length_exceeded")

@@ -3,12 +3,12 @@
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import Field, WithJsonSchema, model_validator
 
 from pshare_jax.errors import PshareError
 from pshare_jax.server.openai.bodies import maybe_threaded, read_body
 from pshare_jax.server.openai.fields import check_messages
+from pshare_jax.server.openai.json_bytes import LargeJSONResponse
 from pshare_jax.server.openai.logprobs import token_text
 from pshare_jax.server.openai.schema import MESSAGES_SCHEMA, ApiError, RequestBody, body_schema
 from pshare_jax.server.openai.to_requests import Limits
@@ -54,7 +54,7 @@ def add_token_routes(app: FastAPI, tokenizer: Encoder, limits: Limits, max_body_
         def respond() -> Response:
             tokens = _encode(tokenizer, body)
             texts = [token_text(tokenizer.token_bytes(token)) for token in tokens] if body.return_token_strs else None
-            return JSONResponse(
+            return LargeJSONResponse(
                 {"count": len(tokens), "max_model_len": limits.max_len, "tokens": tokens, "token_strs": texts}
             )
 
@@ -66,7 +66,7 @@ def add_token_routes(app: FastAPI, tokenizer: Encoder, limits: Limits, max_body_
         if max(body.tokens, default=0) >= limits.vocab_size:
             raise ApiError(400, f"tokens contains an id outside 0 to {limits.vocab_size - 1}.", param="tokens")
         return await maybe_threaded(
-            size, lambda: JSONResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+            size, lambda: LargeJSONResponse({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
         )
 
     @app.get("/tokenizer_info")
