@@ -1,22 +1,25 @@
 """The decode worker: generates for all its tasks from base KV in its pool, many sequences per step.
 
 The worker's thread calls `step`: it receives transfers and runs one decode step of one group of sequences, those with the
-same weights; groups take turns. The first input is the last prompt token, so the task's own weights already choose the
-first answer token.
+same weights, or one scoring step (schedule.py). The first input is the last prompt token, so the task's own weights already
+choose the first answer token.
 """
 
+import functools
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from pshare_jax.engine import scoring
 from pshare_jax.engine.admission import Admission
+from pshare_jax.engine.failures import RowFailed, StepFailed, StepWatch
 from pshare_jax.engine.interfaces import EngineHooks, TokenSampler, Weights
 from pshare_jax.engine.kv.pool import PageTable
-from pshare_jax.engine.request import Event
+from pshare_jax.engine.request import FAILED, Event, TokenLogprobs
+from pshare_jax.engine.schedule import DecodeTurns
 from pshare_jax.engine.sequence import Saved, Sequence, State
 from pshare_jax.engine.shapes import CompiledShapes, Shape, bucket_of, padded_batch, pages_for, row_buckets
 from pshare_jax.engine.transfer import KVTransfer
@@ -36,19 +39,22 @@ class DecodeWorker:
         transfer: KVTransfer,
         sampler: TokenSampler,
         hooks: EngineHooks,
-        max_rows: int,
         table_len: int,
     ):
         self.index, self.pool = index, admission.decode_pools[index]
         self._tasks, self._admission, self._transfer, self._sampler = tasks, admission, transfer, sampler
-        self._hooks, self._max_rows, self._table_len = hooks, max_rows, table_len
-        self._turns = itertools.count(1)
-        self.compiled = CompiledShapes()
+        self._hooks, self._table_len, self._turns = hooks, table_len, DecodeTurns()
+        self.compiled = CompiledShapes(self._shapes)
+        self._watch = StepWatch(self.compiled)
         self._ran: set[tuple[Any, Shape]] = set()
         self.num_preempted = 0
         self.num_steps = 0
         self.num_tokens = 0
         self.num_scored = 0
+
+    @property
+    def _shapes(self) -> list[Shape]:
+        return [*((rows,) for rows in row_buckets(self._admission.max_rows)), scoring.SHAPE, scoring.SHORT]
 
     @property
     def tasks(self) -> Mapping[str, Weights]:
@@ -66,8 +72,10 @@ class DecodeWorker:
 
     @property
     def must_poll(self) -> bool:
-        """Whether the worker may have something to do without a wake-up: a transfer in flight may arrive."""
-        return self._transfer.in_flight > 0
+        """Whether the worker may have something to do without a wake-up: a transfer in flight may arrive, or pages that are
+        to go back may be awaited no longer.
+        """
+        return self._transfer.in_flight > 0 or self._admission.has_returning(self.index)
 
     def step(self) -> bool:
         """Receives transfers and generates a token for each sequence of a group; False if there was nothing to do."""
@@ -76,47 +84,54 @@ class DecodeWorker:
             with self._hooks.lock:
                 done = self._admission.reap_decode(self.index) or done
                 started = self._admission.start_decoding(self.index)
+                for sequence in started:
+                    self._turns.join(sequence)
             if done or started:
                 # Pages were released, in prefill pools too, and workers that wait for them may be asleep.
                 self._hooks.wake()
             for sequence in started:
-                if sequence.decode.saved is not None:
-                    restore(sequence)
+                self._restore(sequence)
+            done = self._transfer.send_back() or done
             return self._turn() or bool(started) or done
-        except Exception:
-            self._failed()
+        except StepFailed as failure:
+            logger.exception("a %s step of %s failed", failure.kind, self.pool.name)
+            self._hooks.step_failed(self.pool, self._watch, failure, self._works)
             return True
 
     def _turn(self) -> bool:
-        """One step, of a sequence with prompt tokens to score or of a group that generates."""
+        """One step, of a sequence with tokens to score or of a group that generates."""
         with self._hooks.lock:
-            waiting = [sequence for sequence in self._admission.decoding[self.index] if not sequence.final]
-        if scoring.SHAPE not in self.compiled:
-            waiting = self._without_scoring(waiting)
-        if not waiting:
-            return False
-        waiting.sort(key=lambda sequence: (sequence.decode.last_turn, sequence.number))
-        if not waiting[0].decode.opened:
-            self._score(waiting[0])
-            return True
-        batch = self._next_batch([sequence for sequence in waiting if sequence.decode.opened])
-        if batch:
-            self._run(batch)
-        return bool(batch)
+            running = [s for s in self._admission.decoding[self.index] if not s.final and not s.must_restart]
+            if scoring.SHAPE not in self.compiled:
+                running = self._without_scoring(running)
+            candidates = self._turns.order(running, self.compiled)
+        for candidate in candidates:
+            # Making room for one candidate may have put others aside.
+            rows = [
+                sequence for sequence in candidate if sequence.state is State.DECODING and not sequence.must_restart
+            ]
+            if not rows:
+                continue
+            if not rows[0].decode.opened:
+                self._score(rows)
+                return True
+            if batch := self._with_room(rows[: self._row_buckets()[-1]]):
+                self._run(batch)
+                return True
+        return False
 
-    def _without_scoring(self, waiting: list[Sequence]) -> list[Sequence]:
+    def _without_scoring(self, running: list[Sequence]) -> list[Sequence]:
         """The sequences that need no scoring step; the others wait for its program, or fail if there will be none."""
         if not self.compiled.may_be_used(scoring.SHAPE):
-            for sequence in waiting:
+            for sequence in running:
                 if not sequence.decode.opened:
                     self._hooks.end(sequence, State.FAILED, Event(error=scoring.UNAVAILABLE))
-        return [sequence for sequence in waiting if sequence.decode.opened]
+        return [sequence for sequence in running if sequence.decode.opened]
 
     @property
     def next_cold(self) -> tuple[Weights, Shape] | None:
         """Weights and shape of a compiled step that has not run yet."""
-        shapes: list[Shape] = [*((rows,) for rows in row_buckets(self._max_rows)), scoring.SHAPE]
-        compiled = [shape for shape in shapes if self.compiled.knows(shape)]
+        compiled = [shape for shape in self._shapes if self.compiled.knows(shape)]
         steps = itertools.product(self._tasks.values(), compiled)
         return next((step for step in steps if (step[0].paged.decode, step[1]) not in self._ran), None)
 
@@ -126,109 +141,176 @@ class DecodeWorker:
             return False
         weights, shape = step
         try:
-            if shape == scoring.SHAPE:
-                self._call_score(weights, *scoring.no_rows(self._table_len))
+            if shape in (scoring.SHAPE, scoring.SHORT):
+                self._call_score(weights, *scoring.no_rows(shape, self._table_len))
             else:
                 logits = self._call(weights, *padded_batch((int(shape[0]), 1), self._table_len))
-                self._sampler.sample(logits, [])
-        except Exception:
+                self._sampler.prepare([], int(shape[0]))(logits)
+        except Exception as error:
+            logger.exception("the first %s step of %s failed", shape, self.pool.name)
             self.compiled.give_up(shape)
-            self._failed()
+            self._hooks.step_failed(self.pool, self._watch, StepFailed("warm-up", [], error), lambda: True)
         return True
+
+    def _works(self) -> bool:
+        """Whether a step on padding alone succeeds with the weights of any task."""
+        num_rows = self._row_buckets()[0]
+        for weights in {id(weights): weights for weights in self._tasks.values()}.values():
+            try:
+                logits = self._call(weights, *padded_batch((num_rows, 1), self._table_len))
+                self._sampler.prepare([], num_rows)(logits)
+                return True
+            except Exception:
+                logger.exception("a decode step on padding failed in %s", self.pool.name)
+                # It has taken the arrays with it.
+                self.pool.store.reset()
+        return False
 
     def _call(self, weights: Weights, tokens: np.ndarray, rows: PagedBatch) -> Any:
         self._ran.add((weights.paged.decode, (len(tokens),)))
         return self.pool.run(weights.paged.decode, weights.params, tokens, rows)
 
     def _call_score(self, weights: Weights, tokens: np.ndarray, rows: Any) -> Any:
-        self._ran.add((weights.paged.decode, scoring.SHAPE))
+        self._ran.add((weights.paged.decode, ("score", len(tokens))))
         return self.pool.run(weights.paged.score, weights.params, tokens, rows)
 
-    def _score(self, sequence: Sequence) -> None:
-        """Runs a scoring step on the sequence's next prompt tokens."""
-        num_tokens, scores = 0, []
-        sequence.decode.last_turn = next(self._turns)
-        if sequence.to_score[0] < sequence.to_score[1]:
-            tokens, rows, num_tokens = scoring.next_rows(sequence, self._table_len)
-            result = self._call_score(sequence.decode.weights, tokens, rows)
-            if sequence.request.scores_prompt:
-                scores = scoring.reported(sequence, result, num_tokens)
-        self.num_scored += num_tokens
+    # --- scoring ---------------------------------------------------------------------------------------------------
+
+    def _score(self, rows: list[Sequence]) -> None:
+        """Runs a scoring step on the sequences' next tokens; one sequence alone may have none left."""
+        self._turns.served(rows)
+        places = [(sequence, sequence.decode.num_scored) for sequence in rows]
+        counts, scores = [0], [[]]
+        if rows[0].to_score[0] < rows[0].to_score[1]:
+            shape = scoring.SHAPE if len(rows) == 1 else scoring.SHORT
+            tokens, metadata, counts = scoring.next_rows(rows, shape, self._table_len)
+            try:
+                # Read even if nothing is reported, or a late failure would be blamed on the next step's sequences.
+                result = [np.asarray(array) for array in self._call_score(rows[0].decode.weights, tokens, metadata)]
+                scores = [self._reported(sequence, row, result, counts[row]) for row, sequence in enumerate(rows)]
+            except Exception as error:
+                raise StepFailed("scoring", places, error, shape) from error
+        self.num_scored += sum(counts)
         with self._hooks.lock:
-            if not sequence.final and (event := sequence.scored(num_tokens, scores)) is not None:
-                self._give(sequence, event)
+            self._watch.passed(
+                "scoring", [(one, place + num) for (one, place), num in zip(places, counts, strict=True)]
+            )
+            for sequence, num_tokens, reported in zip(rows, counts, scores, strict=True):
+                if not sequence.final:
+                    self._report(sequence, functools.partial(sequence.scored, num_tokens, reported))
             if self._admission.reap_decode(self.index):
                 self._hooks.wake()
 
-    def _failed(self) -> None:
-        logger.exception("a decode step of %s failed", self.pool.name)
-        self._hooks.pool_failed(self.pool)
+    def _reported(self, sequence: Sequence, row: int, result: Any, num_tokens: int) -> list[TokenLogprobs]:
+        if not sequence.request.scores_prompt or sequence.decode.reported:
+            return []
+        return scoring.reported(sequence, row, result, num_tokens)
 
-    def _next_batch(self, waiting: list[Sequence]) -> list[Sequence]:
-        """Sequences with the first sequence's weights, in this order, each with room for its next token."""
-        params = waiting[0].decode.weights.params
-        group = [sequence for sequence in waiting if sequence.decode.weights.params is params]
-        group = group[: self._row_buckets()[-1]]
-        for sequence in sorted(group, key=lambda sequence: sequence.number):
+    # --- decoding --------------------------------------------------------------------------------------------------
+
+    def _with_room(self, rows: list[Sequence]) -> list[Sequence]:
+        """The rows that have room for their next token; the oldest get pages first, if necessary from the youngest."""
+        for sequence in sorted(rows, key=lambda sequence: sequence.number):
             self._make_room(sequence)
-        return [sequence for sequence in group if sequence.state is State.DECODING and self._has_room(sequence)]
+        return [sequence for sequence in rows if sequence.state is State.DECODING and self._has_room(sequence)]
 
     def _row_buckets(self) -> list[int]:
-        return [rows for rows in row_buckets(self._max_rows) if (rows,) in self.compiled]
+        return [rows for rows in row_buckets(self._admission.max_rows) if (rows,) in self.compiled]
 
     def _has_room(self, sequence: Sequence) -> bool:
         held = sequence.decode.table
-        return held is not None and held.fits(sequence.num_tokens)
+        return held is not None and held.fits(sequence.num_tokens) and not sequence.must_restart
 
     def _make_room(self, sequence: Sequence) -> None:
-        """Allocates a page for its next token, if necessary by preempting the youngest sequence (perhaps itself)."""
-        while sequence.state is State.DECODING:
+        """Allocates a page for its next token; if there is none, the youngest sequence gives its pages (perhaps itself)."""
+        while sequence.state is State.DECODING and not sequence.must_restart:
             with self._hooks.lock:
                 if self._admission.make_room(sequence):
                     return
                 victim = self._admission.victim(self.index)
-            if victim is None:
-                return
+                if victim is None:
+                    return
+                decodes_here = victim.state is State.DECODING and victim.decode_worker == self.index
+                if not decodes_here or victim.must_restart:
+                    self._admission.put_aside(victim)
+                    self._hooks.wake()
+                    continue
             self._preempt(victim)
 
     def _preempt(self, sequence: Sequence) -> None:
-        saved = save(sequence)
+        try:
+            saved = save(sequence)
+        except Exception as error:
+            raise StepFailed("preemption", [(sequence, sequence.num_tokens)], error) from error
         with self._hooks.lock:
             if sequence.state is State.DECODING:
                 sequence.decode.saved = saved
                 self.num_preempted += 1
-                self._admission.preempted(sequence)
+                self._admission.put_aside(sequence)
             else:
                 self._admission.reap_decode(self.index)
         self._hooks.wake()
 
+    def _restore(self, sequence: Sequence) -> None:
+        if sequence.decode.saved is None:
+            return
+        try:
+            restore(sequence)
+        except Exception as error:
+            raise StepFailed("preemption", [(sequence, sequence.num_tokens)], error) from error
+
     def _run(self, batch: list[Sequence]) -> None:
-        num_rows, turn, chunks = bucket_of(len(batch), self._row_buckets()), next(self._turns), []
+        num_rows = bucket_of(len(batch), self._row_buckets())
+        batch, choose = self._prepared(batch, num_rows)
+        if not batch:
+            return
+        self._turns.served(batch)
+        chunks, places = [], [(sequence, sequence.num_tokens) for sequence in batch]
         for sequence in batch:
             held = sequence.decode.table
             assert held is not None
             chunks.append((held.pages, sequence.next_position, (sequence.next_input,)))
-            sequence.decode.last_turn = turn
-        logits = self._call(batch[0].decode.weights, *padded_batch((num_rows, 1), self._table_len, chunks))
-        sampled = self._sampler.sample(logits, batch)
+        try:
+            logits = self._call(batch[0].decode.weights, *padded_batch((num_rows, 1), self._table_len, chunks))
+            chosen = choose(logits)
+        except Exception as error:
+            raise StepFailed("decode", places, error, (num_rows,)) from error
         self.num_steps += 1
         self.num_tokens += len(batch)
         with self._hooks.lock:
+            self._watch.passed("decode", [(sequence, place + 1) for sequence, place in places])
             for row, sequence in enumerate(batch):
-                if sequence.final:
-                    continue
-                event = sequence.accept(*sampled(row, sequence))
-                if event.completion_tokens == 1:
-                    self._hooks.first_token(sequence)
-                self._give(sequence, event)
+                if not sequence.final:
+                    self._report(sequence, lambda row=row, sequence=sequence: sequence.accept(*chosen(row, sequence)))
             if self._admission.reap_decode(self.index):
                 self._hooks.wake()
 
-    def _give(self, sequence: Sequence, event: Event) -> None:
-        if event.last:
-            self._hooks.end(sequence, State.FINISHED, event)
-        else:
-            sequence.on_event(event)
+    def _prepared(self, batch: list[Sequence], num_rows: int) -> tuple[list[Sequence], Any]:
+        """The host's part of sampling; sequences for which it fails end, and leave the batch."""
+        while batch:
+            try:
+                return batch, self._sampler.prepare(batch, num_rows)
+            except RowFailed as failed:
+                logger.exception("the sampling of request %s failed", failed.sequence.request.id)
+                self._hooks.end(failed.sequence, State.FAILED, Event(error=FAILED, retry=False))
+                batch = [sequence for sequence in batch if sequence is not failed.sequence]
+        return batch, None
+
+    def _report(self, sequence: Sequence, make: Callable[[], Event | None]) -> None:
+        """Makes and reports an event, if there is one; if the host fails at that, only this sequence fails."""
+        try:
+            event = make()
+            if event is None:
+                return
+            if event.completion_tokens == 1:
+                self._hooks.first_token(sequence)
+            if event.last:
+                self._hooks.end(sequence, State.FINISHED, event)
+            else:
+                sequence.on_event(event)
+        except Exception:
+            logger.exception("the output of request %s failed", sequence.request.id)
+            self._hooks.end(sequence, State.FAILED, Event(error=FAILED, retry=False))
 
 
 def save(sequence: Sequence) -> Saved:

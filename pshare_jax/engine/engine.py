@@ -23,12 +23,13 @@ from pshare_jax.engine.interfaces import DecodeSpec, EngineHooks, ModelFacts, Pr
 from pshare_jax.engine.kv.keys import PageKey, page_keys
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.prefill_worker import PrefillWorker
-from pshare_jax.engine.request import FAILED, TIMED_OUT, Event, Request, check_request
+from pshare_jax.engine.recovery import Recovery
+from pshare_jax.engine.request import TIMED_OUT, Event, Request, check_request
 from pshare_jax.engine.router import Route, Router
 from pshare_jax.engine.sequence import LEGAL, Sequence, State
 from pshare_jax.engine.shapes import pages_for
 from pshare_jax.engine.transfer import KVTransfer
-from pshare_jax.engine.worker_thread import POLL_SECONDS, WorkerGroup, WorkerThread, group_workers
+from pshare_jax.engine.worker_thread import POLL_SECONDS, WorkerThread, group_workers
 from pshare_jax.errors import PshareError
 from pshare_jax.sampling.history import TokenHistory
 from pshare_jax.sampling.params import GREEDY, SamplingParams
@@ -39,11 +40,7 @@ _numbers = itertools.count()
 
 
 class EngineDown(PshareError):
-    """A worker thread has died, or the engine is stopping."""
-
-
-class RequestBanned(PshareError):
-    """The same request has made a device step fail before."""
+    """The engine is stopping, or all workers of a request's task are dead."""
 
 
 class UnknownTask(PshareError):
@@ -70,8 +67,12 @@ class Engine:
         self.on_end: list[Callable[[Sequence], None]] = []
         """Likewise, when it has ended."""
         admitted, first_token = partial(_call, self.on_admitted), partial(_call, self.on_first_token)
-        hooks = EngineHooks(self.lock, admitted, first_token, self.end, self._prefilled, self._pool_failed, self.wake)
-        self.admission = Admission([spec.pool for spec in prefill], [spec.pool for spec in decode])
+        self._recovery = Recovery(self)
+        failed = self._recovery.step_failed
+        hooks = EngineHooks(self.lock, admitted, first_token, self.end, self._prefilled, failed, self.wake)
+        self.admission = Admission(
+            [spec.pool for spec in prefill], [spec.pool for spec in decode], config.batch.decode_rows, self.chunk_tokens
+        )
         self.page_size = decode[0].pool.page_size
         table_len = pages_for(facts.max_len, self.page_size)
         self.transfers = [KVTransfer(self.admission, i, hooks, facts.page_bytes) for i in range(len(decode))]
@@ -79,9 +80,8 @@ class Engine:
             PrefillWorker(i, spec.weights, self.admission, self.transfers, hooks, self.chunk_tokens, table_len)
             for i, spec in enumerate(prefill)
         ]
-        max_rows = config.batch.decode_rows
         self.decode_workers = [
-            DecodeWorker(i, spec.tasks, self.admission, self.transfers[i], spec.sampler, hooks, max_rows, table_len)
+            DecodeWorker(i, spec.tasks, self.admission, self.transfers[i], spec.sampler, hooks, table_len)
             for i, spec in enumerate(decode)
         ]
         prefill_tasks = None if prefill[0].tasks is None else [spec.tasks or () for spec in prefill]
@@ -89,7 +89,8 @@ class Engine:
         self.router = Router(len(prefill), decode_tasks, config.routing, self.page_size, prefill_tasks)
         devices = [set(spec.devices) for spec in (*prefill, *decode)]
         self._groups = group_workers(self.prefill_workers, self.decode_workers, devices)
-        self._threads = [WorkerThread(group, self.fail_group, lambda: not self._live) for group in self._groups]
+        died, restarted = self._recovery.group_died, self._recovery.group_restarted
+        self._threads = [WorkerThread(group, died, restarted, lambda: not self._live) for group in self._groups]
         self._watch = threading.Thread(target=self._run_watch, name="pshare-watch", daemon=True)
         self._stopped = threading.Event()
 
@@ -169,7 +170,7 @@ class Engine:
         Raises:
             PshareError: the request does not fit the model.
             EngineFull: too many requests are waiting or running.
-            EngineDown: a worker thread has died or the engine is stopping.
+            EngineDown: the engine is stopping, or all workers of the task are dead.
             RequestBanned: the same request has made a device step fail before.
             UnknownTask: no decode worker has the request's task.
         """
@@ -186,6 +187,7 @@ class Engine:
             hashed = request.task, request.cache_salt, request.response_start, request.max_tokens, request.prompt
             if hashed not in keys:
                 check_request(request, self.facts.vocab_size, self.facts.max_len)
+                self._recovery.bans.check(request)
                 keys[hashed] = page_keys(
                     self.facts.key_of(request.task), request.cache_salt, request.context, self.page_size
                 )
@@ -193,7 +195,7 @@ class Engine:
         with self.lock:
             self._check_acceptable(requests)
             for sequence in (handle.sequence for handle in handles):
-                self._route(sequence, route)
+                self.route(sequence, route)
                 self._live[sequence.request.id] = sequence
                 self.admission.add(sequence)
         self.wake()
@@ -207,23 +209,31 @@ class Engine:
 
     def _check_acceptable(self, requests: Items[Request]) -> None:
         if not self._accepting:
-            raise EngineDown("The engine is stopping or a worker has died.")
+            raise EngineDown("The engine is stopping.")
         for request in requests:
             if request.id in self._live:
                 raise ValueError(f"a request with the id {request.id} is still running")
             if not any(request.task in worker.tasks for worker in self.decode_workers):
                 raise UnknownTask(f"There is no task {request.task!r}; the tasks are {', '.join(self.tasks)}.")
+            if not self._recovery.has_workers(request.task):
+                raise EngineDown(f"The workers of the task {request.task!r} are dead.")
         limit = self.config.limits.max_requests
         if len(self._live) + len(requests) > limit:
             raise EngineFull(f"The engine is at its limit of {limit} concurrent requests; retry shortly.")
 
-    def _route(self, sequence: Sequence, route: Route | None) -> None:
-        request, keys, pools = sequence.request, sequence.keys, self.admission.prefill_pools
+    def route(self, sequence: Sequence, route: Route | None) -> None:
+        """Gives a sequence its workers (by default the router's choice) and its weights; called under the lock."""
+        request, keys, admission = sequence.request, sequence.keys, self.admission
         if route is not None:
             sequence.ticket = self.router.take(route, request.base_len)
         else:
             sequence.ticket = self.router.assign(
-                request.task, request.session, request.base_len, keys, lambda i: pools[i].manager.num_hits(keys)
+                request.task,
+                request.session,
+                request.base_len,
+                keys,
+                lambda i: admission.prefill_pools[i].manager.num_hits(keys),
+                lambda i: admission.decode_pools[i].manager.num_hits(keys),
             )
         sequence.decode.weights = self.decode_workers[sequence.decode_worker].tasks[request.task]
 
@@ -281,7 +291,11 @@ class Engine:
             self.admission.take_out(sequence)
             del self._live[sequence.request.id]
             self.router.release(sequence.ticket)
-            sequence.on_event(event)
+            try:
+                sequence.on_event(event)
+            except Exception:
+                # It has ended all the same, and the caller may be a worker's thread.
+                logger.exception("the last event of request %s could not be reported", sequence.request.id)
             _call(self.on_end, sequence)
         self.wake()
 
@@ -367,54 +381,42 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """Whether new requests are accepted and every worker thread is alive and not stalled."""
-        return self._accepting and all(thread.alive and not thread.stalled for thread in self._threads)
+        """Whether new requests are accepted, every worker thread is alive and not stalled, and deadlines are watched."""
+        watched = not self._started or self._watch.is_alive()
+        return self._accepting and watched and all(thread.alive and not thread.stalled for thread in self._threads)
 
     @property
     def broken(self) -> bool:
-        """Whether a task can no longer be served, since all its workers are dead."""
-        return False
+        """Whether a task can no longer be served, since all its workers are dead for good."""
+        with self.lock:
+            return not all(self._recovery.has_workers(task) for task in self.tasks)
 
     def expire(self) -> None:
-        """Fails requests, and cancels adopted transfers, without progress for `limits.stall_seconds`."""
+        """Fails requests that have made no progress for `limits.stall_seconds` while nothing ahead of them moved either, and
+        cancels adopted transfers as old as that.
+        """
         limit = time.monotonic() - self.config.limits.stall_seconds
         with self.lock:
-            for sequence in self.live:
-                if sequence.progressed < limit:
-                    self.end(sequence, State.FAILED, Event(error=TIMED_OUT))
+            late = [sequence for sequence in self.live if sequence.progressed < limit]
+            late = [sequence for sequence in late if self.admission.last_progress(sequence) < limit]
+            # Who waits for pages of a late sequence will be queued again, and may produce them itself.
+            for sequence in [sequence for sequence in late if not self.admission.waits_for(sequence, late)]:
+                self.end(
+                    sequence, State.FAILED, Event(error=TIMED_OUT, retry=True if sequence.admitted is None else None)
+                )
             self.admission.cancel_adopted(limit)
-
-    def fail_group(self, group: WorkerGroup) -> None:
-        """The thread of these workers is dead: their requests fail, and new requests are refused."""
-        with self.lock:
-            self._accepting = False
-            for sequence in self.live:
-                prefill = self.prefill_workers[sequence.prefill_worker]
-                before = sequence.state in (State.WAITING, State.PREFILLING, State.PREEMPTED)
-                if (before and prefill in group.prefill) or self.decode_workers[sequence.decode_worker] in group.decode:
-                    self.end(sequence, State.FAILED, Event(error=FAILED))
-            # Their thread can no longer release what these requests hold in other workers' pools.
-            for worker in group.prefill:
-                self.admission.reap_prefill(worker.index)
-            for worker in group.decode:
-                self.admission.reap_decode(worker.index)
-        self.wake()
+            self._recovery.move_from_dead_workers()
 
     def _prefilled(self, sequence: Sequence) -> None:
         done = sequence.prefill.done
         self.router.prefilled(sequence.ticket, sequence.request.base_len if done else sequence.prefill.num_prefilled)
 
-    def _pool_failed(self, pool: Pool) -> None:
-        """A step on the pool has failed: requests with pages in it fail, the others continue; the pool is emptied."""
-        with self.lock:
-            for sequence in self.admission.holders(pool):
-                self.end(sequence, State.FAILED, Event(error=FAILED))
-            pool.rebuild()
-            self.admission.room_changed()
-
     def _run_watch(self) -> None:
         while not self._stopped.wait(0.5):
-            self.expire()
+            try:
+                self.expire()
+            except Exception:
+                logger.exception("deadlines could not be checked; they are checked again shortly")
 
 
 def _call(callbacks: Iterable[Callable[[Sequence], None]], sequence: Sequence) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from pshare_jax.engine.failures import StepFailed, StepWatch
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.request import Event, TokenLogprobs
 from pshare_jax.engine.sequence import Sequence, State
@@ -30,14 +31,20 @@ class Weights(Protocol):
         ...
 
 
+Choice = Callable[[int, Sequence], tuple[int, TokenLogprobs | None]]
+"""The choice for a row of the batch: token id and, where requested, log-probabilities."""
+
+
 @runtime_checkable
 class TokenSampler(Protocol):
     """Chooses next tokens on a decode worker's devices (sampler.py)."""
 
-    def sample(
-        self, logits: Any, batch: Items[Sequence]
-    ) -> Callable[[int, Sequence], tuple[int, TokenLogprobs | None]]:
-        """The choice for each row of the batch: token id and, where requested, log-probabilities."""
+    def prepare(self, batch: Items[Sequence], num_rows: int) -> Callable[[Any], Choice]:
+        """Does the host's part for a step of `num_rows` rows; its result takes the logits `[num_rows, vocab_size]`.
+
+        Raises:
+            RowFailed: for the sequence whose settings or history cannot be used.
+        """
         ...
 
     def lower(self, num_rows: int) -> Any:
@@ -85,8 +92,8 @@ class EngineHooks:
 
     `admitted(sequence)` reports its first admission, `first_token(sequence)` its first generated token.
     `end(sequence, state, event)` ends a sequence once, from any thread; the worker that has it releases its pages.
-    `prefilled(sequence)` reports that `num_prefilled` has changed. `pool_failed(pool)` is called by the pool's thread
-    after a failed step. `wake()` wakes all worker threads.
+    `prefilled(sequence)` reports that `num_prefilled` has changed. `step_failed(pool, watch, failure, works)` is called
+    by the pool's thread after a failed step; `works()` runs a step on padding. `wake()` wakes all worker threads.
     """
 
     lock: threading.RLock
@@ -94,5 +101,5 @@ class EngineHooks:
     first_token: Callable[[Sequence], None]
     end: Callable[[Sequence, State, Event], None]
     prefilled: Callable[[Sequence], None]
-    pool_failed: Callable[[Pool], None]
+    step_failed: Callable[[Pool, StepWatch, StepFailed, Callable[[], bool]], None]
     wake: Callable[[], None]

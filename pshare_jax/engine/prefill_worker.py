@@ -1,7 +1,7 @@
 """The prefill worker: computes KV pages of contexts with the base, chunk by chunk, and never samples.
 
-The worker's thread calls `step`: at most one chunk, of one sequence or of a few short sequences, is dispatched; full pages
-are published at once and sent to the decode worker, so that the transfer overlaps the next chunk.
+The worker's thread calls `step`: at most one chunk (schedule.py says of which sequence), or one of a few short sequences, is
+dispatched; full pages are published at once and sent to the decode worker, so that the transfer overlaps the next chunk.
 """
 
 import itertools
@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from pshare_jax.engine.admission import Admission
+from pshare_jax.engine.failures import StepFailed, StepWatch
 from pshare_jax.engine.interfaces import EngineHooks, Weights
-from pshare_jax.engine.sequence import Sequence
+from pshare_jax.engine.schedule import PrefillTurns
+from pshare_jax.engine.sequence import PageTransfer, Sequence
 from pshare_jax.engine.shapes import CompiledShapes, choose_rows, padded_batch, prefill_shapes
 from pshare_jax.engine.transfer import KVTransfer
 from pshare_jax.model.paged_batch import PagedBatch
@@ -60,8 +62,43 @@ class PrefillSpeed:
         return max(rates, default=None)
 
 
+class _Chunk:
+    """The next tokens of a sequence, and the pages that it has when they are chosen."""
+
+    def __init__(self, sequence: Sequence, num_tokens: int):
+        held = sequence.prefill.table
+        assert held is not None
+        self.sequence, self.held, self.table_pages = sequence, held, list(held.pages)
+        self.start, self.end = sequence.prefill.num_prefilled, sequence.prefill.num_prefilled + num_tokens
+        self.tokens = sequence.request.prompt[self.start : self.end]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A step's shape (rows, tokens) and its chunks."""
+
+    shape: tuple[int, int]
+    chunks: list[_Chunk]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+
+@dataclass
+class _Step:
+    """A dispatched step; `done` is ready when it has run."""
+
+    done: Any
+    batch: _Batch
+
+    def failure(self, error: Exception) -> StepFailed:
+        places = [(chunk.sequence, chunk.start) for chunk in self.batch.chunks]
+        return StepFailed("prefill", places, error, self.batch.shape)
+
+
 class PrefillWorker:
-    """Prefills the contexts of the sequences routed to it, in order of admission."""
+    """Prefills the contexts of the sequences routed to it."""
 
     def __init__(
         self,
@@ -73,15 +110,17 @@ class PrefillWorker:
         chunk_tokens: int,
         table_len: int,
     ):
+        """`transfers` are those to each decode worker."""
         self.index, self.pool = index, admission.prefill_pools[index]
         self._weights, self._admission, self._transfers, self._hooks = weights, admission, transfers, hooks
-        self._chunk_tokens, self._table_len = chunk_tokens, table_len
-        self._running: deque[tuple[Any, int]] = deque()
+        self._chunk_tokens, self._table_len, self._turns = chunk_tokens, table_len, PrefillTurns(chunk_tokens)
+        self._running: deque[_Step] = deque()
         self._busy_since = 0.0
         self._generation = self.pool.generation
         self.stats = PrefillStats()
         self.speed = PrefillSpeed()
-        self.compiled = CompiledShapes()
+        self.compiled = CompiledShapes(prefill_shapes(chunk_tokens))
+        self._watch = StepWatch(self.compiled)
         self._ran: set[tuple[int, int]] = set()
 
     @property
@@ -97,21 +136,23 @@ class PrefillWorker:
                 done = self._admission.reap_prefill(self.index)
                 admitted = self._admission.admit(self.index)
                 for sequence in admitted:
+                    self._hooks.prefilled(sequence)
                     if sequence.admitted == sequence.progressed:
                         self._hooks.admitted(sequence)
             if done or admitted:
                 # Pages were released, or a full decode pool's priority has moved: workers that wait for it may be asleep.
                 self._hooks.wake()
+            done = self._receive_returned() or done
             done = self._send() or done
-            with self._hooks.lock:
-                batch, bucket = self._choose()
-            if batch:
-                self._run(batch, bucket)
+            batch = self._choose()
+            if batch is not None:
+                self._run(batch)
                 self._send()
             with self._hooks.lock:
-                return self._leave() or bool(batch) or done
-        except Exception:
-            self._failed()
+                return self._leave() or batch is not None or done
+        except StepFailed as failure:
+            logger.exception("a %s step of %s failed", failure.kind, self.pool.name)
+            self._hooks.step_failed(self.pool, self._watch, failure, self._works)
             return True
 
     @property
@@ -126,9 +167,20 @@ class PrefillWorker:
             return False
         try:
             self._call(*padded_batch(shape, self._table_len)).block_until_ready()
-        except Exception:
+        except Exception as error:
+            logger.exception("the first %s step of %s failed", shape, self.pool.name)
             self.compiled.give_up(shape)
-            self._failed()
+            self._hooks.step_failed(self.pool, self._watch, StepFailed("warm-up", [], error), lambda: True)
+        return True
+
+    def _works(self) -> bool:
+        """Whether a step on padding alone succeeds."""
+        shape = next(shape for shape in prefill_shapes(self._chunk_tokens) if shape in self.compiled)
+        try:
+            self._call(*padded_batch(shape, self._table_len)).block_until_ready()
+        except Exception:
+            logger.exception("a prefill step on padding failed in %s", self.pool.name)
+            return False
         return True
 
     def _call(self, tokens: np.ndarray, rows: PagedBatch) -> Any:
@@ -136,60 +188,110 @@ class PrefillWorker:
         self._ran.add((num_rows, bucket))
         return self.pool.run(self._weights.paged.prefill, self._weights.params, tokens, rows)
 
-    def _failed(self) -> None:
-        logger.exception("a prefill step of %s failed", self.pool.name)
-        self._hooks.pool_failed(self.pool)
+    def _choose(self) -> "_Batch | None":
+        """The next chunks, and the page tables into which they are written, as they are now: a sequence may lose its pages
+        to an older one while the step runs.
+        """
+        with self._hooks.lock:
+            ready = self._admission.ready_to_prefill(self.index)
+            if not ready:
+                return None
+            ready = self._turns.order(ready, self._admission.urgency)
+            left = [sequence.prefill.num_left for sequence in ready]
+            chosen, bucket = choose_rows(left, self._chunk_tokens, self.compiled)
+            self._turns.ran(left[0], len(chosen) * bucket)
+            chunks = [_Chunk(ready[index], min(bucket, left[index])) for index in chosen]
+        return _Batch((len(chunks), bucket), chunks)
 
-    def _choose(self) -> tuple[list[Sequence], int]:
-        ready = self._admission.ready_to_prefill(self.index)
-        if not ready:
-            return [], 0
-        remaining = [sequence.prefill.context_len - sequence.prefill.num_prefilled for sequence in ready]
-        chosen, bucket = choose_rows(remaining, self._chunk_tokens, self.compiled)
-        return [ready[index] for index in chosen], bucket
+    def _receive_returned(self) -> bool:
+        """Writes pages that come back from decode pools; whether any was written."""
+        with self._hooks.lock:
+            returning = self._admission.returning(self.index)
+        arrived = [transfer for transfer in returning if transfer.content.is_ready()]
+        for transfer in arrived:
+            self._write_returned(transfer)
+        return bool(arrived)
+
+    def _write_returned(self, transfer: PageTransfer) -> None:
+        try:
+            transfer.content.block_until_ready()
+        except Exception:
+            self._transfers[transfer.decode_worker].fail(transfer)
+            return
+        with self._hooks.lock:
+            if not self._admission.still_returning(transfer):
+                return
+            pages = transfer.target_pages
+        try:
+            self.pool.scatter(pages, transfer.content)
+        except Exception as error:
+            raise StepFailed("return", [(transfer.sequence, transfer.first)], error) from error
+        with self._hooks.lock:
+            self._admission.return_written(transfer)
+            self._hooks.prefilled(transfer.sequence)
+
+    def failed_step(self) -> StepFailed | None:
+        """The first dispatched step that has failed, if any; waits for steps that run."""
+        if self._generation != self.pool.generation:
+            return None
+        for step in self._running:
+            try:
+                step.done.block_until_ready()
+            except Exception as error:
+                return step.failure(error)
+        return None
+
+    @property
+    def watch(self) -> StepWatch:
+        """What became of its steps."""
+        return self._watch
 
     def _check_running(self) -> None:
-        """Forgets finished chunks; raises if one of them has failed."""
+        """Forgets finished chunks; raises StepFailed if one of them has failed."""
         if self._generation != self.pool.generation:
             # The failure of these chunks was reported when the pool failed, perhaps by the colocated decode worker.
             self._running.clear()
             self._generation = self.pool.generation
-        self._wait_for(len(list(itertools.takewhile(lambda step: step[0].is_ready(), self._running))))
+        self._wait_for(len(list(itertools.takewhile(lambda step: step.done.is_ready(), self._running))))
 
     def _wait_for(self, num_steps: int) -> None:
-        """Waits for the oldest dispatched steps; raises if one of them has failed."""
+        """Waits for the oldest dispatched steps; raises StepFailed if one of them has failed."""
         if not num_steps:
             return
         steps = [self._running.popleft() for _ in range(num_steps)]
-        for done, _ in steps:
-            done.block_until_ready()
+        for step in steps:
+            try:
+                step.done.block_until_ready()
+            except Exception as error:
+                raise step.failure(error) from error
         now = time.monotonic()
         with self._hooks.lock:
-            self.speed.add([num_tokens for _, num_tokens in steps], now - self._busy_since)
+            for step in steps:
+                self._watch.passed("prefill", [(chunk.sequence, chunk.end) for chunk in step.batch.chunks])
+            self.speed.add([step.batch.num_tokens for step in steps], now - self._busy_since)
         self._busy_since = now
 
-    def _run(self, batch: list[Sequence], bucket: int) -> None:
+    def _run(self, batch: "_Batch") -> None:
         if len(self._running) == MAX_RUNNING:
             # So that an abort frees the device within two chunks, and a failed step is noticed.
             self._wait_for(1)
-        chunks = []
-        for sequence in batch:
-            held, start = sequence.prefill.table, sequence.prefill.num_prefilled
-            assert held is not None
-            end = min(start + bucket, sequence.prefill.context_len)
-            chunks.append((held.pages, start, sequence.request.prompt[start:end]))
-        counts = [len(chunk) for _, _, chunk in chunks]
-        tokens, rows = padded_batch((len(batch), bucket), self._table_len, chunks)
+        rows = [(chunk.table_pages, chunk.start, chunk.tokens) for chunk in batch.chunks]
+        tokens, metadata = padded_batch(batch.shape, self._table_len, rows)
         if not self._running:
             self._busy_since = time.monotonic()
-        self._running.append((self._call(tokens, rows), sum(counts)))
+        step = _Step(None, batch)
+        try:
+            step.done = self._call(tokens, metadata)
+        except Exception as error:
+            raise step.failure(error) from error
+        self._running.append(step)
         self.stats.calls += 1
-        self.stats.tokens += sum(counts)
+        self.stats.tokens += batch.num_tokens
         self.stats.slots += tokens.size
         with self._hooks.lock:
-            for sequence, count in zip(batch, counts, strict=True):
-                self._admission.prefilled(sequence, count)
-                self._hooks.prefilled(sequence)
+            for chunk in batch.chunks:
+                self._admission.prefilled(chunk.sequence, chunk.held, len(chunk.tokens))
+                self._hooks.prefilled(chunk.sequence)
 
     def _send(self) -> bool:
         """Sends the next pages of every sequence while transfers to its decode worker have room."""
@@ -198,7 +300,8 @@ class PrefillWorker:
             kv_transfer, most = self._transfers[sequence.decode_worker], self.pool.move_pages
             while True:
                 with self._hooks.lock:
-                    room = kv_transfer.has_room(sequence)
+                    # It may have been put aside, and be another worker's by now.
+                    room = sequence.prefill_worker == self.index and kv_transfer.has_room(sequence)
                     transfer = self._admission.next_transfer(sequence, most) if room else None
                 if transfer is None:
                     break

@@ -21,6 +21,7 @@ Kind = Literal["prefill", "decode"]
 MAX_REMEMBERED = 65_536  # sessions, and as many ends of cached prefixes
 OVERLOAD = 2  # affinity may cost this many times what the quickest worker takes,
 SLACK_TOKENS = 512  # and about one prefill step more, since a shorter queue hardly delays
+HELD_REQUESTS = 4  # a decode worker with all of a prompt's pages counts as so many requests less busy
 DECAY = 0.5 ** (1 / 64)  # the weight of assigned work halves every 64 requests
 
 
@@ -49,6 +50,8 @@ class Router:
     `prefix` chooses the prefill worker that has the prompt's KV (see `_Affinity`), `round_robin` the next, and
     `least_loaded` the worker with the fewest outstanding tokens; the last two ignore sessions and caches. Decode load
     counts requests: a decode step costs by its rows, and the length of an answer is unknown. Ties go to the first worker.
+    With `prefix`, pages in its pool make a decode worker less busy: they need not be sent, nor encoded again where the
+    prefill pool has lost them.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Router:
         self.prefill_load = [0] * num_prefill
         self.decode_load = [0] * len(decode_tasks)
         self._left_out: dict[Kind, set[int]] = {"prefill": set(), "decode": set()}
+        self._removed: dict[Kind, set[int]] = {"prefill": set(), "decode": set()}
         self._policy = policy
         self._page_size = page_size
         self._prefill_tasks = prefill_tasks
@@ -77,6 +81,7 @@ class Router:
         context_len: int,
         keys: Sequence[PageKey],
         cached_pages: Callable[[int], int],
+        decode_pages: Callable[[int], int] = lambda worker: 0,
     ) -> Ticket:
         """Chooses the workers of a request and adds it to their load.
 
@@ -87,6 +92,7 @@ class Router:
             keys: the keys of the prompt's full pages.
             cached_pages: the number of the prompt's leading pages in the prefix cache of a prefill worker; the policy
                 `prefix` calls it, at most once per worker.
+            decode_pages: the same for a decode worker.
 
         Raises:
             PshareError: no worker serves the task.
@@ -97,6 +103,8 @@ class Router:
             raise PshareError(f"No {'decode' if able else 'prefill'} worker serves the task {task!r}.")
         decode = min(decoders, key=self.decode_load.__getitem__)
         if self._policy == "prefix":
+            worth = HELD_REQUESTS * self._page_size / max(context_len, 1)
+            decode = min(decoders, key=lambda worker: self.decode_load[worker] - worth * decode_pages(worker))
             known = cache(lambda worker: max(cached_pages(worker), self._pending(worker, keys)))
             prompt = _Prompt(context_len, self._page_size, keys, known)
             prefill = self._affinity.choose(able, session, prompt)
@@ -136,6 +144,10 @@ class Router:
         """The worker is alive again."""
         self._left_out[kind].discard(index)
 
+    def remove(self, kind: Kind, index: int) -> None:
+        """The worker is dead for good: `assign` never chooses it again."""
+        self._removed[kind].add(index)
+
     def all_routes(self) -> list[tuple[Route, str]]:
         """Routes, each with a task, that together use all prefill workers and every task of every decode worker."""
         pairs = [(decode, task) for decode, tasks in enumerate(self.decode_tasks) for task in tasks]
@@ -147,6 +159,7 @@ class Router:
         return routes
 
     def _alive(self, kind: Kind, able: tuple[int, ...]) -> tuple[int, ...]:
+        able = tuple(worker for worker in able if worker not in self._removed[kind])
         return tuple(worker for worker in able if worker not in self._left_out[kind]) or able
 
     def _begin(self, ticket: Ticket, tokens: int) -> Ticket:

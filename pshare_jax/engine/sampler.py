@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from pshare_jax.engine.failures import RowFailed
+from pshare_jax.engine.interfaces import Choice
 from pshare_jax.engine.request import TokenLogprobs
 from pshare_jax.engine.sequence import Sequence as Running
 from pshare_jax.mesh import replicated
 from pshare_jax.sampling.params import sampling_rows
 from pshare_jax.sampling.sample import Adjustments, sample_rows
-
-Choice = Callable[[int, Running], tuple[int, TokenLogprobs | None]]
 
 
 class Sampler:
@@ -29,15 +29,23 @@ class Sampler:
         self._sample = _jitted(mesh)
         self._nothing: dict[int, Adjustments] = {}
 
-    def sample(self, logits: Any, batch: Sequence[Running]) -> Choice:
-        """The choice for each row of the batch: token id and, where requested, log-probabilities."""
-        num_rows = logits.shape[0]
+    def prepare(self, batch: Sequence[Running], num_rows: int) -> Callable[[Any], Choice]:
+        """Does the host's part for a step of `num_rows` rows; its result takes the logits `[num_rows, vocab_size]`.
+
+        Raises:
+            RowFailed: for the sequence whose history cannot be used.
+        """
         settings = [sequence.request.sampling for sequence in batch]
         rows = sampling_rows(settings, [sequence.num_tokens for sequence in batch], num_rows)
         adjusted = any(sequence.history.active for sequence in batch)
         reported = any(sequence.request.logprobs is not None for sequence in batch)
         drawn = any(not sampling.is_greedy for sampling in settings)
         adjustments = self._adjustments(batch, num_rows) if adjusted else self.no_adjustments(num_rows)
+        return functools.partial(self._choose, rows, adjustments, drawn, adjusted, reported)
+
+    def _choose(
+        self, rows: Any, adjustments: Adjustments, drawn: bool, adjusted: bool, reported: bool, logits: Any
+    ) -> Choice:
         sampled = self._sample(logits, rows, adjustments, np.array(drawn), np.array(adjusted), np.array(reported))
         ids = np.asarray(sampled.ids).tolist()
         if not reported:
@@ -63,7 +71,10 @@ class Sampler:
         repeated = np.zeros((num_rows, self._vocab_size), bool)
         for row, sequence in enumerate(batch):
             if sequence.history.active:
-                sequence.history.write(bias[row], repeated[row])
+                try:
+                    sequence.history.write(bias[row], repeated[row])
+                except Exception as error:
+                    raise RowFailed(sequence) from error
         return self._placed(bias, repeated)
 
     def _placed(self, bias: np.ndarray, repeated: np.ndarray) -> Adjustments:

@@ -1,9 +1,10 @@
-"""Scoring steps: a decode module reads prompt tokens, for their log-probabilities or to continue a begun answer.
+"""Scoring steps: a decode module reads tokens, for their log-probabilities or to have their KV.
 
-The decode worker runs them before a sequence generates. This module prepares their inputs; model/paged_batch.py
-(`ScoreBatch`) describes what they compute.
+The decode worker runs them before a sequence generates, and again where KV was lost in a failure, for what the module had
+consumed by then. This module prepares their inputs; model/paged_batch.py (`ScoreBatch`) describes what they compute.
 """
 
+from collections.abc import Sequence as Items
 from typing import Any
 
 import numpy as np
@@ -15,36 +16,77 @@ from pshare_jax.model.paged_batch import ScoreBatch
 
 SCORE_TOKENS = 64
 """Tokens of a step: longer steps would delay the worker's running answers."""
-SHAPE: Shape = ("score",)
+SHAPE: Shape = ("score", 1)
+SHORT: Shape = ("score", 4)
+"""A step of one sequence, and one of four that have few tokens left: both take as long."""
 UNAVAILABLE = (
     "The server could not compile its scoring step, which echo with logprobs and response_start need; its log says why."
 )
 
 
-def no_rows(table_len: int) -> tuple[np.ndarray, ScoreBatch]:
-    """Tokens `[1, SCORE_TOKENS]` and metadata of a step on padding alone."""
-    tokens, batch = padded_batch((1, SCORE_TOKENS), table_len)
+def size_of(shape: Shape) -> tuple[int, int]:
+    """Rows and tokens of a row of a scoring step of this shape."""
+    num_rows = int(shape[1])
+    return num_rows, SCORE_TOKENS // num_rows
+
+
+def batch_of(waiting: Items[Sequence], shapes: Any) -> list[Sequence]:
+    """The sequences of the next step, the most urgent first: it alone, or those like it if all have few tokens left.
+
+    `shapes` are the shapes that may be used.
+    """
+    most, num_tokens = size_of(SHORT)
+    first = waiting[0]
+    if SHORT not in shapes or not 0 < _num_left(first) <= num_tokens:
+        return [first]
+    return [s for s in waiting if _kind(s) == _kind(first) and 0 < _num_left(s) <= num_tokens][:most]
+
+
+def no_rows(shape: Shape, table_len: int) -> tuple[np.ndarray, ScoreBatch]:
+    """Tokens `[rows, tokens]` and metadata of a step on padding alone."""
+    tokens, batch = padded_batch(size_of(shape), table_len)
     return tokens, ScoreBatch(batch, np.zeros_like(tokens), np.array(False))
 
 
-def next_rows(sequence: Sequence, table_len: int) -> tuple[np.ndarray, ScoreBatch, int]:
-    """Tokens, metadata and the number of real tokens of the sequence's next step."""
-    start, end = sequence.to_score
-    end = min(end, start + SCORE_TOKENS)
-    held, prompt = sequence.decode.table, sequence.request.prompt
-    assert held is not None
-    tokens, batch = padded_batch((1, SCORE_TOKENS), table_len, [(held.pages, start, prompt[start:end])])
+def next_rows(sequences: Items[Sequence], shape: Shape, table_len: int) -> tuple[np.ndarray, ScoreBatch, list[int]]:
+    """Tokens, metadata and the numbers of real tokens of the sequences' next step; all must be of one kind."""
+    num_rows, num_tokens = size_of(shape)
+    chunks, spans = [], []
+    for sequence in sequences:
+        (start, end), held = sequence.to_score, sequence.decode.table
+        assert held is not None
+        spans.append((start, min(end, start + num_tokens)))
+        chunks.append((held.pages, start, sequence.tokens(*spans[-1])))
+    tokens, batch = padded_batch((num_rows, num_tokens), table_len, chunks)
     targets = np.zeros_like(tokens)
-    targets[0, : end - start] = prompt[start + 1 : end + 1]
-    return tokens, ScoreBatch(batch, targets, np.array(sequence.request.response_start is None)), end - start
+    for row, (sequence, (start, end)) in enumerate(zip(sequences, spans, strict=True)):
+        targets[row, : end - start] = sequence.tokens(start + 1, end + 1)
+    return (
+        tokens,
+        ScoreBatch(batch, targets, np.array(_independent(sequences[0]))),
+        [end - start for start, end in spans],
+    )
 
 
-def reported(sequence: Sequence, scores: Any, num_tokens: int) -> list[TokenLogprobs]:
-    """A step's scores of its real tokens, on the host."""
+def reported(sequence: Sequence, row: int, scores: Any, num_tokens: int) -> list[TokenLogprobs]:
+    """A step's scores of a row's real tokens, on the host."""
     start, wanted = sequence.to_score[0], sequence.request.logprobs or 0
-    logprobs, top_ids, top_logprobs = (np.asarray(array)[0] for array in scores)
-    targets = sequence.request.prompt[start + 1 : start + 1 + num_tokens]
+    logprobs, top_ids, top_logprobs = (np.asarray(array)[row] for array in scores)
+    targets = sequence.tokens(start + 1, start + 1 + num_tokens)
     return [
         TokenLogprobs.of(target, logprobs[index], top_ids[index], top_logprobs[index], wanted)
         for index, target in enumerate(targets)
     ]
+
+
+def _num_left(sequence: Sequence) -> int:
+    start, end = sequence.to_score
+    return end - start
+
+
+def _independent(sequence: Sequence) -> bool:
+    return sequence.request.response_start is None and not sequence.decode.reported
+
+
+def _kind(sequence: Sequence) -> tuple[int, bool]:
+    return id(sequence.decode.weights.params), _independent(sequence)

@@ -43,7 +43,8 @@ LEGAL: dict[State, set[State]] = {
     # It must restart if pages that it waited for will not be produced, or if its pages are lost.
     State.PREFILLING: {State.TRANSFERRING, State.WAITING, State.PREEMPTED} | _ENDS,
     State.TRANSFERRING: {State.DECODING, State.WAITING, State.PREEMPTED} | _ENDS,
-    State.DECODING: {State.PREEMPTED, State.FINISHED} | _ENDS,
+    # After a failed step its pages are lost, but not the tokens that it has generated.
+    State.DECODING: {State.PREEMPTED, State.FINISHED, State.WAITING} | _ENDS,
     State.PREEMPTED: {State.PREFILLING} | _ENDS,
     State.FINISHED: set(),
     State.ABORTED: set(),
@@ -74,6 +75,16 @@ class PrefillProgress:
     """The number of these tokens that the prefill pool holds."""
     num_sent: int = 0
     """Leading pages that are in the decode pool or in flight to it."""
+    returning: "list[PageTransfer]" = field(default_factory=list)
+    """Pages that only the decode pool has, on their way to the prefill pool: the base continues behind them."""
+
+    @property
+    def num_left(self) -> int:
+        """Tokens left to encode, without those whose KV comes back from the decode pool."""
+        first = self.num_prefilled
+        if self.returning:
+            first = self.returning[-1].last * self.returning[-1].target.pool.page_size
+        return max(self.context_len - first, 0)
 
     @property
     def done(self) -> bool:
@@ -95,10 +106,14 @@ class DecodeProgress:
     opened: bool = False
     """Whether all scoring steps that must precede generation are done."""
     num_scored: int = 0
-    """Prompt tokens that scoring steps have consumed."""
+    """Tokens that scoring steps have consumed since its last admission."""
     scores: list[TokenLogprobs] = field(default_factory=list)
+    reported: bool = False
+    """Whether the prompt's scores are reported: scoring steps then only recompute lost KV, of generated tokens too."""
+    has_row: bool = False
+    """Whether it is one of the sequences that share the steps of its group; others wait for a row."""
     last_turn: int = 0
-    """The last decode step that it took part in."""
+    """The last decode turn that it took part in, or, before its first, the turn in which it joined."""
 
 
 _numbers = itertools.count()
@@ -125,7 +140,16 @@ class Sequence:
     cached_tokens: int = 0
     """Prompt tokens that were not prefilled for it, counted at its first admission."""
     must_restart: bool = False
-    """Pages that it waited for will not be produced: it must release all its pages and be admitted anew."""
+    """Its pages are lost or needed by an older sequence, or pages that it waited for will not be produced: it must release
+    all its pages and be admitted anew."""
+    suspect: tuple[str, int] | None = None
+    """The kind of step that failed with it, and where it was: it runs such steps alone until it is beyond (failures.py)."""
+    num_accused: int = 0
+    """How often it has failed alone where a step on padding did not, since it became a suspect."""
+    failed_transfers: list[PageTable] = field(default_factory=list)
+    """The pages whose transfers have failed since it last decoded: those whose pool was rebuilt since failed with a step."""
+    num_failed_writes: int = 0
+    """The transfers that could not be written since then."""
     progressed: float = field(default_factory=time.monotonic)
     arrived: float = field(default_factory=time.monotonic)
     admitted: float | None = None
@@ -141,6 +165,8 @@ class Sequence:
             raise IllegalTransition(f"request {self.request.id} cannot go from {self.state.value} to {state.value}")
         self.state = state
         self.progressed = time.monotonic()
+        if state is State.DECODING:
+            self.num_failed_writes, self.failed_transfers = 0, []
         if state is State.PREFILLING and self.admitted is None:
             self.admitted = self.progressed
 
@@ -153,6 +179,11 @@ class Sequence:
     def decode_worker(self) -> int:
         """The index of its decode worker."""
         return self.ticket.route.decode
+
+    @property
+    def group(self) -> int:
+        """Names the steps that it shares with others: those with its weights, or 0 while it has tokens to score."""
+        return id(self.decode.weights.params) if self.decode.opened else 0
 
     @property
     def final(self) -> bool:
@@ -178,10 +209,28 @@ class Sequence:
         request = self.request
         self.decode.opened = request.max_tokens > 0 and request.response_start is None and not request.scores_prompt
 
+    def lose_kv(self) -> None:
+        """Its KV is gone: the base will encode its context again, and scoring steps all that the decode module consumed."""
+        decode = self.decode
+        decode.num_scored, decode.has_row = 0, False
+        if decode.opened:
+            decode.reported = True
+            start, end = self.to_score
+            decode.opened = start >= end
+        elif not decode.reported:
+            decode.scores = []
+
     @property
     def to_score(self) -> tuple[int, int]:
-        """The prompt tokens that scoring steps have yet to consume, from the first to before the last: (start, end)."""
-        return self.request.score_start + self.decode.num_scored, next_position(len(self.request.prompt))
+        """The tokens that scoring steps have yet to consume, from the first to before the last: (start, end)."""
+        first = self.request.base_len if self.decode.reported else self.request.score_start
+        return first + self.decode.num_scored, next_position(self.num_tokens)
+
+    def tokens(self, start: int, end: int) -> tuple[int, ...]:
+        """Tokens `start` to `end` of prompt and answer."""
+        num_prompt = len(self.request.prompt)
+        generated = self.decode.completion_ids[max(start - num_prompt, 0) : max(end - num_prompt, 0)]
+        return (*self.request.prompt[start:end], *generated)
 
     def scored(self, num_tokens: int, scores: list[TokenLogprobs]) -> Event | None:
         """Records a step that consumed `num_tokens` tokens and scored the token after each; returns an event, if any."""
@@ -191,7 +240,10 @@ class Sequence:
         start, end = self.to_score
         if start < end:
             return None
-        self.decode.opened = True
+        self.decode.opened, self.decode.has_row = True, False
+        if self.decode.reported:
+            return None
+        self.decode.reported = True
         reported: tuple[TokenLogprobs | None, ...] = ()
         if self.request.scores_prompt:
             reported = (*[None] * (len(self.request.prompt) - len(self.decode.scores)), *self.decode.scores)
@@ -238,14 +290,16 @@ class PageTransfer:
     first: int
     last: int
     source_pages: list[int] = field(init=False)
+    decode_worker: int = field(init=False)
     adopted: list[int] | None = None
     cancelled: bool = False
     content: Any = None
     started: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        """Keeps the source's page ids, since its table may change."""
+        """Keeps the source's page ids and the decode worker, since the sequence's may change."""
         self.source_pages = self.source.pages[self.first : self.last]
+        self.decode_worker = self.sequence.decode_worker
 
     @property
     def target_pages(self) -> list[int]:

@@ -3,6 +3,7 @@
 Every shape is compiled once; inputs are padded to the next larger shape.
 """
 
+import threading
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -55,35 +56,48 @@ def padded_batch(
 
 
 Shape = tuple[int | str, ...]
-"""Names the shape of a step: (rows, tokens) of a prefill, (rows,) of a decode step, ("score",) of a scoring step."""
+"""Names the shape of a step: (rows, tokens) of a prefill, (rows,) of a decode step, ("score", rows) of a scoring step."""
 
 
 class CompiledShapes:
-    """The shapes of steps that may be used: all, or, after `limit`, only those that are compiled.
+    """The shapes of a worker's steps that may be used: `shapes`, or, after `limit`, only those that are compiled.
 
-    Read by workers, extended by the compiling thread.
+    Read by workers, extended by the compiling thread. The set is replaced, never changed, so it may be read at any time.
     """
 
-    def __init__(self) -> None:
-        self._only: set[Shape] | None = None
-        self._growing = False
+    def __init__(self, shapes: Iterable[Shape]):
+        self._usable = frozenset(shapes)
+        self._given_up: frozenset[Shape] = frozenset()
+        self._limited = self._growing = False
+        self._lock = threading.Lock()
 
     def limit(self, shapes: Iterable[Shape]) -> None:
         """Allows only these shapes from now on, and those added until `settle`."""
-        self._only = set(shapes)
-        self._growing = True
+        with self._lock:
+            self._usable = frozenset(shapes) - self._given_up
+            self._limited = self._growing = True
 
     def add(self, shape: Shape) -> None:
-        """Allows a shape that is now compiled."""
-        if self._only is not None:
-            self._only.add(shape)
+        """Allows a shape that is now compiled, unless it was given up."""
+        with self._lock:
+            self._usable |= {shape} - self._given_up
 
-    def give_up(self, shape: Shape) -> None:
-        """Drops a shape that failed, since a smaller step may work, unless it is the last of its kind (prefill, decode,
-        score).
+    def give_up(self, shape: Shape) -> bool:
+        """Drops a shape that failed, since a smaller step may work; False if it is the last of its kind (prefill, decode,
+        score), which stays in use.
         """
-        if self._only is not None and any(_kind(other) == _kind(shape) and other != shape for other in self._only):
-            self._only.discard(shape)
+        with self._lock:
+            rest = self._usable - {shape}
+            if not any(_replaces(other, shape) for other in rest):
+                return False
+            self._usable, self._given_up = rest, self._given_up | {shape}
+            return True
+
+    def bring_back(self, shape: Shape) -> None:
+        """Allows a shape again that was given up."""
+        with self._lock:
+            if shape in self._given_up:
+                self._usable, self._given_up = self._usable | {shape}, self._given_up - {shape}
 
     def settle(self) -> None:
         """No shape will be added any more."""
@@ -100,20 +114,24 @@ class CompiledShapes:
 
     def knows(self, shape: Shape) -> bool:
         """Whether the shape is known to be compiled."""
-        return self._only is not None and shape in self._only
+        return self._limited and shape in self
 
     def __contains__(self, shape: Shape) -> bool:
-        return self._only is None or shape in self._only
+        return shape in self._usable
 
 
-def _kind(shape: Shape) -> tuple[int, type]:
-    return len(shape), type(shape[0])
+def _replaces(other: Shape, shape: Shape) -> bool:
+    """Whether steps of the other shape can do the work of this shape, if perhaps in more steps."""
+    if isinstance(shape[0], str):
+        return other == (shape[0], 1)
+    same_kind = len(other) == len(shape) and not isinstance(other[0], str)
+    return same_kind and (len(shape) == 1 or other[0] == 1)
 
 
 def choose_rows(remaining: Sequence[int], most: int, ready: CompiledShapes) -> tuple[list[int], int]:
-    """(indices, bucket) of the next prefill step, from the remaining tokens of the sequences, the oldest first.
+    """(indices, bucket) of the next prefill step, from the remaining tokens of the sequences, the most urgent first.
 
-    The oldest determines the bucket. Up to four sequences whose next chunk has the same bucket share the call, if it is
+    The first determines the bucket. Up to four sequences whose next chunk has the same bucket share the call, if it is
     short; the number of rows is 1, 2 or 4, never padded.
     """
     buckets = [size for size in token_buckets(most) if (1, size) in ready]

@@ -1,7 +1,8 @@
 """KV transfers from prefill pools to a decode pool: a gather, a device_put, and a scatter once the array is ready.
 
 The prefill worker's thread calls `send` between its steps without waiting; the decode worker's thread calls `receive`,
-which writes only content that has arrived, so that no decode step ever waits for a prefill.
+which writes only content that has arrived, so that no decode step ever waits for a prefill. Pages that a prefill pool has
+lost and the decode pool still has go the other way (`send_back`) before the base continues behind them.
 """
 
 import logging
@@ -9,6 +10,7 @@ import time
 from dataclasses import dataclass
 
 from pshare_jax.engine.admission import Admission
+from pshare_jax.engine.failures import MAX_FAILED_MOVES, StepFailed
 from pshare_jax.engine.interfaces import EngineHooks
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.request import FAILED, Event
@@ -59,7 +61,7 @@ class KVTransfer:
         try:
             transfer.content = self._pool.store.device_put(transfer.source.pool.store.gather(transfer.source_pages))
         except Exception:
-            self._fail(transfer)
+            self.fail(transfer)
 
     def receive(self) -> bool:
         """Writes the transfers that have arrived (called by the decode pool's thread); whether any was written or dropped."""
@@ -76,14 +78,17 @@ class KVTransfer:
             # The content is ready; this raises if the step that computed it has failed.
             transfer.content.block_until_ready()
         except Exception:
-            self._fail(transfer)
+            self.fail(transfer)
             return
         with self._hooks.lock:
             if transfer.cancelled or transfer.target.stale:
                 return
             pages = transfer.target_pages
         # If it is cancelled now, the next holder of its pages still writes later, since one thread writes the pool.
-        self._pool.scatter(pages, transfer.content)
+        try:
+            self._pool.scatter(pages, transfer.content)
+        except Exception as error:
+            raise StepFailed("transfer", [(transfer.sequence, transfer.first)], error) from error
         with self._hooks.lock:
             self._count(transfer)
             if transfer.cancelled:
@@ -91,13 +96,35 @@ class KVTransfer:
             else:
                 self._admission.transfer_written(transfer)
 
-    def _fail(self, transfer: PageTransfer) -> None:
-        logger.exception("the KV transfer of request %s failed", transfer.sequence.request.id)
+    def send_back(self) -> bool:
+        """Sends pages that prefill pools have lost back to them (called by the decode pool's thread); whether there were any."""
+        with self._hooks.lock:
+            transfers = self._admission.to_return(self._worker)
+        for transfer in transfers:
+            try:
+                content = self._pool.store.gather(transfer.source_pages)
+                transfer.content = transfer.target.pool.store.device_put(content)
+            except Exception:
+                self.fail(transfer)
+        return bool(transfers)
+
+    def fail(self, transfer: PageTransfer) -> None:
+        """Content was lost on its way to either pool, perhaps with a failed step: the transfer's sequence restarts, and fails
+        the second time."""
+        sequence = transfer.sequence
+        logger.exception("a KV transfer of request %s failed", sequence.request.id)
         with self._hooks.lock:
             self.stats.failures += 1
+            needed = transfer.needed_by_sequence and not sequence.must_restart
             self._admission.transfer_failed(transfer)
-            if transfer.needed_by_sequence:
-                self._hooks.end(transfer.sequence, State.FAILED, Event(error=FAILED))
+            if not needed:
+                return
+            # A failed step fails the transfers of what it computed, and its own thread has perhaps not noticed it yet.
+            sequence.failed_transfers.append(transfer.source)
+            if sum(not source.stale for source in sequence.failed_transfers) < MAX_FAILED_MOVES:
+                sequence.must_restart = True
+            else:
+                self._hooks.end(sequence, State.FAILED, Event(error=FAILED))
 
     def _count(self, transfer: PageTransfer) -> None:
         self.stats.count += 1

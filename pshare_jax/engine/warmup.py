@@ -50,8 +50,9 @@ def variants(engine: Engine) -> list[Variant]:
         *(_decode(spec, engine) for spec in decode),
         *(_score(spec, engine) for spec in decode),
         *(_gathers(store) for store in (sources | targets).values()),
-        *(_scatters(store) for store in targets.values()),
+        *(_scatters(store) for store in (sources | targets).values()),
         *(_device_puts(source, target) for source, target in itertools.product(sources.values(), targets.values())),
+        *(_device_puts(target, source) for source, target in itertools.product(sources.values(), targets.values())),
     ]
     found: dict[tuple, Variant] = {}
     for key, variant in itertools.chain.from_iterable(programs):
@@ -62,8 +63,8 @@ def variants(engine: Engine) -> list[Variant]:
 def _order(variant: Variant) -> tuple[bool, int, Shape]:
     """Small programs first; then transfers and decode steps, scoring steps, prefill steps."""
     shape = variant.shape or ()
-    kind = 1 if shape == scoring.SHAPE else 2 * (len(shape) == 2)
-    return not variant.small, kind, shape
+    scores = bool(shape) and isinstance(shape[0], str)
+    return not variant.small, 1 if scores else 2 * (len(shape) == 2), shape
 
 
 def decode_variants(spec: DecodeSpec, engine: Engine) -> list[Variant]:
@@ -107,11 +108,12 @@ def _decode(spec: DecodeSpec, engine: Engine) -> Iterator[tuple[tuple, Variant]]
 
 def _score(spec: DecodeSpec, engine: Engine) -> Iterator[tuple[tuple, Variant]]:
     store = DevicePages.of(spec.pool)
-    tokens, rows = scoring.no_rows(pages_for(engine.facts.max_len, store.page_size))
-    for weights in spec.tasks.values():
+    for shape, weights in itertools.product((scoring.SHAPE, scoring.SHORT), spec.tasks.values()):
+        tokens, rows = scoring.no_rows(shape, pages_for(engine.facts.max_len, store.page_size))
         step = weights.paged.score
         lower = functools.partial(step.lower, _specs(weights.params), tokens, rows, store.spec)
-        yield ("score", step, store.mesh, store.num_pages), Variant("score", False, lower, scoring.SHAPE)
+        name = "score {}x{}".format(*tokens.shape)
+        yield ("score", step, shape, store.mesh, store.num_pages), Variant(name, False, lower, shape)
 
 
 def _gathers(store: DevicePages) -> Iterator[tuple[tuple, Variant]]:

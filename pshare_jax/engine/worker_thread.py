@@ -1,9 +1,11 @@
 """Worker threads: one thread steps all workers that share devices, so each pool belongs to exactly one thread.
 
 In a turn every decode worker of the group runs a step and at most one prefill worker runs a chunk, so that a running
-answer never waits for more than one chunk. Newly compiled programs have their slow first run when the engine is idle.
+answer never waits for more than one chunk. Newly compiled programs have their slow first run when the engine is idle. When
+workers fail beyond a step, their thread restarts them.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -11,9 +13,15 @@ from collections.abc import Callable, Sequence
 from pshare_jax.engine.decode_worker import DecodeWorker
 from pshare_jax.engine.prefill_worker import PrefillWorker
 
+logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.001
 STALL_SECONDS = 60.0
 """A thread whose turn takes longer is stalled, which /health reports."""
+STOP_SECONDS = 10.0
+RESTART_SECONDS = (0.0, 1.0, 5.0, 20.0)
+"""Pauses before the restarts of a group of workers that dies again and again; then it stays dead."""
+FORGIVE_SECONDS = 60.0
+"""After so many seconds without a death the pauses begin anew."""
 
 
 class WorkerGroup:
@@ -46,20 +54,31 @@ class WorkerGroup:
 
 
 class WorkerThread:
-    """The thread that steps a group of workers, and warms up while `may_warm_up()`; if it dies, it calls `on_death`."""
+    """The thread that steps a group of workers, and warms up while `may_warm_up()`.
 
-    def __init__(self, group: WorkerGroup, on_death: Callable[[WorkerGroup], None], may_warm_up: Callable[[], bool]):
-        self._group, self._on_death, self._may_warm_up = group, on_death, may_warm_up
-        self._stopping = False
+    When a step raises, the group is dead: `on_death(group, for_good)` is called, and after a pause from `RESTART_SECONDS`
+    `on_restart(group)` and the steps go on. A group that dies again and again stays dead, or if `on_death` says so.
+    """
+
+    def __init__(
+        self,
+        group: WorkerGroup,
+        on_death: Callable[[WorkerGroup, bool], bool],
+        on_restart: Callable[[WorkerGroup], None],
+        may_warm_up: Callable[[], bool],
+    ):
+        self._group, self._on_death, self._on_restart, self._may_warm_up = group, on_death, on_restart, may_warm_up
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pshare-worker", daemon=True)
         self._started = False
+        self._dead = False
         self._turn_began: float | None = None
         self.wake = threading.Event()
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs or was never started."""
-        return not self._started or self._thread.is_alive()
+        """Whether the thread steps its workers, or was never started."""
+        return not self._started or (self._thread.is_alive() and not self._dead)
 
     @property
     def stalled(self) -> bool:
@@ -73,24 +92,44 @@ class WorkerThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after its current turn."""
-        self._stopping = True
+        """Ends the thread after its current turn; a thread that is stuck in it is left behind."""
+        self._stopping.set()
         self.wake.set()
         if self._started:
-            self._thread.join()
+            self._thread.join(STOP_SECONDS)
+            if self._thread.is_alive():
+                logger.error("a worker thread did not end within %.0f seconds and is left behind", STOP_SECONDS)
 
     def _run(self) -> None:
-        try:
-            while not self._stopping:
-                self.wake.clear()
-                self._turn_began = time.monotonic()
-                done = self._group.step() or (self._may_warm_up() and self._group.warm_up())
-                self._turn_began = None
-                if not done:
-                    self.wake.wait(POLL_SECONDS if self._group.must_poll else None)
-        except BaseException:
-            self._on_death(self._group)
-            raise
+        deaths = 0
+        while True:
+            began = time.monotonic()
+            try:
+                self._serve()
+                return
+            except BaseException:
+                logger.exception("a worker thread failed")
+            self._dead, self._turn_began = True, None
+            deaths = 0 if time.monotonic() - began > FORGIVE_SECONDS else deaths
+            try:
+                for_good = self._on_death(self._group, deaths == len(RESTART_SECONDS))
+            except BaseException:
+                logger.exception("the requests of a failed worker could not be queued again; it stays dead")
+                for_good = True
+            if for_good or self._stopping.wait(RESTART_SECONDS[deaths]):
+                return
+            deaths += 1
+            self._dead = False
+            self._on_restart(self._group)
+
+    def _serve(self) -> None:
+        while not self._stopping.is_set():
+            self.wake.clear()
+            self._turn_began = time.monotonic()
+            done = self._group.step() or (self._may_warm_up() and self._group.warm_up())
+            self._turn_began = None
+            if not done:
+                self.wake.wait(POLL_SECONDS if self._group.must_poll else None)
 
 
 def group_workers(

@@ -10,7 +10,8 @@ from typing import Any
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from pshare_jax.engine.engine import Engine, EngineDown, EngineFull, RequestBanned, UnknownTask
+from pshare_jax.engine.engine import Engine, EngineDown, EngineFull, UnknownTask
+from pshare_jax.engine.failures import RequestBanned
 from pshare_jax.engine.request import Event
 from pshare_jax.errors import PshareError
 from pshare_jax.server.event_queue import EventQueue

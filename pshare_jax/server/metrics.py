@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from pshare_jax.engine.compile_counter import compile_counter
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.sequence import Sequence, State
+from pshare_jax.server.compile_counter import compile_counter
 from pshare_jax.server.gateway_metrics import GatewayCollector
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)

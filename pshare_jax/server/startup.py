@@ -12,7 +12,6 @@ import jax
 
 from pshare_jax.compilation_cache import keep_programs
 from pshare_jax.engine.build import mesh_of
-from pshare_jax.engine.compile_counter import count_compilations
 from pshare_jax.engine.config import Placement, resolve_placement
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.handle import RequestFailed
@@ -22,6 +21,7 @@ from pshare_jax.engine.worker_thread import POLL_SECONDS
 from pshare_jax.errors import PshareError
 from pshare_jax.mesh import virtual_cpu_devices
 from pshare_jax.server.app import AppContext
+from pshare_jax.server.compile_counter import count_compilations
 from pshare_jax.server.config import ServeConfig, num_cpu_devices
 from pshare_jax.server.openai.to_requests import Limits
 from pshare_jax.server.tasks.loader import TaskLoader

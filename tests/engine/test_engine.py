@@ -189,18 +189,28 @@ def test_tasks_with_other_weights_take_turns():
     assert sorted(turns[:3]) == ["t", "u", "v"]
 
 
-def test_a_step_has_at_most_so_many_rows_and_all_get_their_turns():
-    fakes = make_engine({"t": ENDLESS}, rows=4)
+def test_a_group_has_as_many_rows_as_a_step_and_every_step_has_them_all():
+    fakes = make_engine({"t": ENDLESS}, rows=4, pages=256, chunk=16)
     client = Client(fakes)
-    names = [client.ask(prompt=[number, 2]) for number in range(7)]
-    fakes.step_until(lambda: all(client.state(name) is State.DECODING for name in names))
-    fakes.decode["t"].rows.clear()
-    for _ in range(7):
-        before = [len(client.ids(name)) for name in names]
-        fakes.step(2)
-        made = [len(client.ids(name)) - old for name, old in zip(names, before, strict=True)]
-        assert min(made) >= 1
-    assert fakes.decode["t"].rows == [4] * 14
+    names = [client.ask(prompt=[number] * 17, max_tokens=10 + number) for number in range(20)]
+    waiting = names.copy()
+    while not fakes.engine.idle:
+        rows = [len(client.ids(name)) for name in names]
+        decoding = [name for name in names if client.state(name) is State.DECODING]
+        fakes.step()
+        assert len(decoding) <= 4
+        made = [len(client.ids(name)) - old for name, old in zip(names, rows, strict=True)]
+        assert all(made[names.index(name)] == 1 for name in decoding)
+        # The oldest that waits is the next, and no more hold pages than two steps have rows, and one more prompt.
+        waiting = [name for name in waiting if client.state(name) is not State.DECODING and not client.ended(name)]
+        assert waiting == names[len(names) - len(waiting) :]
+        running = [name for name in names if client.state(name) in (State.TRANSFERRING, State.DECODING)]
+        assert len(running) <= 9
+    fakes.check()
+    assert [len(client.ids(name)) for name in names] == [10 + number for number in range(20)]
+    # While others wait, no step has a row to spare.
+    full = [index for index, rows in enumerate(fakes.decode["t"].rows) if rows == 4]
+    assert full == list(range(full[0], full[-1] + 1))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

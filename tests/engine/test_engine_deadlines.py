@@ -8,6 +8,7 @@ from serving_fakes import Echo
 
 from pshare_jax.engine import transfer
 from pshare_jax.engine.request import TIMED_OUT
+from pshare_jax.engine.router import Route
 from pshare_jax.engine.sequence import State
 
 pytestmark = pytest.mark.host
@@ -34,49 +35,63 @@ def ask_now(client, name, prompt, **fields):
     client.sequences[name].progressed = time.monotonic()
 
 
+HERE, ELSEWHERE = Route(0, 0), Route(0, 1)
+
+
+def hang(fakes, monkeypatch):
+    """The device of the decode worker never returns from its step."""
+    monkeypatch.setattr(fakes.engine.decode_workers[0], "step", lambda: False)
+
+
 def waiting(fakes, client, monkeypatch):
-    """Another request holds the decode pool."""
-    client.ask("runs", [2] * 30, max_tokens=38)
-    client.ask("frozen", [1] * 40)
+    """Another request holds the decode pool, for a transfer that never arrives."""
+    client.ask("runs", [2] * 6, max_tokens=38, route=ELSEWHERE)
+    fakes.hold(3)
+    client.ask("frozen too", [3] * 40, route=HERE)
+    fakes.step_until(lambda: client.state("frozen too") is State.TRANSFERRING)
+    client.ask("frozen", [1] * 40, route=HERE)
 
 
 def prefilling(fakes, client, monkeypatch):
     """A transfer that never arrives blocks the transfers to the decode worker."""
     monkeypatch.setattr(transfer, "MAX_IN_FLIGHT", 1)
-    client.ask("runs", [2] * 6, max_tokens=38)
+    client.ask("runs", [2] * 6, max_tokens=38, route=HERE)
     fakes.step_until(lambda: client.state("runs") is State.DECODING)
     fakes.hold(3)
-    client.ask("frozen too", [3] * 9)
-    client.ask("frozen", [1] * 9)
+    client.ask("frozen too", [3] * 9, route=HERE)
+    client.ask("frozen", [1] * 9, route=HERE)
 
 
 def transferring(fakes, client, monkeypatch):
     """A transfer that never arrives."""
     fakes.hold(1)
-    client.ask("runs", [2] * 6, max_tokens=38)
-    client.ask("frozen", [1] * 30)
+    client.ask("runs", [2] * 6, max_tokens=38, route=HERE)
+    client.ask("frozen", [1] * 30, route=HERE)
 
 
 def awaiting(fakes, client, monkeypatch):
     """Another request's transfer that never arrives."""
     fakes.hold(1)
-    client.ask("runs", [2] * 6, max_tokens=38)
-    client.ask("frozen too", [1] * 29)
-    client.ask("frozen", [1] * 29)
+    client.ask("runs", [2] * 6, max_tokens=38, route=HERE)
+    client.ask("frozen too", [1] * 29, route=HERE)
+    client.ask("frozen", [1] * 29, route=HERE)
 
 
 def decoding(fakes, client, monkeypatch):
-    """The only decoding request gets no page for its next token: a transfer that never arrives holds the rest."""
-    client.ask("frozen", [1] * 8)
-    fakes.step_until(lambda: client.state("frozen") is State.DECODING)
-    fakes.hold(3)
-    client.ask("frozen too", [3] * 47)
+    """The device hangs."""
+    client.ask("runs", [2] * 6, max_tokens=38, route=ELSEWHERE)
+    client.ask("frozen", [1] * 8, route=HERE)
+    fakes.step_until(lambda: len(client.ids("frozen")) == 3)
+    hang(fakes, monkeypatch)
 
 
 def preempted(fakes, client, monkeypatch):
-    """An older request needs the whole pool."""
-    client.ask("runs", [2] * 30, max_tokens=38)
-    client.ask("frozen", [1] * 20)
+    """An older request needs the whole pool, and its device hangs."""
+    client.ask("runs", [2] * 6, max_tokens=38, route=ELSEWHERE)
+    client.ask("frozen too", [3] * 30, max_tokens=38, route=HERE)
+    client.ask("frozen", [1] * 20, route=HERE)
+    fakes.step_until(lambda: client.state("frozen") is State.PREEMPTED)
+    hang(fakes, monkeypatch)
 
 
 WAYS = {
@@ -91,30 +106,73 @@ WAYS = {
 
 @pytest.mark.parametrize("freeze", WAYS)
 def test_every_state_has_a_deadline(freeze, clock, monkeypatch):
-    fakes = make_engine({"t": ECHO}, decode_pages=18, stall_seconds=STALL)
+    fakes = make_engine({"t": ECHO}, num_decode=2, decode_pages=18, stall_seconds=STALL)
     client = Client(fakes)
-    freeze(fakes, client, monkeypatch)
-    fakes.step_until(lambda: client.state("frozen") is WAYS[freeze])
-    fakes.step(12)
-    assert client.state("frozen") is WAYS[freeze]
-    said = len(client.ids("frozen"))
-    seconds = 0
-    while not client.ended("frozen"):
-        assert seconds <= STALL + 1
-        clock(1)
-        fakes.step()
-        seconds += 1
+    with monkeypatch.context() as patch:
+        freeze(fakes, client, patch)
+        fakes.step_until(lambda: client.state("frozen") is WAYS[freeze])
+        fakes.step(12)
+        assert client.state("frozen") is WAYS[freeze]
+        said = len(client.ids("frozen"))
+        seconds = 0
+        while not client.ended("frozen"):
+            assert seconds <= STALL + 1
+            clock(1)
+            fakes.step()
+            seconds += 1
     assert seconds >= STALL
     assert (client.end("frozen"), len(client.ids("frozen"))) == (TIMED_OUT, said)
+    # A retry may help a request that was never admitted.
+    assert client.events["frozen"][-1].retry is (True if freeze is waiting else None)
     # Requests with progress continue, and none waits for what is stuck.
     assert client.events.get("frozen too") is None or client.end("frozen too") == TIMED_OUT
     for store in fakes.decode_stores:
         store.gates.clear()
-    ask_now(client, "after", [1] * 30, max_tokens=3)
+    ask_now(client, "after", [1] * 30, max_tokens=3, route=HERE)
     fakes.run()
     counts = {"runs": 38, "after": 3}
     for name in counts.keys() & client.events.keys():
         assert client.ids(name) == ECHO.answer(client.sequences[name].request.prompt, counts[name])
+
+
+@pytest.mark.parametrize("state", [State.WAITING, State.PREEMPTED, State.TRANSFERRING])
+def test_nobody_is_late_while_something_ahead_moves(state, clock):
+    """An older answer has the pages, or the row, for many times as long as the deadline."""
+    fakes = make_engine({"t": ECHO}, rows=1 if state is State.TRANSFERRING else 4, decode_pages=18, stall_seconds=STALL)
+    client = Client(fakes)
+    client.ask("runs", [2] * 30, max_tokens=38)
+    fakes.step_until(lambda: client.state("runs") is State.DECODING)
+    client.ask("patient", [1] * {State.WAITING: 38, State.PREEMPTED: 20, State.TRANSFERRING: 5}[state], max_tokens=30)
+    fakes.step_until(lambda: client.state("patient") is state)
+    waited = 0
+    while client.state("patient") is state:
+        fakes.step()
+        clock(STALL - 1)
+        waited += 1
+    assert waited > 10
+    fakes.run()
+    assert client.ids("runs") == ECHO.answer([2] * 30, 38)
+    assert client.ids("patient") == ECHO.answer(client.sequences["patient"].request.prompt, 30)
+
+
+def test_a_transfer_that_never_arrives_does_not_hold_up_an_older_answer(clock):
+    """The pages that it is to be written into go to the answer that needs them."""
+    fakes = make_engine({"t": ECHO}, decode_pages=18, stall_seconds=STALL)
+    client = Client(fakes)
+    client.ask("runs", [1] * 8, max_tokens=50)
+    fakes.step_until(lambda: client.state("runs") is State.DECODING)
+    gate = fakes.hold(3)
+    client.ask("frozen", [3] * 47, max_tokens=5)
+    while not client.ended("runs"):
+        fakes.step()
+        clock(STALL / 40)
+    assert client.ids("runs") == ECHO.answer([1] * 8, 50)
+    # Its deadline counts from there, and its transfer is sent again.
+    fakes.step(5)
+    assert client.state("frozen") is State.TRANSFERRING
+    gate.open = True
+    fakes.run()
+    assert client.ids("frozen") == ECHO.answer([3] * 47, 5)
 
 
 def test_a_copy_that_never_comes_is_given_up_though_others_wait_for_it(clock):
@@ -199,3 +257,20 @@ def test_who_comes_and_goes_behind_does_not_keep_a_request_waiting(clock):
         if client.ended("patient"):
             break
     assert client.end("patient") == TIMED_OUT
+
+
+def test_deadlines_of_nested_prompts_are_checked_in_a_moment(clock):
+    """Each waits for the pages of all before it."""
+    fakes = make_engine({"t": ECHO}, pages=512, chunk=64, rows=16, stall_seconds=STALL)
+    fakes.hold(1)
+    client = Client(fakes)
+    names = [client.ask(prompt=list(range(1, 4 * number + 2)), max_tokens=3) for number in range(1, 31)]
+    fakes.step(60)
+    assert sum(client.sequences[name].decode.table is not None for name in names) > 20
+    clock(STALL + 1)
+    began = time.process_time()
+    fakes.engine.expire()
+    assert time.process_time() - began < 1
+    for store in fakes.decode_stores:
+        store.gates.clear()
+    fakes.run()

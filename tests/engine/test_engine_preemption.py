@@ -63,20 +63,51 @@ def test_the_oldest_is_never_preempted_and_the_youngest_first():
     names = [client.ask(prompt=[number] * 13, max_tokens=40) for number in range(4)]
     order = []
     admission = fakes.engine.admission
-    preempted = admission.preempted
+    put_aside = admission.put_aside
 
     def note(sequence):
-        order.append((names.index(sequence.request.id), [names.index(o.request.id) for o in admission.decoding[0]]))
-        preempted(sequence)
+        holders = admission.holders(admission.decode_pools[0])
+        order.append((names.index(sequence.request.id), [names.index(other.request.id) for other in holders]))
+        put_aside(sequence)
 
-    admission.preempted = note
+    admission.put_aside = note
     fakes.run()
     assert len(order) >= 3
-    for victim, decoding in order:
-        assert victim == max(decoding)
+    for victim, holders in order:
+        assert victim == max(holders)
         assert victim > 0
+    assert fakes.engine.decode_workers[0].num_preempted == len(order)
     for number, name in enumerate(names):
         assert client.ids(name) == ECHO.answer([number] * 13, 40)
+
+
+@pytest.mark.parametrize(
+    ("state", "colocated"), [(State.PREFILLING, False), (State.PREFILLING, True), (State.TRANSFERRING, False)]
+)
+def test_the_youngest_gives_its_pages_in_any_state(state, colocated):
+    """A sequence that has not begun to decode holds pages that an older answer needs: it gives them at once."""
+    fakes = make_engine(
+        {"t": ECHO}, pages=19, decode_pages=19, colocated=colocated, chunk=3 if state is State.PREFILLING else 64
+    )
+    client = Client(fakes)
+    gate = fakes.hold(2)
+    client.ask("old", [1] * 5, max_tokens=60)
+    fakes.step_until(lambda: len(client.ids("old")) == 4)
+    # Its reservation leaves a page for each of the two and no more.
+    client.ask("young", [2] * 51, max_tokens=3)
+    fakes.step_until(lambda: client.state("young") is state)
+    held = len(client.ids("old"))
+    fakes.step_until(lambda: client.state("young") is State.WAITING)
+    young = client.sequences["young"]
+    assert (young.prefill.table, young.decode.table) == (None, None)
+    assert fakes.engine.decode_workers[0].num_preempted == 0
+    # The old answer has a token in every turn.
+    made = len(client.ids("old"))
+    assert made > held
+    gate.open = True
+    fakes.run()
+    assert client.ids("old") == ECHO.answer([1] * 5, 60)
+    assert client.ids("young") == ECHO.answer([2] * 51, 3)
 
 
 def test_a_preempted_request_holds_nothing_on_the_devices():

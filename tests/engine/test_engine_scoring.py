@@ -4,7 +4,7 @@ import random
 from typing import Any
 
 import pytest
-from fake_engine import Client, make_engine
+from fake_engine import Client, make_engine, watch_calls
 from serving_fakes import Echo
 
 from pshare_jax.engine import scoring
@@ -117,6 +117,31 @@ def test_scoring_takes_turns_with_answers():
     assert fakes.decode["t"].scored
     assert all(sum(waited[index : index + 2]) >= 1 for index in range(len(waited) - 1))
     fakes.run()
+
+
+def test_sequences_with_few_tokens_to_score_share_a_step():
+    """As the choices of a multiple-choice question do; other tasks, and prompts scored token by token, do not mix in."""
+    fakes, client = engine_of(rows=8)
+    calls, fields = watch_calls(fakes.decode_stores[0]), {"max_tokens": 0, "logprobs": 0, "scores_prompt": True}
+    prompts = [[*PROMPT[:20], *ECHO.answer([*PROMPT[:20], number], 9)] for number in range(5)]
+    names = [client.ask(prompt=prompt, response_start=20, **fields) for prompt in prompts]
+    others = [
+        client.ask(prompt=PROMPT[:9], **fields),
+        client.ask(prompt=prompts[0], response_start=20, task="u", **fields),
+    ]
+    ready = fakes.engine.decode_workers[0].compiled
+    ready.limit([(8,)])
+    fakes.step_until(lambda: all(client.state(name) is State.DECODING for name in (*names, *others)))
+    ready.add(scoring.SHAPE)
+    ready.add(scoring.SHORT)
+    fakes.run()
+    assert [len(call.rows) for call in calls if call.kind == "score"] == [4, 1, 1, 1]
+    assert [len(scores_of(client, name)) for name in (*names, *others)] == [29] * 5 + [9, 29]
+    for name, prompt in zip(names, prompts, strict=True):
+        best = [ECHO.next_id(prompt[:index], index - 20) for index in range(20, 29)]
+        assert [score.logprob for score in scores_of(client, name)[20:]] == [
+            0.0 if token == right else -1.0 for token, right in zip(prompt[20:], best, strict=True)
+        ]
 
 
 def test_scoring_waits_for_its_program():

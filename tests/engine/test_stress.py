@@ -30,6 +30,7 @@ from faults import (
 from tiny import VOCAB
 from tiny_engine import MIN_GAP, Answer, Engines
 
+from pshare_jax.engine import admission
 from pshare_jax.engine.config import Placement, placed
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Request
@@ -376,7 +377,9 @@ def check_threaded(world: Engines, seed: int, count: int, caplog: Any, **pools: 
 
 
 @pytest.mark.timeout(240)
-def test_threaded_storm(sources, caplog, restless):
+def test_threaded_storm(sources, caplog, restless, monkeypatch):
+    # So that running answers run out of pages more often.
+    monkeypatch.setattr(admission, "RESERVE_PAGES", 0)
     check_threaded(world_of(sources), 3, 60, caplog, **SMALL)
 
 

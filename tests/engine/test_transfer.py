@@ -108,17 +108,23 @@ def test_what_comes_after_its_pool_has_failed_is_not_written(caplog):
     fakes = make_engine({"t": ECHO}, chunk=64, moves=(32,))
     gate = fakes.hold(1)
     client = Client(fakes)
-    client.ask("runs", [2] * 9)
-    client.ask("is copied", [1] * 22)
+    client.ask("runs", [2] * 9, max_tokens=20)
+    client.ask("is copied", [1] * 22, max_tokens=4)
     fakes.step_until(lambda: client.state("is copied") is State.TRANSFERRING)
+    (late,) = copies(fakes)
     fakes.decode["t"].fail_at = len(client.ids("runs"))
     moves = noted_moves(fakes)
     fakes.step()
+    assert fakes.engine.decode_workers[0].pool.generation == 1
     fakes.decode["t"].fail_at = None
+    fakes.decode_stores[0].gates.clear()
     gate.open = True
     fakes.run()
-    assert [client.end(name) for name in client.events] == [FAILED, FAILED]
-    assert moves == []
+    assert late.target.stale
+    # Each was sent once more, and nothing else: first the pages that the prefill pool still had, then the tail.
+    assert sorted(moves) == [1, 2, 5]
+    for name, count in (("runs", 20), ("is copied", 4)):
+        assert client.ids(name) == ECHO.answer(client.sequences[name].request.prompt, count)
 
 
 def test_a_copy_whose_source_pool_has_failed_is_whole_or_not_used(caplog):
@@ -132,11 +138,13 @@ def test_a_copy_whose_source_pool_has_failed_is_whole_or_not_used(caplog):
     fakes.prefill[0].fail_on = 9
     client.ask("fails", [9] * 22, route=Route(0, 0))
     fakes.step(2)
-    assert [client.end(name) for name in ("owner", "fails")] == [FAILED, FAILED]
+    assert fakes.engine.admission.num_adopted == 1
     fakes.decode_stores[0].gates.clear()
     gate.open = True
     fakes.run()
-    assert client.ids("waits") == ECHO.answer([1] * 22, 4)
+    assert (client.end("fails"), client.events["fails"][-1].retry) == (FAILED, False)
+    for name in ("owner", "waits"):
+        assert client.ids(name) == ECHO.answer([1] * 22, 4)
 
 
 def test_colocated_workers_move_nothing():

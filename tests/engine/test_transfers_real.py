@@ -29,6 +29,7 @@ from tiny_engine import MIN_GAP, Answer, Engines
 
 from pshare_jax.engine.config import placed
 from pshare_jax.engine.engine import Engine
+from pshare_jax.engine.failures import MAX_ACCUSED
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.kv.keys import page_keys
 from pshare_jax.engine.kv.pool import Pool
@@ -107,26 +108,34 @@ def test_an_aborted_copy_is_never_written_into_pages_that_were_lent_again(world,
     assert gone.ids == []
 
 
+@pytest.mark.parametrize("times", [1, 2])
 @pytest.mark.parametrize("when", ["sent", "written"])
-def test_a_copy_that_fails_ends_its_request_alone(world, draw, when):
+def test_a_copy_that_fails_is_made_again_and_the_second_time_ends_its_request_alone(world, draw, when, times):
     engine = faulty_engine(world)
     running, failing, waiting = (world.clear(draw, task, 30, 12) for task in ("chat", "math", "lora"))
     waiting = world.request("lora", failing.prompt)
     stream = Answer(engine, running)
     step_until(engine, lambda: len(stream.ids) > 1)
     store = store_of(engine.admission.decode_pools[0])
-    if when == "sent":
-        store.place_fault = RuntimeError("no memory")
-    else:
-        store.polls = lambda: 3
-    answers = [Answer(engine, request) for request in (failing, waiting)]
-    engine.step()
-    if when == "written":
-        store.late[-1].error = RuntimeError("the link is down")
-    finish(world, engine, stream, answers[1])
-    assert answers[0].error == FAILED
-    assert answers[0].ids == []
-    assert engine.transfers[0].stats.failures == 1
+    answers = []
+    for number in range(times):
+        if when == "sent":
+            store.place_fault = RuntimeError("no memory")
+        else:
+            store.polls = lambda: 3
+        if not answers:
+            answers.append(Answer(engine, failing))
+        num_sent = len(store.late)
+        if when == "written":
+            step_until(engine, lambda num_sent=num_sent: len(store.late) > num_sent)
+            store.late[-1].error = RuntimeError("the link is down")
+        step_until(engine, lambda number=number: engine.transfers[0].stats.failures > number)
+    answers.append(Answer(engine, waiting))
+    finish(world, engine, stream, answers[1], *(answers[:1] if times == 1 else []))
+    if times == 2:
+        assert answers[0].error == FAILED
+        assert answers[0].ids == []
+    assert engine.transfers[0].stats.failures == times
     world.check(failing, engine=engine)
 
 
@@ -175,7 +184,8 @@ def test_an_inherited_copy_that_never_comes_is_given_up(world, draw):
     finish(world, engine, newest)
 
 
-def test_a_failed_prefill_step_ends_its_requests_and_frees_their_decode_pages(world, draw):
+@pytest.mark.parametrize("times", [1, 1 + MAX_ACCUSED])
+def test_a_failed_prefill_step_frees_all_pages_and_the_last_ends_its_request(world, draw, times):
     engine = faulty_engine(world, prefill_pages=30)
     running, failing, queued = (world.clear(draw, "math", length, 12) for length in (20, 60, 70))
     stream = Answer(engine, running)
@@ -183,15 +193,19 @@ def test_a_failed_prefill_step_ends_its_requests_and_frees_their_decode_pages(wo
     answers = [Answer(engine, request) for request in (failing, queued)]
     engine.prefill_workers[0].step()
     assert [answer.sequence.state for answer in answers] == [State.PREFILLING, State.WAITING]
-    store_of(engine.admission.prefill_pools[0]).fault = RuntimeError("no memory")
-    engine.prefill_workers[0].step()
-    assert answers[0].error == FAILED
-    held = answers[0].sequence.decode.table
-    engine.step()
-    assert answers[0].sequence.decode.table is None
-    assert held is not None
-    assert held.pages == []
-    finish(world, engine, stream, answers[1])
+    for _ in range(times):
+        step_until(engine, lambda: answers[0].sequence.state is State.PREFILLING)
+        held = answers[0].sequence.decode.table
+        store_of(engine.admission.prefill_pools[0]).fault = RuntimeError("the device failed")
+        engine.prefill_workers[0].step()
+        assert answers[0].ended == (engine.admission.prefill_pools[0].generation == 1 + MAX_ACCUSED)
+        engine.decode_workers[0].step()
+        engine.admission.reap_prefill(0)
+        assert held is not None
+        assert held.pages == []
+    finish(world, engine, stream, answers[1], *(answers[:1] if times == 1 else []))
+    if times > 1:
+        assert answers[0].error == FAILED
 
 
 def test_an_abort_during_prefill_frees_the_decode_pages_in_the_next_step(world, draw):

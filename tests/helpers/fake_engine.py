@@ -169,3 +169,47 @@ class Client:
 
     def ended(self, name: str) -> bool:
         return bool(self.events[name]) and self.events[name][-1].last
+
+
+class Load:
+    """Clients that ask again as soon as they have an answer, each time with a prompt of their own."""
+
+    def __init__(self, client: Client, count: int, length: int = 4, **fields: Any):
+        self._client, self._length, self._fields = client, length, fields
+        self._current: list[str | None] = [None] * count
+        self._prompts = itertools.count()
+        self.num_answers = 0
+
+    def ask_again(self) -> None:
+        for index, name in enumerate(self._current):
+            if name is None or self._client.ended(name):
+                self.num_answers += name is not None
+                self._current[index] = self._client.ask(prompt=self._prompt(), **self._fields)
+
+    def _prompt(self) -> list[int]:
+        number = next(self._prompts)
+        return [10 + number % 200, *[number // 200 % 250] * (self._length - 1)]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A device call of a worker: its kind (prefill, decode or score), its token slots and its rows of real tokens."""
+
+    kind: str
+    num_slots: int
+    rows: list[tuple[int, ...]]
+
+
+def watch_calls(store: FakeStore) -> list[Call]:
+    """The calls on this pool from now on, in their order."""
+    calls: list[Call] = []
+    run = store.run
+
+    def watched(step: Any, params: Any, tokens: Any, rows: Any) -> Any:
+        counts = getattr(rows, "batch", rows).query_lens
+        real = [tuple(row[:count].tolist()) for row, count in zip(tokens, counts, strict=True) if count]
+        calls.append(Call(step.__name__.strip("_"), tokens.size, real))
+        return run(step, params, tokens, rows)
+
+    store.run = watched
+    return calls

@@ -128,7 +128,7 @@ def serving(
             running = Running(fakes, served, client, server)
             yield running
             # A stop, if the test asked for one, ends the threads itself.
-            stopped = server.should_exit or not engine.accepting
+            stopped = server.should_exit or not engine.accepting or engine.broken
             assert stopped or all(thread.alive for thread in engine._threads)
     finally:
         engine.stop()

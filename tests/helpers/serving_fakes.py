@@ -85,11 +85,14 @@ class FakeStore:
         self.refused: set[int] = set()
         self.num_filled = 0
         self._thread: int | None = None
+        self.pages: Any = None
         self.reset()
 
     def run(self, step: Callable[..., tuple[Any, Any]], params: Any, tokens: np.ndarray, rows: Any) -> Any:
         self._touch()
-        result, self.pages = step(params, tokens, rows, self.pages)
+        # A step that fails has taken the arrays with it.
+        pages, self.pages = self.pages, None
+        result, self.pages = step(params, tokens, rows, pages)
         return result
 
     def gather(self, ids: Sequence[int]) -> Content:
@@ -262,12 +265,13 @@ class FakeDecode(_Fake):
         self.before()
         if params is not self.params:
             self.faults.append("a task was scored with the parameters of another")
-        (count,), (length,), (table,) = rows.batch.query_lens, rows.batch.context_lens, rows.batch.page_table
         logprobs, best = np.full(tokens.shape, -1.0), np.zeros((*tokens.shape, 1), np.int64)
-        for index, token in enumerate(tokens[0, :count].tolist()):
-            best[0, index, 0] = self._scored(token, table, int(length) + index, pages, bool(rows.independent))
-            logprobs[0, index] = 0.0 if best[0, index, 0] == rows.targets[0, index] else -1.0
-        self.scored += tokens[0, :count].tolist()
+        for row, count in enumerate(rows.batch.query_lens):
+            table, length = rows.batch.page_table[row], int(rows.batch.context_lens[row])
+            for index, token in enumerate(tokens[row, :count].tolist()):
+                best[row, index, 0] = self._scored(token, table, length + index, pages, bool(rows.independent))
+                logprobs[row, index] = 0.0 if best[row, index, 0] == rows.targets[row, index] else -1.0
+            self.scored += tokens[row, :count].tolist()
         return (logprobs, best, np.zeros(best.shape)), pages
 
     def _scored(self, token: int, table: np.ndarray, position: int, pages: np.ndarray, alone: bool) -> int:
@@ -301,7 +305,10 @@ class FakeSampler:
     def lower(self, num_rows: int) -> Any:
         raise AssertionError("fakes are not compiled")
 
-    def sample(self, logits: Any, batch: Any) -> Any:
+    def prepare(self, batch: Any, num_rows: int) -> Any:
+        return self._choice
+
+    def _choice(self, logits: Any) -> Any:
         ids = logits.argmax(-1).tolist()
 
         def choose(row: int, sequence: Any) -> tuple[int, TokenLogprobs | None]:

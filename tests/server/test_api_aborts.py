@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from fake_server import PATHS, error_of, serving
+from fake_server import PATHS, error_of, pieces, serving
 
+from pshare_jax.engine import worker_thread
 from pshare_jax.engine.request import ABORTED, FAILED, Request
 from pshare_jax.engine.sequence import State
 
@@ -101,14 +102,15 @@ def test_disconnecting_in_every_state(prepare, stream):
 def test_a_failed_step_is_an_error_object(server, stream, caplog):
     decode = server.fakes.decode["abc"]
     decode.fail_at = 0
-    error = error_of(server.post(stream=stream), 500)
+    error = error_of(server.post(stream=stream, prompt=f"first {stream}"), 500)
     assert (error["message"], error["type"]) == (FAILED, "server_error")
     decode.fail_at = 2
     if stream:
-        chunks = server.stream("/v1/completions", model="abc", prompt="p")
+        chunks = server.stream("/v1/completions", model="abc", prompt="second, stream")
+        assert pieces(chunks[:-1]) == ["A", "B"]
         assert chunks[-1]["error"]["message"] == FAILED
     else:
-        error_of(server.post(), 500)
+        error_of(server.post(prompt="second"), 500)
     decode.fail_at = None
     assert server.ask("/v1/completions")[0] == "ABCDEFGH"
 
@@ -125,18 +127,20 @@ def test_a_full_server_reports_its_limit_and_when_to_retry():
         assert server.post().status_code == 200
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_health_reports_a_failed_worker(monkeypatch):
-    with serving() as server:
+def test_health_reports_a_failed_worker_while_others_serve(monkeypatch, caplog):
+    monkeypatch.setattr(worker_thread, "RESTART_SECONDS", ())
+    with serving(num_decode=2) as server:
         assert server.client.get("/health").json() == {"status": "ok"}
 
         def die():
             raise SystemError("dead")
 
         monkeypatch.setattr(server.engine.decode_workers[0], "step", die)
-        error_of(server.post(), 500)
-        assert server.client.get("/health").status_code == 503
-        error_of(server.post(), 503)
+        server.engine.wake()
+        wait_for(lambda: server.client.get("/health").status_code == 503)
+        assert server.ask("/v1/completions")[0] == "ABCDEFGH"
+        assert not server.engine.broken
+        server.stop()
 
 
 def test_a_stopping_server_ends_streams_with_an_error():

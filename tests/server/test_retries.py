@@ -7,7 +7,7 @@ import pytest
 from fake_server import PATHS, error_of, serving
 
 from pshare_jax.engine import engine as engine_module
-from pshare_jax.engine.engine import RequestBanned
+from pshare_jax.engine.failures import RequestBanned
 from pshare_jax.engine.request import FAILED, TIMED_OUT, Event, Request
 from pshare_jax.engine.sequence import State
 from pshare_jax.server import completions
@@ -111,7 +111,7 @@ def test_a_failure_after_the_submission_leaves_no_request(server, monkeypatch, c
 
 
 def test_a_failure_within_the_submission_leaves_no_request(server, monkeypatch):
-    route = engine_module.Engine._route
+    route = engine_module.Engine.route
     routed: list[str] = []
 
     def second_fails(engine, sequence, given):
@@ -120,7 +120,7 @@ def test_a_failure_within_the_submission_leaves_no_request(server, monkeypatch):
             raise RuntimeError("made to fail")
         route(engine, sequence, given)
 
-    monkeypatch.setattr(engine_module.Engine, "_route", second_fails)
+    monkeypatch.setattr(engine_module.Engine, "route", second_fails)
     error_of(server.post(model="endless", max_tokens=90_000, n=3), 500)
     assert len(routed) == 2
     server.rest()

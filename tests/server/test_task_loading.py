@@ -19,10 +19,10 @@ from safetensors.numpy import load_file, save_file
 from task_world import LONG, PLACE, World
 from tiny import edit_json
 
-from pshare_jax.engine.compile_counter import count_compilations
 from pshare_jax.engine.config import BatchConfig, DecodePlacement
 from pshare_jax.engine.sequence import State
 from pshare_jax.engine.warmup import BackgroundCompiler, Variant, compile_all, decode_variants
+from pshare_jax.server.compile_counter import count_compilations
 from pshare_jax.server.config import ServerConfig
 from pshare_jax.server.openai.schema import ApiError
 from pshare_jax.share.decode_module import MANIFEST
@@ -249,10 +249,10 @@ def test_a_failed_load_keeps_no_arrays(server, monkeypatch):
 def test_workers_never_compile_for_a_new_task(world, server):
     """New architectures (the first LoRA, other ranks and targets) are compiled before the task is served."""
     compile_all(server.programs)
-    for name, num_new in (("odd", 3), ("lora2", None), ("full2", 0), ("same", 0)):
+    for name, num_new in (("odd", 4), ("lora2", None), ("full2", 0), ("same", 0)):
         before = count_compilations().count
         server.load("x", name)
-        # Steps of one row and of two, and a scoring step.
+        # Steps of one row and of two, and scoring steps of one and of four.
         loaded = count_compilations().count
         assert num_new is None or loaded == before + num_new
         alone, *others = server.ask("x", 5), server.ask("chat", 5), server.ask("math", 5)
@@ -280,7 +280,7 @@ def test_no_shape_is_used_before_it_is_compiled_for_the_new_task(world, monkeypa
     if settled:
         BackgroundCompiler([], [worker.compiled], lambda line: None, lambda: None)._thread.join()
     stepped.load("x", "lora")
-    one, two = ["decode 1", "sample 1"], ["decode 2", "sample 2", "score"]
+    one, two = ["decode 1", "sample 1"], ["decode 2", "sample 2", "score 1x64", "score 4x16"]
     assert sorted(compiled) == (one if settled else sorted(one + two))
     assert (2,) not in worker.compiled
     stepped.table.stop()

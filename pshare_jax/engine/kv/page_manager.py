@@ -121,6 +121,10 @@ class PageManager:
         """How many leading pages of a prompt are published or pending: what `reserve` would share."""
         return len(self._chain(keys))
 
+    def has_key(self, key: PageKey) -> bool:
+        """Whether a page with this digest is published or pending, and so, unless digests collide, are all before it."""
+        return key.digest in self._tree
+
     def waiting(self, waiter: Hashable) -> bool:
         """Whether a page that the waiter needs is still pending."""
         return waiter in self._awaited
@@ -132,6 +136,14 @@ class PageManager:
     def waiters_of(self, producer: Hashable) -> list[Hashable]:
         """All that wait for pages that the producer has pending, without those that wait for them in turn."""
         return list(dict.fromkeys(waiter for page in self._produced.get(producer, ()) for waiter in page.waiters))
+
+    def producers_for(self, waiter: Hashable) -> list[Hashable]:
+        """The producers of the pending pages that the waiter needs."""
+        return list(dict.fromkeys(page.producer for page in self._awaited.get(waiter, ()) if page.producer is not None))
+
+    def producers_of(self, keys: Sequence[PageKey]) -> set[Hashable]:
+        """The producers of the pending pages that `reserve` would share."""
+        return {page.producer for page in self._chain(keys) if page.producer is not None}
 
     def could_reserve(self, keys: Sequence[PageKey], num_pages: int, spare: int = 0, wait: bool = True) -> bool:
         """Whether `reserve` would succeed and leave `spare` pages or more that can be lent. Changes nothing."""
