@@ -1,14 +1,17 @@
-"""Five minutes of 64 streams, 16 slow readers and 16 clients that hang up, against the real server: `pytest -m slow tests/e2e`.
+"""Five minutes of 64 streams, 16 slow readers, 16 clients that hang up, 8 that score and 12 that ask for one token, against
+the real server: `pytest -m slow tests/e2e`.
 
 Nothing may hang or fail, memory must not grow and every page must come back. PSHARE_SOAK_MINUTES shortens or lengthens it.
 """
 
 import asyncio
+import itertools
 import json
 import os
 import random
 import re
 import socket
+import statistics
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,7 +22,7 @@ from server_process import CHAT, TEXT, serving
 from tiny import tiny_folder, tiny_module
 
 MINUTES = float(os.environ.get("PSHARE_SOAK_MINUTES", "5"))
-STREAMS, SLOW, LEAVING = 64, 16, 16
+STREAMS, SLOW, LEAVING, SCORING, SHORT = 64, 16, 16, 8, 12
 GROWTH_MB = 50
 TASKS = ("chat", "math", "tools")
 LONGEST_SECONDS = 120.0
@@ -31,8 +34,11 @@ class Soak:
 
     def __init__(self, url: str, ends: float):
         self.url, self.ends = url, ends
-        self.done = dict.fromkeys(("streams", "slow", "left"), 0)
+        self.done = dict.fromkeys(("streams", "slow", "left", "scored", "short"), 0)
         self.longest = 0.0
+        self.first: list[float] = []
+        self.gaps: list[float] = []
+        """The longest time between two tokens of each stream."""
 
     async def run(self) -> None:
         limits = httpx.Limits(max_connections=None)
@@ -41,6 +47,8 @@ class Soak:
                 *(self.stream(client, random.Random(number)) for number in range(STREAMS)),
                 *(self.read_slowly(random.Random(1000 + number)) for number in range(SLOW)),
                 *(self.leave(client, random.Random(2000 + number)) for number in range(LEAVING)),
+                *(self.score(client, random.Random(3000 + number)) for number in range(SCORING)),
+                *(self.ask_for_one(client, random.Random(4000 + number)) for number in range(SHORT)),
             )
 
     def body(self, draw: random.Random, most: int = 60) -> dict:
@@ -63,8 +71,14 @@ class Soak:
             body, began = self.body(draw), time.monotonic()
             async with client.stream("POST", TEXT, json=body) as response:
                 assert response.status_code == 200
-                lines = [line async for line in response.aiter_lines() if line]
-            self.longest = max(self.longest, time.monotonic() - began)
+                lines, times = [], []
+                async for line in response.aiter_lines():
+                    if line.startswith("data: "):
+                        lines.append(line)
+                        times.append(time.monotonic())
+            self.longest = max(self.longest, times[-1] - began)
+            self.first.append(times[0] - began)
+            self.gaps.append(max(after - before for before, after in itertools.pairwise(times)))
             assert lines[-1] == "data: [DONE]"
             assert json.loads(lines[-2].removeprefix("data: "))["usage"]["completion_tokens"] == body["max_tokens"]
             self.done["streams"] += 1
@@ -77,6 +91,28 @@ class Soak:
                     await anext(lines, None)
             self.done["left"] += 1
 
+    async def score(self, client: httpx.AsyncClient, draw: random.Random) -> None:
+        while time.monotonic() < self.ends:
+            body = {
+                **self.body(draw),
+                "stream": False,
+                "stream_options": None,
+                "max_tokens": 0,
+                "echo": True,
+                "logprobs": 1,
+            }
+            response = await client.post(TEXT, json=body)
+            assert response.status_code == 200, response.text
+            assert len(response.json()["choices"][0]["logprobs"]["token_logprobs"]) == len(body["prompt"])
+            self.done["scored"] += 1
+
+    async def ask_for_one(self, client: httpx.AsyncClient, draw: random.Random) -> None:
+        while time.monotonic() < self.ends:
+            body = {**self.body(draw), "stream": False, "stream_options": None, "max_tokens": 1}
+            response = await client.post(TEXT, json=body)
+            assert response.status_code == 200, response.text
+            self.done["short"] += 1
+
     async def read_slowly(self, draw: random.Random) -> None:
         """A few bytes at a time through a small window, of an answer with many bytes a token."""
         parts = urlsplit(self.url)
@@ -87,7 +123,8 @@ class Soak:
             await asyncio.get_running_loop().sock_connect(end, (parts.hostname, parts.port))
             reader, writer = await asyncio.open_connection(sock=end, limit=2048)
             content = json.dumps({**self.body(draw, 100), "logprobs": 20}).encode()
-            head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
+            head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
             writer.write(head.encode() + content)
             tail = b""
             try:
@@ -144,7 +181,9 @@ def test_nothing_hangs_leaks_or_is_lost(tmp_path):
         early = max(size for minute, size in sizes if minute <= 2 * MINUTES / 5)
         late = sizes[-1][1]
         print(
-            f"\n{soak.done}, longest stream {soak.longest:.1f} s, preemptions {preempted and preempted[1]}, "
+            f"\n{soak.done}, longest stream {soak.longest:.1f} s, longest gap {max(soak.gaps):.2f} s (median of the streams' "
+            f"{statistics.median(soak.gaps):.2f} s), first token after {statistics.median(soak.first):.2f} s, at most "
+            f"{max(soak.first):.2f} s, preemptions {preempted and preempted[1]}, "
             f"RSS {early:.0f} MB after {2 * MINUTES / 5:.1f} min, {late:.0f} MB after {sizes[-1][0]:.1f} min"
         )
         assert late - early <= GROWTH_MB
