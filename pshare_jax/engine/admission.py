@@ -45,16 +45,11 @@ class Admission(Ledger):
             return []
         self.may_admit[worker] = False
         rows, left, admitted = self._rows(), self._tokens_left(worker), []
-        most = CHUNKS_AHEAD * self._chunk_tokens
         for sequence in list(self.waiting[worker]):
             refused = self.refused[sequence.decode_worker]
             if any(other.number < sequence.number for other in refused):
                 continue
-            if sequence not in refused and (
-                min(left.values()) >= most
-                or rows[_rows_of(sequence)] >= 2 * self.max_rows
-                or left[self._is_short(sequence)] >= most
-            ):
+            if sequence not in refused and not self._is_near(sequence, rows, left):
                 continue
             waits = self._waits(sequence)
             if not self._has_decode_pages(sequence, waits):
@@ -74,6 +69,13 @@ class Admission(Ledger):
             left[sequence.prefill.num_left <= self._chunk_tokens] += sequence.prefill.num_left
             admitted.append(sequence)
         return admitted
+
+    def _is_near(self, sequence: Sequence, rows: Counter[tuple[int, int]], left: dict[bool, int]) -> bool:
+        """Whether its group has rows, and few chunks of its kind are to be prefilled before it."""
+        most = CHUNKS_AHEAD * self._chunk_tokens
+        if min(left.values()) >= most or rows[_rows_of(sequence)] >= 2 * self.max_rows:
+            return False
+        return left[self._is_short(sequence)] < most
 
     def _rows(self) -> Counter[tuple[int, int]]:
         """Sequences that decode, or could if there were a row, by decode worker and group."""

@@ -35,7 +35,7 @@ class Recovery:
         are queued again. Called by the pool's thread; no request is guilty where a step on padding (`works`) fails, too.
 
         Raises:
-            WorkerBroken: it does.
+            WorkerBroken: such a step fails.
         """
         engine = self._engine
         with engine.lock:

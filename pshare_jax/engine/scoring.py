@@ -20,7 +20,8 @@ SHAPE: Shape = ("score", 1)
 SHORT: Shape = ("score", 4)
 """A step of one sequence, and one of four that have few tokens left: both take as long."""
 UNAVAILABLE = (
-    "The server could not compile its scoring step, which echo with logprobs and response_start need; its log says why."
+    "The server could not compile its scoring step, which echo with logprobs, response_start and requests that go on after a "
+    "failure need; its log says why."
 )
 
 

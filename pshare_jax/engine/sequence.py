@@ -24,7 +24,8 @@ class State(enum.Enum):
     """The stage of a sequence.
 
     A waiting sequence holds nothing, and a preempted sequence only a copy of its private pages in host memory. In the
-    states between it holds pages, which the worker that has it releases.
+    states between it holds pages, which its worker releases, or, for an older sequence, the worker that needs them
+    (kv/ledger.py: `put_aside`).
     """
 
     WAITING = "waiting"
@@ -121,9 +122,7 @@ _numbers = itertools.count()
 
 @dataclass(eq=False)
 class Sequence:
-    """A request in the engine. All fields are read and written under the engine's lock, except by the worker that has the
-    sequence, which alone releases its pages.
-    """
+    """A request in the engine. All fields are read and written under the engine's lock, except by the worker that has it."""
 
     request: Request
     output: TextOutput
