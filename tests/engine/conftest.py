@@ -1,6 +1,8 @@
-"""Weights that all tests on real engines share: folders and oracles are made once in a process."""
+"""Weights that all tests on real engines share, made once in a process, and a clock."""
 
 import functools
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,3 +23,15 @@ def world_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from exact_world import World
 
     return functools.cache(lambda family: World(family, tmp_path_factory.mktemp(family)))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets time pass: `clock(seconds)`."""
+    real, passed = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: real() + passed[0])
+
+    def wait(seconds: float) -> None:
+        passed[0] += seconds
+
+    return wait

@@ -17,18 +17,6 @@ ECHO = Echo("t")
 STALL = 5.0
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Lets time pass: `clock(seconds)`."""
-    real, passed = time.monotonic, [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: real() + passed[0])
-
-    def wait(seconds):
-        passed[0] += seconds
-
-    return wait
-
-
 def ask_now(client, name, prompt, **fields):
     """A request that arrived at the clock's time."""
     client.ask(name, prompt, **fields)

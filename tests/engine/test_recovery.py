@@ -337,18 +337,6 @@ def test_the_engine_stops_although_a_step_hangs(monkeypatch, caplog):
 # --- deadlines and reservations ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Lets time pass: `clock(seconds)`."""
-    real, passed = time.monotonic, [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: real() + passed[0])
-
-    def wait(seconds):
-        passed[0] += seconds
-
-    return wait
-
-
 @BOTH
 def test_nobody_is_given_up_in_a_full_but_moving_engine(colocated, clock):
     """Before: of 40 healthy requests many ended without progress, while younger requests held the pages."""
