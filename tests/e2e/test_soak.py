@@ -5,6 +5,7 @@ Nothing may hang or fail, memory must not grow and every page must come back. PS
 """
 
 import asyncio
+import faulthandler
 import itertools
 import json
 import os
@@ -157,6 +158,8 @@ def pages(client: httpx.Client, state: str) -> float:
 
 
 def test_nothing_hangs_leaks_or_is_lost(tmp_path):
+    # The dump of stacks is for tests that take less than four minutes.
+    faulthandler.cancel_dump_traceback_later()
     base = tiny_folder("llama", tmp_path / "base")
     modules = {
         "chat": "base",
