@@ -65,22 +65,25 @@ def tokens(url: str, model: str) -> Iterator[str]:
                 yield from (line for line in response.iter_lines() if line)
 
 
+UNITS = {
+    "words": "the quick brown fox ",
+    "one letter": "a",
+    "spaces": " ",
+    "digits": "1234567890",
+    "newlines": "\n",
+    "emoji": "😀",
+    "control tokens": "<|im_end|>",
+}
+"""Texts of kinds that tokenizers treat differently, to be repeated."""
+
+
 def cases(size: int, model: str) -> Iterator[tuple[str, str, Any]]:
     """(name, path, body) of about `size` bytes each."""
-    texts = {
-        "words": "the quick brown fox ",
-        "one letter": "a",
-        "spaces": " ",
-        "digits": "1234567890",
-        "newlines": "\n",
-        "emoji": "😀",
-        "control tokens": "<|im_end|>",
-    }
-    for name, unit in texts.items():
+    for name, unit in UNITS.items():
         text = unit * (size // len(unit.encode()))
         yield f"prompt: {name}", TEXT, {"model": model, "prompt": text, "max_tokens": 1}
-    words = texts["words"] * (size // 20)
-    for name, unit in texts.items():
+    words = UNITS["words"] * (size // 20)
+    for name, unit in UNITS.items():
         text = unit * (size // len(unit.encode()))
         messages = [{"role": "user", "content": text}]
         yield f"chat: {name}", CHAT, {"model": model, "messages": messages, "max_tokens": 1}

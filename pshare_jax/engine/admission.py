@@ -7,16 +7,14 @@ sequences pass it only while it waits for something that they do not need.
 """
 
 import bisect
-import operator
 from collections import Counter
 from collections.abc import Sequence as Items
 
-from pshare_jax.engine.kv.ledger import Ledger
+from pshare_jax.engine.kv.ledger import Ledger, by_age
 from pshare_jax.engine.kv.pool import PageTable, Pool
 from pshare_jax.engine.sequence import PrefillProgress, Sequence, State
 from pshare_jax.engine.shapes import pages_for
 
-_number = operator.attrgetter("number")
 CHUNKS_AHEAD = 2
 """A prompt is admitted while fewer chunks of its kind (long or short, schedule.py) wait on its prefill worker."""
 
@@ -64,7 +62,7 @@ class Admission(Ledger):
                 self.room_changed()
             self.waiting[worker].remove(sequence)
             sequence.move(State.PREFILLING)
-            bisect.insort(self.prefilling[worker], sequence, key=_number)
+            bisect.insort(self.prefilling[worker], sequence, key=by_age)
             rows[_rows_of(sequence)] += sequence.prefill.done
             left[sequence.prefill.num_left <= self._chunk_tokens] += sequence.prefill.num_left
             admitted.append(sequence)
@@ -80,9 +78,7 @@ class Admission(Ledger):
     def _rows(self) -> Counter[tuple[int, int]]:
         """Sequences that decode, or could if there were a row, by decode worker and group."""
         return Counter(
-            _rows_of(sequence)
-            for _, sequence in self._admitted()
-            if sequence.prefill.done and not sequence.final and not sequence.must_restart
+            _rows_of(sequence) for _, sequence in self._admitted() if sequence.prefill.done and not sequence.leaving
         )
 
     def _tokens_left(self, worker: int) -> dict[bool, int]:

@@ -101,7 +101,7 @@ class DecodeWorker:
     def _turn(self) -> bool:
         """One step, of a sequence with tokens to score or of a group that generates."""
         with self._hooks.lock:
-            running = [s for s in self._admission.decoding[self.index] if not s.final and not s.must_restart]
+            running = [s for s in self._admission.decoding[self.index] if not s.leaving]
             if scoring.SHAPE not in self.compiled:
                 running = self._without_scoring(running)
             candidates = self._turns.order(running, self.compiled)

@@ -120,7 +120,7 @@ class PrefillWorker:
         self.stats = PrefillStats()
         self.speed = PrefillSpeed()
         self.compiled = CompiledShapes(prefill_shapes(chunk_tokens))
-        self._watch = StepWatch(self.compiled)
+        self.watch = StepWatch(self.compiled)
         self._ran: set[tuple[int, int]] = set()
 
     @property
@@ -152,7 +152,7 @@ class PrefillWorker:
                 return self._leave() or batch is not None or done
         except StepFailed as failure:
             logger.exception("a %s step of %s failed", failure.kind, self.pool.name)
-            self._hooks.step_failed(self.pool, self._watch, failure, self._works)
+            self._hooks.step_failed(self.pool, self.watch, failure, self._works)
             return True
 
     @property
@@ -170,7 +170,7 @@ class PrefillWorker:
         except Exception as error:
             logger.exception("the first %s step of %s failed", shape, self.pool.name)
             self.compiled.give_up(shape)
-            self._hooks.step_failed(self.pool, self._watch, StepFailed("warm-up", [], error), lambda: True)
+            self._hooks.step_failed(self.pool, self.watch, StepFailed("warm-up", [], error), lambda: True)
         return True
 
     def _works(self) -> bool:
@@ -241,11 +241,6 @@ class PrefillWorker:
                 return step.failure(error)
         return None
 
-    @property
-    def watch(self) -> StepWatch:
-        """What became of its steps."""
-        return self._watch
-
     def _check_running(self) -> None:
         """Forgets finished chunks; raises StepFailed if one of them has failed."""
         if self._generation != self.pool.generation:
@@ -267,7 +262,7 @@ class PrefillWorker:
         now = time.monotonic()
         with self._hooks.lock:
             for step in steps:
-                self._watch.passed("prefill", [(chunk.sequence, chunk.end) for chunk in step.batch.chunks])
+                self.watch.passed("prefill", [(chunk.sequence, chunk.end) for chunk in step.batch.chunks])
             self.speed.add([step.batch.num_tokens for step in steps], now - self._busy_since)
         self._busy_since = now
 
@@ -300,7 +295,7 @@ class PrefillWorker:
             kv_transfer, most = self._transfers[sequence.decode_worker], self.pool.move_pages
             while True:
                 with self._hooks.lock:
-                    # It may have been put aside, and be another worker's by now.
+                    # It may have been requeued, for another worker.
                     room = sequence.prefill_worker == self.index and kv_transfer.has_room(sequence)
                     transfer = self._admission.next_transfer(sequence, most) if room else None
                 if transfer is None:

@@ -6,13 +6,14 @@ again while scoring steps repeat what their decode module had consumed, so that 
 
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pshare_jax.engine.decode_worker import DecodeWorker
 from pshare_jax.engine.failures import MAX_ACCUSED, MOVES, Bans, StepFailed, StepWatch, WorkerBroken
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.prefill_worker import PrefillWorker
 from pshare_jax.engine.request import FAILED, Event
+from pshare_jax.engine.router import Kind
 from pshare_jax.engine.sequence import Sequence, State
 from pshare_jax.engine.worker_thread import WorkerGroup
 
@@ -91,7 +92,7 @@ class Recovery:
                     logger.exception("%s could not be rebuilt", pool.name)
                     for_good = True
             for worker in group.decode:
-                # Nobody else will: transfers to a rebuilt pool hold pages of living prefill pools.
+                # No other thread does it, and transfers to a rebuilt pool hold pages of living prefill pools.
                 admission.drop_cancelled(worker.index)
             # They cannot be admitted now, and must not keep younger sequences of living workers waiting.
             queued = {sequence for worker in group.prefill for sequence in admission.waiting[worker.index]}
@@ -149,7 +150,7 @@ class Recovery:
             engine.route(sequence, None)
             engine.admission.add(sequence)
 
-    def _tell_router(self, group: WorkerGroup, change: Callable[[Literal["prefill", "decode"], int], None]) -> None:
+    def _tell_router(self, group: WorkerGroup, change: Callable[[Kind, int], None]) -> None:
         for worker in group.prefill:
             change("prefill", worker.index)
         for worker in group.decode:

@@ -190,6 +190,16 @@ class Sequence:
         return not LEGAL[self.state]
 
     @property
+    def leaving(self) -> bool:
+        """Whether it has ended or must restart, so that its pages are about to be released."""
+        return self.final or self.must_restart
+
+    @property
+    def tables(self) -> list[PageTable]:
+        """Its page tables, in one or two pools."""
+        return [held for held in (self.prefill.table, self.decode.table) if held is not None]
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of prompt and answer so far; the last token is not yet in the KV."""
         return len(self.request.prompt) + len(self.decode.completion_ids)

@@ -57,7 +57,7 @@ class KVTransfer:
         return self.in_flight < (MAX_IN_FLIGHT // 2 if waits else MAX_IN_FLIGHT)
 
     def send(self, transfer: PageTransfer) -> None:
-        """Dispatches the transfer (called by the prefill pool's thread); if that fails, its request fails."""
+        """Dispatches the transfer (called by the prefill pool's thread); if that fails, its sequence restarts."""
         try:
             transfer.content = self._pool.store.device_put(transfer.source.pool.store.gather(transfer.source_pages))
         except Exception:

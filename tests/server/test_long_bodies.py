@@ -10,6 +10,7 @@ import pytest
 from fake_server import PATHS, error_of, serving
 from tiny_tokenizer import write_tokenizer
 
+from benchmarks.oversized import UNITS
 from pshare_jax.engine.request import Event, TokenLogprobs
 from pshare_jax.server.openai.json_bytes import PART, dump
 from pshare_jax.text.tokenizer import Tokenizer
@@ -19,15 +20,6 @@ MAX_GAP = 1.0
 MAX_LEN = 40_000
 SIZE = 4_000_000
 TEXT, CHAT = PATHS
-UNITS = {
-    "words": "the quick brown fox ",
-    "one letter": "a",
-    "spaces": " ",
-    "digits": "1234567890",
-    "newlines": "\n",
-    "emoji": "😀",
-    "control tokens": "<|im_end|>",
-}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pshare_jax.engine.kv.pool import PageTable, Pool
 from pshare_jax.engine.sequence import PageTransfer, Sequence, State
 from pshare_jax.engine.shapes import pages_for
 
-_number = operator.attrgetter("number")
+by_age = operator.attrgetter("number")
 
 
 class Ledger:
@@ -46,7 +46,7 @@ class Ledger:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a waiting or preempted sequence."""
-        bisect.insort(self.waiting[sequence.prefill_worker], sequence, key=_number)
+        bisect.insort(self.waiting[sequence.prefill_worker], sequence, key=by_age)
         self.may_admit[sequence.prefill_worker] = True
 
     def room_changed(self) -> None:
@@ -65,8 +65,7 @@ class Ledger:
 
     def urgency(self, sequence: Sequence) -> int:
         """The number of the oldest sequence that waits for it: its own, or that of a sequence that needs its pages."""
-        tables = [held for held in (sequence.prefill.table, sequence.decode.table) if held is not None]
-        waiters = itertools.chain(*(held.manager.waiters_of(sequence) for held in tables))
+        waiters = itertools.chain(*(held.manager.waiters_of(sequence) for held in sequence.tables))
         return min([sequence.number, *(waiter.number for waiter in waiters if isinstance(waiter, Sequence))])
 
     def prefilled(self, sequence: Sequence, held: PageTable, num_tokens: int) -> None:
@@ -150,7 +149,7 @@ class Ledger:
         for sequence in gone:
             self.prefilling[worker].remove(sequence)
             sequence.move(State.TRANSFERRING)
-            bisect.insort(self.arriving[sequence.decode_worker], sequence, key=_number)
+            bisect.insort(self.arriving[sequence.decode_worker], sequence, key=by_age)
         return gone
 
     def transfers_of(self, sequence: Sequence) -> list[PageTransfer]:
@@ -201,7 +200,7 @@ class Ledger:
         return bool(gone)
 
     def last_progress(self, sequence: Sequence) -> float:
-        """When the sequence, or one that it waits for, has last made progress: nobody is late while something ahead moves."""
+        """When the sequence, or a sequence that it waits for, has last made progress: it is not late while those move."""
         seen, last = {sequence}, 0.0
         ahead = [sequence]
         for other in ahead:
@@ -236,8 +235,7 @@ class Ledger:
 
     def waits_for(self, sequence: Sequence, others: Items[Sequence]) -> bool:
         """Whether the sequence waits for pages that one of the others produces."""
-        tables = [held for held in (sequence.prefill.table, sequence.decode.table) if held is not None]
-        return any(producer in others for held in tables for producer in held.manager.producers_for(sequence))
+        return any(producer in others for held in sequence.tables for producer in held.manager.producers_for(sequence))
 
     def cancel_adopted(self, limit: float) -> None:
         """Cancels adopted transfers that started before `limit`; the sequences that wait for them restart."""
@@ -268,10 +266,10 @@ class Ledger:
             if sequence.prefill.table is not None:
                 self._release_prefill(sequence)
                 self.room_changed()
-        live = [sequence for sequence in decoding if not sequence.final and not sequence.must_restart]
+        live = [sequence for sequence in decoding if not sequence.leaving]
         rows = Counter(sequence.group for sequence in live if sequence.decode.has_row)
         started = []
-        for sequence in sorted([*live, *arrived], key=_number):
+        for sequence in sorted([*live, *arrived], key=by_age):
             if sequence.decode.has_row or rows[sequence.group] >= self.max_rows:
                 continue
             rows[sequence.group] += 1
@@ -280,7 +278,7 @@ class Ledger:
             if sequence.state is State.TRANSFERRING:
                 arriving.remove(sequence)
                 sequence.move(State.DECODING)
-                bisect.insort(decoding, sequence, key=_number)
+                bisect.insort(decoding, sequence, key=by_age)
                 self.room_changed()
         return started
 
@@ -301,10 +299,10 @@ class Ledger:
         youngest in any state; None if only one is left.
         """
         holders = self.holders(self.decode_pools[worker])
-        leaving = [sequence for sequence in holders if sequence.final or sequence.must_restart]
+        leaving = [sequence for sequence in holders if sequence.leaving]
         if leaving:
             return leaving[0]
-        return max(holders, key=_number) if len(holders) > 1 else None
+        return max(holders, key=by_age) if len(holders) > 1 else None
 
     def put_aside(self, sequence: Sequence) -> None:
         """Releases all pages of a sequence in any state, and requeues it unless it has ended.
@@ -348,7 +346,7 @@ class Ledger:
         num_before = len(sequences)
         # A release can make others restart. They must go at once too: a sequence that was admitted in between would wait for
         # their pages, restart with them, and make them restart in turn, for ever.
-        while gone := [sequence for sequence in sequences if sequence.final or sequence.must_restart]:
+        while gone := [sequence for sequence in sequences if sequence.leaving]:
             for sequence in gone:
                 sequences.remove(sequence)
                 self._release(sequence)
@@ -369,10 +367,7 @@ class Ledger:
 
     def holders(self, pool: Pool) -> list[Sequence]:
         """All sequences with pages in the pool."""
-        tables = ((sequence, sequence.prefill.table, sequence.decode.table) for _, sequence in self._admitted())
-        return [
-            sequence for sequence, *held in tables if any(table is not None and table.pool is pool for table in held)
-        ]
+        return [sequence for _, sequence in self._admitted() if any(held.pool is pool for held in sequence.tables)]
 
     def check(self) -> None:
         """Raises AssertionError unless lists, states and every pool agree; when idle, also unless all pages are released."""
@@ -442,17 +437,17 @@ def _restart(waiters: Iterable[object]) -> None:
 def _has_arrived(sequence: Sequence) -> bool:
     held = sequence.decode.table
     assert held is not None
-    return not sequence.final and not sequence.must_restart and not held.manager.waiting(sequence)
+    return not sequence.leaving and not held.manager.waiting(sequence)
 
 
 def _can_start(sequence: Sequence) -> bool:
     held = sequence.prefill.table
-    return not sequence.final and not sequence.must_restart and held is not None and not held.manager.waiting(sequence)
+    return not sequence.leaving and held is not None and not held.manager.waiting(sequence)
 
 
 def _all_sent(sequence: Sequence) -> bool:
     source, target = sequence.prefill.table, sequence.decode.table
-    if sequence.final or sequence.must_restart or not sequence.prefill.done:
+    if sequence.leaving or not sequence.prefill.done:
         return False
     if source is None or source is target:
         return True
