@@ -110,8 +110,8 @@ class Replay:
     def _admitted(self, sequence: Sequence) -> None:
         # Its own pages are not yet published. Pages that are on their way for another request count as held.
         published = max(pool.manager.num_hits(sequence.keys) for pool in self.engine.pools) * PAGE
-        self.counts.asked += sequence.request.base_len
-        self.counts.unheld += sequence.request.base_len - max(published, sequence.cached_tokens)
+        self.counts.asked += sequence.split.base_len
+        self.counts.unheld += sequence.split.base_len - max(published, sequence.cached_tokens)
 
 
 def fake_engine(placement: str) -> Engine:

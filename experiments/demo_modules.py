@@ -95,7 +95,7 @@ def _questions(demo: Demo, config: TrainConfig, base: Model) -> Iterator[Task]:
         with held_out(config, base, demo.questions) as task:
             yield task
         return
-    with open_task(demo.task, base) as task:
+    with open_task(demo.task, base, config.module.style) as task:
         # Evenly spaced, such as every second of BFCL's 400.
         yield replace(task, items=task.items[:: len(task.items) // demo.questions][: demo.questions])
 

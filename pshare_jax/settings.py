@@ -140,9 +140,23 @@ def _assign(kind: Any, node: Any, parts: list[str], value: Any, key: str) -> Any
         return {**node, parts[0]: below}
     if typing.get_origin(kind) is dict:
         node, inner = _as_map(node, key), typing.get_args(kind)[1]
-        name, rest = (parts[0], parts[1:]) if _container(inner) else (".".join(parts), [])
+        name, rest = _map_key(inner, parts)
         return {**node, name: _assign(inner, node.get(name), rest, value, _join(key, name))}
     return _assign_item(kind, node, parts, value, key)
+
+
+def _map_key(inner: Any, parts: list[str]) -> tuple[str, list[str]]:
+    """The name in a map whose values have the type `inner`, and the rest of a dotted key. Names of plain values may have
+    dots; where a value may be plain or a map, the name ends before the first key of the map.
+    """
+    below = _container(inner)
+    if below is None:
+        return ".".join(parts), []
+    if typing.get_origin(inner) not in (Union, types.UnionType) or not dataclasses.is_dataclass(below):
+        return parts[0], parts[1:]
+    keys = _field_types(below)
+    end = next((index for index in range(1, len(parts)) if parts[index] in keys), len(parts))
+    return ".".join(parts[:end]), parts[end:]
 
 
 def _assign_item(kind: Any, node: Any, parts: list[str], value: Any, key: str) -> list:

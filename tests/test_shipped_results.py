@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import bfcl_http
 from experiments import sharing_ratio as sharing_experiment
 from experiments.demo_modules import DEMOS, markdown
 from pshare_jax.server.config import ServeConfig
@@ -23,6 +24,11 @@ def test_the_experiments_table_is_of_its_rows():
     assert sharing_experiment.markdown(rows) in (ROOT / "docs" / "sharing.md").read_text()
     for row in rows:
         assert row["accuracy"] == row["right"].count("1") / len(row["right"])
+
+
+def test_the_table_of_calls_over_http_is_of_its_rows():
+    rows = json.loads((ROOT / "docs" / "bfcl_http.json").read_text())
+    assert bfcl_http.markdown(rows) in (ROOT / "docs" / "serving.md").read_text()
 
 
 def test_what_is_shipped_is_what_is_served_and_told():

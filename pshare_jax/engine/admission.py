@@ -9,15 +9,18 @@ sequences pass it only while it waits for something that they do not need.
 import bisect
 from collections import Counter
 from collections.abc import Sequence as Items
+from typing import Literal
 
 from pshare_jax.engine.kv.ledger import Ledger, by_age
 from pshare_jax.engine.kv.pool import PageTable, Pool
 from pshare_jax.engine.sequence import PrefillProgress, Sequence, State
 from pshare_jax.engine.shapes import pages_for
 
+Kind = Literal["short", "long", "prefetch"]
 CHUNKS_AHEAD = 2
-"""A prompt is admitted while fewer chunks of its kind (long or short, schedule.py) wait on its prefill worker."""
-
+"""A prompt is admitted while fewer chunks of its kind (long or short, schedule.py) wait on its prefill worker; prefetches are
+one more kind, since other prompts pass them.
+"""
 
 RESERVE_PAGES = 1
 """Pages that admission leaves for the next tokens of each running sequence, so that none is put aside at once."""
@@ -63,30 +66,41 @@ class Admission(Ledger):
             self.waiting[worker].remove(sequence)
             sequence.move(State.PREFILLING)
             bisect.insort(self.prefilling[worker], sequence, key=by_age)
-            rows[_rows_of(sequence)] += sequence.prefill.done
-            left[sequence.prefill.num_left <= self._chunk_tokens] += sequence.prefill.num_left
+            rows[_rows_of(sequence)] += sequence.prefill.done and not sequence.request.prefetches
+            left[self._kind(sequence, sequence.prefill.num_left)] += sequence.prefill.num_left
             admitted.append(sequence)
         return admitted
 
-    def _is_near(self, sequence: Sequence, rows: Counter[tuple[int, int]], left: dict[bool, int]) -> bool:
+    def _is_near(self, sequence: Sequence, rows: Counter[tuple[int, int]], left: dict[Kind, int]) -> bool:
         """Whether its group has rows, and few chunks of its kind are to be prefilled before it."""
         most = CHUNKS_AHEAD * self._chunk_tokens
-        if min(left.values()) >= most or rows[_rows_of(sequence)] >= 2 * self.max_rows:
+        if min(left["short"], left["long"]) >= most:
             return False
-        return left[self._is_short(sequence)] < most
+        if sequence.request.prefetches:
+            return left["prefetch"] < most
+        if rows[_rows_of(sequence)] >= 2 * self.max_rows:
+            return False
+        return left["short" if self._is_short(sequence) else "long"] < most
 
     def _rows(self) -> Counter[tuple[int, int]]:
         """Sequences that decode, or could if there were a row, by decode worker and group."""
         return Counter(
-            _rows_of(sequence) for _, sequence in self._admitted() if sequence.prefill.done and not sequence.leaving
+            _rows_of(sequence)
+            for _, sequence in self._admitted()
+            if sequence.prefill.done and not sequence.leaving and not sequence.request.prefetches
         )
 
-    def _tokens_left(self, worker: int) -> dict[bool, int]:
-        """Tokens that the prefill worker has yet to encode, of short prompts (True) and of long."""
-        left = {True: 0, False: 0}
+    def _tokens_left(self, worker: int) -> dict[Kind, int]:
+        """Tokens that the prefill worker has yet to encode, by kind of prompt."""
+        left: dict[Kind, int] = {"short": 0, "long": 0, "prefetch": 0}
         for sequence in self.prefilling[worker]:
-            left[sequence.prefill.num_left <= self._chunk_tokens] += sequence.prefill.num_left
+            left[self._kind(sequence, sequence.prefill.num_left)] += sequence.prefill.num_left
         return left
+
+    def _kind(self, sequence: Sequence, num_left: int) -> Kind:
+        if sequence.request.prefetches:
+            return "prefetch"
+        return "short" if num_left <= self._chunk_tokens else "long"
 
     def _is_short(self, sequence: Sequence) -> bool:
         """Whether what would have to be encoded, if it were admitted now, fits in a chunk (an estimate, for all that wait)."""
@@ -98,9 +112,11 @@ class Admission(Ledger):
         )
 
     def _context_len(self, sequence: Sequence) -> int:
-        # The tail page of a preempted sequence is in host memory: the base computes only the full pages.
+        # The tail page of a preempted sequence is in host memory, and that of a prefetch is of no use to others: the base
+        # computes only the full pages.
         full_len = len(sequence.keys) * self.decode_pools[sequence.decode_worker].page_size
-        return sequence.request.base_len if sequence.decode.saved is None else full_len
+        whole = sequence.decode.saved is None and not sequence.request.prefetches
+        return sequence.split.base_len if whole else full_len
 
     def _waits(self, sequence: Sequence) -> bool:
         """Whether it waits for pages that other sequences bring to the decode pool: not for those of another prefill worker
@@ -119,6 +135,8 @@ class Admission(Ledger):
         return self.decode_pools[sequence.decode_worker]
 
     def _num_decode_pages(self, sequence: Sequence) -> int:
+        if sequence.request.prefetches:
+            return len(sequence.keys)
         return pages_for(sequence.num_tokens + 1, self._decode_pool(sequence).page_size)
 
     def _has_decode_pages(self, sequence: Sequence, waits: bool) -> bool:
@@ -161,6 +179,6 @@ def _rows_of(sequence: Sequence) -> tuple[int, int]:
 
 
 def _reserved(sequence: Sequence, pool: Pool, num_pages: int, waits: bool) -> PageTable:
-    reservation = pool.manager.reserve(sequence, sequence.keys, num_pages, waits)
+    reservation = pool.manager.reserve(sequence, sequence.keys, num_pages, waits, sequence.caller)
     assert reservation is not None, "the pool had room a moment ago"
     return PageTable(pool, pool.manager, *reservation)

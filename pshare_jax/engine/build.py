@@ -1,7 +1,7 @@
 """Builds an engine from a model and a config: weights, pools and samplers on every worker's mesh.
 
 With `sharing: shared` every prefill worker has the base's weights; with `isolated`, the baseline, each task has a prefill
-worker with its own weights.
+worker with its own weights (an activated LoRA's are the base's there).
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from pshare_jax.engine.config import (
     worker_tasks,
 )
 from pshare_jax.engine.engine import Engine
-from pshare_jax.engine.interfaces import DecodeSpec, ModelFacts, PrefillSpec, Weights
+from pshare_jax.engine.interfaces import DecodeSpec, ModelFacts, Module, PrefillSpec
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.sampler import Sampler
@@ -31,7 +31,8 @@ from pshare_jax.model.kv.pages import page_bytes
 from pshare_jax.model.sharding import parameter_sharding
 from pshare_jax.share.decode_module import DecodeModule
 from pshare_jax.share.factorize import TaskModules
-from pshare_jax.share.model import Model
+from pshare_jax.share.model import Model, Weights
+from pshare_jax.text.grammar import GrammarCompiler
 
 
 def build_engine(model: Model, config: EngineConfig, report: Callable[[str], None]) -> Engine:
@@ -56,6 +57,7 @@ def build_engine(model: Model, config: EngineConfig, report: Callable[[str], Non
         max_len=min(model.config.max_len, most),
         page_bytes=page_bytes(model.config, config.kv.page_size, model.architecture.dtype),
         stop_ids=model.stop_ids,
+        grammars=GrammarCompiler(model.tokenizer, model.config.vocab_size),
     )
     return Engine(prefill, decode, facts, config)
 
@@ -100,7 +102,7 @@ class EngineBuilder:
             modules = self._modules(mesh_of(hosts[name]), [name])
             neighbours = sum(host is hosts[name] for host in hosts.values())
             pool = self._pool(f"prefill pool of {name}", modules.model.mesh, self._share(neighbours))
-            prefill.append(PrefillSpec(modules.module(name), pool, hosts[name].devices, [name]))
+            prefill.append(PrefillSpec(modules.module(name).encoder, pool, hosts[name].devices, [name]))
         decode: list[DecodeSpec] = []
         for index, worker in enumerate(placement.decode):
             tasks = worker_tasks(worker, names)
@@ -127,12 +129,12 @@ class EngineBuilder:
         page_size, dtype = self._config.kv.page_size, self._model.architecture.dtype
         moves = page_buckets(pages_for(self._config.batch.prefill_tokens, page_size))
         store = DevicePages(self._model.config, mesh, num_pages, page_size, dtype, moves)
-        return Pool(name, store, self._config.debug)
+        return Pool(name, store, self._config.debug, self._config.kv.pinned_share)
 
     def _decode_spec(self, worker: DecodePlacement, modules: TaskModules, tasks: list[str], pool: Pool) -> DecodeSpec:
         base = modules.model
-        weights: dict[str, Weights] = {name: modules.module(name) for name in tasks}
-        return DecodeSpec(weights, pool, Sampler(base.mesh, base.config.vocab_size), worker.devices, base)
+        served: dict[str, Module] = {name: modules.module(name) for name in tasks}
+        return DecodeSpec(served, pool, Sampler(base.mesh, base.config.vocab_size), worker.devices, base)
 
     def _base_on(self, mesh: Mesh) -> Model:
         devices = tuple(device.id for device in mesh.devices.flat)
@@ -160,7 +162,8 @@ class EngineBuilder:
         own = {path: array for path, array in module.params.items() if self._model.params.get(path) is not array}
         moved = jax.device_put(own, {path: parameter_sharding(path, base.config, base.mesh) for path in own})
         params = {path: moved[path] if path in moved else base.params[path] for path in module.params}
-        return replace(module, params=params, mesh=base.mesh)
+        own_base = module.base and Weights(base.architecture, base.params, base.mesh)
+        return replace(module, params=params, mesh=base.mesh, base=own_base)
 
 
 def mesh_of(worker: PrefillPlacement | DecodePlacement) -> Mesh:

@@ -40,10 +40,13 @@ class Placement:
 
 @dataclass(frozen=True)
 class KVConfig:
-    """KV pools: tokens per page, and pages per worker's pool (including the padding page)."""
+    """KV pools: tokens per page, pages per worker's pool (including the padding page), and the share of a pool's pages that
+    sessions may pin (0: no pins).
+    """
 
     page_size: int = 16
     pages: int = 2048
+    pinned_share: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ def check_engine_config(config: EngineConfig) -> None:
             ("limits.max_requests", config.limits.max_requests, 1),
         ]
     )
+    if not 0 <= config.kv.pinned_share <= 1:
+        raise PshareError(f"kv.pinned_share must be a number from 0 to 1, not {config.kv.pinned_share}.")
     if not config.limits.stall_seconds > 0:
         raise PshareError(f"limits.stall_seconds must be more than 0, not {config.limits.stall_seconds}.")
     if config.placement is not None:

@@ -16,7 +16,7 @@ import numpy as np
 from pshare_jax.engine import scoring
 from pshare_jax.engine.admission import Admission
 from pshare_jax.engine.failures import RowFailed, StepFailed, StepWatch
-from pshare_jax.engine.interfaces import EngineHooks, TokenSampler, Weights
+from pshare_jax.engine.interfaces import EngineHooks, Module, TokenSampler, Weights, weights_of
 from pshare_jax.engine.kv.pool import PageTable
 from pshare_jax.engine.request import FAILED, Event, TokenLogprobs
 from pshare_jax.engine.schedule import DecodeTurns
@@ -24,6 +24,7 @@ from pshare_jax.engine.sequence import Saved, Sequence, State
 from pshare_jax.engine.shapes import CompiledShapes, Shape, bucket_of, padded_batch, pages_for, row_buckets
 from pshare_jax.engine.transfer import KVTransfer
 from pshare_jax.model.paged_batch import PagedBatch
+from pshare_jax.text.grammar import GrammarFailed
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class DecodeWorker:
     def __init__(
         self,
         index: int,
-        tasks: Mapping[str, Weights],
+        tasks: Mapping[str, Module],
         admission: Admission,
         transfer: KVTransfer,
         sampler: TokenSampler,
@@ -57,17 +58,17 @@ class DecodeWorker:
         return [*((rows,) for rows in row_buckets(self._admission.max_rows)), scoring.SHAPE, scoring.SHORT]
 
     @property
-    def tasks(self) -> Mapping[str, Weights]:
-        """The weights for new requests, by task. Never changed in place, so it may be read without the lock."""
+    def tasks(self) -> Mapping[str, Module]:
+        """The decode modules for new requests, by task. Never changed in place, so it may be read without the lock."""
         return self._tasks
 
-    def put_task(self, name: str, weights: Weights | None) -> None:
-        """New requests for the task decode with these weights; None removes the task."""
+    def put_task(self, name: str, module: Module | None) -> None:
+        """New requests for the task decode with this module; None removes the task."""
         tasks = dict(self._tasks)
-        if weights is None:
+        if module is None:
             tasks.pop(name, None)
         else:
-            tasks[name] = weights
+            tasks[name] = module
         self._tasks = tasks
 
     @property
@@ -82,6 +83,9 @@ class DecodeWorker:
         try:
             done = self._transfer.receive()
             with self._hooks.lock:
+                for sequence in self._admission.arrived(self.index):
+                    if sequence.request.prefetches:
+                        self._hooks.end(sequence, State.FINISHED, sequence.prefetched())
                 done = self._admission.reap_decode(self.index) or done
                 started = self._admission.start_decoding(self.index)
                 for sequence in started:
@@ -132,7 +136,7 @@ class DecodeWorker:
     def next_cold(self) -> tuple[Weights, Shape] | None:
         """Weights and shape of a compiled step that has not run yet."""
         compiled = [shape for shape in self._shapes if self.compiled.knows(shape)]
-        steps = itertools.product(self._tasks.values(), compiled)
+        steps = itertools.product(weights_of(self._tasks.values()), compiled)
         return next((step for step in steps if (step[0].paged.decode, step[1]) not in self._ran), None)
 
     def warm_up(self) -> bool:
@@ -186,7 +190,7 @@ class DecodeWorker:
             tokens, metadata, counts = scoring.next_rows(rows, shape, self._table_len)
             try:
                 # Read even if nothing is reported, or a late failure would be blamed on the next step's sequences.
-                result = [np.asarray(array) for array in self._call_score(rows[0].decode.weights, tokens, metadata)]
+                result = [np.asarray(array) for array in self._call_score(rows[0].weights, tokens, metadata)]
                 scores = [self._reported(sequence, row, result, counts[row]) for row, sequence in enumerate(rows)]
             except Exception as error:
                 raise StepFailed("scoring", places, error, shape) from error
@@ -271,7 +275,7 @@ class DecodeWorker:
             assert held is not None
             chunks.append((held.pages, sequence.next_position, (sequence.next_input,)))
         try:
-            logits = self._call(batch[0].decode.weights, *padded_batch((num_rows, 1), self._table_len, chunks))
+            logits = self._call(batch[0].weights, *padded_batch((num_rows, 1), self._table_len, chunks))
             chosen = choose(logits)
         except Exception as error:
             raise StepFailed("decode", places, error, (num_rows,)) from error
@@ -308,6 +312,8 @@ class DecodeWorker:
                 self._hooks.end(sequence, State.FINISHED, event)
             else:
                 sequence.on_event(event)
+        except GrammarFailed as error:
+            self._hooks.end(sequence, State.FAILED, Event(error=str(error), retry=False))
         except Exception:
             logger.exception("the output of request %s failed", sequence.request.id)
             self._hooks.end(sequence, State.FAILED, Event(error=FAILED, retry=False))

@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Items
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 from pshare_jax.engine.admission import Admission
 from pshare_jax.engine.config import EngineConfig
 from pshare_jax.engine.decode_worker import DecodeWorker
 from pshare_jax.engine.handle import EngineFull, Handle, Result, run_all
-from pshare_jax.engine.interfaces import DecodeSpec, EngineHooks, ModelFacts, PrefillSpec, Weights
+from pshare_jax.engine.interfaces import DecodeSpec, EngineHooks, ModelFacts, Module, PrefillSpec
 from pshare_jax.engine.kv.keys import PageKey, page_keys
 from pshare_jax.engine.kv.pool import Pool
+from pshare_jax.engine.kv.sessions import Caller
 from pshare_jax.engine.prefill_worker import PrefillWorker
 from pshare_jax.engine.recovery import Recovery
 from pshare_jax.engine.request import TIMED_OUT, Event, Request, check_request
@@ -33,6 +35,8 @@ from pshare_jax.engine.worker_thread import POLL_SECONDS, WorkerThread, group_wo
 from pshare_jax.errors import PshareError
 from pshare_jax.sampling.history import TokenHistory
 from pshare_jax.sampling.params import GREEDY, SamplingParams
+from pshare_jax.share.boundary import Boundary, Split
+from pshare_jax.text.grammar import Grammar, TokenMatcher
 from pshare_jax.text.stop_strings import TextOutput
 
 logger = logging.getLogger(__name__)
@@ -120,15 +124,17 @@ class Engine:
         stop: tuple[str, ...] = (),
         stop_ids: Iterable[int] | None = None,
         logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> list[Result]:
         """One task's answers to prompts of token ids, in order; `stop_ids` defaults to the model's end tokens.
 
         Raises:
-            PshareError: a prompt is empty or too long, the task is unknown, or a request has failed.
+            PshareError: a prompt is empty or too long, the task is unknown, the grammar cannot be used, or a request has
+                failed.
         """
         ends = self.facts.stop_ids if stop_ids is None else frozenset(stop_ids)
         number = next(_numbers)
-        fields = {"stop": stop, "stop_ids": ends, "logprobs": logprobs}
+        fields = {"stop": stop, "stop_ids": ends, "logprobs": logprobs, "grammar": grammar}
         return self.run(
             Request(f"generate-{number}-{index}", task, tuple(prompt), max_tokens, sampling, **fields)
             for index, prompt in enumerate(prompts)
@@ -168,7 +174,7 @@ class Engine:
             route: by default the router's choice.
 
         Raises:
-            PshareError: the request does not fit the model.
+            PshareError: the request does not fit the model, or its grammar cannot be used.
             EngineFull: too many requests are waiting or running.
             EngineDown: the engine is stopping, or all workers of the task are dead.
             RequestBanned: the same request has made a device step fail before.
@@ -180,32 +186,80 @@ class Engine:
         self, requests: Items[Request], on_events: Items[Callable[[Event], None] | None], route: Route | None = None
     ) -> list[Handle]:
         """Accepts all requests or none of them; otherwise as `submit`."""
-        keys: dict[tuple[str, str, int | None, int, tuple[int, ...]], list[PageKey]] = {}
+        while True:
+            boundaries = self._boundaries(requests)
+            handles = self._handles(requests, on_events, boundaries)
+            with self.lock:
+                if boundaries != self._boundaries(requests):
+                    # A task was replaced by a module with another boundary meanwhile.
+                    continue
+                self._check_acceptable(requests)
+                for sequence in (handle.sequence for handle in handles):
+                    self.route(sequence, route)
+                    self._live[sequence.request.id] = sequence
+                    self.admission.add(sequence)
+            self.wake()
+            return handles
+
+    def _boundaries(self, requests: Items[Request]) -> dict[str, Boundary]:
+        """The boundary of each served task of the requests."""
+        return {task: self.boundary(task) for task in {request.task for request in requests}}
+
+    def boundary(self, task: str) -> Boundary:
+        """Where the task's module divides prompts; the default if the task is not served."""
+        modules = (worker.tasks[task] for worker in self.decode_workers if task in worker.tasks)
+        return next((module.boundary for module in modules), Boundary())
+
+    def _handles(
+        self,
+        requests: Items[Request],
+        on_events: Items[Callable[[Event], None] | None],
+        boundaries: Mapping[str, Boundary],
+    ) -> list[Handle]:
+        known: dict[tuple[Any, ...], tuple[Split, list[PageKey], Caller]] = {}
         handles = []
         for request, on_event in zip(requests, on_events, strict=True):
-            # All choices of one prompt share its check and its keys: its tokens are read once.
-            hashed = request.task, request.cache_salt, request.response_start, request.max_tokens, request.prompt
-            if hashed not in keys:
+            # All choices of one prompt share its check and its keys: its tokens and names are read once.
+            hashed = (request.task, request.cache_salt, request.response_start, request.max_tokens, request.prompt)
+            hashed += (request.session, request.hint)
+            if hashed not in known:
                 check_request(request, self.facts.vocab_size, self.facts.max_len)
                 self._recovery.bans.check(request)
-                keys[hashed] = page_keys(
-                    self.facts.key_of(request.task), request.cache_salt, request.context, self.page_size
-                )
-            handles.append(Handle(self._sequence(request, keys[hashed]), self._advance, self.abort, on_event))
-        with self.lock:
-            self._check_acceptable(requests)
-            for sequence in (handle.sequence for handle in handles):
-                self.route(sequence, route)
-                self._live[sequence.request.id] = sequence
-                self.admission.add(sequence)
-        self.wake()
+                known[hashed] = (*self._split(request, boundaries[request.task]), self._caller(request))
+            sequence = self._sequence(request, *known[hashed])
+            handles.append(Handle(sequence, self._advance, self.abort, on_event))
         return handles
 
-    def _sequence(self, request: Request, keys: list[PageKey]) -> Sequence:
-        history = TokenHistory(
-            request.prompt, request.sampling, self.facts.vocab_size, request.stop_ids, request.min_tokens
-        )
-        return Sequence(request, TextOutput(self.facts.detokenizer(), request.stop), history, keys)
+    def _split(self, request: Request, boundary: Boundary) -> tuple[Split, list[PageKey]]:
+        """The request's split, and the keys of the full pages that the base encodes."""
+        split = boundary.split(request.prompt, request.response_start)
+        context, key = request.prompt[: split.base_len], self.facts.key_of(request.task)
+        return split, page_keys(key, request.cache_salt, context, self.page_size)
+
+    def _sequence(self, request: Request, split: Split, keys: list[PageKey], caller: Caller) -> Sequence:
+        matcher = None if request.grammar is None else self._matcher(request, request.grammar)
+        banned = request.stop_ids if matcher is None else ()
+        history = TokenHistory(request.prompt, request.sampling, self.facts.vocab_size, banned, request.min_tokens)
+        output = TextOutput(self.facts.detokenizer(), request.stop)
+        return Sequence(request, output, history, keys, split, matcher=matcher, caller=caller)
+
+    def _matcher(self, request: Request, grammar: Grammar) -> TokenMatcher:
+        if self.facts.grammars is None:
+            raise PshareError("This engine was built without grammars; leave the request's grammar out.")
+        begun = () if request.response_start is None else request.prompt[request.response_start :]
+        return self.facts.grammars.matcher(grammar, request.stop_ids, request.min_tokens, begun)
+
+    def _caller(self, request: Request) -> Caller:
+        """Sessions of other tenants, and those whose KV comes from other weights, are others.
+
+        Pools and router remember many sessions and clients choose the names, of any length, so only hashes are kept.
+        """
+        weights = self.facts.key_of(request.task)
+        names = [
+            sha256(repr((weights, request.cache_salt, name)).encode()).digest() if name else None
+            for name in (request.session, request.parent)
+        ]
+        return Caller(*names, prefetch=request.prefetches)
 
     def _check_acceptable(self, requests: Items[Request]) -> None:
         if not self._accepting:
@@ -222,35 +276,36 @@ class Engine:
             raise EngineFull(f"The engine is at its limit of {limit} concurrent requests; retry shortly.")
 
     def route(self, sequence: Sequence, route: Route | None) -> None:
-        """Gives a sequence its workers (by default the router's choice) and its weights; called under the lock."""
+        """Gives a sequence its workers (by default the router's choice) and its module; called under the lock."""
         request, keys, admission = sequence.request, sequence.keys, self.admission
         if route is not None:
-            sequence.ticket = self.router.take(route, request.base_len)
+            sequence.ticket = self.router.take(route, sequence.split.base_len)
         else:
             sequence.ticket = self.router.assign(
                 request.task,
-                request.session,
-                request.base_len,
+                sequence.caller.session,
+                sequence.split.base_len,
                 keys,
                 lambda i: admission.prefill_pools[i].manager.num_hits(keys),
                 lambda i: admission.decode_pools[i].manager.num_hits(keys),
+                sequence.caller.parent,
             )
-        sequence.decode.weights = self.decode_workers[sequence.decode_worker].tasks[request.task]
+        sequence.decode.module = self.decode_workers[sequence.decode_worker].tasks[request.task]
 
-    def put_task(self, name: str, weights: Mapping[int, Weights]) -> None:
-        """Adds or replaces a task with weights by decode worker; without weights the task is removed.
+    def put_task(self, name: str, modules: Mapping[int, Module]) -> None:
+        """Adds or replaces a task with modules by decode worker; without modules the task is removed.
 
-        Live requests keep the weights that they were submitted for.
+        Live requests keep the module that they were submitted for.
         """
         with self.lock:
             for index, worker in enumerate(self.decode_workers):
-                worker.put_task(name, weights.get(index))
+                worker.put_task(name, modules.get(index))
                 # The spec must not keep the old weights alive.
                 self.decode_specs[index] = replace(self.decode_specs[index], tasks=dict(worker.tasks))
             self.router.decode_tasks = [list(worker.tasks) for worker in self.decode_workers]
-            if weights and name not in self.tasks:
+            if modules and name not in self.tasks:
                 self.tasks.append(name)
-            elif not weights and name in self.tasks:
+            elif not modules and name in self.tasks:
                 self.tasks.remove(name)
         self.wake()
 
@@ -312,7 +367,7 @@ class Engine:
     @property
     def pools(self) -> list[Pool]:
         """All pools, each once."""
-        return list({id(pool): pool for pool in (*self.admission.prefill_pools, *self.admission.decode_pools)}.values())
+        return self.admission.pools
 
     @property
     def num_in_state(self) -> dict[State, int]:
@@ -409,7 +464,7 @@ class Engine:
 
     def _prefilled(self, sequence: Sequence) -> None:
         done = sequence.prefill.done
-        self.router.prefilled(sequence.ticket, sequence.request.base_len if done else sequence.prefill.num_prefilled)
+        self.router.prefilled(sequence.ticket, sequence.split.base_len if done else sequence.prefill.num_prefilled)
 
     def _run_watch(self) -> None:
         while not self._stopped.wait(0.5):

@@ -4,7 +4,7 @@ The builder (build.py) and tests create the specs and facts, the engine its hook
 """
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -13,12 +13,14 @@ from pshare_jax.engine.failures import StepFailed, StepWatch
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.request import Event, TokenLogprobs
 from pshare_jax.engine.sequence import Sequence, State
+from pshare_jax.share.boundary import Boundary
+from pshare_jax.text.grammar import GrammarCompiler
 from pshare_jax.text.stop_strings import Pieces
 
 
 @runtime_checkable
 class Weights(Protocol):
-    """A worker's weights on its mesh: the base's or a task's decode module's (pshare_jax/share)."""
+    """Weights on a worker's mesh: the base's or a task's decode module's (pshare_jax/share)."""
 
     @property
     def params(self) -> Any:
@@ -31,6 +33,26 @@ class Weights(Protocol):
         ...
 
 
+@runtime_checkable
+class Module(Weights, Protocol):
+    """A task's decode module on a decode worker's mesh."""
+
+    @property
+    def boundary(self) -> Boundary:
+        """Where it divides prompts."""
+        ...
+
+    @property
+    def base(self) -> Weights | None:
+        """The base's weights if the module is an activated LoRA, which leaves some tokens to them."""
+        ...
+
+
+def weights_of(modules: Iterable[Module]) -> list[Weights]:
+    """All weights that the modules' steps compute with."""
+    return [weights for module in modules for weights in (module, module.base) if weights is not None]
+
+
 Choice = Callable[[int, Sequence], tuple[int, TokenLogprobs | None]]
 """The choice for a row of the batch: token id and, where requested, log-probabilities."""
 
@@ -40,7 +62,8 @@ class TokenSampler(Protocol):
     """Chooses next tokens on a decode worker's devices (sampler.py)."""
 
     def prepare(self, batch: Items[Sequence], num_rows: int) -> Callable[[Any], Choice]:
-        """Does the host's part for a step of `num_rows` rows; its result takes the logits `[num_rows, vocab_size]`.
+        """Does the host's part for a step of `num_rows` rows; its result takes the logits `[num_rows, vocab_size]`. The
+        choice for a row may raise (GrammarFailed: with a sentence for the user).
 
         Raises:
             RowFailed: for the sequence whose settings or history cannot be used.
@@ -64,9 +87,9 @@ class PrefillSpec:
 
 @dataclass(frozen=True)
 class DecodeSpec:
-    """A decode worker: its tasks' weights, pool, sampler, device indices, and the base on its mesh (for new tasks)."""
+    """A decode worker: its tasks' modules, pool, sampler, device indices, and the base on its mesh (for new tasks)."""
 
-    tasks: dict[str, Weights]
+    tasks: dict[str, Module]
     pool: Pool
     sampler: TokenSampler
     devices: Collection[int]
@@ -75,7 +98,9 @@ class DecodeSpec:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the engine knows of its model. `key_of(task)` identifies the weights that compute the task's prompt KV."""
+    """What the engine knows of its model. `key_of(task)` identifies the weights that compute the task's prompt KV; without
+    `grammars`, requests with a grammar are refused.
+    """
 
     key_of: Callable[[str], str]
     detokenizer: Callable[[], Pieces]
@@ -83,6 +108,7 @@ class ModelFacts:
     max_len: int
     page_bytes: int = 0
     stop_ids: frozenset[int] = frozenset()
+    grammars: GrammarCompiler | None = None
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class Recovery:
                 continue
             task = sequence.request.task
             # A task that was replaced meanwhile has other weights elsewhere.
-            if not self.has_workers(task) or decode.tasks.get(task) is not sequence.decode.weights:
+            if not self.has_workers(task) or decode.tasks.get(task) is not sequence.decode.module:
                 engine.end(sequence, State.FAILED, Event(error=FAILED, retry=True))
                 continue
             engine.admission.take_out(sequence)

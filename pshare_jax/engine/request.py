@@ -5,21 +5,42 @@ from typing import Any
 
 from pshare_jax.errors import PshareError
 from pshare_jax.sampling.params import SamplingParams
-from pshare_jax.share.boundary import base_len
+from pshare_jax.text.grammar import Grammar
 
 FAILED = "The server failed while it worked on this request; its log says why."
 ABORTED = "The server is stopping and has aborted this request."
 TIMED_OUT = "The server made no progress on this request within its time limit and has given it up."
 
 
+MAX_PIN_SECONDS = 86_400
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What an agent says of its session (`Request.session`) besides the prompt; the answer does not depend on it.
+
+    `parent` is the session that has called this one: its pages count as this session's. The pages of the prompt, and of
+    the parent's, are evicted last for `pin_seconds` after the request has ended (0 ends an earlier pin, None leaves it).
+    `evict` ends the session with the request: pages that only this session has used are evicted first. With `prefetch` the
+    prompt's full pages are computed and nothing is generated.
+    """
+
+    parent: str | None = None
+    pin_seconds: int | float | None = None
+    evict: bool = False
+    prefetch: bool = False
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt and how to continue it; prompt and `max_tokens` together must fit the model's context.
 
-    `cache_salt` separates tenants in the prefix cache, `session` names a growing context for the router. `logprobs` is
-    the number of alternatives reported with each token's log-probability (0: the token alone; None: no report), and
-    `scores_prompt` reports the prompt's tokens too. From `response_start` on, the prompt is a begun answer: the base
-    encodes the tokens before it except the last, and the decode module continues from its own KV of the rest.
+    `cache_salt` separates tenants in the prefix cache, `session` names a growing context for the router and the `hint`.
+    `logprobs` is the number of alternatives reported with each token's log-probability (0: the token alone; None: no
+    report), and `scores_prompt` reports the prompt's tokens too. From `response_start` on, the prompt is a begun answer: the base
+    encodes the tokens before it except the last (share/boundary.py), and the decode module continues from its own KV of the
+    rest. The whole answer, with what is begun, follows `grammar`; it ends ("stop") as soon as nothing may follow, and its stop
+    ids are allowed only where it may end.
     """
 
     id: str
@@ -33,25 +54,20 @@ class Request:
     logprobs: int | None = None
     scores_prompt: bool = False
     response_start: int | None = None
+    grammar: Grammar | None = None
     cache_salt: str = ""
     session: str | None = None
+    hint: Hint | None = None
 
     @property
-    def base_len(self) -> int:
-        """Leading prompt tokens that the base encodes; the decode module consumes the others itself."""
-        return base_len(len(self.prompt), self.response_start)
+    def parent(self) -> str | None:
+        """The session that has called this one's."""
+        return None if self.hint is None else self.hint.parent
 
     @property
-    def context(self) -> tuple[int, ...]:
-        """The tokens that the base encodes."""
-        return self.prompt[: self.base_len]
-
-    @property
-    def score_start(self) -> int:
-        """The first prompt token that a scoring step consumes; decode steps consume the last prompt token."""
-        if self.response_start is not None:
-            return self.base_len
-        return 0 if self.scores_prompt else self.base_len
+    def prefetches(self) -> bool:
+        """Whether it only computes the prompt's pages, for later requests."""
+        return self.hint is not None and self.hint.prefetch
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,8 @@ def check_request(request: Request, vocab_size: int, max_len: int) -> None:
     """Checks that the model can answer the request.
 
     Raises:
-        PshareError: the prompt is empty, has unknown ids, or is too long together with `max_tokens`.
+        PshareError: the prompt is empty, has unknown ids, or is too long together with `max_tokens`; or the hint does not
+            fit the request.
     """
     prompt = request.prompt
     if not prompt:
@@ -120,3 +137,23 @@ def check_request(request: Request, vocab_size: int, max_len: int) -> None:
         )
     if not 0 <= min(prompt) <= max(prompt) < vocab_size:
         raise PshareError(f"Token ids must be 0 to {vocab_size - 1}.")
+    check_hint(request)
+
+
+def check_hint(request: Request) -> None:
+    """Checks that a request's hint, if it has one, fits it.
+
+    Raises:
+        PshareError: the sentence begins with the wrong field's name.
+    """
+    hint = request.hint
+    if hint is None:
+        return
+    if hint.pin_seconds is not None and not 0 <= hint.pin_seconds <= MAX_PIN_SECONDS:
+        raise PshareError(f"pin_seconds must be a number from 0 to {MAX_PIN_SECONDS}, not {hint.pin_seconds}.")
+    if not request.session:
+        for name in ("pin_seconds", "evict"):
+            if getattr(hint, name):
+                raise PshareError(f"{name} needs a session; name it.")
+    if hint.prefetch and request.scores_prompt:
+        raise PshareError("prefetch computes no log-probabilities of the prompt; omit one of them.")

@@ -77,22 +77,24 @@ class Router:
     def assign(
         self,
         task: str,
-        session: str | None,
+        session: Hashable,
         context_len: int,
         keys: Sequence[PageKey],
         cached_pages: Callable[[int], int],
         decode_pages: Callable[[int], int] = lambda worker: 0,
+        parent: Hashable = None,
     ) -> Ticket:
         """Chooses the workers of a request and adds it to their load.
 
         Args:
             task: both workers must serve it; it does not affect the affinity.
-            session: the client's key for calls that share a growing context, a tie-break; None or "" without a session.
+            session: the name of calls that share a growing context, a tie-break; None or "" without a session.
             context_len: tokens of the prompt that the base encodes (share/boundary.py).
             keys: the keys of the prompt's full pages.
             cached_pages: the number of the prompt's leading pages in the prefix cache of a prefill worker; the policy
                 `prefix` calls it, at most once per worker.
             decode_pages: the same for a decode worker.
+            parent: the session that has called this one; its worker breaks ties for a session without a worker.
 
         Raises:
             PshareError: no worker serves the task.
@@ -107,7 +109,7 @@ class Router:
             decode = min(decoders, key=lambda worker: self.decode_load[worker] - worth * decode_pages(worker))
             known = cache(lambda worker: max(cached_pages(worker), self._pending(worker, keys)))
             prompt = _Prompt(context_len, self._page_size, keys, known)
-            prefill = self._affinity.choose(able, session, prompt)
+            prefill = self._affinity.choose(able, session, prompt, parent)
             return self._begin(Ticket(Route(prefill, decode), context_len, keys), prompt.uncached(prefill))
         prefill = self._next(able) if self._policy == "round_robin" else min(able, key=self.prefill_load.__getitem__)
         return self._begin(Ticket(Route(prefill, decode), context_len, ()), context_len)
@@ -209,20 +211,21 @@ class _Affinity:
     of encoding the cached part elsewhere, the prompt goes where tokens to encode + outstanding + recently assigned tokens
     are least. A conversation's cached part ends at a new page in each turn, so other prompts do not drive it away.
 
-    A session breaks ties: its last worker counts as one page less busy. It weighs no more, since the caches are known
-    exactly, and a client may give all its conversations one key.
+    A session breaks ties: its last worker, or in its first call that of its parent, counts as one page less busy. It weighs
+    no more, since the caches are known exactly, and a client may give all its conversations one key.
     """
 
     def __init__(self, load: list[int], page_size: int):
         self._load = load  # the router's, in tokens
         self._page_size = page_size
         self._recent = [0.0] * len(load)
-        self._sessions: OrderedDict[str, int] = OrderedDict()
+        self._sessions: OrderedDict[Hashable, int] = OrderedDict()
         self._behind: OrderedDict[bytes, int] = OrderedDict()
 
-    def choose(self, able: tuple[int, ...], session: str | None, prompt: _Prompt) -> int:
+    def choose(self, able: tuple[int, ...], session: Hashable, prompt: _Prompt, parent: Hashable = None) -> int:
         """The prefill worker, from `able`; the prompt is counted as assigned to it."""
-        worker = self._best(able, self._sessions.get(session) if session else None, prompt)
+        homes = [self._sessions[name] for name in (session, parent) if name and name in self._sessions]
+        worker = self._best(able, homes[0] if homes else None, prompt)
         if session:
             _remember(self._sessions, session, worker)
         self._count(worker, prompt)

@@ -20,8 +20,8 @@ SHAPE: Shape = ("score", 1)
 SHORT: Shape = ("score", 4)
 """A step of one sequence, and one of four that have few tokens left: both take as long."""
 UNAVAILABLE = (
-    "The server could not compile its scoring step, which echo with logprobs, response_start and requests that go on after a "
-    "failure need; its log says why."
+    "The server could not compile its scoring step, which echo with logprobs, response_start, activated LoRA and requests that "
+    "go on after a failure need; its log says why."
 )
 
 
@@ -86,8 +86,8 @@ def _num_left(sequence: Sequence) -> int:
 
 
 def _independent(sequence: Sequence) -> bool:
-    return sequence.request.response_start is None and not sequence.decode.reported
+    return sequence.to_score[0] < sequence.split.base_len
 
 
 def _kind(sequence: Sequence) -> tuple[int, bool]:
-    return id(sequence.decode.weights.params), _independent(sequence)
+    return id(sequence.weights.params), _independent(sequence)

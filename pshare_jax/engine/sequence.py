@@ -13,10 +13,12 @@ from typing import Any
 
 from pshare_jax.engine.kv.keys import PageKey
 from pshare_jax.engine.kv.pool import PageTable
+from pshare_jax.engine.kv.sessions import NOBODY, Caller
 from pshare_jax.engine.request import Event, Request, TokenLogprobs
 from pshare_jax.engine.router import Ticket
 from pshare_jax.sampling.history import TokenHistory
-from pshare_jax.share.boundary import next_position
+from pshare_jax.share.boundary import Split, next_position
+from pshare_jax.text.grammar import TokenMatcher
 from pshare_jax.text.stop_strings import TextOutput
 
 
@@ -43,7 +45,8 @@ LEGAL: dict[State, set[State]] = {
     State.WAITING: {State.PREFILLING} | _ENDS,
     # It must restart if pages that it waited for will not be produced, or if its pages are lost.
     State.PREFILLING: {State.TRANSFERRING, State.WAITING, State.PREEMPTED} | _ENDS,
-    State.TRANSFERRING: {State.DECODING, State.WAITING, State.PREEMPTED} | _ENDS,
+    # A prefetch ends without decoding.
+    State.TRANSFERRING: {State.DECODING, State.FINISHED, State.WAITING, State.PREEMPTED} | _ENDS,
     # After a failed step its pages are lost, but not the tokens that it has generated.
     State.DECODING: {State.PREEMPTED, State.FINISHED, State.WAITING} | _ENDS,
     State.PREEMPTED: {State.PREFILLING} | _ENDS,
@@ -97,8 +100,8 @@ class PrefillProgress:
 class DecodeProgress:
     """The progress of a sequence in its decode module: scored and generated tokens, and the pages of their KV."""
 
-    weights: Any = None
-    """The weights that it decodes with, from submission to end, even if its task changes meanwhile."""
+    module: Any = None
+    """The decode module of its task, from submission to end, even if the task changes meanwhile."""
     table: PageTable | None = None
     """Its pages in the decode pool."""
     saved: Saved | None = None
@@ -117,7 +120,9 @@ class DecodeProgress:
     """The last decode turn that it took part in, or, before its first, the turn in which it joined."""
 
 
-_numbers = itertools.count()
+PREFETCH_DELAY = 64
+"""A prefetch is as old as a request that arrives so many requests later: nobody waits for it, but it is not put off forever."""
+_numbers = itertools.count(step=2)
 
 
 @dataclass(eq=False)
@@ -128,12 +133,18 @@ class Sequence:
     output: TextOutput
     history: TokenHistory
     keys: list[PageKey]
+    split: Split
+    """Where its module's boundary divides the prompt."""
     on_event: Callable[[Event], None] = lambda event: None
+    matcher: TokenMatcher | None = None
+    """Where its answer is in its grammar, if it has one."""
+    caller: Caller = NOBODY
+    """Whose pages it uses: the names of its session and that one's parent."""
     ticket: Ticket = field(init=False)
     """The router's record: its workers, and the work left for the prefill worker."""
     state: State = State.WAITING
     number: int = field(default_factory=lambda: next(_numbers))
-    """Its age: older sequences are served first and preempted last."""
+    """Its age: older sequences, those with lower numbers, are served first and preempted last."""
     prefill: PrefillProgress = field(default_factory=PrefillProgress)
     decode: DecodeProgress = field(default_factory=DecodeProgress)
     cached_tokens: int = 0
@@ -182,7 +193,14 @@ class Sequence:
     @property
     def group(self) -> int:
         """Names the steps that it shares with others: those with its weights, or 0 while it has tokens to score."""
-        return id(self.decode.weights.params) if self.decode.opened else 0
+        return id(self.weights.params) if self.decode.opened else 0
+
+    @property
+    def weights(self) -> Any:
+        """The weights of its next decode or scoring step: its module's, or the base's where an activated LoRA does not act."""
+        module = self.decode.module
+        acts = self.split.active and (self.decode.opened or self.to_score[0] >= self.split.base_len)
+        return module if acts else module.base or module
 
     @property
     def final(self) -> bool:
@@ -216,7 +234,16 @@ class Sequence:
 
     def __post_init__(self) -> None:
         request = self.request
-        self.decode.opened = request.max_tokens > 0 and request.response_start is None and not request.scores_prompt
+        ready = self.split.base_len == next_position(len(request.prompt)) and request.response_start is None
+        self.decode.opened = request.max_tokens > 0 and ready and not request.scores_prompt
+        if request.prefetches:
+            # Odd, so that no two sequences have the same age.
+            self.number += 2 * PREFETCH_DELAY + 1
+
+    def prefetched(self) -> Event:
+        """The last event of a prefetch: its pages are in both pools."""
+        self.progressed = time.monotonic()
+        return Event(finish_reason="stop", cached_tokens=self.cached_tokens)
 
     def lose_kv(self) -> None:
         """Its KV is gone: the base will encode its context again, and scoring steps all that the decode module consumed."""
@@ -231,9 +258,14 @@ class Sequence:
 
     @property
     def to_score(self) -> tuple[int, int]:
-        """The tokens that scoring steps have yet to consume, from the first to before the last: (start, end)."""
-        first = self.request.base_len if self.decode.reported else self.request.score_start
-        return first + self.decode.num_scored, next_position(self.num_tokens)
+        """The tokens that scoring steps have yet to consume, from the first to before the last: (start, end).
+
+        Tokens before the boundary are consumed for their scores alone; the last token is left to decode steps.
+        """
+        request, base_len = self.request, self.split.base_len
+        whole = request.scores_prompt and request.response_start is None and not self.decode.reported
+        start = (0 if whole else base_len) + self.decode.num_scored
+        return start, base_len if start < base_len else next_position(self.num_tokens)
 
     def tokens(self, start: int, end: int) -> tuple[int, ...]:
         """Tokens `start` to `end` of prompt and answer."""
@@ -255,7 +287,10 @@ class Sequence:
         self.decode.reported = True
         reported: tuple[TokenLogprobs | None, ...] = ()
         if self.request.scores_prompt:
-            reported = (*[None] * (len(self.request.prompt) - len(self.decode.scores)), *self.decode.scores)
+            # Of a begun answer only its own tokens are reported, though an activated LoRA reads more.
+            first, scored = self.request.response_start or 1, len(self.decode.scores)
+            own = self.decode.scores[first + scored - len(self.request.prompt) :]
+            reported = (*[None] * (len(self.request.prompt) - len(own)), *own)
         ends = None if self.request.max_tokens else "length"
         return Event("", 0, ends, None, self.cached_tokens, None, reported) if reported or ends else None
 
@@ -263,6 +298,8 @@ class Sequence:
         """Appends a sampled token; the event has the text to show and, if the sequence ends, the reason."""
         self.decode.completion_ids.append(token_id)
         self.history.push(token_id)
+        if self.matcher is not None and token_id not in self.request.stop_ids:
+            self.matcher.push(token_id)
         self.progressed = time.monotonic()
         if self.first_token is None:
             self.first_token = self.progressed
@@ -277,10 +314,11 @@ class Sequence:
         text = self.output.push(token_id, may_stop=len(self.decode.completion_ids) > self.request.min_tokens)
         if self.output.stopped:
             return text, "stop"
-        if len(self.decode.completion_ids) < self.request.max_tokens:
+        finished = self.matcher is not None and self.matcher.finished
+        if not finished and len(self.decode.completion_ids) < self.request.max_tokens:
             return text, None
         text += self.output.finish()
-        return text, "stop" if self.output.stopped else "length"
+        return text, "stop" if finished or self.output.stopped else "length"
 
 
 @dataclass(eq=False)

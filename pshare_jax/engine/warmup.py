@@ -17,7 +17,7 @@ import numpy as np
 
 from pshare_jax.engine import scoring
 from pshare_jax.engine.engine import Engine
-from pshare_jax.engine.interfaces import DecodeSpec, PrefillSpec
+from pshare_jax.engine.interfaces import DecodeSpec, PrefillSpec, weights_of
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.shapes import CompiledShapes, Shape, padded_batch, pages_for, prefill_shapes, row_buckets
 from pshare_jax.model.paged_steps import page_moves
@@ -92,7 +92,7 @@ def _decode(spec: DecodeSpec, engine: Engine) -> Iterator[tuple[tuple, Variant]]
     store = DevicePages.of(spec.pool)
     for rows in row_buckets(engine.config.batch.decode_rows):
         small = rows == SMALL_ROWS
-        for weights in spec.tasks.values():
+        for weights in weights_of(spec.tasks.values()):
             step = weights.paged.decode
             yield (
                 ("decode", step, rows, store.mesh, store.num_pages),
@@ -108,12 +108,17 @@ def _decode(spec: DecodeSpec, engine: Engine) -> Iterator[tuple[tuple, Variant]]
 
 def _score(spec: DecodeSpec, engine: Engine) -> Iterator[tuple[tuple, Variant]]:
     store = DevicePages.of(spec.pool)
-    for shape, weights in itertools.product((scoring.SHAPE, scoring.SHORT), spec.tasks.values()):
+    # Even a short prompt needs a scoring step if it invokes an activated LoRA.
+    invoked = any(engine.boundary(task).invocation for task in engine.tasks)
+    for shape, weights in itertools.product((scoring.SHAPE, scoring.SHORT), weights_of(spec.tasks.values())):
         tokens, rows = scoring.no_rows(shape, pages_for(engine.facts.max_len, store.page_size))
         step = weights.paged.score
         lower = functools.partial(step.lower, _specs(weights.params), tokens, rows, store.spec)
         name = "score {}x{}".format(*tokens.shape)
-        yield ("score", step, shape, store.mesh, store.num_pages), Variant(name, False, lower, shape)
+        yield (
+            ("score", step, shape, store.mesh, store.num_pages),
+            Variant(name, invoked and shape == scoring.SHAPE, lower, shape),
+        )
 
 
 def _gathers(store: DevicePages) -> Iterator[tuple[tuple, Variant]]:

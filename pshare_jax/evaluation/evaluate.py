@@ -111,7 +111,8 @@ def evaluate(
     """Scored greedy answers of all modules to all items (at least one); modules share the base's prefill of an item.
 
     Of a prompt's n tokens the base encodes the first floor(sharing_ratio * (n - 1)) and the module the rest: 1 is
-    PrefillShare, and with 0 the module prefills with its own weights. At most `rows` answers are generated at a time.
+    PrefillShare, and with 0 the module prefills with its own weights; an activated LoRA has its own boundary. At most
+    `rows` answers are generated at a time.
     `progress` is called with 1, 2, ... as answers end.
 
     Raises:
@@ -121,6 +122,11 @@ def evaluate(
         raise PshareError("There are no questions to evaluate; the task must have at least one.")
     if not 0 <= sharing_ratio <= 1:
         raise PshareError(f"The sharing ratio must be from 0 to 1, not {sharing_ratio}.")
+    activated = [name for name, module in modules.items() if module.boundary.invocation]
+    if activated and 0 < sharing_ratio < 1:
+        raise PshareError(
+            f"{activated[0]} is an activated LoRA, which has its own boundary; use a sharing ratio of 1 or 0."
+        )
     if rows < 1:
         raise PshareError(f"The number of rows must be at least 1, not {rows}.")
     requests = [
@@ -236,7 +242,7 @@ def _run(options: argparse.Namespace) -> None:
     keep_programs(cache_folder())
     base = load(options.base, dtype=options.dtype)
     module = load_any_module(options.module, base)
-    with open_task(options.task, base) as task:
+    with open_task(options.task, base, module.style) as task:
         if task.report and any(source.dropped or source.left_out for source in task.report.sources):
             print("\n".join(map(str, task.report.sources)), file=sys.stderr)
         result = _shown(base, module, task, options)

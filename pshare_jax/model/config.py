@@ -64,6 +64,10 @@ class ModelConfig:
         """All fields that affect what layers compute, as plain values (for the base fingerprint)."""
         fields = dataclasses.asdict(self)
         del fields["max_len"], fields["family"]
+        for layer in fields["layers"]:
+            if layer["rope"]["yarn"] is None:
+                # Modules made before the field existed name the fingerprint without it.
+                del layer["rope"]["yarn"]
         return fields
 
 
@@ -212,6 +216,7 @@ class _Reader:
         if head_dim % 2:
             raise PshareError(f"head_dim {head_dim} must be even for rotary embeddings.")
         gemma = self.family.gemma
+        layers = tuple(self._layers(self.get("num_hidden_layers", int)))
         return ModelConfig(
             family=self.family.name,
             vocab_size=self.get("vocab_size", int),
@@ -220,7 +225,7 @@ class _Reader:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            max_len=self.get("max_position_embeddings", int),
+            max_len=self._max_len(layers),
             norm_eps=self.get("rms_norm_eps", float),
             activation=self._activation("hidden_activation" if gemma else "hidden_act"),
             tied=self.get("tie_word_embeddings", bool),
@@ -233,8 +238,13 @@ class _Reader:
             attention_scale=(self.get("query_pre_attn_scalar", float) if gemma else float(head_dim)) ** -0.5,
             attention_softcap=self.get("attn_logit_softcapping", float, optional=True) if gemma else None,
             final_softcap=self.get("final_logit_softcapping", float, optional=True) if gemma else None,
-            layers=tuple(self._layers(self.get("num_hidden_layers", int))),
+            layers=layers,
         )
+
+    def _max_len(self, layers: tuple[LayerConfig, ...]) -> int:
+        """With yarn the length that it extends the model to, as in vLLM: Qwen3's card leaves the other field as it is."""
+        extended = [int(layer.rope.factor * layer.rope.original_max_len) for layer in layers if layer.rope.yarn]
+        return max(extended, default=0) or self.get("max_position_embeddings", int)
 
     def _activation(self, key: str) -> str:
         name = self.get(key, str)

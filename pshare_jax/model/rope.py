@@ -14,15 +14,36 @@ from jaxtyping import Array, Float, Int
 
 from pshare_jax.errors import PshareError
 
-KNOWN_TYPES = ("default", "linear", "llama3")
+KNOWN_TYPES = ("default", "linear", "llama3", "yarn")
+# Types whose frequencies depend on the length of the text, with the reason why they are refused.
+LENGTH_DEPENDENT = {
+    "dynamic": "its frequencies change while the text grows",
+    "longrope": "its frequencies change when the text grows beyond the original length",
+}
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN's fields (arXiv 2309.00071) beside `factor` and `original_max_len`.
+
+    A pair that turns more than `beta_fast` times within the original length keeps its frequency, one that turns less than
+    `beta_slow` times is scaled, with a linear ramp over the pairs between, whose ends are whole pairs with `truncate`.
+    Cosines and sines are multiplied by `attention_factor`.
+    """
+
+    beta_fast: float
+    beta_slow: float
+    attention_factor: float
+    truncate: bool
 
 
 @dataclass(frozen=True)
 class RopeConfig:
     """One rotary embedding.
 
-    `factor` divides all frequencies (`linear`) or the low frequencies (`llama3`). The other three fields are llama3's:
-    wavelengths above `original_max_len / low_freq_factor` are scaled, below `original_max_len / high_freq_factor` not.
+    `factor` divides all frequencies (`linear`) or the low frequencies (`llama3`, `yarn`), as seen from
+    `original_max_len`. The low and high factors are llama3's: wavelengths above `original_max_len / low_freq_factor` are
+    scaled, below `original_max_len / high_freq_factor` not.
     """
 
     theta: float
@@ -31,6 +52,12 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_max_len: int = 0
+    yarn: Yarn | None = None
+
+    @property
+    def table_scale(self) -> float:
+        """The factor on cosines and sines."""
+        return self.yarn.attention_factor if self.yarn else 1.0
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """Radians per position of each rotated pair, float32 `[head_dim // 2]`."""
@@ -42,6 +69,8 @@ class RopeConfig:
             return plain / np.float32(self.factor)
         if self.type == "llama3":
             return self._llama3(plain)
+        if self.yarn is not None:
+            return self._yarn(self.yarn, plain, np.float32(1.0) / (np.float32(self.factor) * powers))
         return plain
 
     def _llama3(self, plain: np.ndarray) -> np.ndarray:
@@ -53,13 +82,30 @@ class RopeConfig:
         blend = np.clip(blend, 0.0, 1.0)
         return ((1 - blend) * plain / self.factor + blend * plain).astype(np.float32)
 
+    def _yarn(self, yarn: Yarn, plain: np.ndarray, scaled: np.ndarray) -> np.ndarray:
+        num_pairs = len(plain)
+        first, last = (self._pair_with(num_turns, num_pairs) for num_turns in (yarn.beta_fast, yarn.beta_slow))
+        if yarn.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        # The upper bound is the number of dimensions and not of pairs, as in transformers and llama.cpp.
+        first, last = max(first, 0), min(last, 2 * num_pairs - 1)
+        width = last - first if last != first else 0.001
+        share = np.clip((np.arange(num_pairs, dtype=np.float32) - first) / width, 0, 1).astype(np.float32)
+        return (scaled * share + plain * (1 - share)).astype(np.float32)
+
+    def _pair_with(self, num_turns: float, num_pairs: int) -> float:
+        """The (fractional) index of the pair that turns so many times within the original length."""
+        return num_pairs * math.log(self.original_max_len / (num_turns * 2 * math.pi)) / math.log(self.theta)
+
 
 def rope_tables(
     rope: RopeConfig, head_dim: int, positions: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
     """Cosines and sines of every position, in float32, with an axis to broadcast over heads."""
     angles = positions[..., None, None].astype(jnp.float32) * rope.inverse_frequencies(head_dim)
-    return jnp.cos(angles), jnp.sin(angles)
+    if rope.table_scale == 1:
+        return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * rope.table_scale, jnp.sin(angles) * rope.table_scale
 
 
 def rotate(
@@ -125,10 +171,17 @@ def _checked(rope_type: str, theta: float, scaling: Mapping[str, Any], config: M
     partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     if partial not in (None, 1, 1.0):
         raise PshareError(f"partial_rotary_factor in config.json must be 1.0, not {partial}.")
+    if rope_type in LENGTH_DEPENDENT:
+        raise PshareError(
+            f"rope type '{rope_type}' is not supported, since {LENGTH_DEPENDENT[rope_type]}, and KV that was stored before "
+            f"would be wrong; known types: {', '.join(KNOWN_TYPES)}."
+        )
     if rope_type not in KNOWN_TYPES:
         raise PshareError(f"rope type '{rope_type}' is not supported; known types: {', '.join(KNOWN_TYPES)}.")
     if rope_type == "default":
         return RopeConfig(theta)
+    if rope_type == "yarn":
+        return _yarn(theta, scaling, config)
     needed = ["factor"] + (["low_freq_factor", "high_freq_factor"] if rope_type == "llama3" else [])
     missing = [key for key in needed if scaling.get(key) is None]
     if missing:
@@ -136,11 +189,45 @@ def _checked(rope_type: str, theta: float, scaling: Mapping[str, Any], config: M
     factor = _positive("factor", scaling["factor"])
     if rope_type == "linear":
         return RopeConfig(theta, "linear", factor)
-    original = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-    if original is None:
-        raise PshareError("rope type 'llama3' needs original_max_position_embeddings in config.json.")
-    original = int(_positive("original_max_position_embeddings", original))
+    original = _original_len(rope_type, scaling, config)
     low, high = (_positive(key, scaling[key]) for key in ("low_freq_factor", "high_freq_factor"))
     if low >= high:
         raise PshareError(f"rope type 'llama3' needs low_freq_factor {low} below high_freq_factor {high}.")
     return RopeConfig(theta, "llama3", factor, low, high, original)
+
+
+def _original_len(rope_type: str, scaling: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    """The length that the model was trained on before its frequencies were scaled."""
+    key = "original_max_position_embeddings"
+    # As in transformers, a field of the file itself comes first.
+    original = config.get(key) or scaling.get(key) or config.get("max_position_embeddings")
+    if original is None:
+        raise PshareError(f"rope type '{rope_type}' needs {key} in config.json.")
+    return int(_positive(key, original))
+
+
+def _yarn(theta: float, scaling: Mapping[str, Any], config: Mapping[str, Any]) -> RopeConfig:
+    """YaRN with transformers' defaults of missing fields."""
+
+    def number(key: str) -> float | None:
+        return None if scaling.get(key) in (None, 0) else _positive(key, scaling[key])
+
+    original = _original_len("yarn", scaling, config)
+    factor = number("factor")
+    if factor is None:
+        factor = _positive("max_position_embeddings", config.get("max_position_embeddings")) / original
+    if theta <= 1:
+        raise PshareError(f"rope type 'yarn' needs a rope_theta above 1 in config.json, not {theta}.")
+    truncate = scaling.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise PshareError(f"truncate in config.json must be true or false, not {truncate!r}.")
+    attention = number("attention_factor")
+    if attention is None:
+        over, under = number("mscale"), number("mscale_all_dim")
+        attention = _mscale(factor, over) / _mscale(factor, under) if over and under else _mscale(factor, 1.0)
+    yarn = Yarn(number("beta_fast") or 32.0, number("beta_slow") or 1.0, attention, truncate)
+    return RopeConfig(theta, "yarn", factor, original_max_len=original, yarn=yarn)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

@@ -31,7 +31,9 @@ class SamplingParams:
        times that the token occurs in the completion so far, without the prompt. `logit_bias` holds (token id, bias)
        pairs; -inf bans the token, and biases of a repeated id add up. 0 and () are off.
     3. Banned ids are set to -inf: the stop ids until `min_tokens` tokens are generated.
-    4. `temperature` under `ALMOST_GREEDY` takes the best score. Otherwise scores are divided by it, restricted to the
+    4. With a grammar (text/grammar.py), ids that it does not allow next are set to -inf. It decides about stop ids too, so
+       that step 3 leaves them out.
+    5. `temperature` under `ALMOST_GREEDY` takes the best score. Otherwise scores are divided by it, restricted to the
        `top_k` best (0 is off), then to the top-p nucleus (1 is off), then to those with at least `min_p` times the
        highest probability (0 is off), and one token is drawn; the draw depends on (`seed`, `choice`, position) alone.
        `choice` numbers the n choices of a request.
@@ -97,6 +99,11 @@ class SamplingRows(NamedTuple):
 
 
 GREEDY = SamplingParams()
+
+
+def all_allowed(num_rows: int, vocab_size: int) -> Int32[np.ndarray, "B words"]:
+    """Masks that allow every token: bit i of word w of a row is that of id 32 * w + i."""
+    return np.full((num_rows, -(-vocab_size // 32)), -1, np.int32)
 
 
 def sampling_rows(params: Sequence[SamplingParams], positions: Sequence[int], num_rows: int) -> SamplingRows:

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from pshare_jax.sampling.params import ALMOST_GREEDY, NUM_TOP, SamplingParams, SamplingRows, sampling_rows
+from pshare_jax.sampling.params import ALMOST_GREEDY, NUM_TOP, SamplingParams, SamplingRows, all_allowed, sampling_rows
 
 FEW = 1024
 """Top-k, top-p and min-p first look at this many best tokens; sorting a vocabulary takes 20 times as long on a CPU."""
@@ -45,17 +45,21 @@ def sample_rows(
     logits: Float[Array, "B V"],
     rows: SamplingRows,
     adjustments: Adjustments,
+    masks: Int[ArrayLike, "B words"],
     drawn: Bool[ArrayLike, ""],
     adjusted: Bool[ArrayLike, ""],
+    masked: Bool[ArrayLike, ""],
     wants_logprobs: Bool[ArrayLike, ""],
 ) -> Sampled:
     """One token per row; to be jitted by the caller, one program per shape.
 
-    The flags apply to the whole batch and save time: without `drawn` all rows are greedy, without `adjusted` the
-    `adjustments` and repetition penalties are ignored, without `wants_logprobs` the logprobs are zeros.
+    `masks` say which tokens are allowed (params.py: `all_allowed`). The flags apply to the whole batch and save time: without
+    `drawn` all rows are greedy, without `adjusted` the `adjustments` and repetition penalties are ignored, without `masked`
+    the masks, and without `wants_logprobs` the logprobs are zeros.
     """
     logits = logits.astype(jnp.float32)
     scores = lax.cond(adjusted, _adjusted, lambda logits, *_: logits, logits, rows, adjustments)
+    scores = lax.cond(masked, _masked, lambda scores, _: scores, scores, masks)
     # `top_k` ranks 0.0 above -0.0, but they are the same score.
     scores = jnp.where(scores == 0, 0.0, scores)
     scores = lax.cond(drawn, _noisy, lambda scores, _: scores, scores, rows)
@@ -140,13 +144,20 @@ def _cut(
 def _sample_row(logits: Array, rows: SamplingRows, adjustments: Adjustments | None, drawn: Array) -> Sampled:
     unread = Adjustments(jnp.zeros(logits.shape), jnp.zeros(logits.shape, bool))
     adjusted = np.array(adjustments is not None)
-    return sample_rows(logits, rows, adjustments or unread, drawn, adjusted, np.array(False))
+    masks = all_allowed(*logits.shape)
+    return sample_rows(logits, rows, adjustments or unread, masks, drawn, adjusted, np.array(False), np.array(False))
 
 
 def _adjusted(logits: Array, rows: SamplingRows, adjustments: Adjustments) -> Array:
     penalty = rows.repetition_penalty[:, None]
     penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
     return jnp.where(adjustments.repeated, penalized, logits) + adjustments.bias
+
+
+def _masked(scores: Array, masks: Array) -> Array:
+    """Scores with -inf where the mask's bit is 0."""
+    bits = (masks[:, :, None] >> jnp.arange(32)) & 1
+    return jnp.where(bits.reshape(len(scores), -1)[:, : scores.shape[-1]] == 1, scores, -jnp.inf)
 
 
 def _noisy(scores: Array, rows: SamplingRows) -> Array:

@@ -18,21 +18,27 @@ from pshare_jax.server.dashboard.stats import DashboardStats
 from pshare_jax.server.errors import add_error_objects
 from pshare_jax.server.metrics import Metrics
 from pshare_jax.server.middleware import Middleware
+from pshare_jax.server.openai.responses import ResponseBuilder
 from pshare_jax.server.openai.schema import ChatBody, CompletionBody, body_schema, check_model
 from pshare_jax.server.openai.to_requests import Limits
 from pshare_jax.server.openai.tokenize import add_token_routes
 from pshare_jax.server.origins import Origins
 from pshare_jax.server.probes import add_probes
+from pshare_jax.server.responses_api.response import ResponsesBuilder
+from pshare_jax.server.responses_api.schema import ResponsesBody, not_stored
 from pshare_jax.server.tasks.api import add_task_routes
 from pshare_jax.server.tasks.table import TaskTable
-from pshare_jax.text.tokenizer import Encoder
+from pshare_jax.text.chat_style import StyleOf, plain_style
+from pshare_jax.text.encoder import Encoder
+from pshare_jax.text.tool_format import format_value
 
 
 @dataclass(frozen=True)
 class AppContext:
     """What the handlers need: the engine, the tokenizer and limits, and the base's name.
 
-    With a `task_table` clients may change the tasks. `allowed_origins` are those of other sites' pages (origins.py).
+    With a `task_table` clients may change the tasks. `allowed_origins` are those of other sites' pages (origins.py);
+    `style_of` looks up how a task reads and writes chats.
     """
 
     engine: Engine
@@ -43,6 +49,7 @@ class AppContext:
     base: str = ""
     task_table: TaskTable | None = None
     allowed_origins: Sequence[str] = ()
+    style_of: StyleOf = plain_style
 
     @property
     def tasks(self) -> list[str]:
@@ -56,7 +63,7 @@ def make_app(context: AppContext) -> FastAPI:
     metrics = Metrics(context.engine, context.base)
     add_probes(app, context.engine)
     _add_models(app, context)
-    _add_completions(app, context)
+    _add_completions(app, context, metrics)
 
     @app.get("/metrics")
     async def prometheus() -> Response:
@@ -66,7 +73,7 @@ def make_app(context: AppContext) -> FastAPI:
     async def flush_cache() -> dict[str, Any]:
         return {"flushed_pages": context.engine.flush_cache()}
 
-    add_token_routes(app, context.tokenizer, context.limits, context.max_body_bytes)
+    add_token_routes(app, context.tokenizer, context.limits, context.max_body_bytes, context.style_of)
     add_live_page(app, DashboardStats(context.engine, context.base))
     if context.task_table is not None:
         add_task_routes(app, context.task_table, context.max_body_bytes)
@@ -81,7 +88,10 @@ def _add_models(app: FastAPI, context: AppContext) -> None:
 
     def card(name: str) -> dict[str, Any]:
         length = context.limits.max_len
-        return {"id": name, "object": "model", "created": created, "owned_by": "pshare_jax", "max_model_len": length}
+        card = {"id": name, "object": "model", "created": created, "owned_by": "pshare_jax", "max_model_len": length}
+        style = context.style_of(name)
+        form = context.tokenizer.tool_format(style)
+        return {**card, "tool_format": form and format_value(form), "layout": {"system": style.system}}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -93,15 +103,32 @@ def _add_models(app: FastAPI, context: AppContext) -> None:
         return card(name)
 
 
-def _add_completions(app: FastAPI, context: AppContext) -> None:
-    calls = Completions(context.engine, context.tokenizer, context.limits, context.max_body_bytes)
+def _add_completions(app: FastAPI, context: AppContext, metrics: Metrics) -> None:
+    calls = Completions(
+        context.engine,
+        context.tokenizer,
+        context.limits,
+        context.max_body_bytes,
+        metrics.record_tool_calls,
+        context.style_of,
+        metrics.record_unknown_hints,
+    )
     # Clients read a schema once, so it must not list tasks that may change.
     fixed_tasks = context.tasks if context.task_table is None else []
 
     @app.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody, fixed_tasks))
     async def chat(request: Request) -> Response:
-        return await calls.answer(request, ChatBody)
+        return await calls.answer(request, ChatBody, ResponseBuilder)
 
     @app.post("/v1/completions", openapi_extra=body_schema(CompletionBody, fixed_tasks))
     async def completions(request: Request) -> Response:
-        return await calls.answer(request, CompletionBody)
+        return await calls.answer(request, CompletionBody, ResponseBuilder)
+
+    @app.post("/v1/responses", openapi_extra=body_schema(ResponsesBody, fixed_tasks))
+    async def responses(request: Request) -> Response:
+        return await calls.answer(request, ResponsesBody, ResponsesBuilder)
+
+    @app.get("/v1/responses/{name}", include_in_schema=False)
+    @app.delete("/v1/responses/{name}", include_in_schema=False)
+    async def stored_response(name: str) -> Response:
+        raise not_stored(name)

@@ -1,10 +1,12 @@
-"""One call of /v1/chat/completions or /v1/completions: body, tokens, engine requests, and their events as the response.
+"""One call of an endpoint that generates: body, tokens, engine requests, and their events as the response.
 
-app.py adds it to both routes. If anything fails, or the client disconnects, all requests of the call are aborted.
+app.py adds it to the routes, each with its kind of body and of response. If anything fails, or the client disconnects, all
+requests of the call are aborted.
 """
 
 import asyncio
 import uuid
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import Request, Response
@@ -13,60 +15,103 @@ from starlette.types import Receive, Scope, Send
 from pshare_jax.engine.engine import Engine, EngineDown, EngineFull, UnknownTask
 from pshare_jax.engine.failures import RequestBanned
 from pshare_jax.engine.request import Event
+from pshare_jax.engine.request import Request as EngineRequest
 from pshare_jax.errors import PshareError
 from pshare_jax.server.event_queue import EventQueue
-from pshare_jax.server.event_stream import EventStream, first_event
+from pshare_jax.server.event_stream import CallResponse, EventStream, first_event
 from pshare_jax.server.middleware import CLIENT_CLOSED_REQUEST
 from pshare_jax.server.openai.bodies import maybe_threaded, read_body
 from pshare_jax.server.openai.json_bytes import LargeJSONResponse
-from pshare_jax.server.openai.responses import ResponseBuilder
 from pshare_jax.server.openai.schema import (
     ApiError,
     Body,
+    CallBody,
     ChatBody,
     CompletionBody,
     check_model,
     unavailable,
     unknown_model,
 )
-from pshare_jax.server.openai.to_requests import Limits, check_num_choices, make_requests, too_long
-from pshare_jax.text.tokenizer import Encoder, PromptTooLong
+from pshare_jax.server.openai.structured import answer_grammar, grammar_field, refused
+from pshare_jax.server.openai.to_requests import Limits, Prompt, check_num_choices, make_requests, too_long
+from pshare_jax.text.chat_style import StyleOf
+from pshare_jax.text.encoder import Encoder, PromptTooLong
+from pshare_jax.text.grammar import BadGrammar, Grammar
+from pshare_jax.text.tool_format import ToolFormat, as_shown
 
 SESSION_HEADERS = ("x-session-id", "x-openwebui-chat-id")
-"""Headers that name a session (a growing context); they take precedence over prompt_cache_key and user."""
+"""Headers that name a session (a growing context); they take precedence over fields of the body: agent_hint.session,
+prompt_cache_key and user.
+"""
+
+Respond = Callable[[Any, str, Sequence[EngineRequest], Encoder, ToolFormat | None], CallResponse]
+"""Makes the response of a call, from its body (of the endpoint's kind), its id, its requests, and how its text writes calls."""
+CountCalls = Callable[[str, int, int], None]
+"""Counts the calls in answers of a task, and those that could not be read."""
 
 
 class Completions:
     """Answers calls with an engine."""
 
-    def __init__(self, engine: Engine, tokenizer: Encoder, limits: Limits, max_body_bytes: int):
-        self._engine, self._tokenizer, self._limits = engine, tokenizer, limits
-        self._max_body_bytes = max_body_bytes
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Encoder,
+        limits: Limits,
+        max_body_bytes: int,
+        count_calls: CountCalls,
+        style_of: StyleOf,
+        count_unknown_hints: Callable[[int], None],
+    ):
+        """`count_unknown_hints` gets the number of unknown keys in a call's `agent_hint`."""
+        self._engine, self._tokenizer, self._limits, self._style_of = engine, tokenizer, limits, style_of
+        self._max_body_bytes, self._count_calls = max_body_bytes, count_calls
+        self._control = [tokenizer.token_bytes(index).decode() for index in tokenizer.special_ids]
+        self._count_unknown_hints = count_unknown_hints
 
-    async def answer(self, http: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
+    async def answer(self, http: Request, kind: type[CallBody], respond: Respond) -> Response:
         """The response to a call; a streamed one begins with its first event, or after a while without it.
 
         Raises:
             ApiError: the call is refused, or has failed before its response began.
         """
-        body, size = await read_body(http, kind, self._max_body_bytes)
+        sent, size = await read_body(http, kind, self._max_body_bytes)
+        try:
+            return await self._answer(http, sent, size, respond)
+        except ApiError as error:
+            raise sent.renamed(error) from None
+
+    async def _answer(self, http: Request, sent: CallBody, size: int, respond: Respond) -> Response:
+        body = sent.generation
         check_model(body.model, self._engine.tasks)
         check_num_choices(body, self._limits)
+        if body.agent_hint is not None:
+            self._count_unknown_hints(body.agent_hint.num_unknown)
         session = next((value for name in SESSION_HEADERS if (value := http.headers.get(name))), None)
         request_id = uuid.uuid4().hex
+        form = self._tool_format(body)
+        grammar = await self._grammar(body, form)
         requests = await maybe_threaded(
-            size, lambda: make_requests(body, request_id, self._encode(body), self._limits, session)
+            size, lambda: make_requests(body, request_id, self._encode(body), self._limits, session, grammar)
         )
-        call = _Call(EventQueue(self._engine, requests), http.state.log_fields)
+        call = _Call(EventQueue(self._engine, requests), http.state.log_fields, self._count_calls)
         try:
             # Hashing the pages of long prompts takes time too.
             await maybe_threaded(size, lambda: self._submit(call.events, body))
-            call.response = response = ResponseBuilder(body, request_id, requests, self._tokenizer)
+            shown = None if form is None else as_shown(form, self._control)
+            call.response = response = respond(sent, request_id, requests, self._tokenizer, shown)
             call.watcher = asyncio.create_task(_abort_on_disconnect(http, call.events))
             return await (_streamed(response, call) if body.stream else _whole(response, call.events))
         finally:
             if not call.streams:
                 call.end()
+
+    async def _grammar(self, body: Body, form: ToolFormat | None) -> Grammar | None:
+        """The body's grammar, made and compiled in a thread: a large one takes a second."""
+        compiler = self._engine.facts.grammars
+        if compiler is None or (form is None and grammar_field(body) is None):
+            return None
+        return await asyncio.to_thread(answer_grammar, body, form, compiler)
 
     def _submit(self, events: EventQueue, body: Body) -> None:
         try:
@@ -81,19 +126,44 @@ class Completions:
             raise ApiError(422, str(error), kind="server_error", code="request_banned", retry=False) from None
         except EngineDown:
             raise unavailable() from None
+        except BadGrammar as error:
+            # It does not go with the begun answer.
+            raise refused(grammar_field(body) or "tools", error) from None
 
-    def _encode(self, body: Body) -> list[list[int]]:
+    def _tool_format(self, body: Body) -> ToolFormat | None:
+        """How the answer writes calls; None if it has none to write."""
+        if not isinstance(body, ChatBody) or body.call_rules is None:
+            return None
+        form = self._tokenizer.tool_format(self._style_of(body.model))
+        if form is None:
+            field = body.call_rules.field
+            message = (
+                f"{field} needs a task with a known form of calls, and {body.model!r} has none; set its tool_format in the "
+                "config or in decode_module.json, or tool_choice to none."
+            )
+            raise ApiError(400, message, param=field)
+        return form
+
+    def _encode(self, body: Body) -> list[Prompt]:
         tokenizer, max_len = self._tokenizer, self._limits.max_len
         param = "prompt" if isinstance(body, CompletionBody) else "messages"
         try:
             if isinstance(body, CompletionBody):
                 texts = body.prompts
-                return [
+                prompts = [
                     tokenizer.encode(text, refuse_from=max_len) if isinstance(text, str) else text for text in texts
                 ]
-            tools = body.tools if body.tools and body.tool_choice != "none" else None
-            kwargs = body.chat_template_kwargs
-            return [tokenizer.encode_chat(body.messages, tools=tools, template_kwargs=kwargs, refuse_from=max_len)]
+                return list(map(Prompt, prompts, body.response_starts(len(prompts))))
+            options = {
+                "tools": body.prompt_tools or None,
+                "template_kwargs": body.chat_template_kwargs,
+                "refuse_from": max_len,
+                "style": self._style_of(body.model),
+            }
+            if body.continues:
+                return [Prompt(*tokenizer.encode_begun(body.messages, **options))]
+            prompt = body.add_generation_prompt
+            return [Prompt(tokenizer.encode_chat(body.messages, add_generation_prompt=prompt, **options))]
         except PromptTooLong as error:
             raise too_long(f"at least {error.least}", max_len, param) from None
         except PshareError as error:
@@ -103,9 +173,9 @@ class Completions:
 class _Call:
     """What must end with a call, whatever happens to it."""
 
-    def __init__(self, events: EventQueue, log_fields: dict[str, Any]):
-        self.events, self._log_fields = events, log_fields
-        self.response: ResponseBuilder | None = None
+    def __init__(self, events: EventQueue, log_fields: dict[str, Any], count_calls: CountCalls):
+        self.events, self._log_fields, self._count_calls = events, log_fields, count_calls
+        self.response: CallResponse | None = None
         self.watcher: asyncio.Task[None] | None = None
         self.streams = False
         """Whether a `_Stream` ends it."""
@@ -116,7 +186,10 @@ class _Call:
         if self.watcher is not None:
             self.watcher.cancel()
         if self.response is not None:
-            self._log_fields.update(self.response.log_fields)
+            fields = self.response.log_fields
+            self._log_fields.update(fields)
+            if "tool_calls" in fields:
+                self._count_calls(fields["task"], fields["tool_calls"], fields["broken_calls"])
         if self.events.disconnected:
             self._log_fields["status"] = CLIENT_CLOSED_REQUEST
 
@@ -124,7 +197,7 @@ class _Call:
 class _Stream(EventStream):
     """An event stream that ends its call, also if it fails before its first line."""
 
-    def __init__(self, response: ResponseBuilder, first: tuple[int, Event] | None, call: _Call):
+    def __init__(self, response: CallResponse, first: tuple[int, Event] | None, call: _Call):
         super().__init__(response, first, call.events)
         self._call = call
         call.streams = True
@@ -136,14 +209,14 @@ class _Stream(EventStream):
             self._call.end()
 
 
-async def _streamed(response: ResponseBuilder, call: _Call) -> Response:
+async def _streamed(response: CallResponse, call: _Call) -> Response:
     first = await first_event(call.events)
     if first is not None:
         _raise_if_failed(first[1], call.events)
     return _Stream(response, first, call)
 
 
-async def _whole(response: ResponseBuilder, events: EventQueue) -> Response:
+async def _whole(response: CallResponse, events: EventQueue) -> Response:
     while not events.ended:
         found = await events.get()
         if found is not None:

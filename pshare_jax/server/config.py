@@ -1,13 +1,14 @@
 """The serve config: the engine's config (engine/config.py), the base, and the HTTP server."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar, Literal
 
 from pshare_jax.engine.config import EngineConfig, check_engine_config, workers_of
 from pshare_jax.errors import PshareError
 from pshare_jax.server.origins import is_origin
 from pshare_jax.settings import check_least
+from pshare_jax.text.chat_style import ChatLayout, parse_style
 
 MAX_CPU_DEVICES = 64
 
@@ -34,14 +35,32 @@ class ServerConfig:
     allowed_origins: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class TaskConfig:
+    """A task: `module` is `base` or a decode module's folder. Its chat style counts before the manifest's."""
+
+    module: str
+    tool_format: str | dict[str, str] | None = None
+    layout: ChatLayout | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(EngineConfig):
-    """A whole serve config; `tasks` is in the order of /v1/models."""
+    """A whole serve config; `tasks` is in the order of /v1/models, a task's text is its module.
+
+    `tool_format` is that of tasks whose config and manifest have none, instead of the chat template's.
+    """
 
     base: str
-    tasks: dict[str, str]
+    tasks: dict[str, str | TaskConfig]
+    tool_format: str | dict[str, str] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     server: ServerConfig = field(default_factory=ServerConfig)
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """The tasks' modules."""
+        return {name: task if isinstance(task, str) else task.module for name, task in self.tasks.items()}
 
 
 def check_config(config: ServeConfig) -> None:
@@ -51,6 +70,10 @@ def check_config(config: ServeConfig) -> None:
         PshareError: naming the key, what is allowed and what to do.
     """
     check_engine_config(config)
+    parse_style(config.tool_format, None)
+    for name, task in config.tasks.items():
+        if isinstance(task, TaskConfig):
+            parse_style(task.tool_format, task.layout and asdict(task.layout), f"tasks.{name}.")
     check_least([("server.max_body_bytes", config.server.max_body_bytes, 1)])
     if not 0 <= config.server.port <= 65535:
         raise PshareError(f"server.port must be 0 to 65535, not {config.server.port}.")

@@ -23,7 +23,9 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called by uvicorn ten times a second: a server that can no longer serve a task stops, to be restarted."""
-        self.should_exit = self.should_exit or self._engine.broken
+        # Never written back as it was read: a signal may set it in between.
+        if self._engine.broken:
+            self.should_exit = True
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

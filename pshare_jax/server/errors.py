@@ -10,9 +10,10 @@ from starlette.exceptions import HTTPException
 
 from pshare_jax.server.openai.fields import NEUTRAL
 from pshare_jax.server.openai.schema import ApiError, ChatBody, CompletionBody, error_body
+from pshare_jax.server.responses_api.schema import FIELDS as RESPONSES_FIELDS
 
 RETRY_SECONDS = {429: "1", 503: "5"}
-FIELDS = {*ChatBody.model_fields, *CompletionBody.model_fields, *NEUTRAL}
+FIELDS = {*ChatBody.model_fields, *CompletionBody.model_fields, *NEUTRAL, *RESPONSES_FIELDS}
 
 OnRefusal = Callable[[int, str], None]
 """Called with the status and the reason of each error response."""
@@ -58,6 +59,6 @@ def _routes(app: FastAPI) -> list[str]:
     return [
         f"{method} {route.path}"
         for route in app.routes
-        if isinstance(route, APIRoute)
+        if isinstance(route, APIRoute) and route.include_in_schema
         for method in route.methods or ()
     ]

@@ -1,8 +1,8 @@
 """The streamed response of a call: server-sent events, and comment lines while none is available."""
 
-import functools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Protocol, runtime_checkable
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
@@ -10,7 +10,6 @@ from starlette.types import Receive, Scope, Send
 from pshare_jax.engine.request import Event
 from pshare_jax.server.event_queue import EventQueue
 from pshare_jax.server.openai.bodies import maybe_threaded
-from pshare_jax.server.openai.responses import ResponseBuilder
 
 HEARTBEAT_SECONDS = 15.0
 """The longest time without a line once the response has begun. Proxies close connections that are silent for 60 s."""
@@ -18,6 +17,45 @@ POLL_SECONDS = 1.0
 """How often a late call looks whether it was admitted."""
 WAITING = ": waiting\n\n"
 """A comment, which readers of server-sent events ignore."""
+
+
+@runtime_checkable
+class CallResponse(Protocol):
+    """A call's response, built from the engine's events of its requests, whole or as the lines of a stream."""
+
+    def add(self, index: int, event: Event) -> None:
+        """Adds an event of request `index` to the whole response."""
+        ...
+
+    def full(self) -> dict[str, Any]:
+        """The whole response, after all events were added."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """The approximate size of the whole response in bytes."""
+        ...
+
+    def start(self) -> Iterable[str]:
+        """The first lines of a stream."""
+        ...
+
+    def lines(self, index: int, event: Event) -> Iterable[str]:
+        """An event of request `index` as stream lines."""
+        ...
+
+    def size_of(self, event: Event) -> int:
+        """The approximate size of an event's lines in bytes, of the first lines too if they come with it."""
+        ...
+
+    def end(self) -> Iterable[str]:
+        """The last lines of a stream."""
+        ...
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """The call's fields in the request log."""
+        ...
 
 
 async def first_event(events: EventQueue) -> tuple[int, Event] | None:
@@ -38,7 +76,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, response: ResponseBuilder, first: tuple[int, Event] | None, events: EventQueue):
+    def __init__(self, response: CallResponse, first: tuple[int, Event] | None, events: EventQueue):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._response, self._first, self._events = response, first, events
@@ -66,6 +104,8 @@ class EventStream(Response):
             yield line
 
     async def _event_lines(self, index: int, event: Event, begun: bool) -> list[str]:
-        start = [] if begun else [*self._response.start()]
-        work = functools.partial(self._response.lines, index, event)
-        return [*start, *await maybe_threaded(self._response.size_of(event), work)]
+        def work() -> list[str]:
+            start = () if begun else self._response.start()
+            return [*start, *self._response.lines(index, event)]
+
+        return await maybe_threaded(self._response.size_of(event), work)

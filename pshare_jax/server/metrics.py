@@ -21,7 +21,12 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2)
 
 # (metric, description, attribute of the pool's cache statistics, the worker or the transfer)
-POOL_COUNTERS = (("pshare_pages_published", "KV pages published to the prefix cache.", "num_published"),)
+POOL_COUNTERS = (
+    ("pshare_pages_published", "KV pages published to the prefix cache.", "num_published"),
+    ("pshare_pinned_page_hits", "KV pages that a request shared while they were pinned.", "num_pinned_hits"),
+    ("pshare_prefetched_page_hits", "Prefetched KV pages that a later request shared.", "num_prefetched_hits"),
+    ("pshare_pages_put_first", "KV pages that ended sessions put first in the order of eviction.", "num_put_first"),
+)
 PREFILL_COUNTERS = (
     ("pshare_prefilled_tokens", "Tokens processed by prefill steps.", "stats.tokens"),
     ("pshare_prefill_slots", "Slots of prefill steps, tokens and padding.", "stats.slots"),
@@ -54,11 +59,20 @@ class Metrics:
         self._whole = self._seconds("pshare_request_seconds", "Time from arrival to the end of the request.")
         mean = "A request's mean time per output token after the first."
         self._token = self._seconds("pshare_time_per_output_token_seconds", mean, TOKEN_SECONDS)
-        self._prompt = self._tokens("pshare_prompt_tokens", "Prompt tokens.")
-        self._cached = self._tokens("pshare_cached_prompt_tokens", "Prompt tokens served from the prefix cache.")
-        self._generated = self._tokens("pshare_generated_tokens", "Generated tokens.")
+        self._prompt = self._count("pshare_prompt_tokens", "Prompt tokens.")
+        self._cached = self._count("pshare_cached_prompt_tokens", "Prompt tokens served from the prefix cache.")
+        self._generated = self._count("pshare_generated_tokens", "Generated tokens.")
+        self._calls = self._count("pshare_tool_calls", "Function calls in answers of chats with tools.")
+        broken = (
+            "Function calls that could not be read: no call behind its marker, or arguments that are no JSON object."
+        )
+        self._broken_calls = self._count("pshare_broken_tool_calls", broken)
         self._ended = Counter(
             "pshare_requests", "Ended requests, by outcome.", ("task", "outcome"), registry=self._registry
+        )
+        self._prefetched = self._count("pshare_prefetched_tokens", "Prompt tokens processed by prefetches.")
+        self._unknown_hints = Counter(
+            "pshare_unknown_hint_keys", "Unknown keys of agent_hint, ignored.", registry=self._registry
         )
         self._refused = Counter(
             "pshare_refusals",
@@ -75,6 +89,15 @@ class Metrics:
     def record_refusal(self, status: int, reason: str) -> None:
         """Counts an error response; `reason` comes from a fixed set."""
         self._refused.labels(str(status), reason).inc()
+
+    def record_unknown_hints(self, num: int) -> None:
+        """Counts ignored keys of a call's `agent_hint`."""
+        self._unknown_hints.inc(num)
+
+    def record_tool_calls(self, task: str, num_calls: int, num_broken: int) -> None:
+        """Counts the calls in the answers to a request."""
+        self._calls.labels(task).inc(num_calls)
+        self._broken_calls.labels(task).inc(num_broken)
 
     def record_admission(self, sequence: Sequence) -> None:
         """Records the time in the queue; called under the engine's lock, as the other two."""
@@ -96,6 +119,8 @@ class Metrics:
             return
         self._prompt.labels(task).inc(len(sequence.request.prompt))
         self._cached.labels(task).inc(sequence.cached_tokens)
+        if sequence.request.prefetches:
+            self._prefetched.labels(task).inc(max(sequence.prefill.num_prefilled - sequence.cached_tokens, 0))
         self._generated.labels(task).inc(len(sequence.decode.completion_ids))
         num_later = len(sequence.decode.completion_ids[1:])
         if sequence.first_token is not None and sequence.state is State.FINISHED and num_later:
@@ -108,7 +133,7 @@ class Metrics:
     def _seconds(self, name: str, description: str, buckets: tuple[int | float, ...] = SECONDS) -> Histogram:
         return Histogram(name, description, ("task",), buckets=buckets, registry=self._registry)
 
-    def _tokens(self, name: str, description: str) -> Counter:
+    def _count(self, name: str, description: str) -> Counter:
         return Counter(name, description, ("task",), registry=self._registry)
 
 
@@ -134,6 +159,9 @@ class _EngineCollector:
         pages = [(pool.name, state, count) for pool in engine.pools for state, count in pool.num_in_state.items()]
         description = "KV pages: used by live requests, cached in the prefix cache, or free."
         yield _family(GaugeMetricFamily, "pshare_pages", description, ["pool", "state"], pages)
+        pinned = [(pool.name, pool.num_pinned) for pool in engine.pools]
+        description = "Pinned KV pages, used or cached; all others are evicted before them."
+        yield _family(GaugeMetricFamily, "pshare_pinned_pages", description, ["pool"], pinned)
         tasks = [(task, str(worker.index), 1) for worker in engine.decode_workers for task in worker.tasks]
         description = "1 for each task available to new requests."
         yield _family(GaugeMetricFamily, "pshare_served_tasks", description, ["task", "worker"], tasks)
@@ -143,6 +171,11 @@ class _EngineCollector:
 
     def _counters(self) -> Iterator[Metric]:
         engine = self._engine
+        lapsed = [
+            (pool.name, reason, num) for pool in engine.pools for reason, num in pool.cache_stats.num_lapsed.items()
+        ]
+        description = "KV pages that are no longer pinned, by reason."
+        yield _family(CounterMetricFamily, "pshare_lapsed_pins", description, ["pool", "reason"], lapsed)
         sources = (
             (POOL_COUNTERS, "pool", [(pool.name, pool.cache_stats) for pool in engine.pools]),
             (PREFILL_COUNTERS, "worker", [(str(worker.index), worker) for worker in engine.prefill_workers]),

@@ -6,6 +6,7 @@ Called by the command line alone, before the server starts answering; `report` i
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -25,8 +26,11 @@ from pshare_jax.server.compile_counter import count_compilations
 from pshare_jax.server.config import ServeConfig, num_cpu_devices
 from pshare_jax.server.openai.to_requests import Limits
 from pshare_jax.server.tasks.loader import TaskLoader
+from pshare_jax.server.tasks.styles import TaskStyles
 from pshare_jax.server.tasks.table import TaskTable
+from pshare_jax.share.decode_module import DecodeModule
 from pshare_jax.share.model import load
+from pshare_jax.text.grammar import Grammar
 
 Report = Callable[[str], None]
 WARM_UP_LEN = 40
@@ -54,17 +58,20 @@ def build(config: ServeConfig, report: Report) -> tuple[AppContext, list[Variant
     report(f"opening and loading the base {config.base}")
     dtype = None if config.dtype == "auto" else config.dtype
     model = load(config.base, dtype=dtype, mesh=mesh_of(placement.prefill[0]))
-    engine = Engine.build(model, config, report)
+    engine = Engine.build(model, replace(config, tasks=config.modules), report)
+    styles = TaskStyles(config)
+    for name, module in _modules(engine).items():
+        styles.put(name, module.style)
     num_pages = sum(pool.num_pages for pool in engine.pools)
     report(f"KV: {num_pages} pages of {engine.facts.page_bytes:,} bytes in {len(engine.pools)} pools")
     limits = Limits(engine.facts.max_len, model.config.vocab_size, model.stop_ids, config.limits.max_requests)
     report("clients need the API key" if api_key else "clients need no API key")
     # Clients need not know the path of a folder.
     base = Path(config.base).name
-    table = modules_dir and _task_table(config, placement, engine, modules_dir)
+    table = modules_dir and _task_table(config, placement, engine, modules_dir, styles)
     server = config.server
     served = AppContext(
-        engine, model.tokenizer, limits, server.max_body_bytes, api_key, base, table, server.allowed_origins
+        engine, model.tokenizer, limits, server.max_body_bytes, api_key, base, table, server.allowed_origins, styles.of
     )
     return served, variants(engine)
 
@@ -84,7 +91,15 @@ def _checked_modules_dir(config: ServeConfig, api_key: str | None) -> Path | Non
     return folder
 
 
-def _task_table(config: ServeConfig, placement: Placement, engine: Engine, modules_dir: Path) -> TaskTable:
+def _modules(engine: Engine) -> dict[str, DecodeModule]:
+    """The modules of the engine's tasks."""
+    loaded = [pair for spec in engine.decode_specs for pair in spec.tasks.items()]
+    return {name: module for name, module in loaded if isinstance(module, DecodeModule)}
+
+
+def _task_table(
+    config: ServeConfig, placement: Placement, engine: Engine, modules_dir: Path, styles: TaskStyles
+) -> TaskTable:
     open_workers = [index for index, worker in enumerate(placement.decode) if worker.tasks == "all"]
     refusal = None
     if config.sharing == "isolated":
@@ -93,7 +108,7 @@ def _task_table(config: ServeConfig, placement: Placement, engine: Engine, modul
         )
     elif not open_workers:
         refusal = "No decode worker in placement has tasks: all, so tasks cannot change at run time."
-    return TaskTable(engine, modules_dir, open_workers, TaskLoader(engine).load, refusal)
+    return TaskTable(engine, modules_dir, open_workers, TaskLoader(engine).load, refusal, styles.put)
 
 
 def _key_from_environment() -> str | None:
@@ -120,6 +135,9 @@ def warm_up(served: AppContext, programs: list[Variant], full: bool, report: Rep
         shapes.limit(program.shape for program in now if program.shape is not None)
     # Part of the tokenizer is built on first use, which must not stall other requests' streams.
     served.tokenizer.encode("", allow_special=False, refuse_from=served.limits.max_len)
+    served.tokenizer.tool_format()
+    if engine.facts.grammars is not None:
+        engine.facts.grammars.check(Grammar.any_object())
     first_answers(served)
     while full and not engine.warm and engine.healthy:
         time.sleep(POLL_SECONDS)
@@ -134,8 +152,8 @@ def first_answers(served: AppContext) -> None:
         PshareError: an answer failed.
     """
     max_len = served.limits.max_len
-    prompt = (0,) * max(1, min(WARM_UP_LEN, max_len - 2))
     for number, (route, task) in enumerate(served.engine.router.all_routes()):
+        prompt = _warm_up_prompt(served.engine.boundary(task).invocation, max_len)
         # A salt of its own, so that no user's prompt hits the warm-up's KV.
         name, max_tokens = f"warm-up-{number}", min(2, max_len - len(prompt))
         request = Request(name, task, prompt, max_tokens, cache_salt=name)
@@ -143,6 +161,12 @@ def first_answers(served: AppContext) -> None:
             served.engine.submit(request, route=route).result()
         except RequestFailed:
             raise PshareError(f"The first answer of the task {task!r} failed; the log above says why.") from None
+
+
+def _warm_up_prompt(invocation: tuple[int, ...], max_len: int) -> tuple[int, ...]:
+    """A short prompt; it ends with an activated LoRA's invocation, so that its own weights answer."""
+    room = max_len - 2 - len(invocation)
+    return (0,) * min(WARM_UP_LEN, room) + invocation if room > 0 else (0,)
 
 
 def _described(placement: Placement) -> str:

@@ -1,9 +1,12 @@
 """The boundary rule: where the base's part of a prompt ends and the decode module's part begins. Host code without jax.
 
 The base encodes all but the last token of a prompt; the decode module consumes the last token as its first input and
-writes that token's KV. Serving, training and evaluation call these functions; no other file subtracts one.
+writes that token's KV. An activated LoRA has a `Boundary` of its own. Serving, training and evaluation call this module; no
+other file subtracts one.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar, overload
 
 import numpy as np
@@ -33,6 +36,47 @@ def base_len(prompt_len: int | np.ndarray, response_start: int | None = None) ->
             f"response_start must be at least 1 and less than the prompt's {prompt_len} tokens, not {response_start}."
         )
     return response_start - 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """One prompt at its module's boundary: the base encodes `base_len` leading tokens, and the module consumes the others.
+
+    A module that is not `active` leaves them to the base's weights, and so the whole answer.
+    """
+
+    base_len: int
+    active: bool = True
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The boundary rule of a module.
+
+    With an `invocation`, the token sequence of an activated LoRA (`alora_invocation_tokens` in PEFT), the module acts from
+    the first token of its last occurrence in the prompt on, and not at all in a prompt without it.
+    """
+
+    invocation: tuple[int, ...] = ()
+
+    def split(self, prompt: Sequence[int], response_start: int | None = None) -> Split:
+        """The split of a prompt. With `response_start` k, the invocation is looked for in prompt[:k] alone: as in PEFT, what
+        a module has answered does not move its boundary.
+
+        Raises:
+            PshareError: as `base_len`.
+        """
+        latest = base_len(len(prompt), response_start)
+        if not self.invocation:
+            return Split(latest)
+        first = _last_occurrence(tuple(prompt[:response_start]), self.invocation)
+        return Split(latest, active=False) if first is None else Split(first)
+
+
+def _last_occurrence(tokens: tuple[int, ...], wanted: tuple[int, ...]) -> int | None:
+    """The index of the last place where `wanted` stands in `tokens`."""
+    places = range(len(tokens) - len(wanted), -1, -1)
+    return next((at for at in places if tokens[at] == wanted[0] and tokens[at : at + len(wanted)] == wanted), None)
 
 
 def next_position(num_tokens: Length) -> Length:

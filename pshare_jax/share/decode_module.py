@@ -1,7 +1,8 @@
 """Decode modules on disk: full weights as a Hugging Face checkpoint or LoRA in PEFT's format, with decode_module.json.
 
 That manifest names the base that the module was made for and the KV it was trained on. `load_module` refuses a module
-that does not fit, because its answers on another base's KV would be fluent and wrong.
+that does not fit, because its answers on another base's KV would be fluent and wrong. A folder without a manifest is served
+only where its own weights compute its KV, or as an activated LoRA of PEFT, which needs none: the base computes its context.
 """
 
 import json
@@ -14,9 +15,12 @@ import jax
 
 from pshare_jax.errors import PshareError
 from pshare_jax.model.config import ModelConfig
+from pshare_jax.share.adapter_settings import INVOCATION, is_activated, is_adapter, read_settings
+from pshare_jax.share.boundary import Boundary
 from pshare_jax.share.lora import read_adapter, write_adapter
 from pshare_jax.share.model import Model, Weights
 from pshare_jax.share.save import save_folder
+from pshare_jax.text.chat_style import ChatStyle, parse_style, style_values
 from pshare_jax.weights.fingerprint import model_fingerprint
 from pshare_jax.weights.load import read_parameters, settle_tying
 from pshare_jax.weights.safetensors import SafetensorsFolder
@@ -26,13 +30,31 @@ Kind = Literal["full", "lora"]
 Prefill = Literal["base", "own"]
 
 
+@dataclass(frozen=True)
 class DecodeModule(Weights):
-    """The weights of one task. The parameters of a LoRA module are the base's arrays and its own A and B."""
+    """The weights of one task, and how it reads and writes chats (`style`). The parameters of a LoRA module are the
+    base's arrays and its own A and B.
+
+    `boundary` says where it divides prompts. An activated LoRA, whose boundary has an invocation, also has the `base`, which
+    computes what it leaves.
+    """
+
+    style: ChatStyle = ChatStyle()
+    boundary: Boundary = Boundary()
+    base: Weights | None = None
+
+    @property
+    def encoder(self) -> Weights:
+        """The weights that encode its context when every task prefills for itself."""
+        return self.base or self
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """decode_module.json. `prefill` is the KV that the module was trained on; `training` is free-form information."""
+    """decode_module.json. `prefill` is the KV that the module was trained on; `training` is free-form information.
+
+    `tool_format` and `layout` are the module's chat style (text/chat_style.py); manifests of plain modules lack them.
+    """
 
     kind: Kind
     base_fingerprint: str
@@ -41,6 +63,18 @@ class Manifest:
     prefill: Prefill = "base"
     training: Mapping[str, Any] = field(default_factory=dict)
     version: int = 1
+    tool_format: str | Mapping[str, str] | None = None
+    layout: Mapping[str, str] | None = None
+
+    @property
+    def style(self) -> ChatStyle:
+        """How the module reads and writes chats."""
+        return parse_style(self.tool_format, self.layout)
+
+    def write(self, folder: Path) -> None:
+        """Writes decode_module.json into the folder."""
+        content = {name: value for name, value in asdict(self).items() if value is not None}
+        (folder / MANIFEST).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_module(
@@ -50,8 +84,12 @@ def save_module(
     *,
     prefill: Prefill = "base",
     training: Mapping[str, Any] | None = None,
+    style: ChatStyle | None = None,
 ) -> None:
-    """Write a decode module of `base` (or `base` itself) into `folder`, created if missing: weights, then manifest."""
+    """Write a decode module of `base` (or `base` itself) into `folder`, created if missing: weights, then manifest.
+
+    `style` None is the module's own.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # An older manifest must not describe weights that are half written.
@@ -60,7 +98,8 @@ def save_module(
     if lora is None:
         save_folder(folder, replace(base, architecture=module.architecture, params=module.params, mesh=module.mesh))
     else:
-        write_adapter(folder, lora, module.params, base.config)
+        invocation = module.boundary.invocation if isinstance(module, DecodeModule) else ()
+        write_adapter(folder, lora, module.params, base.config, base.class_prefix, invocation)
     manifest = Manifest(
         "full" if lora is None else "lora",
         base.fingerprint,
@@ -68,8 +107,9 @@ def save_module(
         base.tokenizer.template_fingerprint,
         prefill,
         training or {},
+        **style_values(style or (module.style if isinstance(module, DecodeModule) else ChatStyle())),
     )
-    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+    manifest.write(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -80,10 +120,10 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.is_file():
         raise PshareError(
             f"{folder} has no {MANIFEST}: an ordinary fine-tune prefills with its own weights and answers wrongly on "
-            "the base's KV, so only modules trained on that KV can be served."
+            "the base's KV, so only modules trained on that KV can be served with sharing: shared."
         )
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PshareError(f"{path} is not a readable decode module manifest: {error}.") from error
     if not isinstance(content, dict):
@@ -105,8 +145,12 @@ def _manifest_faults(content: Mapping[str, Any]) -> list[str]:
             faults.append(f"{name} must be a string, not {value!r}")
         elif name == "training" and not isinstance(value, dict):
             faults.append(f"{name} must be an object, not {value!r}")
-        elif name not in (*choices, *texts, "training"):
+        elif name not in (*choices, *texts, "training", "tool_format", "layout"):
             faults.append(f"{name} is an unknown field")
+    try:
+        parse_style(content.get("tool_format"), content.get("layout"))
+    except PshareError as error:
+        faults.append(str(error).removesuffix("."))
     return faults
 
 
@@ -114,17 +158,16 @@ def load_module(folder: str | Path, base: Model, *, prefill: Prefill = "base") -
     """The decode module in `folder` on the base's mesh; a module for another base, tokenizer or prefill is an error.
 
     With `prefill` "own" (the isolated baseline, where the module's own weights compute its KV) any full fine-tune of
-    the base's architecture is accepted, also without a manifest or trained on the base's KV.
+    the base's architecture and any LoRA adapter are accepted, also without a manifest or trained on the base's KV. An
+    activated LoRA needs a manifest nowhere.
     """
     folder = Path(folder)
-    if prefill == "own" and folder.is_dir() and not (folder / MANIFEST).exists():
-        return _load_full(folder, base)
+    if folder.is_dir() and not (folder / MANIFEST).exists() and (prefill == "own" or is_activated(folder)):
+        return _load_lora(folder, base) if is_adapter(folder) else _load_full(folder, base)
     manifest = read_manifest(folder)
     _check_manifest(manifest, folder, base, prefill)
-    if manifest.kind == "lora":
-        lora, params = read_adapter(folder, base)
-        return DecodeModule(base.architecture.with_lora(lora), {**base.params, **params}, base.mesh)
-    return _load_full(folder, base)
+    module = _load_lora(folder, base) if manifest.kind == "lora" else _load_full(folder, base)
+    return replace(module, style=manifest.style)
 
 
 def _check_manifest(manifest: Manifest, folder: Path, base: Model, prefill: Prefill) -> None:
@@ -143,6 +186,18 @@ def _check_manifest(manifest: Manifest, folder: Path, base: Model, prefill: Pref
         raise PshareError(
             f"{folder} was trained with prefill 'own' and answers wrongly on the base's KV; use sharing: isolated."
         )
+
+
+def _load_lora(folder: Path, base: Model) -> DecodeModule:
+    settings = read_settings(folder)
+    lora, params = read_adapter(folder, base, settings)
+    architecture, params = base.architecture.with_lora(lora), {**base.params, **params}
+    if not settings.invocation:
+        return DecodeModule(architecture, params, base.mesh)
+    if max(settings.invocation) >= base.config.vocab_size:
+        raise PshareError(f"{settings.path}: {INVOCATION} must be below the base's {base.config.vocab_size} token ids.")
+    plain = Weights(base.architecture, base.params, base.mesh)
+    return DecodeModule(architecture, params, base.mesh, boundary=Boundary(settings.invocation), base=plain)
 
 
 def _load_full(folder: Path, base: Model) -> DecodeModule:

@@ -4,6 +4,7 @@
 `PrefillModule` for each prefill worker and a `TaskModules` for each decode worker.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pshare_jax.mesh import same_devices
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.kv.dense import DenseKV, bucket
 from pshare_jax.model.sharding import kv_sharding
+from pshare_jax.share.boundary import Split
 from pshare_jax.share.decode_module import DecodeModule, Prefill, load_module
 from pshare_jax.share.model import Model, checked_tokens
 
@@ -105,13 +107,15 @@ class TaskModules:
         return replace(kv, layers=jax.device_put(kv.layers, sharding, may_alias=False))
 
     def decode(
-        self, task: str, tokens: Any, kv: DenseKV, *, donate: bool = False
+        self, task: str, tokens: Any, kv: DenseKV, *, donate: bool = False, active: bool = True
     ) -> tuple[Float[Array, "B T V"], DenseKV]:
         """Feed int tokens `[B, T]`, T >= 1, after `kv` to the task's module: all positions' logits and the extended KV.
 
-        With `donate` the memory of `kv` is written in place, so `kv` must not be used again; without, it is copied.
+        With `donate` the memory of `kv` is written in place, so `kv` must not be used again; without, it is copied. An
+        activated LoRA that is not `active` leaves the tokens to the base's weights.
         """
         module = self.module(task)
+        module = module if active else module.base or module
         tokens = checked_tokens(tokens, self.model.config)
         if tokens.shape[1] == 0:
             raise PshareError("decode needs at least one token for each row.")
@@ -168,10 +172,14 @@ class SharedModel:
         return self.task_modules.transfer(kv)
 
     def decode(
-        self, task: str, tokens: Any, kv: DenseKV, *, donate: bool = False
+        self, task: str, tokens: Any, kv: DenseKV, *, donate: bool = False, active: bool = True
     ) -> tuple[Float[Array, "B T V"], DenseKV]:
         """The task's logits `[B, T, V]` of int tokens `[B, T]` after `kv` on the decode mesh, and the extended KV."""
-        return self.task_modules.decode(task, tokens, kv, donate=donate)
+        return self.task_modules.decode(task, tokens, kv, donate=donate, active=active)
+
+    def split(self, task: str, prompt: Sequence[int], response_start: int | None = None) -> Split:
+        """Where the task's module divides a prompt (`Boundary.split`)."""
+        return self.task_modules.module(task).boundary.split(prompt, response_start)
 
 
 def factorize(model: Model, *, prefill_mesh: Mesh | None = None, decode_mesh: Mesh | None = None) -> SharedModel:

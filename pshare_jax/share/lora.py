@@ -1,14 +1,14 @@
 """LoRA adapters in PEFT's format: adapter_config.json, adapter_model.safetensors <-> our `lora_a`, `lora_b` parameters.
 
-`decode_module` is the only caller. A PEFT option that changes the output in a way that `Projection` does not compute is
-an error that names the option.
+`decode_module` is the only caller. Our decoder has one rank and one scale for all layers of a target, so an adapter with
+several (`AdapterSettings`) is padded with zeros to the largest rank, and differences in scale go into B.
 """
 
 import json
-import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
@@ -18,71 +18,109 @@ from pshare_jax.errors import PshareError
 from pshare_jax.model.architecture import Params, is_lora
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.layers import LoraConfig
+from pshare_jax.share.adapter_settings import CONFIG_FILE, INVOCATION, AdapterSettings, read_settings
 from pshare_jax.share.model import Model
 from pshare_jax.weights.load import device_put_tensor
-from pshare_jax.weights.names import PROJECTIONS, Entry, projection_sizes
+from pshare_jax.weights.names import PLAIN_PREFIX, PROJECTIONS, AdapterTensor, Entry, adapter_tensors, projection_sizes
 from pshare_jax.weights.safetensors import save_tensors
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model.model."
-USED = frozenset({"r", "lora_alpha", "use_rslora", "target_modules"})
-# PEFT options that do not change a trained adapter's output, or do so only with another option that is refused.
-HARMLESS = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "exclude_modules",
-        "inference_mode",
-        "layers_pattern",
-        "loftq_config",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_config",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "task_type",
-    }
-)
-# Options with a value that means "off"; only these initialisations leave the base's weights unchanged.
-OFF: Mapping[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
-}
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
 
 
-def read_adapter(folder: Path, base: Model) -> tuple[LoraConfig, Params]:
+class _Pair(NamedTuple):
+    """A and B of one projection, and the scale of their product."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+
+def read_adapter(folder: Path, base: Model, settings: AdapterSettings | None = None) -> tuple[LoraConfig, Params]:
     """The adapter's shape, and its A and B on the base's mesh; one error lists all faults of the tensors."""
-    settings = _read_settings(folder)
-    try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise PshareError(f"{folder / WEIGHTS_FILE} cannot be read: {error}.") from error
-    rank = settings["r"]
-    lora = LoraConfig(rank, _scale(settings), _targets(tensors, settings, folder))
-    params, faults = {}, []
+    settings = settings or read_settings(folder)
+    pairs = _read_pairs(folder, base, settings)
+    largest = max(pairs.values(), key=lambda pair: len(pair.a))
+    targets = tuple(_short(path) for path in PROJECTIONS if any(name.endswith(f".{path}") for name in pairs))
+    lora = LoraConfig(len(largest.a), largest.scale, targets)
+    params = {}
     for entry in adapter_entries(base.config, lora):
-        values = tensors.pop(entry.name, None)
-        if values is None:
-            faults.append(f"{entry.name} is missing")
-        elif values.shape != entry.shape:
-            faults.append(f"{entry.name} has shape {list(values.shape)} instead of {list(entry.shape)}")
-        else:
-            params[entry.path] = device_put_tensor(values, entry, base.config, base.mesh, base.architecture.dtype)
-    faults += [f"{name} belongs to no projection" for name in tensors]
-    if faults:
-        raise PshareError(f"{folder / WEIGHTS_FILE} does not fit the base: {'; '.join(faults[:12])}.")
+        module, matrix = entry.path.rsplit(".", 1)
+        values = np.zeros(entry.shape, np.float32)
+        if module in pairs:
+            values = _padded(pairs[module], matrix, lora)
+        params[entry.path] = device_put_tensor(values, entry, base.config, base.mesh, base.architecture.dtype)
     return lora, params
 
 
-def write_adapter(folder: Path, lora: LoraConfig, params: Params, config: ModelConfig) -> None:
-    """Write A and B of all targets in PEFT's format; alpha is stored as scale times rank."""
+def _padded(pair: _Pair, matrix: str, lora: LoraConfig) -> np.ndarray:
+    """A or B of a projection with the adapter's rank and scale."""
+    missing = lora.rank - len(pair.a)
+    if matrix == "lora_a":
+        return np.pad(pair.a, ((0, missing), (0, 0)))
+    b = pair.b if pair.scale == lora.scale else pair.b.astype(np.float32) * (pair.scale / lora.scale)
+    return np.pad(b, ((0, 0), (0, missing)))
+
+
+def _read_pairs(folder: Path, base: Model, settings: AdapterSettings) -> dict[str, _Pair]:
+    """A and B by the path of their projection, of all projections that the adapter changes (at least one)."""
+    path = folder / WEIGHTS_FILE
+    try:
+        values = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise PshareError(f"{path} cannot be read: {error}.") from error
+    found, faults = _by_module(values)
+    if not any(matrix for _, matrix in found):
+        raise PshareError(f"{path} has no LoRA tensors for {', '.join(PROJECTIONS.values())}.")
+    usual = next((tensor.prefix for tensor in found.values() if tensor.module.startswith("layers.")), PLAIN_PREFIX)
+    pairs = {}
+    for ours, module, (num_in, num_out) in _projections(base.config):
+        a, b = (found.pop((module, matrix), None) for matrix in ("lora_A", "lora_B"))
+        name = (a.prefix if a else b.prefix if b else usual) + module
+        adapts, rank = settings.adapts(name), settings.rank(name)
+        if a is None and b is None and not adapts:
+            continue
+        if adapts is False:
+            faults.append(f"{PREFIX}{name} is not among the modules that {CONFIG_FILE} names")
+            continue
+        for tensor, matrix, shape in ((a, "lora_A", (rank, num_in)), (b, "lora_B", (num_out, rank))):
+            if tensor is None:
+                faults.append(f"{PREFIX}{name}.{matrix}.weight is missing")
+            elif values[tensor.name].shape != shape:
+                faults.append(f"{tensor.name} has shape {list(values[tensor.name].shape)} instead of {list(shape)}")
+        if a is not None and b is not None:
+            pairs[ours] = _Pair(values[a.name], values[b.name], settings.scale(name))
+    faults += [f"{tensor.name} belongs to no projection" for tensor in found.values()]
+    if faults:
+        raise PshareError(f"{path} does not fit the base: {'; '.join(faults[:12])}.")
+    return pairs
+
+
+def _by_module(names: Iterable[str]) -> tuple[dict[tuple[str, str], AdapterTensor], list[str]]:
+    """The tensors by module and matrix, and the faults of those that stand twice under different names."""
+    found: dict[tuple[str, str], AdapterTensor] = {}
+    faults = []
+    for tensor in adapter_tensors(names):
+        place = tensor.module, tensor.matrix
+        if place in found:
+            faults.append(f"{tensor.name} and {found[place].name} are the same parameter")
+        found[place] = tensor
+    return found, faults
+
+
+def write_adapter(
+    folder: Path,
+    lora: LoraConfig,
+    params: Params,
+    config: ModelConfig,
+    class_prefix: str = PLAIN_PREFIX,
+    invocation: Sequence[int] = (),
+) -> None:
+    """Write A and B of all targets in PEFT's format; alpha is stored as scale times rank.
+
+    `class_prefix` is that of the base's modules in transformers, `invocation` that of an activated LoRA.
+    """
+    names = sorted(PROJECTIONS[path].split(".")[1] for path in PROJECTIONS if _short(path) in lora.targets)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -93,68 +131,42 @@ def write_adapter(folder: Path, lora: LoraConfig, params: Params, config: ModelC
         "bias": "none",
         "use_rslora": False,
         "inference_mode": True,
-        "target_modules": sorted(
-            PROJECTIONS[path].split(".")[1] for path in PROJECTIONS if _short(path) in lora.targets
-        ),
+        "target_modules": names if class_prefix == PLAIN_PREFIX else _only_below(class_prefix, names),
+        **({INVOCATION: list(invocation)} if invocation else {}),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
     tensors = {
-        entry.name: np.ascontiguousarray(np.asarray(params[entry.path]).T) for entry in adapter_entries(config, lora)
+        entry.name: np.ascontiguousarray(np.asarray(params[entry.path]).T)
+        for entry in adapter_entries(config, lora, class_prefix)
     }
     assert len(tensors) == sum(map(is_lora, params))
     save_tensors(folder / WEIGHTS_FILE, tensors)
 
 
-def adapter_entries(config: ModelConfig, lora: LoraConfig) -> list[Entry]:
+def _only_below(class_prefix: str, names: Sequence[str]) -> str:
+    """A regular expression of the language model's projections: the vision part has projections of the same names."""
+    return rf"{re.escape(class_prefix)}layers\.\d+\.\w+\.({'|'.join(names)})"
+
+
+def adapter_entries(config: ModelConfig, lora: LoraConfig, class_prefix: str = PLAIN_PREFIX) -> list[Entry]:
     """All A and B of an adapter: our path, PEFT's tensor name, shape in files (A `[rank, in]`, B `[out, rank]`)."""
     entries = []
-    for index in range(config.num_layers):
-        for path, (num_in, num_out) in projection_sizes(config).items():
-            if _short(path) not in lora.targets:
-                continue
-            ours, theirs = f"layers.{index}.{path}", f"{PREFIX}layers.{index}.{PROJECTIONS[path]}"
+    for ours, module, (num_in, num_out) in _projections(config):
+        if _short(ours.split(".", 2)[2]) in lora.targets:
+            theirs = f"{PREFIX}{class_prefix}{module}"
             entries.append(Entry(f"{ours}.lora_a", f"{theirs}.lora_A.weight", (lora.rank, num_in), transpose=True))
             entries.append(Entry(f"{ours}.lora_b", f"{theirs}.lora_B.weight", (num_out, lora.rank), transpose=True))
     return entries
 
 
+def _projections(config: ModelConfig) -> list[tuple[str, str, tuple[int, int]]]:
+    """Our path, transformers' name below the prefix, and (in, out) of every projection."""
+    return [
+        (f"layers.{index}.{path}", f"layers.{index}.{PROJECTIONS[path]}", sizes)
+        for index in range(config.num_layers)
+        for path, sizes in projection_sizes(config).items()
+    ]
+
+
 def _short(path: str) -> str:
     return path.split(".")[1]
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise PshareError(f"{path} cannot be read: {error}.") from error
-    if not isinstance(settings, dict):
-        raise PshareError(f"{path} must contain a JSON object.")
-    for name, value in settings.items():
-        # Strict: an option of a newer PEFT is refused until it is known to be harmless.
-        if value not in (None, False, [], {}) and name not in USED | HARMLESS and value not in OFF.get(name, ()):
-            raise PshareError(f"{path} has {name}: {value!r}, which is not supported; train the adapter without it.")
-    for name, kinds in (("r", int), ("lora_alpha", (int, float))):
-        value = settings.get(name)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise PshareError(f"{path}: {name} must be a positive number, not {value!r}.")
-    return settings
-
-
-def _scale(settings: Mapping[str, Any]) -> float:
-    # PEFT: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA.
-    return settings["lora_alpha"] / settings["r"] ** (0.5 if settings.get("use_rslora") else 1.0)
-
-
-def _targets(tensors: Mapping[str, Any], settings: Mapping[str, Any], folder: Path) -> tuple[str, ...]:
-    # The union of the settings' names and the tensors' names: the settings may hold a pattern instead of names.
-    listed = settings.get("target_modules")
-    names = {str(name).split(".")[-1] for name in listed} if isinstance(listed, list) else set()
-    targets = tuple(
-        _short(path)
-        for path, name in PROJECTIONS.items()
-        if name.split(".")[1] in names or any(f".{name}.lora_" in tensor for tensor in tensors)
-    )
-    if not targets:
-        raise PshareError(f"{folder / WEIGHTS_FILE} has no LoRA tensors for {', '.join(PROJECTIONS.values())}.")
-    return targets

@@ -22,6 +22,7 @@ from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.weights.checkpoint import Checkpoint
 from pshare_jax.weights.fingerprint import model_fingerprint
 from pshare_jax.weights.load import read_parameters, settle_tying
+from pshare_jax.weights.names import PLAIN_PREFIX, class_prefix
 from pshare_jax.weights.sources import open_source
 
 DTYPES = ("float32", "bfloat16")
@@ -54,13 +55,15 @@ class Weights:
 @dataclass(frozen=True)
 class Model(Weights):
     """A loaded model. `stop_ids` are its end tokens; `fingerprint` identifies its weights; `hf_config` is the source's
-    config.json (the text part of a multimodal config), kept for saving.
+    config.json (the text part of a multimodal config) and `class_prefix` the prefix of its modules in transformers, both
+    kept for saving.
     """
 
     tokenizer: Tokenizer
     stop_ids: frozenset[int]
     fingerprint: str
     hf_config: Mapping[str, Any]
+    class_prefix: str = PLAIN_PREFIX
 
     def logits(self, tokens: Any) -> Float[Array, "B T V"]:
         """Next-token logits of every position of int tokens `[B, T]`, in float32, by a plain forward pass."""
@@ -106,6 +109,7 @@ def load(
         end_set(checkpoint, tokenizer),
         model_fingerprint(config, hashes),
         text_config(checkpoint.config),
+        class_prefix(checkpoint.config),
     )
 
 

@@ -1,7 +1,8 @@
 """Chat messages to text: checks the messages and renders the model's own Jinja template.
 
-`Tokenizer.encode_chat` is the caller. The renderer provides the environment that Hugging Face templates are written for
-(sandboxed, block trimming, `raise_exception`, `strftime_now`, plain `tojson`) and gives the same text as transformers.
+`Tokenizer.encode_chat` is the caller; chat_fitting.py changes the checked messages before they are rendered. The renderer
+provides the environment that Hugging Face templates are written for (sandboxed, block trimming, `raise_exception`,
+`strftime_now`, plain `tojson`) and gives the same text as transformers.
 Messages with an unknown role or part type are refused before rendering.
 """
 
@@ -9,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from jinja2 import Template, TemplateError, nodes
@@ -21,13 +23,15 @@ from pshare_jax.errors import PshareError
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _RESERVED = ("messages", "tools", "add_generation_prompt")
+_MAX_ARGUMENTS = 100_000
+"""Objects and lists in a call's arguments. Parsing more of them would hold up other requests."""
 
 
 def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     """The messages as plain dicts for a template.
 
     Content parts become one text, joined by newlines (as in vLLM and llama.cpp); null fields are dropped; a message's
-    reasoning is stored under each name that templates use. Everything else stays.
+    reasoning is stored under each name that templates use; a call's arguments become an object. Everything else stays.
     """
     if not messages:
         raise PshareError("messages is empty; send at least one message.")
@@ -43,8 +47,38 @@ def _checked_message(index: int, message: Any) -> dict[str, Any]:
     plain = {key: value for key, value in plain_data(message).items() if value is not None}
     if "content" in plain:
         plain["content"] = _flat_text(index, plain["content"])
+    if "tool_calls" in plain:
+        if not isinstance(plain["tool_calls"], list):
+            raise PshareError(f"The tool_calls of message {index} must be a list of objects.")
+        plain["tool_calls"] = [_with_object(index, call) for call in plain["tool_calls"]]
+    if "function_call" in plain:
+        plain["function_call"] = _with_object(index, plain["function_call"])
     reasoning = next((plain[key] for key in _REASONING if key in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def _with_object(index: int, call: Any) -> dict[str, Any]:
+    """A call whose arguments, JSON text of an object in OpenAI's API, are that object; other text stays."""
+    if not isinstance(call, dict):
+        raise PshareError(f"Message {index} has a tool call that is not an object.")
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_object(index, call["function"])}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str) and arguments.strip():
+        arguments = _parsed(index, arguments)
+    elif not arguments or isinstance(arguments, str):
+        arguments = {}
+    return {**call, "arguments": arguments}
+
+
+def _parsed(index: int, arguments: str) -> Any:
+    if arguments.count("{") + arguments.count("[") > _MAX_ARGUMENTS:
+        raise PshareError(f"Message {index} has a call whose arguments have too many objects and lists.")
+    try:
+        parsed = json.loads(arguments)
+    except ValueError:
+        return arguments
+    return parsed if isinstance(parsed, dict) else arguments
 
 
 def _flat_text(index: int, content: Any) -> str:
@@ -93,6 +127,32 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
+def free_characters(sent: Any, count: int) -> list[str]:
+    """Characters that are not in what a client sent, for `until_mark` and for stand-ins of text.
+
+    Raises:
+        PshareError: what was sent has too many of the characters for private use.
+    """
+    taken = set(json.dumps(sent, ensure_ascii=False, default=str))
+    free = list(islice((char for char in map(chr, range(0xE000, 0xF900)) if char not in taken), count))
+    if len(free) < count:
+        raise PshareError("The chat has almost all characters for private use (U+E000 to U+F8FF); leave some out.")
+    return free
+
+
+def until_mark(text: str, mark: str) -> str:
+    """A rendering up to the mark that, with a blank, ends a message's content.
+
+    Raises:
+        PshareError: the template does not write the mark.
+    """
+    before, found, after = text.rpartition(mark)
+    if not found:
+        raise PshareError("The chat template does not show the last message's text, so it cannot be continued.")
+    # A template that trims the content would have trimmed the end of the answer too.
+    return before if after.startswith(" ") else before.rstrip()
+
+
 class ChatTemplate:
     """One compiled chat template."""
 
@@ -136,7 +196,10 @@ class ChatTemplate:
     @cached_property
     def words(self) -> frozenset[str]:
         """Strings and field names in the template's source, which it may compare with or look up."""
-        tree = self._environment.parse(self.source)
+        try:
+            tree = self._environment.parse(self.source)
+        except TemplateError as error:
+            raise _not_jinja(error) from error
         constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
         return frozenset(constants | {node.attr for node in tree.find_all(nodes.Getattr)})
 
@@ -145,7 +208,11 @@ class ChatTemplate:
         try:
             return self._environment.from_string(self.source)
         except TemplateError as error:
-            raise PshareError(f"The model's chat template is not valid Jinja: {error.message}") from error
+            raise _not_jinja(error) from error
+
+
+def _not_jinja(error: TemplateError) -> PshareError:
+    return PshareError(f"The model's chat template is not valid Jinja: {error.message}")
 
 
 class _Generation(Extension):

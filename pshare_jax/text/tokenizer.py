@@ -7,75 +7,49 @@ tokens that a chat template itself writes become control ids; text inside messag
 import hashlib
 import json
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
 from pshare_jax.errors import PshareError
-from pshare_jax.text.chat_template import ChatTemplate, checked_messages, plain_data
+from pshare_jax.text.chat_fitting import ChatFitting, FittedChat, check_shown
+from pshare_jax.text.chat_style import ChatStyle
+from pshare_jax.text.chat_template import ChatTemplate, checked_messages, free_characters, plain_data, until_mark
 from pshare_jax.text.control_tokens import ControlText, Placeholders, PlainEncoder, control_finder
 from pshare_jax.text.detokenizer import Detokenizer, token_bytes_for
+from pshare_jax.text.encoder import PLAIN, PromptTooLong
 from pshare_jax.text.gguf_tokenizer import read_gguf
 from pshare_jax.text.hf_files import SPECIAL_NAMES, read_folder, write_folder
 from pshare_jax.text.length_bound import LengthBound, length_bound
 from pshare_jax.text.native import decode, encode_ids, encode_offsets
+from pshare_jax.text.template_traits import TemplateTraits, probe
+from pshare_jax.text.tool_format import ToolFormat, as_shown, with_stand_ins
 
 
-class PromptTooLong(PshareError):
-    """A prompt has at least `least` tokens, as its text's length alone shows."""
+@dataclass(frozen=True)
+class _Chat:
+    """A chat as its template gets it; `kwargs` are the template's other variables.
 
-    def __init__(self, least: int) -> None:
-        super().__init__(f"The prompt has at least {least} tokens, which is too long; shorten it.")
-        self.least = least
+    `markers` are the control tokens of our own text, by the characters that stand for them in it.
+    """
 
-
-@runtime_checkable
-class Encoder(Protocol):
-    """What the server needs of a tokenizer; a prompt that cannot be encoded is a PshareError. See `Tokenizer`."""
-
-    @property
-    def special_tokens(self) -> dict[str, str | None]:
-        """Texts of the named control tokens, such as `eos_token`."""
-        ...
+    template: ChatTemplate
+    fitted: FittedChat
+    kwargs: dict[str, Any]
+    markers: dict[str, str]
 
     @property
-    def special_ids(self) -> Collection[int]:
-        """Ids of the control tokens."""
-        ...
+    def strings(self) -> list[Any]:
+        """All that clients sent: messages, tools, values of kwargs."""
+        return [self.fitted.messages, self.fitted.tools, list(self.kwargs.values())]
 
-    @property
-    def chat_template(self) -> str | None:
-        """The template's source."""
-        ...
-
-    def encode(
-        self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True, refuse_from: int | None = None
-    ) -> list[int]:
-        """Ids of a text prompt."""
-        ...
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of ids."""
-        ...
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token."""
-        ...
-
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        template_kwargs: Mapping[str, Any] | None = None,
-        refuse_from: int | None = None,
-    ) -> list[int]:
-        """Ids of a chat's prompt."""
-        ...
+    def marked(self, text: str) -> str:
+        """A rendering with the markers' texts."""
+        return text.translate(str.maketrans(self.markers)) if self.markers else text
 
 
 class Tokenizer:
@@ -91,6 +65,7 @@ class Tokenizer:
         """`config` is tokenizer_config.json's content; `templates` are chat templates by name ("default" first)."""
         self._backend, self._config, self._sources = backend, dict(config), dict(templates)
         self._templates = {name: ChatTemplate(source) for name, source in templates.items()}
+        self._probed: dict[str, TemplateTraits] = {}
         added = backend.get_added_tokens_decoder()
         self._special = {index: token.content for index, token in added.items() if token.special}
         self._variables = {name: config[name] for name in SPECIAL_NAMES if config.get(name)}
@@ -182,23 +157,24 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
         refuse_from: int | None = None,
+        style: ChatStyle = PLAIN,
     ) -> list[int]:
         """The prompt's ids for a chat, as the model's template writes it.
 
-        Without control text in messages, tools and kwargs the ids equal those of transformers' `apply_chat_template`.
+        Without control text in messages, tools and kwargs the ids equal those of transformers' `apply_chat_template`, if
+        the template shows the messages' roles, calls and tools, and the style asks for nothing else (chat_fitting.py).
         Control text in them is encoded as ordinary text.
 
         Raises:
             PromptTooLong: the rendered text's length shows that it has at least `refuse_from` tokens.
-            PshareError: the model has no template, a role or part is unknown, the template refuses the messages, or it
-                would complete message text to a control token.
+            PshareError: the model has no template, a role or part is unknown, the template refuses the messages or does
+                not show one of them, or it would complete message text to a control token.
         """
         try:
-            variables = plain_data(template_kwargs or {})
-            chat = [checked_messages(messages), plain_data(tools), list(variables.values())]
-            return self._encode_checked(chat, list(variables), add_generation_prompt, refuse_from)
+            chat = self._fitted(messages, tools, template_kwargs, style)
+            return self._encode_fitted(chat, add_generation_prompt, refuse_from)
         except RecursionError as error:
-            raise PshareError("The messages are nested too deeply; flatten them.") from error
+            raise _too_deep() from error
 
     def encode_turn(
         self,
@@ -207,6 +183,7 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
+        style: ChatStyle = PLAIN,
     ) -> tuple[list[int], list[int]]:
         """Ids of the prompt for `messages` as `encode_chat` gives it, and of what the template writes for `answer` after it.
 
@@ -214,51 +191,123 @@ class Tokenizer:
         that would span the boundary is split there, since generation starts there. PshareError: as `encode_chat`, and if
         the template does not write the answer right after the prompt.
         """
-        prompt = self.encode_chat(messages, tools=tools, template_kwargs=template_kwargs)
-        whole = [*messages, answer]
-        ids = self.encode_chat(whole, tools=tools, add_generation_prompt=False, template_kwargs=template_kwargs)
-        if ids[: len(prompt)] == prompt:
-            return prompt, ids[len(prompt) :]
-        variables = plain_data(template_kwargs or {})
-        chat = [checked_messages(whole), plain_data(tools), list(variables.values())]
-        return prompt, self._encode_last(chat, list(variables))
+        prompt = self.encode_chat(messages, tools=tools, template_kwargs=template_kwargs, style=style)
+        try:
+            chat = self._fitted([*messages, answer], tools, template_kwargs, style, num_last=1)
+            ids = self._encode_fitted(chat, False, None)
+            return prompt, ids[len(prompt) :] if ids[: len(prompt)] == prompt else self._encode_last(chat)
+        except RecursionError as error:
+            raise _too_deep() from error
 
-    def _encode_last(self, chat: list[Any], names: list[str]) -> list[int]:
-        """Ids of what the template writes for the last message; `chat` and `names` as in `_encode_checked`."""
-        template = self._template(chat[1])
-        placeholders = self._control.placeholders(chat, template.source)
-        messages, *others = placeholders.masked(chat)
-        before = self._rendered(template, [messages[:-1], *others], names, True)
-        text = self._rendered(template, [messages, *others], names, False)
+    def encode_begun(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        refuse_from: int | None = None,
+        style: ChatStyle = PLAIN,
+    ) -> tuple[list[int], int | None]:
+        """Ids of a chat that ends within its last message, an answer to go on with, and the index of its first id.
+
+        The ids equal those of transformers' `continue_final_message`. An empty answer gives the prompt and None.
+        PshareError: as `encode_chat`, and if the last message is no text of the assistant.
+        """
+        try:
+            *before, last = checked_messages(messages)
+            if last["role"] != "assistant" or last.get("tool_calls"):
+                raise PshareError("The last message must be an assistant's text to be continued; send it last.")
+            options: dict[str, Any] = {"tools": tools, "template_kwargs": template_kwargs, "style": style}
+            prompt = self.encode_chat(before, **options, refuse_from=refuse_from)
+            if not last.get("content", "").strip():
+                return prompt, None
+            last.pop("prefix", None)
+            (mark,) = free_characters([messages, tools, template_kwargs], 1)
+            # The blank shows whether the template trims what it writes.
+            marked = {**last, "content": f"{last['content']}{mark} "}
+            chat = self._fitted([*before, marked], tools, template_kwargs, style, num_last=1)
+            ids = self._encode_fitted(chat, False, refuse_from, lambda text: until_mark(text, mark))
+        except RecursionError as error:
+            raise _too_deep() from error
+        pairs = zip(prompt, ids, strict=False)
+        start = next((index for index, (one, other) in enumerate(pairs) if one != other), len(prompt))
+        return (ids, start) if start < len(ids) else (prompt, None)
+
+    def tool_format(self, style: ChatStyle = PLAIN) -> ToolFormat | None:
+        """How answers of this style write calls: the style's own format, or else the template's.
+
+        None if there is no template, or it writes calls in a way that no `ToolFormat` describes.
+        """
+        if style.tool_format is not None or not {"default", "tool_use"} & self._templates.keys():
+            return style.tool_format
+        return self._traits(self._template([])).default_format
+
+    def _fitted(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        kwargs: Mapping[str, Any] | None,
+        style: ChatStyle,
+        num_last: int = 0,
+    ) -> _Chat:
+        """The checked chat in the style; its last `num_last` messages are an answer."""
+        checked, plain_tools = checked_messages(messages), plain_data(tools)
+        template = self._template(plain_tools)
+        form, markers = self.tool_format(style), {}
+        if form is not None and self._control.inside([form.start, form.end]):
+            stand_ins = free_characters([checked, plain_tools, kwargs], len(self._special))
+            markers = dict(zip(stand_ins, self._special.values(), strict=True))
+            form = with_stand_ins(form, {text: char for char, text in markers.items()})
+        own = style.tool_format and as_shown(style.tool_format, self._special.values())
+        fitting = ChatFitting(self._traits(template), replace(style, tool_format=own), form)
+        return _Chat(template, fitting.fit(checked, plain_tools, num_last), plain_data(kwargs or {}), markers)
+
+    def _encode_last(self, chat: _Chat) -> list[int]:
+        """Ids of what the template writes for the last message."""
+        placeholders = self._control.placeholders(chat.strings, chat.template.source)
+        messages, *others = placeholders.masked(chat.strings)
+        before = self._rendered(chat, [messages[:-1], *others], True)
+        text = self._rendered(chat, [messages, *others], False)
         if not text.startswith(before):
             raise PshareError("The chat template must write the answer right after its prompt, but does not.")
-        text = text[len(before) :]
-        return self._encode_masked(text, placeholders) if self._control.inside(chat) else self._encode(text)
+        text = chat.marked(text[len(before) :])
+        return self._encode_masked(text, placeholders) if self._control.inside(chat.strings) else self._encode(text)
 
-    def _encode_checked(
-        self, chat: list[Any], names: list[str], add_generation_prompt: bool, refuse_from: int | None
+    def _encode_fitted(
+        self, chat: _Chat, add_generation_prompt: bool, refuse_from: int | None, cut: Callable[[str], str] = str
     ) -> list[int]:
-        """`chat`: messages, tools, and the values of the template variables called `names`."""
-        template = self._template(chat[1])
-        plain = self._rendered(template, chat, names, add_generation_prompt)
+        """Ids of a chat's rendering, of which `cut` keeps the part before an end."""
+
+        def rendered(strings: list[Any]) -> str:
+            return self._rendered(chat, strings, add_generation_prompt)
+
+        def finished(text: str) -> str:
+            return chat.marked(cut(text))
+
+        strings = chat.strings
+        plain = rendered(strings)
         self._check_length(plain, refuse_from)
-        placeholders = self._control.placeholders(chat, template.source)
-        disguised = placeholders.disguised(chat, template.words)
-        text = self._rendered(template, disguised, names, add_generation_prompt)
-        own = self._control_ids(encode_ids(self._finder, _valid(text)))
-        if self._control.inside(chat):
-            text = self._rendered(template, placeholders.masked(chat), names, add_generation_prompt)
-            ids = self._encode_masked(text, placeholders)
+        check_shown(chat.fitted.parts, plain, lambda messages: rendered([messages, *strings[1:]]))
+        placeholders = self._control.placeholders(strings, chat.template.source)
+        disguised = finished(rendered(placeholders.disguised(strings, chat.template.words)))
+        own = self._control_ids(encode_ids(self._finder, _valid(disguised)))
+        if self._control.inside(strings):
+            ids = self._encode_masked(finished(rendered(placeholders.masked(strings))), placeholders)
         else:
-            ids = self._encode(plain)
+            ids = self._encode(finished(plain))
         if self._control_ids(ids) != own:
             raise PshareError("The chat template would turn text of the messages into control tokens; rephrase it.")
         return ids
 
-    def _rendered(self, template: ChatTemplate, chat: list[Any], names: list[str], add_generation_prompt: bool) -> str:
-        messages, tools, values = chat
-        variables = {**self._variables, **dict(zip(names, values, strict=True))}
-        return template.render(messages, tools, add_generation_prompt, variables)
+    def _rendered(self, chat: _Chat, strings: list[Any], add_generation_prompt: bool) -> str:
+        messages, tools, values = strings
+        variables = {**self._variables, **dict(zip(chat.kwargs, values, strict=True))}
+        return chat.template.render(messages, tools, add_generation_prompt, variables)
+
+    def _traits(self, template: ChatTemplate) -> TemplateTraits:
+        if template.source not in self._probed:
+            self._probed[template.source] = probe(template, self._variables, self._special.values())
+        return self._probed[template.source]
 
     def _encode_masked(self, text: str, placeholders: Placeholders) -> list[int]:
         encoding = encode_offsets(self._backend, _valid(text))
@@ -330,6 +379,10 @@ class Tokenizer:
         framed = self._backend.encode("a", add_special_tokens=True)
         inner = [index for index, added in enumerate(framed.special_tokens_mask) if not added] or [len(framed.ids)]
         return framed.ids[: inner[0]], framed.ids[inner[-1] + 1 :]
+
+
+def _too_deep() -> PshareError:
+    return PshareError("The messages are nested too deeply; flatten them.")
 
 
 def _valid(text: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pshare_jax.errors import PshareError
 from pshare_jax.settings import check_least
+from pshare_jax.text.chat_style import ChatLayout, ChatStyle, parse_style
 from pshare_jax.training.data.batches import Layout
 from pshare_jax.training.data.config import MAX_SEED, DataConfig, check_data
 
@@ -31,7 +32,8 @@ CHANGEABLE = (
 class ModuleConfig:
     """The trainable module: `full`, all weights, or `lora`, an adapter on the base.
 
-    LoRA adds alpha / rank * x A B to the projections `targets`, with `dropout` on its input.
+    LoRA adds alpha / rank * x A B to the projections `targets`, with `dropout` on its input. The module's manifest records
+    `tool_format`, how it writes function calls (null: as the chat template does), and the chats' `layout`.
     """
 
     kind: Literal["full", "lora"] = "lora"
@@ -39,6 +41,13 @@ class ModuleConfig:
     alpha: float = 32.0
     targets: tuple[str, ...] = TARGETS
     dropout: float = 0.0
+    tool_format: str | dict[str, str] | None = None
+    layout: ChatLayout = field(default_factory=ChatLayout)
+
+    @property
+    def style(self) -> ChatStyle:
+        """How the module reads and writes chats."""
+        return parse_style(self.tool_format, asdict(self.layout), "module.")
 
 
 @dataclass(frozen=True)
@@ -162,6 +171,7 @@ def _differences(ours: Any, theirs: Any, key: str) -> list[str]:
 
 
 def _check_module(module: ModuleConfig) -> None:
+    parse_style(module.tool_format, asdict(module.layout), "module.")
     if module.kind == "full":
         if module.dropout:
             raise PshareError("module.dropout needs LoRA; set it to 0, or module.kind to lora.")

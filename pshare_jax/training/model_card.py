@@ -4,17 +4,18 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pshare_jax.share.decode_module import MANIFEST, Manifest, read_manifest
-from pshare_jax.training.data.bfcl import BFCL
 
 CARD_TEXT = "README.md"
 RUN_ALONE = "run_alone"
 """Key of the manifest's evaluation: task -> accuracy of the module on its own KV, printed in the card's first line."""
+
+_PLACES = {"last": "behind the history", "drop": "nowhere: it is left out"}
 
 Reader = Literal["module", "alone", "base"]
 
@@ -28,7 +29,7 @@ def add_accuracy(folder: Path, task: str, accuracy: float, reader: Reader) -> No
     else:
         evaluation[f"accuracy{' of the base' if reader == 'base' else ''}, `{task}`"] = accuracy
     changed = replace(manifest, training={**manifest.training, "evaluation": evaluation})
-    (folder / MANIFEST).write_text(json.dumps(asdict(changed), indent=2) + "\n")
+    changed.write(folder)
     write_model_card(folder)
 
 
@@ -50,7 +51,7 @@ def write_model_card(folder: Path) -> None:
         f"target tokens, learning rate {training['learning_rate']:g}",
         f"- Trained: {_module_summary(training['module'])}",
         f"- Data: {', '.join(f'`{path}`' for path in training['data'])}",
-        *_prompt_lines(training["data"]),
+        *_style_lines(manifest),
         "",
         "## Evaluation",
         "",
@@ -86,12 +87,13 @@ def _purpose(manifest: Manifest, alone: Mapping[str, Any] | None) -> str:
     )
 
 
-def _prompt_lines(data: Sequence[str]) -> list[str]:
-    if not any(path.startswith(BFCL) for path in data):
-        return []
-    return [
-        "- Prompts: a system message lists the functions, in the form of `pshare_jax.training.data.bfcl.tool_messages`"
-    ]
+def _style_lines(manifest: Manifest) -> list[str]:
+    lines = []
+    if manifest.tool_format is not None:
+        lines.append(f"- Function calls: in the format `{json.dumps(manifest.tool_format, ensure_ascii=False)}`")
+    if manifest.style.system != "first":
+        lines.append(f"- Layout: a chat's own system message stands {_PLACES[manifest.style.system]}")
+    return lines
 
 
 def _module_summary(module: Mapping[str, Any]) -> str:

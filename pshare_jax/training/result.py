@@ -89,7 +89,7 @@ def save_result(
     shutil.rmtree(part, ignore_errors=True)
     prefill: Prefill = "base" if config.method == "prefillshare" else "own"
     try:
-        save_module(part, module, base, prefill=prefill, training=training)
+        save_module(part, module, base, prefill=prefill, training=training, style=config.module.style)
         write_model_card(part)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)

@@ -111,7 +111,7 @@ def read_data(config: TrainConfig, tokenizer: Tokenizer, stop_ids: frozenset[int
     """
     # The server refuses sequences beyond the model's context, so they are not trained on either.
     data_config = replace(config.data, max_len=min(config.data.max_len, model.max_len))
-    data = prepare(data_config, tokenizer, stop_ids, config.layout, model.vocab_size)
+    data = prepare(data_config, tokenizer, stop_ids, config.layout, model.vocab_size, config.module.style)
     if config.evaluation.every is not None and not len(data.evaluation):
         raise PshareError(
             "evaluation.every needs an evaluation sample, but none is left; raise data.max_len or add data."

@@ -39,6 +39,14 @@ _FOREIGN_KEYS: Mapping[str, Any] = {
     "attn_logit_softcapping": 0.0,
 }
 
+# Keys with which llama.cpp changes YaRN's cosines and sines: the values that leave them as in transformers.
+_YARN_OFF: Mapping[str, float] = {
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+}
+
 
 @dataclass(frozen=True)
 class _Metadata:
@@ -180,7 +188,7 @@ def _refuse_foreign(keys: _Metadata) -> None:
 
 
 def _rope_scaling(keys: _Metadata) -> dict[str, Any] | None:
-    """rope_scaling in Hugging Face form; other types than linear keep their name, and `ModelConfig` refuses them."""
+    """rope_scaling in Hugging Face form; types other than linear and yarn keep their name, and `ModelConfig` refuses them."""
     kind = keys.get("rope.scaling.type")
     factor_key = "rope.scaling.factor" if keys.get("rope.scaling.factor") is not None else "rope.scale_linear"
     if kind == "none" or (kind is None and keys.get(factor_key) is None):
@@ -189,10 +197,17 @@ def _rope_scaling(keys: _Metadata) -> dict[str, Any] | None:
         factor = keys.number(factor_key if kind is None else "rope.scaling.factor")
         return None if factor in (0.0, 1.0) else {"rope_type": "linear", "factor": factor}
     scaling: dict[str, Any] = {"rope_type": kind}
-    if keys.get("rope.scaling.factor") is not None:
-        scaling["factor"] = keys.number("rope.scaling.factor")
+    if kind != "yarn":
+        return scaling
+    for key, off in _YARN_OFF.items():
+        if keys.get(key) not in (None, off):
+            raise keys.fault(key, f"is {keys.get(key)}, but only {off} is supported")
+    scaling["factor"] = keys.number("rope.scaling.factor")
     if keys.get("rope.scaling.original_context_length") is not None:
         scaling["original_max_position_embeddings"] = keys.integer("rope.scaling.original_context_length")
+    for name in ("beta_fast", "beta_slow"):
+        if keys.get(f"rope.scaling.yarn_{name}") is not None:
+            scaling[name] = keys.number(f"rope.scaling.yarn_{name}")
     return scaling
 
 

@@ -1,18 +1,21 @@
 """Hugging Face tensor names <-> our parameter paths: one table for loading and saving.
 
 All families use the same names below a prefix, so the table follows from a `ModelConfig`. Kernels are `[in, out]` here
-and `[out, in]` in files. `plan` matches a file's names against the table; one error lists all faults.
+and `[out, in]` in files. `plan` matches a file's names against the table; one error lists all faults. Adapters' tensors go
+through the same prefix rules.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from pshare_jax.errors import PshareError
 from pshare_jax.model.config import ModelConfig
 
 # Prefixes of the language model in multimodal (old and new style) and in text-only repositories.
 PREFIXES = ("language_model.model.", "model.language_model.", "model.")
+PLAIN_PREFIX = "model."
 HEADS = ("language_model.lm_head.weight", "lm_head.weight")
 # Ignored: buffers in older files, and the vision part of multimodal repositories.
 SKIPPED = re.compile(
@@ -131,14 +134,49 @@ def file_name(entry: Entry) -> str:
     return entry.name if entry.name == "lm_head.weight" else f"model.{entry.name}"
 
 
+def class_prefix(config: Mapping[str, Any]) -> str:
+    """The prefix of the language model's modules in the class that transformers chooses for a config.json.
+
+    Files of multimodal models may have older names than their class, so the names in a file do not say it.
+    """
+    return "model.language_model." if isinstance(config.get("text_config"), Mapping) else PLAIN_PREFIX
+
+
+class AdapterTensor(NamedTuple):
+    """One tensor of a LoRA adapter: its name in the file, its module's prefix and name below it, lora_A or lora_B."""
+
+    name: str
+    prefix: str
+    module: str
+    matrix: str
+
+
+def adapter_tensors(names: Iterable[str]) -> list[AdapterTensor]:
+    """The tensors of an adapter that belong to the language model; a name that is no LoRA tensor's has no matrix."""
+    found = []
+    for name in names:
+        # PEFT's own prefix may be missing, and PEFT's name of the adapter may stand before `weight`.
+        inner = name.removeprefix("base_model.model.")
+        if SKIPPED.fullmatch(inner):
+            continue
+        match = re.fullmatch(r"(.+)\.(lora_[AB])(\.[^.]+)?\.weight", inner)
+        key, matrix = (match[1], match[2]) if match else (inner, "")
+        module = _short_name(key)
+        found.append(AdapterTensor(name, key.removesuffix(module), module, matrix))
+    return found
+
+
+def _short_name(name: str) -> str:
+    return next((name.removeprefix(prefix) for prefix in PREFIXES if name.startswith(prefix)), name)
+
+
 def _by_short_name(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, str], list[str]]:
     found: dict[str, str] = {}
     faults = []
     for name in shapes:
         if SKIPPED.fullmatch(name):
             continue
-        short = "lm_head.weight" if name in HEADS else name
-        short = next((short.removeprefix(p) for p in PREFIXES if short.startswith(p)), short)
+        short = _short_name("lm_head.weight" if name in HEADS else name)
         if short in found:
             faults.append(f"{name} and {found[short]} are the same parameter")
         found[short] = name

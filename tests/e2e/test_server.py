@@ -2,6 +2,7 @@
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import jax
@@ -62,6 +63,31 @@ def test_chats_equal_the_oracle(served, task, stream):
     ids = served.shared.model.tokenizer.encode_chat(messages)
     answer = served.ask(CHAT, model=task, messages=messages, max_tokens=12, stream=stream)
     assert answer == served.expected(task, ids, 12)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses_equal_chats(served, stream):
+    """The same messages and limits by /v1/responses: the chat's text, end and usage; and so for the next turn."""
+    turn: Any = [{"role": "user", "content": "hello, who are you today?"}]
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none") as client:
+        for task, count in ((FULL, 12), (LORA, 9)):
+            made: Any = client.responses.create(
+                model=task, instructions="be", input=turn, max_output_tokens=count, temperature=0, stream=stream
+            )
+            response = [*made][-1].response if stream else made
+            messages = [{"role": "system", "content": "be"}, *plain_messages(turn)]
+            (text, reason, tokens), usage = served.answer(CHAT, model=task, messages=messages, max_tokens=count)
+            assert (response.output_text, response.usage.output_tokens) == (text, tokens)
+            assert response.status == ("completed" if reason == "stop" else "incomplete")
+            assert response.usage.input_tokens == usage["prompt_tokens"]
+            turn = [*turn, *(item.to_dict() for item in response.output), {"role": "user", "content": "and then?"}]
+
+
+def plain_messages(items):
+    """Messages of a chat for items of messages."""
+    parts = [item["content"] for item in items]
+    texts = [part if isinstance(part, str) else part[0]["text"] for part in parts]
+    return [{"role": item["role"], "content": text} for item, text in zip(items, texts, strict=True)]
 
 
 def test_chat_rendered_text_and_ids_are_one_door(served):

@@ -6,7 +6,7 @@ import torch
 from server_process import CHAT, ROOT, TEXT, serving
 from transformers import AutoModelForCausalLM
 
-from pshare_jax.training.data.bfcl import tool_messages
+from pshare_jax.text.tool_format import FORMATS, tools_text
 
 QUESTION = "What is the capital of France? Answer briefly."
 TEXT_PROMPT = (
@@ -27,7 +27,7 @@ WEATHER = {
     "name": "get_weather",
     "description": "The weather of a city.",
     "parameters": {
-        "type": "dict",
+        "type": "object",
         "properties": {
             "city": {"type": "string", "description": "The city's name."},
             "unit": {"type": "string", "description": "celsius or fahrenheit"},
@@ -39,7 +39,10 @@ ASKED = {
     "arithmetic": [
         {"role": "user", "content": "State the final answer to the following arithmetic problem: 84 - 12 ="}
     ],
-    "functions": tool_messages([WEATHER], [{"role": "user", "content": "What is the weather in Oslo, in celsius?"}]),
+    "functions": [
+        {"role": "system", "content": tools_text(FORMATS["json_list"], [WEATHER])},
+        {"role": "user", "content": "What is the weather in Oslo, in celsius?"},
+    ],
     "reader": [
         {
             "role": "user",

@@ -4,6 +4,7 @@ aborts; every answer is right, and whole unless its request was aborted or is it
 Pages are erased when they are given back, so a page that is read too late or lent too early shows in an answer.
 """
 
+import itertools
 import random
 from collections import Counter
 
@@ -12,7 +13,7 @@ from fake_engine import Client, make_engine
 from serving_fakes import Echo, Gate
 
 from pshare_jax.engine.failures import RequestBanned
-from pshare_jax.engine.request import FAILED
+from pshare_jax.engine.request import FAILED, Hint
 from pshare_jax.engine.router import Route
 from pshare_jax.engine.sequence import State
 
@@ -83,9 +84,18 @@ class Traffic:
         for _ in range(self.draw.randrange(1, 4)):
             task, count = self.draw.choice("tuvw"), self.draw.choice([1, self.draw.randrange(1, 25)])
             try:
-                self.client.ask(prompt=prompt, task=task, max_tokens=count, cache_salt=salt, route=route)
+                hints = self.hints()
+                self.client.ask(prompt=prompt, task=task, max_tokens=count, cache_salt=salt, route=route, **hints)
             except RequestBanned:
                 assert poisoned(prompt)
+
+    def hints(self):
+        """A session, and what its agent says of it."""
+        if "hint" not in self.moods or self.draw.random() >= self.moods["hint"]:
+            return {}
+        names, seconds = ["a", "b", "c", None], [None, 0, 5, 50]
+        parent, evict, prefetch = self.draw.choice(names), self.draw.random() < 0.2, self.draw.random() < 0.3
+        return {"session": self.draw.choice("abc"), "hint": Hint(parent, self.draw.choice(seconds), evict, prefetch)}
 
     def abort(self):
         """Some request, preferably a request that others may wait for."""
@@ -136,6 +146,8 @@ class Traffic:
             right = TASKS[sequence.request.task].answer(sequence.request.prompt, sequence.request.max_tokens)
             assert ids == right[: len(ids)], name
             assert len(ids) == len(right) or end != "length"
+            assert (end == "stop") == (sequence.request.prefetches and end not in ("abort", FAILED))
+            assert not sequence.request.prefetches or ids == []
             assert end != "abort" or name in self.aborted
             shown = [event.token_id for event in self.client.events[name] if event.token_id is not None]
             assert shown == ids
@@ -161,6 +173,7 @@ MOODS = {
     "losses": {"abort": 0.1, "lose": 0.1},
     "failures": {"abort": 0.05, "lose": 0.05, "fail": 0.03},
     "poison": {"fail": 0.02, "poison": 0.15},
+    "hints": {"abort": 0.05, "lose": 0.05, "fail": 0.02, "hint": 0.7},
 }
 
 
@@ -171,9 +184,9 @@ def check_traffic(place, mood, seeds, num_requests):
         draw = random.Random(f"{place} {mood} {seed}")
         sizes = {"pages": draw.randrange(17, 36), "decode_pages": draw.randrange(17, 26)}
         sizes["pages"] = sizes["decode_pages"] if PLACES[place].get("colocated") else sizes["pages"]
-        fakes = make_engine(
-            TASKS, chunk=draw.choice([3, 8, 16]), rows=draw.choice([3, 5, 8]), moves=(1, 3), **sizes, **PLACES[place]
-        )
+        clock = itertools.count(0.0, 1.0).__next__
+        chunk, rows = draw.choice([3, 8, 16]), draw.choice([3, 5, 8])
+        fakes = make_engine(TASKS, chunk=chunk, rows=rows, moves=(1, 3), clock=clock, **sizes, **PLACES[place])
         traffic = Traffic(draw, fakes, MOODS[mood])
         traffic.run(num_requests)
         seen.update(traffic.check())
@@ -182,6 +195,8 @@ def check_traffic(place, mood, seeds, num_requests):
         seen.update(preempted=preempted, restarts=engine.admission.num_restarts)
         seen.update(inherited=engine.admission.num_adopted)
         for worker in (*engine.prefill_workers, *engine.decode_workers):
+            seen.update(pinned=worker.pool.cache_stats.num_lapsed.total())
+            seen.update(put_first=worker.pool.cache_stats.num_put_first)
             seen.update(evicted=worker.pool.manager.num_evicted, cached=worker.pool.cache_stats.cached_tokens)
         if mood == "calm":
             # Only requests that were put aside, or waited for their pages, start anew. They then prefill more, or less if
@@ -203,10 +218,11 @@ def test_every_answer_is_right_whatever_happens(place, mood, caplog):
     assert seen["preempted"] > 0
     assert seen["cached"] > 0
     assert seen["evicted"] > 0
-    assert (seen["abort"] > 0) == (mood in ("aborts", "losses", "failures"))
+    assert (seen["abort"] > 0) == (mood in ("aborts", "losses", "failures", "hints"))
+    assert (seen["pinned"] > 0) == (seen["put_first"] > 0) == (seen["stop"] > 0) == (mood == "hints")
     # Only a transfer that is lost twice fails its request.
-    assert mood == "failures" or (seen[FAILED] > 0) == (mood == "losses" and place != "colocated")
-    assert not seen[FAILED] or mood in ("losses", "failures")
+    assert mood in ("failures", "hints") or (seen[FAILED] > 0) == (mood == "losses" and place != "colocated")
+    assert not seen[FAILED] or mood in ("losses", "failures", "hints")
     assert (seen["guilty"] > 0) == (mood == "poison")
     assert seen["restarts"] > 0 or mood not in ("failures", "poison")
 

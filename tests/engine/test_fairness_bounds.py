@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from serving_fakes import Echo
 
 from pshare_jax.engine import scoring
+from pshare_jax.engine.request import Hint
 from pshare_jax.engine.sequence import Sequence, State
 from pshare_jax.engine.shapes import pages_for
 
@@ -31,7 +32,7 @@ QUICK = settings(deadline=None, max_examples=15, phases=(Phase.explicit, Phase.r
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request that arrives so many turns after the one before; `kind` is a stream or scores."""
+    """A request that arrives so many turns after the one before; `kind` is a stream, scores or a prefetch."""
 
     turns: int
     kind: str
@@ -45,7 +46,7 @@ ARRIVALS = st.lists(
     st.builds(
         Arrival,
         turns=st.sampled_from([0, 0, 1, 3, 10]),
-        kind=st.sampled_from(["stream", "stream", "scores"]),
+        kind=st.sampled_from(["stream", "stream", "scores", "prefetch"]),
         task=st.sampled_from("tuv"),
         length=st.sampled_from([1, 3, 9, 17, 30, 60]),
         max_tokens=st.sampled_from([1, 2, 10, 40]),
@@ -96,6 +97,7 @@ class World:
         shared = [250] * min(arrival.shared, length - 1)
         prompt = [*shared, *[number % 250] * (length - len(shared))]
         fields: dict[str, Any] = {"logprobs": 0, "scores_prompt": True} if scores else {}
+        fields |= {"hint": Hint(prefetch=True)} if arrival.kind == "prefetch" else {}
         self.client.ask(prompt=prompt, task=arrival.task, max_tokens=arrival.max_tokens, **fields)
 
     def play(self, arrivals: list[Arrival], load: Load | None = None, turns: int = 5000) -> None:
@@ -114,6 +116,9 @@ class World:
         assert self.fakes.engine.idle
         for name, sequence in self.client.sequences.items():
             request = sequence.request
+            if request.prefetches:
+                assert (self.client.end(name), self.client.ids(name)) == ("stop", [])
+                continue
             assert self.client.end(name) == "length"
             assert self.client.ids(name) == TASKS[request.task].answer(request.prompt, request.max_tokens)
 
@@ -146,6 +151,7 @@ class World:
             sequence
             for sequence in admission.arriving[worker]
             if sequence not in in_flight and not admission.decode_pools[worker].manager.waiting(sequence)
+            if not sequence.request.prefetches
         ]
         return any(not s.final and not s.must_restart for s in (*admission.decoding[worker], *arrived))
 
@@ -196,7 +202,7 @@ class World:
         in_group = [
             s
             for s in (*admission.arriving[sequence.decode_worker], *admission.decoding[sequence.decode_worker])
-            if s.group == sequence.group
+            if s.group == sequence.group and not s.request.prefetches
         ]
         needed = pages_for(sequence.num_tokens + 1, pool.page_size)
         return (

@@ -22,10 +22,12 @@ from pshare_jax.model.architecture import is_lora
 from pshare_jax.model.layers import LoraConfig
 from pshare_jax.sampling.params import SamplingParams
 from pshare_jax.server.compile_counter import count_compilations
+from pshare_jax.text.grammar import Grammar
 
 # Devices that no other test uses: what is compiled for them was compiled here.
 SPLIT, SPLIT_TP2 = placed([[4]], [[5]]), placed([[4]], [[6, 7]])
 TASKS = ("chat", "math", "lora")
+GRAMMARS = (Grammar.of_schema({"type": "array"}), Grammar.of_regex("[a-f]+"))
 
 
 def random_request(world: Engines, draw: np.random.Generator, most: int) -> Request:
@@ -38,6 +40,7 @@ def random_request(world: Engines, draw: np.random.Generator, most: int) -> Requ
     if draw.random() < 0.3:
         fields |= {"presence_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": ((3, -1.0),)}
     scores = length > 1 and draw.random() < 0.3
+    start = int(draw.integers(1, length)) if scores and draw.random() < 0.5 else None
     return world.request(
         str(draw.choice(TASKS)),
         draw.integers(0, VOCAB, length),
@@ -45,7 +48,9 @@ def random_request(world: Engines, draw: np.random.Generator, most: int) -> Requ
         sampling=SamplingParams(**fields),
         logprobs=int(draw.integers(0, 21)) if scores or draw.random() < 0.3 else None,
         scores_prompt=scores,
-        response_start=int(draw.integers(1, length)) if scores and draw.random() < 0.5 else None,
+        response_start=start,
+        # A random beginning matches no grammar.
+        grammar=GRAMMARS[draw.integers(2)] if start is None and draw.random() < 0.4 else None,
         stop_ids=frozenset(range(10)) if draw.random() < 0.3 else frozenset(),
         min_tokens=int(draw.integers(0, 2)),
         session=str(draw.integers(4)),

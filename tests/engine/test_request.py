@@ -9,6 +9,7 @@ from serving_fakes import EOS, VOCAB, ByteDetokenizer
 from pshare_jax.engine.request import ABORTED, FAILED, Event, Request, TokenLogprobs
 from pshare_jax.engine.sequence import LEGAL, IllegalTransition, Sequence, State
 from pshare_jax.sampling.history import TokenHistory
+from pshare_jax.share.boundary import Boundary
 from pshare_jax.text.stop_strings import TextOutput
 
 pytestmark = pytest.mark.host
@@ -17,7 +18,8 @@ pytestmark = pytest.mark.host
 def sequence(**fields):
     request = Request("r", "task", (1, 2), **{"max_tokens": 9, **fields})
     history = TokenHistory(request.prompt, request.sampling, VOCAB, request.stop_ids, request.min_tokens)
-    return Sequence(request, TextOutput(ByteDetokenizer(), request.stop), history, [], lambda event: None)
+    output, split = TextOutput(ByteDetokenizer(), request.stop), Boundary().split(request.prompt)
+    return Sequence(request, output, history, [], split, lambda event: None)
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(State, State)))

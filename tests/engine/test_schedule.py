@@ -11,6 +11,7 @@ from pshare_jax.engine.schedule import DecodeTurns, PrefillTurns
 from pshare_jax.engine.sequence import PrefillProgress, Sequence
 from pshare_jax.sampling.history import TokenHistory
 from pshare_jax.sampling.params import GREEDY
+from pshare_jax.share.boundary import Split
 from pshare_jax.text.stop_strings import TextOutput
 
 pytestmark = pytest.mark.host
@@ -28,8 +29,8 @@ class Maker:
             TextOutput(ByteTokenizer().detokenizer(), ()),
             TokenHistory((1, 2, 3), GREEDY, 260, frozenset(), 0),
         )
-        sequence = Sequence(request, output, history, [])
-        sequence.decode.weights, sequence.decode.opened, sequence.decode.has_row = self.weights[task], opened, True
+        sequence = Sequence(request, output, history, [], Split(2))
+        sequence.decode.module, sequence.decode.opened, sequence.decode.has_row = self.weights[task], opened, True
         sequence.prefill = PrefillProgress(context_len=left)
         return sequence
 

@@ -91,7 +91,7 @@ def test_all_choices_of_a_call_have_the_same_weights():
     thread.join()
     sequences = [engine._live[request.id] for request in requests]
     assert {sequence.decode_worker for sequence in sequences} == {0, 1}
-    assert len({id(sequence.decode.weights) for sequence in sequences}) == 1
+    assert len({id(sequence.decode.module) for sequence in sequences}) == 1
     fakes.run()
     assert [sequence.decode.completion_ids for sequence in sequences] == [OLD.answer((1, 2, 3), 4)] * 4
     router.assign = assign

@@ -386,7 +386,7 @@ def check_degrees(base: Path, prefill: int, decode: int) -> None:
     first, second = (published(pool) for pool in pools_of(world.engine))
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[key], second[key]) for key in first)
-    keys = page_keys(world.model.fingerprint, "", request.context, 4)
+    keys = page_keys(world.model.fingerprint, "", request.prompt[:29], 4)
     right = oracle_pages(world, request)
     assert len(keys) == right.shape[3] == 7
     for index, key in enumerate(keys):

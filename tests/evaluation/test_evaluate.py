@@ -16,7 +16,9 @@ from pshare_jax.evaluation.evaluate import evaluate, load_any_module, main, wils
 from pshare_jax.evaluation.tasks import Item, open_task
 from pshare_jax.evaluation.verifiers import exact_match
 from pshare_jax.share.decode_module import MANIFEST, DecodeModule, save_module
-from pshare_jax.training.data.bfcl import tool_messages
+from pshare_jax.text.chat_style import ChatStyle
+from pshare_jax.text.tool_format import FORMATS
+from pshare_jax.training.data.bfcl import openai_tools
 from pshare_jax.training.data.config import DataConfig, SourceConfig
 from pshare_jax.training.data.prepare import prepare
 from pshare_jax.training.data.sources import GYM
@@ -97,16 +99,20 @@ def test_bfcl_asks_with_functions_and_judges_calls(base, monkeypatch):
     question = {
         "id": "simple_0",
         "category": "simple_python",
-        "messages": tool_messages(functions, [{"role": "user", "content": "Do."}]),
+        "messages": [{"role": "user", "content": "Do."}],
+        "tools": openai_tools(functions),
         "functions": functions,
         "ground_truth": [{"a.b": {}}],
     }
     monkeypatch.setattr(eval_tasks, "fetch_wheel", lambda: Path("no.whl"))
     monkeypatch.setattr(eval_tasks, "read_questions", lambda category, wheel: [question])
-    with opened("bfcl:simple", base) as task:
+    style = ChatStyle(FORMATS["json_list"])
+    with open_task("bfcl:simple", base, style) as task:
         [item] = task.items
-        assert list(item.prompt_ids) == base.tokenizer.encode_chat(question["messages"])
-        assert json.dumps(functions[0]) in texts(base, [item])[0]
+        asked = base.tokenizer.encode_chat(question["messages"], tools=question["tools"], style=style)
+        assert list(item.prompt_ids) == asked
+        assert json.dumps(question["tools"][0]["function"]) in texts(base, [item])[0]
+        assert '"type": "object"' in texts(base, [item])[0]
         assert task.verifier("not a call", item.record) == 0
 
 

@@ -6,8 +6,16 @@ import pytest
 
 from pshare_jax.errors import PshareError
 from pshare_jax.evaluation.verifiers import exact_match, gym_verifier
+from pshare_jax.text.tool_format import FORMATS, calls_text
 from pshare_jax.training.data import bfcl
-from pshare_jax.training.data.bfcl import BfclVerifier, fetch_wheel, parse_calls, read_questions, right_answer
+from pshare_jax.training.data.bfcl import (
+    BfclVerifier,
+    fetch_wheel,
+    openai_tools,
+    parse_calls,
+    read_questions,
+    right_calls,
+)
 from pshare_jax.training.data.sources import Broken, open_reasoning_gym, read_source
 
 pytestmark = pytest.mark.host
@@ -44,12 +52,13 @@ def test_a_task_with_a_scorer_of_its_own():
     [
         ('[{"name": "f", "arguments": {"a": 1}}]', [{"f": {"a": 1}}]),
         (' [{"arguments": {}, "name": "a.b"}, {"name": "g", "arguments": {"x": [1.5]}}]\n', [{"a.b": {}}, {"g": {"x": [1.5]}}]),
-        ("[]", []),
-        ('{"name": "f", "arguments": {}}', None),
-        ('[{"name": "f"}]', None),
-        ('[{"name": "f", "arguments": "{}"}]', None),
+        ("[]", None),
+        ('{"name": "f", "arguments": {}}', [{"f": {}}]),
+        ('[{"name": "f"}]', [{"f": {}}]),
+        ('[{"name": "f", "arguments": "{}"}]', [{"f": {}}]),
+        ('[{"name": "f", "arguments": "a"}]', None),
         ('[{"name": 1, "arguments": {}}]', None),
-        ('[{"name": "f", "arguments": {}, "id": 1}]', None),
+        ('[{"name": "f", "arguments": {}, "id": 1}]', [{"f": {}}]),
         ('Sure: [{"name": "f", "arguments": {}}]', None),
         ("[f(a=1)]", None),
         ("", None),
@@ -58,7 +67,33 @@ def test_a_task_with_a_scorer_of_its_own():
     ],
 )  # fmt: skip
 def test_parse_calls(text, calls):
-    assert parse_calls(text) == calls
+    assert parse_calls(text, FORMATS["json_list"], ["f", "g", "a.b"]) == calls
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=list(FORMATS))
+def test_calls_are_parsed_in_the_modules_format(form):
+    calls = [("f", {"a": "é"}), ("g", {})]
+    assert parse_calls(calls_text(form, calls), form, ["f", "g"]) == [{name: arguments} for name, arguments in calls]
+
+
+def test_bfcl_types_are_json_schema():
+    """Also inside of objects and lists; a parameter may be called type."""
+    properties = {
+        "type": {"type": "string", "enum": ["dict", "any"]},
+        "a": {"type": "dict", "properties": {"b": {"type": "float"}}},
+        "c": {"type": "array", "items": {"type": "tuple", "items": {"type": "any"}}},
+    }
+    functions = [
+        {"name": "f.g", "description": "d", "parameters": {"type": "dict", "properties": properties, "required": ["a"]}}
+    ]
+    want = {
+        "type": {"type": "string", "enum": ["dict", "any"]},
+        "a": {"type": "object", "properties": {"b": {"type": "number"}}},
+        "c": {"type": "array", "items": {"type": "array", "items": {}}},
+    }
+    schema = {"type": "object", "properties": want, "required": ["a"]}
+    function = {"name": "f.g", "description": "d", "parameters": schema}
+    assert openai_tools(functions) == [{"type": "function", "function": function}]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +106,7 @@ def wheel():
 
 @pytest.fixture(scope="module")
 def verify(wheel):
-    with BfclVerifier(wheel) as verifier:
+    with BfclVerifier(wheel, FORMATS["json_list"]) as verifier:
         yield verifier
 
 
@@ -87,9 +122,8 @@ def test_bfcl_accepts_its_own_answers_and_no_others(wheel, verify, category, cou
         assert verify("[]", question) == 0
         if other["ground_truth"] != question["ground_truth"]:
             assert verify(json.dumps(answer_of(other)), question) == 0
-        system, *rest = question["messages"]
-        assert all(json.dumps(function, ensure_ascii=False) in system["content"] for function in question["functions"])
-        assert [message["role"] for message in rest] == ["user"]
+        assert question["tools"] == openai_tools(question["functions"])
+        assert [message["role"] for message in question["messages"]] == ["user"]
 
 
 def test_bfcl_is_training_data(wheel, verify):
@@ -106,7 +140,9 @@ def test_bfcl_is_training_data(wheel, verify):
         if not isinstance(record.content, Broken):
             *prompt, answer = record.content["messages"]
             assert prompt == question["messages"]
-            assert verify(answer["content"], question) == 1
+            assert record.content["tools"] == question["tools"]
+            calls = [(call["function"]["name"], call["function"]["arguments"]) for call in answer["tool_calls"]]
+            assert verify(calls_text(FORMATS["json_list"], calls), question) == 1
 
 
 def test_an_answer_has_the_first_values_and_leaves_out_what_it_may():
@@ -115,7 +151,7 @@ def test_an_answer_has_the_first_values_and_leaves_out_what_it_may():
         {"f.g": {"a": [1, 2], "b": ["", "x"], "c": [[3, 4]], "d": [{"e": ["x"], "h": ["", 1]}], "i": [[{"j": [5]}]]}}
     ]
     want = [{"name": "f.g", "arguments": {"a": 1, "c": [3, 4], "d": {"e": "x"}, "i": [{"j": 5}]}}]
-    assert json.loads(right_answer(truth)) == want
+    assert right_calls(truth) == want
 
 
 def answer_of(question) -> list[dict]:
@@ -162,7 +198,7 @@ def test_arguments_that_the_checker_was_not_written_for(verify):
 def test_a_checker_that_ends_is_told(tmp_path, capfd):
     question = {"id": "simple_7", "category": "simple_python", "functions": [], "ground_truth": []}
     with (
-        BfclVerifier(tmp_path / "no.whl") as verifier,
+        BfclVerifier(tmp_path / "no.whl", FORMATS["json_list"]) as verifier,
         pytest.raises(PshareError, match="simple_7"),
     ):
         verifier.check([], question)

@@ -177,7 +177,8 @@ def logprobs(answer: Answer) -> list[float]:
 
 def rollout(shared: SharedModel, request: Request) -> Rollout:
     """`ps.rollout` with all shorter contexts filled up to one length, behind their end, so that few shapes are compiled."""
-    context, num_base = [*request.prompt[:-1]], request.base_len
+    context = [*request.prompt[:-1]]
+    num_base = shared.split(request.task, request.prompt, request.response_start).base_len
     padding = [0] * (CAPACITY - 1 - num_base)
     kv = shared.prefill([context[:num_base] + padding])
     kv = shared.transfer(dataclasses.replace(kv, length=num_base))
@@ -193,6 +194,8 @@ def rollout(shared: SharedModel, request: Request) -> Rollout:
         request.stop_ids,
         min_tokens=request.min_tokens,
         context_ids=context,
+        grammar=request.grammar,
+        begun=request.prompt[request.response_start :] if request.response_start is not None else (),
     )
 
 

@@ -1,6 +1,8 @@
 """Engines put together from the fakes of serving_fakes.py, and a client that submits requests and keeps what comes up."""
 
+import functools
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,7 @@ from pshare_jax.engine.request import Event, Request
 from pshare_jax.engine.router import Policy, Route
 from pshare_jax.engine.sequence import Sequence as Running
 from pshare_jax.engine.sequence import State
+from pshare_jax.text.grammar import GrammarCompiler
 
 PAGE = 4
 """Tokens of a page, unless a test says otherwise."""
@@ -90,6 +93,8 @@ def make_engine(
     max_requests: int = 256,
     stall_seconds: float = 300.0,
     policy: Policy = "prefix",
+    pinned_share: float = 0.5,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Fakes:
     """An engine whose tasks say what their script or echo says; tasks with the very same one have the same weights.
 
@@ -101,8 +106,9 @@ def make_engine(
     prefill = [FakePrefill(faults) for _ in range(num_prefill)]
     stores = [FakeStore(pages, page_size, moves, faults) for _ in prefill]
     others = [FakeStore(decode_pages or pages, page_size, moves, faults) for _ in range(num_decode)]
-    pools = [Pool(f"prefill pool {i}", store, debug) for i, store in enumerate(stores)]
-    decode_pools = pools if colocated else [Pool(f"decode pool {i}", store, debug) for i, store in enumerate(others)]
+    kind = functools.partial(Pool, debug=debug, pinned_share=pinned_share, clock=clock)
+    pools = [kind(f"prefill pool {i}", store) for i, store in enumerate(stores)]
+    decode_pools = pools if colocated else [kind(f"decode pool {i}", store) for i, store in enumerate(others)]
     if devices is None:
         first = 0 if colocated else num_prefill
         devices = [{i} for i in range(num_prefill)], [{first + i} for i in range(num_decode)]
@@ -113,7 +119,15 @@ def make_engine(
             for i, (weights, pool, on) in enumerate(zip(prefill, pools, devices[0], strict=True))
         ],
         [DecodeSpec(dict(decode), pool, FakeSampler(), on) for pool, on in zip(decode_pools, devices[1], strict=True)],
-        ModelFacts(key_of, ByteTokenizer().detokenizer, VOCAB, max_len, page_bytes=10, stop_ids=frozenset({EOS})),
+        ModelFacts(
+            key_of,
+            ByteTokenizer().detokenizer,
+            VOCAB,
+            max_len,
+            page_bytes=10,
+            stop_ids=frozenset({EOS}),
+            grammars=GrammarCompiler(ByteTokenizer(), VOCAB),
+        ),
         EngineConfig(
             tasks=tasks,
             batch=BatchConfig(chunk, rows),

@@ -15,6 +15,7 @@ from pshare_jax.server.app import AppContext, make_app
 from pshare_jax.server.draining import DrainingServer
 from pshare_jax.server.openai.to_requests import Limits
 from pshare_jax.server.tasks.table import TaskTable
+from pshare_jax.text.chat_style import ChatStyle, plain_style
 
 FAMILY = "👨‍👩‍👧 한국어 नमस्ते é"
 SCRIPTS = {
@@ -95,11 +96,13 @@ def serving(
     refusal=None,
     allowed_origins=(),
     tokenizer=None,
+    style_of=plain_style,
+    scripts=SCRIPTS,
     **settings,
 ):
     """With `modules_dir`, `load(fakes, folder)` gives the weights of a task that is added."""
     fakes = make_engine(
-        SCRIPTS, page_size=PAGE, pages=max_len // PAGE + 1, chunk=chunk, moves=(2, 32), debug=False, **settings
+        scripts, page_size=PAGE, pages=max_len // PAGE + 1, chunk=chunk, moves=(2, 32), debug=False, **settings
     )
     engine = fakes.engine
     limits = Limits(max_len, VOCAB, frozenset({EOS, EOT}), engine.config.limits.max_requests)
@@ -109,7 +112,7 @@ def serving(
         def loaded(folder, workers, check) -> Any:
             weights = load(fakes, folder)
             check()
-            return dict.fromkeys(workers, weights)
+            return dict.fromkeys(workers, weights), ChatStyle()
 
         table = TaskTable(engine, modules_dir, range(len(engine.decode_workers)), loaded, refusal)
     served = AppContext(
@@ -121,6 +124,7 @@ def serving(
         base="tiny",
         task_table=table,
         allowed_origins=allowed_origins,
+        style_of=style_of,
     )
     engine.start()
     try:

@@ -6,12 +6,14 @@ With a PagesModel beside it every result is compared. test_pages_machine.py choo
 
 import random
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from pages_model import PagesModel
 
 from pshare_jax.engine.kv.keys import page_keys
 from pshare_jax.engine.kv.page_manager import PageManager
+from pshare_jax.engine.kv.sessions import NOBODY
 from pshare_jax.share.boundary import base_len
 
 SIZE = 2
@@ -34,8 +36,11 @@ class PagesWorld:
     """Every action takes plain values; `choice` picks among what is possible, and nothing possible is no action."""
 
     def __init__(self, num_pages, exact=True, loose_pins=False):
-        self.manager = PageManager(num_pages, on_free=self._erase)
-        self.model = PagesModel(num_pages - 1) if exact else None
+        self.now = 0.0
+        self.max_pinned = num_pages // 4
+        self.manager = PageManager(num_pages, self._erase, None, self.max_pinned, self._clock)
+        self.model = PagesModel(num_pages - 1, self.max_pinned, self._clock) if exact else None
+        self.must_be_last = set()  # pages that may be freed only if no other could be
         self.loose_pins = loose_pins
         self.live = {}
         self.private = []
@@ -45,7 +50,7 @@ class PagesWorld:
 
     # Sequences
 
-    def reserve(self, prompt, salt="", tail=1, lookup=True, wait=True):
+    def reserve(self, prompt, salt="", tail=1, lookup=True, wait=True, caller=NOBODY):
         """A request is admitted if it fits. Without lookup it produces all pages itself, unregistered."""
         keys = page_keys("base", salt, prompt[: base_len(len(prompt))], SIZE)
         prefixes = [(salt, *prompt[: SIZE * (index + 1)]) for index in range(len(keys))]
@@ -55,11 +60,12 @@ class PagesWorld:
         evicted, hits = self.manager.num_evicted, self.manager.num_hits(asked)
         shareable = self.manager.num_shareable(asked) if wait else hits
         fits = [self.manager.could_reserve(asked, num, spare, wait) for spare in range(self.manager.num_pages)]
-        reservation = self.manager.reserve(name, asked, num, wait)
+        with self._pressure():
+            reservation = self.manager.reserve(name, asked, num, wait, caller)
         left = -1 if reservation is None else self.manager.num_available
         assert fits == [left >= spare for spare in range(self.manager.num_pages)]
         assert reservation is None or reservation.num_shared == shareable
-        self._expect("reserve", name, prefixes if lookup else [], num, reservation, wait)
+        self._expect("reserve", name, prefixes if lookup else [], num, reservation, wait, caller)
         self.seen["evicted"] += self.manager.num_evicted - evicted
         self.seen["refused"] += reservation is None
         if reservation is None:
@@ -153,12 +159,35 @@ class PagesWorld:
             self.manager.release(pages, "pin")
             self._expect("release", pages)
 
+    # Sessions
+
+    def pin_session(self, name, seconds):
+        """The session's pages are evicted last for some time."""
+        self.manager.sessions.pin(name, seconds)
+        self._expect("pin", name, seconds)
+        self.seen["pinned"] += self.manager.sessions.num_pinned
+
+    def refresh(self, name):
+        """A child of the session has used its pages."""
+        self.manager.sessions.refresh(name)
+        self._expect("refresh", name)
+
+    def end_session(self, name):
+        """The session's own pages go first."""
+        self.manager.evict_session(name)
+        self._expect("evict_session", name)
+
+    def wait(self, seconds):
+        """Time passes."""
+        self.now += seconds
+
     # Pressure
 
     def allocate(self, num):
         """Private pages, as decoding takes them."""
         evicted = self.manager.num_evicted
-        pages = self.manager.allocate(num)
+        with self._pressure():
+            pages = self.manager.allocate(num)
         self._expect("allocate", num, pages)
         self.seen["evicted"] += self.manager.num_evicted - evicted
         if pages is not None:
@@ -177,8 +206,10 @@ class PagesWorld:
         num_cached = self.manager.num_cached
         assert self.manager.flush() == num_cached
         assert self.manager.num_cached == 0
+        if self.model and self.model.cached:
+            self.model.expire()
         while self.model and self.model.cached:
-            self.model.evict()
+            self.model.evict("flushed")
 
     # Always
 
@@ -193,6 +224,13 @@ class PagesWorld:
         states = (model.num_free, len(model.cached), model.num_used)
         assert (real.num_free, real.num_cached, real.num_used) == states
         assert list(real._evictable) == model.evictable
+        assert {page.id for page in real._pages if page.pins} == {model.page(prefix) for prefix in model.pinned}
+        assert len(model.pinned) == real.sessions.num_pinned <= self.max_pinned
+        stats = real.stats
+        assert +stats.num_lapsed == +model.lapsed
+        assert (stats.num_pinned_hits, stats.num_prefetched_hits) == (model.num_pinned_hits, model.num_prefetched_hits)
+        owners = {page.id: page.owner for page in real._pages if page.owner is not None}
+        assert set(owners) == {model.page(prefix) for session in model.sessions.values() for prefix in session.owned}
         assert {page.id for page in real._tree.values()} == {*model.published.values(), *model.pending.values()}
         assert {page.id: page.producer for page in real._pages if page.producer} == model.producer
         for name, live in self.live.items():
@@ -206,6 +244,11 @@ class PagesWorld:
     def end(self):
         """All sequences, transfers and pins go: every page is free."""
         self.seen["spared"] += self.model is None or self.model.num_spared
+        stats = self.manager.stats
+        reasons = ("expired", "share", "pressure", "replaced", "ended")
+        self.seen.update({reason: stats.num_lapsed[reason] for reason in reasons})
+        self.seen.update(pinned_hits=stats.num_pinned_hits, prefetched_hits=stats.num_prefetched_hits)
+        self.seen["put first"] += stats.num_put_first
         while self.live:
             self.abort(0)
         while self.pins:
@@ -222,6 +265,24 @@ class PagesWorld:
     def _erase(self, pages):
         for page in pages:
             self.content.pop(page, None)
+        if not self.loose_pins and self.must_be_last & set(pages):
+            others = set(self.manager._evictable) - self.must_be_last
+            assert not others, "a pinned page was evicted before another"
+            self.seen["under pressure"] += 1
+
+    @contextmanager
+    def _pressure(self):
+        """Pages that are evicted meanwhile are pinned only if no other is left."""
+        pins = [pin for pin in self.manager.sessions._pins if pin.until > self.now]
+        ends = [tip.page for pin in pins for tip in pin.tips]
+        while ends:
+            self.must_be_last |= {page.id for page in ends if page is not None}
+            ends = [page.parent for page in ends if page is not None]
+        yield
+        self.must_be_last.clear()
+
+    def _clock(self):
+        return self.now
 
     def _expect(self, method, *args):
         return getattr(self.model, method)(*args) if self.model else None

@@ -32,7 +32,7 @@ class Served:
             )
         self.shared = ps.factorize(ps.load(base))
         for name, source in modules.items():
-            self.shared.add_task(name, source)
+            self.shared.add_task(name, source["module"] if isinstance(source, dict) else source)
         self.url = self._wait()
         self.client = httpx.Client(base_url=self.url, timeout=120)
 
@@ -79,9 +79,12 @@ class Served:
 
 @contextmanager
 def serving(base, modules, folder, **config) -> Iterator[Served]:
-    """Start the server for `modules` (task name -> source) and stop it; its log must be clean and its end wanted."""
+    """Start the server for `modules` (task name -> source, or the config's entry with a `module`) and stop it.
+
+    Its log must be clean and its end wanted.
+    """
     file = folder / "serve.yaml"
-    tasks = {name: str(path) for name, path in modules.items()}
+    tasks = {name: source if isinstance(source, dict) else str(source) for name, source in modules.items()}
     file.write_text(json.dumps({"base": "overridden", "tasks": tasks, **config}))
     server = Served(base, modules, file, folder)
     try:

@@ -5,6 +5,7 @@ copy or a stale page is seen by whoever reads it: it is noted as a fault, and th
 engines together from these.
 """
 
+import functools
 import threading
 import zlib
 from collections.abc import Callable, Sequence
@@ -15,6 +16,10 @@ import numpy as np
 
 from pshare_jax.engine.request import TokenLogprobs
 from pshare_jax.errors import PshareError
+from pshare_jax.sampling.params import all_allowed
+from pshare_jax.share.boundary import Boundary
+from pshare_jax.text.chat_template import checked_messages
+from pshare_jax.text.tool_format import FORMATS, ToolFormat
 
 VOCAB = 260
 EOS, EOT = 257, 258
@@ -239,6 +244,8 @@ class FakeDecode(_Fake):
     def __init__(self, answer: Echo | Script, faults: list[str]):
         super().__init__(faults)
         self.answer = answer
+        self.boundary = Boundary()
+        self.base: FakeDecode | None = None
         self.paged = SimpleNamespace(decode=self._decode, score=self._score)
         self.inputs: list[int] = []
         self.scored: list[int] = []
@@ -300,19 +307,35 @@ class FakeDecode(_Fake):
 
 
 class FakeSampler:
-    """Takes the best token, on the host; choice c > 0 of a request ends after c tokens."""
+    """Takes the best token, on the host; choice c > 0 of a request ends after c tokens.
+
+    Under a grammar it takes the best token if that is allowed, else one that closes something, else the first that is allowed.
+    """
 
     def lower(self, num_rows: int) -> Any:
         raise AssertionError("fakes are not compiled")
 
     def prepare(self, batch: Any, num_rows: int) -> Any:
-        return self._choice
+        return functools.partial(self._choice, batch)
 
-    def _choice(self, logits: Any) -> Any:
-        ids = logits.argmax(-1).tolist()
+    def _choice(self, batch: Any, logits: Any) -> Any:
+        scores, failures = np.array(logits), {}
+        for row, sequence in enumerate(batch):
+            if sequence.matcher is not None:
+                mask = all_allowed(1, VOCAB)
+                scores[row, [*b'"}]']] += 3, 2, 1
+                try:
+                    sequence.matcher.fill(mask[0])
+                except Exception as error:
+                    failures[row] = error
+                scores[row, np.unpackbits(mask.view(np.uint8), bitorder="little")[:VOCAB] == 0] = -np.inf
+        ids = scores.argmax(-1).tolist()
 
         def choose(row: int, sequence: Any) -> tuple[int, TokenLogprobs | None]:
+            if row in failures:
+                raise failures[row]
             ends = 0 < sequence.request.sampling.choice <= len(sequence.decode.completion_ids)
+            ends = ends and sequence.matcher is None
             token_id = EOS if ends else ids[row]
             return token_id, self._logprobs(logits[row], token_id, sequence.request.logprobs)
 
@@ -354,6 +377,9 @@ class ByteTokenizer:
     chat_template = "a template"
     special_ids = frozenset(range(256, VOCAB))
 
+    def __init__(self, tool_format: ToolFormat | None = FORMATS["hermes"]):
+        self._tool_format = tool_format
+
     @property
     def special_tokens(self):
         return {"bos_token": None, "eos_token": "<eos>"}
@@ -367,14 +393,23 @@ class ByteTokenizer:
     def encode(self, text, *, add_special_tokens=True, allow_special=True, refuse_from=None):
         return list(text.encode())
 
-    def encode_chat(self, messages, *, tools=None, add_generation_prompt=True, template_kwargs=None, refuse_from=None):
+    def encode_chat(
+        self, messages, *, tools=None, add_generation_prompt=True, template_kwargs=None, refuse_from=None, style=None
+    ):
         if messages[0]["role"] == "assistant":
             raise PshareError("The chat template refuses these messages: roles must alternate.")
         extra = f"{len(tools)} tools\n" if tools else ""
-        return list((extra + "\n".join(message["content"] or "" for message in messages)).encode())
+        return list((extra + "\n".join(message.get("content", "") for message in checked_messages(messages))).encode())
+
+    def encode_begun(self, messages, *, tools=None, template_kwargs=None, refuse_from=None, style=None):
+        ids, begun = self.encode_chat(messages, tools=tools), messages[-1]["content"].encode()
+        return ids, len(ids) - len(begun)
 
     def detokenizer(self):
         return ByteDetokenizer()
+
+    def tool_format(self, style=None):
+        return self._tool_format
 
 
 class ByteDetokenizer:

@@ -18,7 +18,7 @@ from pshare_jax.model.architecture import is_lora
 from pshare_jax.model.layers import LoraConfig
 from pshare_jax.server import startup
 from pshare_jax.server.app import AppContext
-from pshare_jax.server.config import ServeConfig, ServerConfig
+from pshare_jax.server.config import ServeConfig, ServerConfig, TaskConfig
 from pshare_jax.server.openai.schema import ApiError
 
 # Devices that no other test of these shapes uses, so that what is compiled for them was compiled here.
@@ -77,7 +77,9 @@ class World:
         return self.rollout(module, self.prompt).ids
 
     def serve(self, tasks: dict[str, str], placement: Any = PLACE, **changes: Any) -> "Stepped":
-        sources = {name: source if source == "base" else str(self.modules / source) for name, source in tasks.items()}
+        sources: dict[str, str | TaskConfig] = {
+            name: source if source == "base" else str(self.modules / source) for name, source in tasks.items()
+        }
         config = ServeConfig(
             base=str(self.base),
             tasks=sources,

@@ -78,7 +78,9 @@ class Engines:
             max_new_tokens=request.max_tokens,
             sampling=request.sampling,
             stop_ids=request.stop_ids,
+            min_tokens=request.min_tokens,
             response_start=request.response_start,
+            grammar=request.grammar,
         )
 
     def request(self, task: str, prompt: Any, max_tokens: int = 6, **fields: Any) -> Request:

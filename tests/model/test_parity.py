@@ -26,6 +26,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
     "rope_theta": 12345.0,
 }
+YARN = {
+    "rope_type": "yarn",
+    "factor": 3.5,
+    "original_max_position_embeddings": 100,
+    "beta_fast": 17,
+    "beta_slow": 1.5,
+    "rope_theta": 54321.0,
+}
 # Two layers (both kinds in Gemma 3) keep compilation short; T-gemma3's twelve layers are checked once.
 FEW: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -39,6 +47,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied with biases": ("llama", {"attention_bias": True, "hidden_act": "gelu_pytorch_tanh"}),
     "llama linear rope": ("llama", {"rope_parameters": LINEAR, "num_key_value_heads": 4}),
     "qwen3 untied": ("qwen3", {}),
+    "qwen3 yarn": ("qwen3", {"rope_parameters": YARN, "max_position_embeddings": 320}),
     "qwen3 tied, biases": ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}),
     "qwen3 windows by depth": ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3 windows by layer": (

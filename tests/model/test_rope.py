@@ -84,7 +84,7 @@ def test_oldest_style():
 @pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize("key", ["rope_type", "type"])
 def test_error_names_an_unknown_type(name, field, key):
-    with pytest.raises(PshareError, match=f"'{name}'.*default, linear, llama3"):
+    with pytest.raises(PshareError, match=f"'{name}'.*default, linear, llama3, yarn"):
         parse({field: {key: name, "factor": 2.0}, "max_position_embeddings": 64})
 
 

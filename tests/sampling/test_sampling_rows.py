@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pshare_jax.sampling import sample as sample_module
-from pshare_jax.sampling.params import SamplingParams, sampling_rows
+from pshare_jax.sampling.params import SamplingParams, all_allowed, sampling_rows
 from pshare_jax.sampling.sample import Adjustments, Sampled, sample, sample_rows
 
 VOCAB = 37
@@ -25,13 +25,15 @@ def run(
     adjustments: Adjustments | None = None,
     drawn: bool | None = None,
     logprobs: bool = False,
+    masks: np.ndarray | None = None,
 ) -> Sampled:
     """The sampled rows as NumPy arrays; flags as the engine sets them."""
     rows = sampling_rows(params, positions or [0] * len(params), len(logits))
     zeros = Adjustments(np.zeros(logits.shape, np.float32), np.zeros(logits.shape, bool))
     needed = any(not row.is_greedy for row in params) if drawn is None else drawn
-    flags = np.array(needed), np.array(adjustments is not None), np.array(logprobs)
-    return jax.tree.map(np.asarray, jitted(jnp.asarray(logits), rows, adjustments or zeros, *flags))
+    flags = map(np.array, (needed, adjustments is not None, masks is not None, logprobs))
+    given = adjustments or zeros, all_allowed(*logits.shape) if masks is None else masks
+    return jax.tree.map(np.asarray, jitted(jnp.asarray(logits), rows, *given, *flags))
 
 
 def random_params(rng: np.random.Generator) -> SamplingParams:
@@ -52,6 +54,20 @@ def random_adjustments(rng: np.random.Generator, shape: tuple[int, int]) -> Adju
     bias = rng.choice([0, 0, 0.7, -1.3, -np.inf], shape).astype(np.float32)
     bias[:, 0] = 0
     return Adjustments(bias, rng.random(shape) < 0.4)
+
+
+def random_masks(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """Masks that allow few tokens, always token 0, or everything; bits beyond the vocabulary are set too."""
+    masks = all_allowed(*shape)
+    few = rng.random(len(masks)) < 0.6
+    masks[few] &= rng.integers(-(1 << 31), 1 << 31, masks.shape, np.int32)[few]
+    masks[:, 0] |= 1
+    return masks
+
+
+def allowed(masks: np.ndarray, size: int) -> np.ndarray:
+    """The masks, one bool a token."""
+    return np.unpackbits(masks.view(np.uint8), axis=-1, bitorder="little")[:, :size].astype(bool)
 
 
 def adjusted(logits: np.ndarray, penalty: float, bias: Any, repeated: Any) -> np.ndarray:
@@ -121,13 +137,12 @@ def test_a_row_depends_on_neither_neighbours_nor_batch_size(size):
     logits[:, : size // 3] = np.round(logits[:, : size // 3])  # ties, and zeros of both signs
     params = [random_params(rng) for _ in range(count)]
     positions = rng.integers(0, 4000, count).tolist()
-    changes = random_adjustments(rng, logits.shape)
+    changes, masks = random_adjustments(rng, logits.shape), random_masks(rng, logits.shape)
 
     def picked(rows: np.ndarray) -> Sampled:
         part = Adjustments(changes.bias[rows], changes.repeated[rows])
-        return run(
-            logits[rows], [params[i] for i in rows], [positions[i] for i in rows], part, drawn=True, logprobs=True
-        )
+        params_of, positions_of = [params[i] for i in rows], [positions[i] for i in rows]
+        return run(logits[rows], params_of, positions_of, part, drawn=True, logprobs=True, masks=masks[rows])
 
     everything = picked(np.arange(count))
     for num_rows in (1, 3, 8):
@@ -144,12 +159,28 @@ def test_a_row_without_options_is_unchanged_by_a_row_with_them():
     busy = SamplingParams(1.9, top_p=0.99, repetition_penalty=1.4)
     bias, repeated = np.zeros(logits.shape, np.float32), np.zeros(logits.shape, bool)
     bias[1, 5], repeated[1, :700] = -np.inf, True
-    changes = Adjustments(bias, repeated)
+    changes, masks = Adjustments(bias, repeated), all_allowed(*logits.shape)
+    masks[1] = 0b10110
     for plain in (SamplingParams(), SamplingParams(0.8, seed=5), SamplingParams(0.8, top_p=0.3, seed=5)):
         alone = run(logits[:1], [plain], [7])
-        beside = run(logits, [plain, busy], [7, 9], changes, logprobs=True)
+        beside = run(logits, [plain, busy], [7, 9], changes, logprobs=True, masks=masks)
         assert alone.ids[0] == beside.ids[0]
         assert alone.gaps[0].tobytes() == beside.gaps[0].tobytes()
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 1500])
+def test_a_mask_is_a_ban(size):
+    """The same tokens, gaps and logprobs as with a bias of -inf where the mask's bit is 0."""
+    rng = np.random.default_rng(size)
+    for _ in range(4):
+        logits = rng.normal(0, 2, (6, size)).astype(np.float32)
+        params, masks = [random_params(rng) for _ in range(6)], random_masks(rng, logits.shape)
+        changes = random_adjustments(rng, logits.shape)
+        masked = run(logits, params, adjustments=changes, logprobs=True, masks=masks)
+        bans = np.where(allowed(masks, size), 0, -np.inf).astype(np.float32)
+        banned = run(logits, params, adjustments=changes._replace(bias=changes.bias + bans), logprobs=True)
+        assert_same(masked, banned)
+        assert allowed(masks, size)[range(6), masked.ids].all()
 
 
 def test_a_large_nucleus_in_one_row_does_not_change_others():
@@ -247,7 +278,8 @@ def test_inputs_are_ignored_without_their_flag():
     logits = rng.normal(size=(2, VOCAB)).astype(np.float32)
     garbage = Adjustments(np.full(logits.shape, np.nan, np.float32), np.ones(logits.shape, bool))
     rows = sampling_rows([SamplingParams(1.0, repetition_penalty=9.0, seed=1), SamplingParams()], [0, 0], 2)
-    greedy = jitted(jnp.asarray(logits), rows, garbage, NO, NO, NO)
+    nothing = np.zeros_like(all_allowed(*logits.shape))
+    greedy = jitted(jnp.asarray(logits), rows, garbage, nothing, NO, NO, NO, NO)
     assert np.asarray(greedy.ids).tolist() == logits.argmax(-1).tolist()
 
 
@@ -262,10 +294,10 @@ def test_one_compile_for_each_batch_size():
     for num_rows in (1, 3):
         logits = jnp.asarray(np.random.default_rng(8).normal(size=(num_rows, VOCAB)), jnp.float32)
         changes = Adjustments(jnp.zeros(logits.shape), jnp.zeros(logits.shape, bool))
-        for flags in np.ndindex(2, 2, 2):
+        for flags in np.ndindex(2, 2, 2, 2):
             for params in ([], [SamplingParams(0.5, 3, 0.5, 0.1, -1)]):
                 rows = sampling_rows(params, [5] * len(params), num_rows)
-                function(logits, rows, changes, *(np.array(bool(flag)) for flag in flags))
+                function(logits, rows, changes, all_allowed(*logits.shape), *(np.array(bool(flag)) for flag in flags))
     assert traced == [(1, VOCAB), (3, VOCAB)]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from fake_server import PATHS, error_of, serving
+from serving_fakes import ByteTokenizer
 
 from pshare_jax.server.openai.fields import NEUTRAL
 
@@ -18,6 +19,13 @@ BASE = {
 }
 MAX_LEN = 400
 USER = {"role": "user", "content": "p"}
+F = {"name": "f", "parameters": {"type": "object"}}
+TOOL = {"type": "function", "function": F}
+
+
+def tool(name, **fields):
+    return {"type": "function", "function": {**F, "name": name, **fields}}
+
 
 # (paths, field, wrong values, status)
 FIELDS: list[tuple[list[str], str, list[Any], int]] = [
@@ -52,9 +60,24 @@ FIELDS: list[tuple[list[str], str, list[Any], int]] = [
     ([CHAT], "messages", [[{"role": "assistant", "content": "p"}], [{**USER, "tool_calls": 5}]], 400),
     ([CHAT], "logprobs", [1, "x"], 400),
     ([CHAT], "top_logprobs", [-1, 21, 2, "x"], 400),
-    ([CHAT], "tools", [5, [5], {}], 400),
-    ([CHAT], "tool_choice", ["required", {"type": "function", "function": {"name": "f"}}, 5], 400),
+    (
+        [CHAT],
+        "tools",
+        [5, [5], {}, [{}], [F], [{**TOOL, "type": "web_search"}], [{"type": "function"}], [TOOL, TOOL]],
+        400,
+    ),
+    ([CHAT], "tools", [[{"type": "custom", "custom": {"name": "f"}}], [tool(f"f{i}") for i in range(129)]], 400),
+    ([CHAT], "tools", [[tool(name)] for name in (None, 5, "", "a b", "x" * 129, 'f"', "f\n", "auto", "required")], 400),
+    ([CHAT], "tools", [[tool("f", **{key: 5})] for key in ("description", "parameters", "strict")], 400),
+    ([CHAT], "tool_choice", ["required", {"type": "function", "function": {"name": "f"}}, 5, "any", {}, [], True], 400),
+    ([CHAT], "tool_choice", [{"type": "allowed_tools"}, {"type": "function"}, {"type": "function", "name": "f"}], 400),
+    ([CHAT], "parallel_tool_calls", ["yes", 0], 400),
+    ([CHAT], "functions", [5, [5], {}, [{}], [TOOL], [F, F], [{**F, "parameters": "x"}]], 400),
+    ([CHAT], "function_call", ["required", {"name": "f"}, {"name": 5}, 5], 400),
+    ([CHAT], "messages", [[{**USER, "function_call": 5}]], 400),
     ([CHAT], "chat_template_kwargs", [5, []], 400),
+    ([CHAT, "/tokenize"], "add_generation_prompt", [5, "no"], 400),
+    ([CHAT, "/tokenize"], "continue_final_message", [5, "yes"], 400),
     (["/tokenize"], "prompt", [None, 5, []], 400),
     (["/tokenize"], "messages", [5, []], 400),
     (["/tokenize"], "return_token_strs", ["x"], 400),
@@ -95,7 +118,6 @@ UNOFFERED = {
     "length_penalty": 2.0,
     "bad_words": ["x"],
     "allowed_token_ids": [1],
-    "response_format": {"type": "json_object"},
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
     "modalities": ["audio"],
@@ -107,26 +129,50 @@ UNOFFERED = {
     "chat_template": "x",
     "documents": [{}],
     "truncate_prompt_tokens": 5,
-    "structured_outputs": {},
-    "guided_json": {},
-    "guided_regex": "x",
-    "guided_choice": ["x"],
-    "guided_grammar": "x",
+    "guided_whitespace_pattern": "x",
     "echo": True,
     "response_start": 1,
 }
 
 
+OFFERED = [
+    *[(TEXT, name) for name in ("echo", "response_start")],
+    *[(CHAT, name) for name in ("functions", "function_call", "add_generation_prompt", "continue_final_message")],
+]
+
+
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_unsupported_fields_are_refused_by_name_except_for_neutral_values(server, name):
     for path in PATHS:
-        if path == TEXT and name in ("echo", "response_start"):
+        if (path, name) in OFFERED:
             continue
         error = refused(server, path, {**BASE[path], name: UNOFFERED[name]}, 400)
         assert error["param"] == name
         assert name in error["message"]
         for neutral in (None, *NEUTRAL[name]):
             assert server.client.post(path, json={**BASE[path], name: neutral}).status_code == 200
+
+
+def test_fields_of_tools_that_contradict_each_other(server):
+    named = {"type": "function", "function": {"name": "g"}}
+    for fields, param, word in [
+        ({"tools": [TOOL], "functions": [F]}, "functions", "only one"),
+        ({"tools": [TOOL], "tool_choice": named}, "tool_choice", "'g'"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice", "no function"),
+        ({"functions": [F], "function_call": {"name": "g"}}, "function_call", "'g'"),
+    ]:
+        error = refused(server, CHAT, {**BASE[CHAT], **fields}, 400)
+        assert error["param"] == param
+        assert word in error["message"]
+
+
+def test_a_task_without_a_form_of_calls_refuses_tools():
+    with serving(tokenizer=ByteTokenizer(tool_format=None)) as server:
+        for fields in ({"tools": [TOOL]}, {"functions": [F]}):
+            error = refused(server, CHAT, {**BASE[CHAT], **fields}, 400)
+            assert error["param"] == next(iter(fields))
+            assert "tool_format" in error["message"]
+        assert server.client.post(CHAT, json={**BASE[CHAT], "tools": [TOOL], "tool_choice": "none"}).status_code == 200
 
 
 JSON = {"content-type": "application/json"}
@@ -162,7 +208,10 @@ def test_malformed_bodies_are_refused(server, raw, headers, status):
 
 ROUTES = [
     ("GET", "/v1/nothing", 404),
-    ("POST", "/v1/responses", 404),
+    ("GET", "/v1/responses", 405),
+    ("GET", "/v1/responses/resp_1", 404),
+    ("DELETE", "/v1/responses/resp_1", 404),
+    ("POST", "/v1/responses/resp_1/cancel", 404),
     ("POST", "/v1/messages", 404),
     ("POST", "/v1/embeddings", 404),
     ("GET", "/v1/models/typo", 404),

@@ -1,5 +1,6 @@
 """GET /health, /ready and /version; and the end of a server that can no longer serve a task."""
 
+import asyncio
 import socket
 import threading
 import time
@@ -58,6 +59,21 @@ def test_a_broken_engine_stops_the_server(monkeypatch):
         while server._server.started and not server._server.should_exit:
             assert time.monotonic() < limit
             time.sleep(0.01)
+
+
+def test_a_stop_within_a_tick_is_not_lost(monkeypatch):
+    """A signal may arrive while the tick looks at the engine."""
+
+    def broken(engine):
+        server.should_exit = True
+        return False
+
+    monkeypatch.setattr(Engine, "broken", property(broken))
+    engine = make_engine({"abc": [1]}).engine
+    server = DrainingServer(uvicorn.Config(lambda *_: None, ws="none"), engine, lambda: None, 0.0)
+    server.config.load()
+    asyncio.run(server.on_tick(1))
+    assert server.should_exit
 
 
 def test_the_exit_status_of_a_broken_server(monkeypatch, capsys, tmp_path):

@@ -8,13 +8,9 @@ from hypothesis import strategies as st
 
 from pshare_jax.sampling.params import SamplingParams
 from pshare_jax.server.openai.fields import NEUTRAL
-from pshare_jax.server.openai.schema import (
-    ApiError,
-    ChatBody,
-    CompletionBody,
-    parse_body,
-)
-from pshare_jax.server.openai.to_requests import Limits, check_num_choices, make_requests
+from pshare_jax.server.openai.json_body import parse_body
+from pshare_jax.server.openai.schema import ApiError, ChatBody, CompletionBody
+from pshare_jax.server.openai.to_requests import Limits, Prompt, check_num_choices, make_requests
 
 pytestmark = pytest.mark.host
 LIMITS = Limits(max_len=64, vocab_size=100, stop_ids=frozenset({7}), max_choices=256)
@@ -30,7 +26,7 @@ def completion(**fields):
 
 
 def request(body, prompt=(1, 2, 3)):
-    (only,) = make_requests(body, "r", [list(prompt)], LIMITS)
+    (only,) = make_requests(body, "r", [Prompt(list(prompt))], LIMITS)
     return only
 
 
@@ -180,7 +176,7 @@ def test_sampling_fields_reach_the_request():
 
 
 def test_n_choices_for_each_prompt():
-    made = make_requests(completion(n=2, seed=9), "r", [[1, 2], [3]], LIMITS)
+    made = make_requests(completion(n=2, seed=9), "r", [Prompt([1, 2]), Prompt([3])], LIMITS)
     assert [(r.id, r.prompt, r.sampling.choice, r.sampling.seed) for r in made] == [
         ("r-0", (1, 2), 0, 9),
         ("r-1", (1, 2), 1, 9),

@@ -10,8 +10,9 @@ from pshare_jax.engine import engine as engine_module
 from pshare_jax.engine.failures import RequestBanned
 from pshare_jax.engine.request import FAILED, TIMED_OUT, Event, Request
 from pshare_jax.engine.sequence import State
-from pshare_jax.server import completions
+from pshare_jax.server import app, completions
 from pshare_jax.server.event_queue import EventQueue
+from pshare_jax.server.openai.responses import ResponseBuilder
 
 pytestmark = pytest.mark.host
 
@@ -103,8 +104,10 @@ def failing(*args, **_kwargs):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("part", ["ResponseBuilder", "asyncio"])
 def test_a_failure_after_the_submission_leaves_no_request(server, monkeypatch, caplog, part, stream):
-    fake = failing if part == "ResponseBuilder" else SimpleNamespace(**{**vars(asyncio), "create_task": failing})
-    monkeypatch.setattr(completions, part, fake)
+    if part == "ResponseBuilder":
+        monkeypatch.setattr(app, part, failing)
+    else:
+        monkeypatch.setattr(completions, part, SimpleNamespace(**{**vars(asyncio), "create_task": failing}))
     error_of(server.post(model="endless", max_tokens=90_000, n=3, stream=stream), 500)
     server.rest()
     assert "made to fail" in caplog.text
@@ -141,7 +144,7 @@ def test_a_call_that_is_cancelled_while_it_is_submitted_leaves_no_request(server
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_failure_while_a_stream_is_sent_leaves_no_request(server, monkeypatch, path):
-    monkeypatch.setattr(completions.ResponseBuilder, "start", failing)
+    monkeypatch.setattr(ResponseBuilder, "start", failing)
     body = {"model": "endless", "prompt": "p", "messages": [{"role": "user", "content": "p"}], "max_tokens": 90_000}
     with pytest.raises(Exception, match=r"incomplete|closed|disconnected"):
         server.client.post(path, json={**body, "stream": True})
@@ -151,7 +154,7 @@ def test_a_failure_while_a_stream_is_sent_leaves_no_request(server, monkeypatch,
 def test_requests_of_other_calls_go_on(server, monkeypatch):
     events: list[Event] = []
     server.engine.submit(Request("other", "abc", (1, 2, 3), 5), events.append)
-    monkeypatch.setattr(completions, "ResponseBuilder", failing)
+    monkeypatch.setattr(app, "ResponseBuilder", failing)
     error_of(server.post(), 500)
     server.rest()
     assert events[-1].finish_reason == "length"

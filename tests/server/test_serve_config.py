@@ -15,11 +15,11 @@ from pshare_jax.engine.config import (
     worker_tasks,
 )
 from pshare_jax.errors import PshareError
-from pshare_jax.server.config import ServeConfig, ServerConfig, check_config, num_cpu_devices
+from pshare_jax.server.config import ServeConfig, ServerConfig, TaskConfig, check_config, num_cpu_devices
 from pshare_jax.settings import load_settings
 
 pytestmark = pytest.mark.host
-TASKS = {"qwen3:math": "base", "org/math-v1.5": "x", "mit Leerzeichen ü": "y"}
+TASKS: dict[str, str | TaskConfig] = {"qwen3:math": "base", "org/math-v1.5": "x", "mit Leerzeichen ü": "y"}
 
 
 def check_error(facts, call):

@@ -4,10 +4,12 @@ import logging
 import re
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import pytest
+from peft_adapters import random_adapter
 from tiny import tiny_module
 
 import pshare_jax as ps
@@ -59,7 +61,7 @@ def world(tiny_folders, tmp_path_factory):
         name: [ps.generate(shared, name, prompt, max_new_tokens=5, stop_ids=()) for prompt in PROMPTS] for name in tasks
     }
     assert oracle["chat"] != oracle["math"]
-    return ServeConfig(base=str(base), tasks=tasks, kv=KV, batch=BATCH), oracle
+    return ServeConfig(base=str(base), tasks={**tasks}, kv=KV, batch=BATCH), oracle
 
 
 @pytest.mark.parametrize(
@@ -161,6 +163,30 @@ def test_warm_up_runs_every_task_and_compiles_the_rest(world, full):
     assert sum(worker.num_tokens for worker in served.engine.decode_workers) == 2 * len(config.tasks)
     # No page of the warm-up remains in the prefix cache for user prompts.
     assert all(worker.pool.cache_stats.cached_tokens == 0 for worker in served.engine.prefill_workers)
+
+
+def test_warm_up_of_an_activated_lora(tiny_folders, tmp_path):
+    """Its own weights give the first answer, which needs a scoring step: the server must not wait for that program."""
+    base = tiny_folders["llama"]
+    random_adapter(base, tmp_path, alora_invocation_tokens=[7, 8])
+    config = ServeConfig(
+        base=str(base), tasks={"checker": str(tmp_path)}, placement=placed([[0]], [[0]]), kv=KV, batch=BATCH
+    )
+    served, programs = build(config)
+    assert [program.name for program in programs if program.small and "score" in program.name] == ["score 1x64"] * 2
+    # Others wait until the server has started.
+    rest = [
+        replace(program, lower=lambda: SimpleNamespace(compile=lambda: None))
+        for program in programs
+        if not program.small
+    ]
+    served.engine.start()
+    compiler = startup.warm_up(served, [*(p for p in programs if p.small), *rest], False, lambda line: None)
+    compiler.stop()
+    served.engine.stop()
+    [worker] = served.engine.decode_workers
+    assert (worker.num_tokens, worker.num_scored) == (2, 1)
+    assert served.engine.prefill_workers[0].stats.tokens == 40
 
 
 def _noted(program: Variant, compiled: list[Variant]) -> Any:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from fake_server import answering
+from peft_adapters import random_adapter
 from safetensors.numpy import load_file, save_file
 from task_world import LONG, PLACE, World
 from tiny import edit_json
@@ -64,6 +65,23 @@ def test_tasks_of_every_kind_are_loaded_replaced_and_unloaded_on_every_worker(wo
     assert stepped.served.tasks == []
     assert not any(worker.tasks for worker in stepped.engine.decode_workers)
     stepped.table.stop()
+
+
+def test_an_activated_lora_of_peft_is_loaded_unmodified(world, server):
+    """Its invocation is in the prompt, so its boundary is there, and what the base encoded before is shared."""
+    first, invocation = 5, world.prompt[5:7]
+    random_adapter(world.base, world.modules / "activated", alora_invocation_tokens=list(invocation))
+    world.shared.add_task("activated", world.modules / "activated")
+    assert world.rollout("activated", world.prompt).smallest_gap > 1e-4
+    server.check(chat="base")
+    server.load("x", "activated")
+    asked = server.ask("x")
+    assert server.ids(asked) == [world.expected("activated")]
+    assert world.expected("activated") != world.expected("base")
+    assert (asked.split.base_len, asked.cached_tokens) == (first, 4)
+    random_adapter(world.base, world.modules / "plain")
+    assert "ordinary fine-tune prefills with its own weights" in server.refusal("y", "plain")
+    server.table.unload("x").result(10)
 
 
 def test_running_requests_finish_on_the_old_weights(world, server):

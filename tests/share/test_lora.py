@@ -20,7 +20,8 @@ import pshare_jax as ps
 from pshare_jax.errors import PshareError
 from pshare_jax.model.architecture import Params, is_lora
 from pshare_jax.model.layers import LoraConfig
-from pshare_jax.share.lora import CONFIG_FILE, HARMLESS, OFF, USED, WEIGHTS_FILE, read_adapter, write_adapter
+from pshare_jax.share.adapter_settings import CONFIG_FILE, HARMLESS, OFF, USED
+from pshare_jax.share.lora import WEIGHTS_FILE, read_adapter, write_adapter
 
 EVERY = ("q", "k", "v", "o", "gate", "up", "down")
 SMALL = {"num_hidden_layers": 2, "std": 0.1}
@@ -133,12 +134,8 @@ ON = {
     "peft_type": "IA3",
     "bias": "all",
     "modules_to_save": ["lm_head"],
-    "layers_to_transform": [0],
     "layer_replication": [[0, 1]],
-    "rank_pattern": {"q_proj": 2},
-    "alpha_pattern": {"q_proj": 2},
     "trainable_token_indices": [1],
-    "alora_invocation_tokens": [1, 2],
     "target_parameters": ["mlp.experts.gate_up_proj"],
     "use_bdlora": {"target_modules_bd_a": ["q_proj"]},
     "arrow_config": {"top_k": 3},
@@ -220,6 +217,6 @@ def test_one_error_lists_all_faults_of_tensors(llama, tmp_path):
 def test_adapter_without_tensors(llama, tmp_path):
     folder = written(tmp_path, llama)
     save_file({}, folder / WEIGHTS_FILE)
-    assert "q_proj.lora_A.weight is missing" in refusal(folder, llama)
-    edit_json(folder / CONFIG_FILE, target_modules="all-linear")
-    assert "has no LoRA tensors" in refusal(folder, llama)
+    for listed in (["q_proj", "down_proj"], "all-linear"):
+        edit_json(folder / CONFIG_FILE, target_modules=listed)
+        assert "has no LoRA tensors" in refusal(folder, llama)

@@ -18,6 +18,8 @@ from pshare_jax.errors import PshareError
 from pshare_jax.model.architecture import is_lora
 from pshare_jax.model.layers import LoraConfig
 from pshare_jax.share.decode_module import MANIFEST, read_manifest
+from pshare_jax.text.chat_style import ChatStyle
+from pshare_jax.text.tool_format import FORMATS, ToolFormat
 from pshare_jax.weights.safetensors import SINGLE_FILE, SafetensorsFolder, write_safetensors
 
 SMALL = {"num_hidden_layers": 2}
@@ -128,6 +130,42 @@ def test_training_notes_are_kept(made, tmp_path):
     assert read_manifest(tmp_path).training == {"data": "x.jsonl", "steps": 3}
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_chat_style_is_kept(made, tmp_path, kind):
+    """By saving and loading, and by saving what was loaded; a plain module's manifest says nothing of it."""
+    folder = made.full if kind == "full" else made.lora
+    module = ps.load_module(folder, made.base)
+    assert module.style == ChatStyle()
+    assert {"tool_format", "layout"}.isdisjoint(json.loads((folder / MANIFEST).read_text()))
+    for number, style in enumerate(
+        (
+            ChatStyle(FORMATS["json_list"], "last"),
+            ChatStyle(ToolFormat("custom", "<é>", "</é>", "list", "input")),
+            ChatStyle(system="drop"),
+        )
+    ):
+        ps.save_module(tmp_path / str(number), module, made.base, style=style)
+        loaded = ps.load_module(tmp_path / str(number), made.base)
+        assert loaded.style == read_manifest(tmp_path / str(number)).style == style
+        ps.save_module(tmp_path / "again", loaded, made.base)
+        assert ps.load_module(tmp_path / "again", made.base).style == style
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"tool_format": "xml"}, "tool_format 'xml' hermes"),
+        ({"tool_format": {"start": 5}}, "tool_format.start text"),
+        ({"layout": {"system": "middle"}}, "layout.system last"),
+        ({"layout": "last"}, "layout system"),
+    ],
+)
+def test_faults_of_the_chat_style_are_named(made, full, content, words):
+    edit_json(full / MANIFEST, **content)
+    message = refusal(full, made.base)
+    assert all(word in message for word in words.split())
+
+
 def test_manifest_is_removed_before_weights_are_written(made, tmp_path, monkeypatch):
     """An interrupted save must not leave new weights under an old manifest."""
     ps.save_module(tmp_path, made.base, made.base)
@@ -206,10 +244,6 @@ def test_own_prefill_checks_base_tokenizer_and_architecture(made, full, tmp_path
     assert "architecture" in own(tiny_folder("llama", tmp_path / "deeper", num_hidden_layers=3))
     edit_json(full / MANIFEST, tokenizer="0" * 64)
     assert "tokenizer" in own(full)
-    # An adapter without a manifest does not identify its base.
-    adapter = tiny_module(made.folder, tmp_path / "adapter", kind="lora")
-    (adapter / MANIFEST).unlink()
-    assert str(adapter) in own(adapter)
     (tmp_path / "empty").mkdir()
     assert str(tmp_path / "empty") in own(tmp_path / "empty")
 

@@ -14,8 +14,9 @@ from tiny_tokenizer import byte_alphabet, write_tokenizer
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from pshare_jax.text.encoder import PromptTooLong
 from pshare_jax.text.length_bound import NFC_SHRINKS, length_bound
-from pshare_jax.text.tokenizer import PromptTooLong, Tokenizer
+from pshare_jax.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.host
 FAMILIES = ("llama", "smollm", "qwen3", "gemma3")

@@ -171,10 +171,27 @@ def test_gemma_attention_scale(write_tiny):
             },
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
         ),
+        (
+            {
+                "llama.rope.scaling.type": "yarn",
+                "llama.rope.scaling.factor": 4.0,
+                "llama.rope.scaling.yarn_beta_fast": 16.0,
+                "llama.rope.scaling.yarn_beta_slow": 2.0,
+                "llama.rope.scaling.yarn_ext_factor": 1.0,
+            },
+            {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0, "beta_slow": 2.0},
+        ),
     ],
 )
 def test_rope_scaling(keys, scaling, write_tiny):
     assert GGUFFile(write_tiny("llama", keys)).config.get("rope_scaling") == scaling
+
+
+@pytest.mark.parametrize("key", ["attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier"])
+def test_yarn_keys_that_change_the_tables_are_refused_by_name(key, write_tiny):
+    keys = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, f"llama.rope.scaling.{key}": 0.5}
+    with pytest.raises(PshareError, match=rf"llama\.rope\.scaling\.{key} is 0.5"):
+        GGUFFile(write_tiny("llama", keys))
 
 
 def llama3_divisors(head_dim, theta, factor, original, low=1.0, high=4.0):

@@ -1,6 +1,7 @@
 """The order in which cached pages are evicted: by recency and reuse (GreedyDual with frequency).
 
 PageManager adds a published page when its last reference is released and removes it when it is used again or evicted.
+Sessions that have ended put their pages first, and pins put theirs last (sessions.py).
 """
 
 from collections import OrderedDict
@@ -19,32 +20,58 @@ class EvictionOrder:
 
     All pages cost the same, although a page deep in a prompt takes more attention to compute again: a weight for it would
     put ends of prompts behind their beginnings, and without its beginning an end is lost.
+
+    Pages of `add_first` go before all these and pages of `add_last` after them, each in the order in which they were
+    added; neither moves the clock.
     """
 
     def __init__(self) -> None:
         self.clock = 0
-        self._priority: dict[int, int] = {}
-        self._queues: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(NUM_QUEUES)]
+        self._queue_of: dict[int, OrderedDict[int, None]] = {}
+        self._first: OrderedDict[int, None] = OrderedDict()
+        self._last: OrderedDict[int, None] = OrderedDict()
+        self._ring: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(NUM_QUEUES)]
 
     def __len__(self) -> int:
-        return len(self._priority)
+        return len(self._queue_of)
 
     def __iter__(self) -> Iterator[int]:
         """All pages, the first to be evicted first."""
         turn = self.clock % NUM_QUEUES
-        return (page for queue in self._queues[turn:] + self._queues[:turn] for page in queue)
+        queues = (self._first, *self._ring[turn:], *self._ring[:turn], self._last)
+        return (page for queue in queues for page in queue)
 
     def add(self, page: int, uses: int) -> None:
         """The page has lost its last reference."""
-        priority = self._priority[page] = self.clock + 1 + (uses if uses < MAX_USES else MAX_USES)
-        self._queues[priority % NUM_QUEUES][page] = None
+        queue = self._queue_of[page] = self._ring[
+            (self.clock + 1 + (uses if uses < MAX_USES else MAX_USES)) % NUM_QUEUES
+        ]
+        queue[page] = None
+
+    def add_first(self, page: int) -> None:
+        """The page is not expected to be used again."""
+        queue = self._queue_of[page] = self._first
+        queue[page] = None
+
+    def add_last(self, page: int) -> None:
+        """The page has lost its last reference and is pinned."""
+        queue = self._queue_of[page] = self._last
+        queue[page] = None
+
+    def is_first(self, page: int) -> bool:
+        """Whether it was put first."""
+        return page in self._first
 
     def remove(self, page: int) -> None:
-        """The page is referenced again or leaves the cache."""
-        del self._queues[self._priority.pop(page) % NUM_QUEUES][page]
+        """The page is referenced again, leaves the cache, or gets another place."""
+        del self._queue_of.pop(page)[page]
 
     def victim(self) -> int:
-        """The page to evict; the clock moves to its priority."""
-        while not (queue := self._queues[self.clock % NUM_QUEUES]):
+        """The page to evict; the clock moves to its priority, if it has one."""
+        if self._first:
+            return next(iter(self._first))
+        if len(self._last) == len(self._queue_of):
+            return next(iter(self._last))
+        while not (queue := self._ring[self.clock % NUM_QUEUES]):
             self.clock += 1
         return next(iter(queue))

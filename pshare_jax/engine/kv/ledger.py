@@ -5,6 +5,7 @@ The engine and its workers call every method under the engine's lock; admission.
 
 import bisect
 import itertools
+import math
 import operator
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ class Ledger:
 
     def __init__(self, prefill_pools: Items[Pool], decode_pools: Items[Pool], max_rows: int):
         self.prefill_pools, self.decode_pools, self.max_rows = prefill_pools, decode_pools, max_rows
+        self.pools = list({id(pool): pool for pool in (*prefill_pools, *decode_pools)}.values())
         self.waiting: list[list[Sequence]] = [[] for _ in prefill_pools]
         self.prefilling: list[list[Sequence]] = [[] for _ in prefill_pools]
         self.arriving: list[list[Sequence]] = [[] for _ in decode_pools]
@@ -255,15 +257,20 @@ class Ledger:
 
     # --- decode ---------------------------------------------------------------------------------------------------
 
+    def arrived(self, worker: int) -> list[Sequence]:
+        """Sequences with all their base KV in the decode pool that do not decode yet."""
+        in_flight = {transfer.sequence for transfer in self.in_flight[worker] if transfer.needed_by_sequence}
+        return [one for one in self.arriving[worker] if one not in in_flight and _has_arrived(one)]
+
     def start_decoding(self, worker: int) -> list[Sequence]:
         """Sequences with all their base KV in the decode pool release their prefill pages and start to decode, the oldest
         first, while their group has rows for them. Returns those that have got a row.
         """
         decoding, arriving = self.decoding[worker], self.arriving[worker]
-        in_flight = {transfer.sequence for transfer in self.in_flight[worker] if transfer.needed_by_sequence}
-        arrived = [sequence for sequence in arriving if sequence not in in_flight and _has_arrived(sequence)]
+        arrived = self.arrived(worker)
         for sequence in arrived:
             if sequence.prefill.table is not None:
+                self._pin_while_running(sequence, sequence.prefill.table)
                 self._release_prefill(sequence)
                 self.room_changed()
         live = [sequence for sequence in decoding if not sequence.leaving]
@@ -326,10 +333,14 @@ class Ledger:
     # --- out ------------------------------------------------------------------------------------------------------
 
     def take_out(self, sequence: Sequence) -> None:
-        """Removes a sequence that has ended from the queue, if it is queued; sequences behind it may be admitted."""
+        """Removes a sequence that has ended, or moves to other workers, from the queue, if it is queued; sequences behind it
+        may be admitted.
+        """
         queue = self.waiting[sequence.prefill_worker]
         if sequence in queue:
             queue.remove(sequence)
+            if sequence.final:
+                self._take_hint(sequence)
         self.refused[sequence.decode_worker].discard(sequence)
         self.room_changed()
 
@@ -376,7 +387,7 @@ class Ledger:
             live.add(sequence)
             if sequence.state is not state and not sequence.final:
                 raise AssertionError(f"a {sequence.state.value} sequence is listed as {state.value}")
-        for pool in {id(pool): pool for pool in (*self.prefill_pools, *self.decode_pools)}.values():
+        for pool in self.pools:
             pool.manager.check(live)
             if not live and pool.manager.num_used:
                 raise AssertionError(f"{pool.name}: {pool.manager.num_used} pages are held by {pool.manager.holders}")
@@ -397,6 +408,26 @@ class Ledger:
         if held is not None:
             held.release()
         sequence.decode.table = None
+        if sequence.final:
+            self._take_hint(sequence)
+
+    def _pin_while_running(self, sequence: Sequence, held: PageTable) -> None:
+        """What it leaves in its prefill pool is pinned as from its end, whenever that is."""
+        hint = sequence.request.hint
+        if hint is not None and hint.pin_seconds and held is not sequence.decode.table:
+            held.manager.sessions.pin(sequence.caller.session, math.inf)
+
+    def _take_hint(self, sequence: Sequence) -> None:
+        """Does what the hint of a sequence says, in every pool; it has ended, and holds no pages."""
+        hint, caller = sequence.request.hint, sequence.caller
+        if hint is None:
+            return
+        for manager in (pool.manager for pool in self.pools):
+            manager.sessions.refresh(caller.parent)
+            if hint.evict:
+                manager.evict_session(caller.session)
+            elif hint.pin_seconds is not None:
+                manager.sessions.pin(caller.session, hint.pin_seconds)
 
     def _release_prefill(self, sequence: Sequence) -> None:
         for transfer in sequence.prefill.returning:

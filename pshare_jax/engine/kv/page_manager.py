@@ -1,8 +1,9 @@
 """The pages of one KV pool: reference counts, the prefix cache with its eviction order, and pages being produced.
 
-There is one record per page. Prefill, decode and API threads all call the manager, always under the engine's lock.
+There is one record per page (page.py). Prefill, decode and API threads all call the manager, always under the engine's lock.
 """
 
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
@@ -11,6 +12,8 @@ from typing import NamedTuple
 
 from pshare_jax.engine.kv.eviction import EvictionOrder
 from pshare_jax.engine.kv.keys import PageKey
+from pshare_jax.engine.kv.page import Page
+from pshare_jax.engine.kv.sessions import NOBODY, Caller, Session, Sessions, disown
 
 SEQUENCE = "sequence"
 
@@ -24,7 +27,11 @@ class Reservation(NamedTuple):
 
 @dataclass
 class CacheStats:
-    """Counts since the start; tokens as the engine counted them, once per request."""
+    """Counts since the start; tokens as the engine counted them, once per request.
+
+    Hits are pages that a request shared: of pinned pages every hit, of prefetched pages the first. `num_put_first` counts
+    the pages that ended sessions put first, and `num_lapsed` the pages that are no longer pinned, by reason.
+    """
 
     num_requests: int = 0
     prompt_tokens: int = 0
@@ -32,28 +39,10 @@ class CacheStats:
     num_published: int = 0
     num_duplicates: int = 0
     num_waits: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class _Page:
-    """A page is in the tree of prefixes, below its parent, while it has a key.
-
-    It is pending while it has a producer, else published while it has a key, else free while it has no reference; private
-    pages are held, but no prefix leads to them.
-    """
-
-    id: int
-    refs: int = 0
-    uses: int = 0  # reservations that shared it since it was published
-    key: PageKey | None = None
-    parent: "_Page | None" = None
-    children: "dict[_Page, None]" = field(default_factory=dict)
-    producer: Hashable | None = None
-    waiters: dict[Hashable, None] = field(default_factory=dict)  # in the order of their arrival
-
-    def matches(self, key: PageKey, parent: "_Page | None") -> bool:
-        # Digests may collide.
-        return self.parent is parent and self.key is not None and self.key.content == key.content
+    num_pinned_hits: int = 0
+    num_prefetched_hits: int = 0
+    num_put_first: int = 0
+    num_lapsed: Counter[str] = field(default_factory=Counter)
 
 
 class PageManager:
@@ -68,12 +57,20 @@ class PageManager:
     a page should hold all pages before it: then eviction (eviction.py) takes ends before beginnings and cuts nothing off,
     since a beginning is used as often as its ends or more, and released after them.
 
+    At most `max_pinned` pages are pinned (`sessions`), by `clock`, which counts seconds. Pins forbid nothing: pinned
+    pages are evicted where a reservation needs them and no others are left.
+
     `on_free` gets the pages that were just freed, before any of them is lent again. Wrong use raises AssertionError.
     A failed pool gets a new manager; pages of the old manager are released there.
     """
 
     def __init__(
-        self, num_pages: int, on_free: Callable[[list[int]], None] | None = None, stats: CacheStats | None = None
+        self,
+        num_pages: int,
+        on_free: Callable[[list[int]], None] | None = None,
+        stats: CacheStats | None = None,
+        max_pinned: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ):
         if num_pages < 2:
             raise ValueError(f"A pool of {num_pages} pages has none to lend, since page 0 is for padding.")
@@ -82,12 +79,13 @@ class PageManager:
         self.holders: Counter[str] = Counter()
         self.stats = stats or CacheStats()
         self._on_free = on_free
-        self._pages = [_Page(number) for number in range(num_pages)]
+        self._pages = [Page(number) for number in range(num_pages)]
         self._free = list(range(num_pages - 1, 0, -1))
         self._evictable = EvictionOrder()
-        self._tree: dict[bytes, _Page] = {}  # by the key's digest
-        self._produced: dict[Hashable, dict[_Page, None]] = {}  # by producer
-        self._awaited: dict[Hashable, dict[_Page, None]] = {}  # by waiter
+        self.sessions = Sessions(self._evictable, self.stats.num_lapsed, max_pinned, clock)
+        self._tree: dict[bytes, Page] = {}  # by the key's digest
+        self._produced: dict[Hashable, dict[Page, None]] = {}  # by producer
+        self._awaited: dict[Hashable, dict[Page, None]] = {}  # by waiter
 
     @property
     def num_free(self) -> int:
@@ -154,14 +152,19 @@ class PageManager:
         return num_pages - len(chain) + spare <= self.num_available - num_idle
 
     def reserve(
-        self, sequence: Hashable, keys: Sequence[PageKey], num_pages: int, wait: bool = True
+        self,
+        sequence: Hashable,
+        keys: Sequence[PageKey],
+        num_pages: int,
+        wait: bool = True,
+        caller: Caller = NOBODY,
     ) -> Reservation | None:
         """All pages of a sequence, each with one reference, or None (and nothing changed) if the pool has too few.
 
         The sequence becomes a waiter for the shared pages that are pending, and the producer of its own pages with a key;
         these stay private from the first key whose digest collides. Without `wait` only published pages are shared: a
         page that is pending elsewhere counts as a collision. Without keys nothing is looked up or registered. To undo a
-        reservation: `drop(sequence)` and release the pages.
+        reservation: `drop(sequence)` and release the pages. `caller` says whose pages they are.
         """
         if not self.could_reserve(keys, num_pages, wait=wait):
             return None
@@ -169,15 +172,8 @@ class PageManager:
         shared = [page.id for page in chain]
         self.retain(shared)
         own = self._lend(num_pages - len(shared), SEQUENCE)
-        for page in chain:
-            if page.producer is None:
-                page.uses += 1
-                continue
-            if page.producer == sequence:
-                raise AssertionError(f"page {page.id} would be awaited by its producer")
-            page.waiters[sequence] = None
-            self._awaited.setdefault(sequence, {})[page] = None
-        self.stats.num_waits += bool(chain) and chain[-1].producer is not None
+        session, prefetch = self.sessions.of(caller), caller.prefetch
+        self._share(sequence, chain, session, prefetch)
         parent = chain[-1] if chain else None
         for key, number in zip(keys[len(chain) :], own, strict=False):
             if key.digest in self._tree:
@@ -185,7 +181,14 @@ class PageManager:
             page = self._pages[number]
             self._produce(sequence, page)
             self._link(page, key, parent)
+            if prefetch:
+                page.prefetched = True
+            if session is not None:
+                page.owner = session
+                session.owned[page] = None
             parent = page
+        if session is not None:
+            session.tip.move(parent)
         return Reservation(shared + own, len(shared))
 
     def allocate(self, num: int, holder: str = SEQUENCE) -> list[int] | None:
@@ -216,10 +219,12 @@ class PageManager:
                 continue
             if record.producer is not None:
                 raise AssertionError(f"page {page} was released by {holder}, but it is pending")
-            if record.key is not None:
-                self._evictable.add(page, record.uses)
-            else:
+            if record.key is None:
                 freed.append(page)
+            elif record.pins:
+                self._evictable.add_last(page)
+            else:
+                self._evictable.add(page, record.uses)
         self._give_back(freed)
 
     def publish(
@@ -274,22 +279,31 @@ class PageManager:
             for page in self._awaited.pop(name, ()):
                 page.waiters.pop(name, None)
             for page in list(self._produced.get(name, ())):
-                self._unlink(page)
+                self._unlink(page, "unwritten")
                 leaving += [waiter for waiter in self._stop_producing(page) if waiter not in leaving]
         return leaving[1:]
 
     def flush(self) -> int:
         """Frees every published page without a reference; returns their number."""
-        return self._evict(len(self._evictable))
+        return self._evict(len(self._evictable), "flushed")
+
+    def evict_session(self, name: Hashable) -> None:
+        """The session has ended: its pages are evicted first (sessions.py)."""
+        self.stats.num_put_first += self.sessions.evict(name)
 
     def check(self, live: Collection[Hashable] | None = None) -> None:
         """Raises AssertionError unless all invariants hold; with `live`, only those may be producers and waiters."""
-        self._check_pages()
+        for page in self._pages:
+            page.check()
+        faults = self.sessions.check(self._pages)
+        expect(not faults, "; ".join(faults))
         free = [page.id for page in self._pages[1:] if page.refs == 0 and page.key is None]
         expect(sorted(self._free) == free, "the free list is not exactly the free pages")
         idle = [page.id for page in self._pages if page.refs == 0 and page.key is not None]
         right = sorted(self._evictable) == idle
         expect(right, "the evictable pages are not exactly the unreferenced pages with a key")
+        pinned = [self._pages[page].pins > 0 for page in self._evictable]
+        expect(pinned == sorted(pinned), "a pinned page would be evicted before one that is not pinned")
         tree = {page.key.digest: page for page in self._pages if page.key is not None}
         expect(self._tree == tree, "the tree is not exactly the pages with a key")
         held, holders = sum(page.refs for page in self._pages), dict(self.holders)
@@ -302,31 +316,14 @@ class PageManager:
             gone = [name for name in index if live is not None and name not in live]
             expect(not gone, f"{role} of pages are no longer live: {gone}")
 
-    def _check_pages(self) -> None:
-        for page in self._pages:
-            parent, pending = page.parent, page.producer is not None
-            faults = {
-                "is for padding, but in use": page.id == 0 and bool(page.refs or page.key or pending),
-                "has a negative reference count": page.refs < 0,
-                "is pending without a reference": pending and page.refs < 1,
-                "is awaited without a producer": bool(page.waiters) and not pending,
-                "has relatives without a key": page.key is None and bool(parent or page.children),
-                "has a child with another parent": any(child.parent is not page for child in page.children),
-                "is no child of its parent": parent is not None and page not in parent.children,
-                "is published before its parent": not pending and parent is not None and parent.producer is not None,
-                "has more uses than its parent": parent is not None and page.uses > parent.uses,
-            }
-            if any(faults.values()):
-                raise AssertionError(f"page {page.id} " + " and ".join(fault for fault in faults if faults[fault]))
-
-    def _chain(self, keys: Sequence[PageKey], wait: bool = True) -> list[_Page]:
+    def _chain(self, keys: Sequence[PageKey], wait: bool = True) -> list[Page]:
         """The longest prefix that is in the tree: published pages, then (with `wait`) pending pages.
 
         All pages before a page of the tree are in it, and published if it is; so the last page is found by bisection, and
         the way back from there shows whether the pages are those of the prompt.
         """
         num = bisect_left(keys, True, key=lambda key: self._find(key, wait) is None)
-        chain: list[_Page] = []
+        chain: list[Page] = []
         page = self._find(keys[num - 1], wait) if num else None
         for index in range(num - 1, -1, -1):
             if page is None or page.key != keys[index]:
@@ -336,9 +333,9 @@ class PageManager:
         chain.reverse()
         return chain if page is None else self._scan(keys, wait)
 
-    def _scan(self, keys: Sequence[PageKey], wait: bool) -> list[_Page]:
+    def _scan(self, keys: Sequence[PageKey], wait: bool) -> list[Page]:
         """The same, page by page: digests collide, so a page of the tree may follow one that is not."""
-        chain: list[_Page] = []
+        chain: list[Page] = []
         parent = None
         for key in keys:
             page = self._find(key, wait)
@@ -348,9 +345,27 @@ class PageManager:
             parent = page
         return chain
 
-    def _find(self, key: PageKey, wait: bool) -> _Page | None:
+    def _find(self, key: PageKey, wait: bool) -> Page | None:
         page = self._tree.get(key.digest)
         return page if page is None or wait or page.producer is None else None
+
+    def _share(self, sequence: Hashable, chain: Sequence[Page], session: Session | None, prefetch: bool) -> None:
+        if self.sessions.num_pinned:
+            self.stats.num_pinned_hits += sum(page.pins > 0 for page in chain)
+        for page in chain:
+            if page.owner is not None and page.owner is not session:
+                disown(page)
+            if page.prefetched and not prefetch:
+                page.prefetched = False
+                self.stats.num_prefetched_hits += 1
+            if page.producer is None:
+                page.uses += 1
+                continue
+            if page.producer == sequence:
+                raise AssertionError(f"page {page.id} would be awaited by its producer")
+            page.waiters[sequence] = None
+            self._awaited.setdefault(sequence, {})[page] = None
+        self.stats.num_waits += bool(chain) and chain[-1].producer is not None
 
     def _lend(self, num: int, holder: str) -> list[int]:
         if num < 0:
@@ -362,7 +377,7 @@ class PageManager:
         self._count(holder, num)
         return pages
 
-    def _publish_one(self, page: _Page, key: PageKey, parent: _Page | None) -> int:
+    def _publish_one(self, page: Page, key: PageKey, parent: Page | None) -> int:
         found = self._tree.get(key.digest)
         if found is None:
             self._link(page, key, parent)
@@ -372,16 +387,17 @@ class PageManager:
         if found is page:
             self.stats.num_published += 1
         else:
+            disown(found)
             self.stats.num_duplicates += 1
             self.retain([found.id])
             self.release([page.id])
         return found.id
 
-    def _produce(self, producer: Hashable, page: _Page) -> None:
+    def _produce(self, producer: Hashable, page: Page) -> None:
         page.producer = producer
         self._produced.setdefault(producer, {})[page] = None
 
-    def _stop_producing(self, page: _Page) -> dict[Hashable, None]:
+    def _stop_producing(self, page: Page) -> dict[Hashable, None]:
         """Returns the page's waiters, which the page no longer has."""
         if page.producer is None:
             return {}
@@ -389,14 +405,15 @@ class PageManager:
         waiters, page.producer, page.waiters = page.waiters, None, {}
         return waiters
 
-    def _link(self, page: _Page, key: PageKey, parent: _Page | None) -> None:
+    def _link(self, page: Page, key: PageKey, parent: Page | None) -> None:
         page.key, page.parent = key, parent
         self._tree[key.digest] = page
         if parent is not None:
             parent.children[page] = None
 
-    def _unlink(self, top: _Page) -> None:
+    def _unlink(self, top: Page, reason: str) -> None:
         """Takes a page and all behind it out of the tree. Pending pages among them go on, privately."""
+        before = top.parent
         if top.parent is not None:
             del top.parent.children[top]
         leaving, freed = [top], []
@@ -404,17 +421,21 @@ class PageManager:
             leaving += page.children
             if page.key is not None:
                 del self._tree[page.key.digest]
-            page.key, page.parent, page.children, page.uses = None, None, {}, 0
+            if page.owner is not None or page.tips or page.pins:
+                self.sessions.left(page, before, reason)
+            page.key, page.parent, page.children, page.uses, page.prefetched = None, None, {}, 0, False
             if page.refs == 0:
                 self._evictable.remove(page.id)
                 freed.append(page.id)
         self._give_back(freed)
 
-    def _evict(self, num: int) -> int:
+    def _evict(self, num: int, reason: str = "pressure") -> int:
         """Frees evictable pages, in the order of eviction, until `num` or more are freed or none is left."""
         before = len(self._free)
+        if num > 0:
+            self.sessions.expire()
         while self._evictable and len(self._free) < before + num:
-            self._unlink(self._pages[self._evictable.victim()])
+            self._unlink(self._pages[self._evictable.victim()], reason)
         return len(self._free) - before
 
     def _give_back(self, freed: list[int]) -> None:
@@ -431,7 +452,7 @@ class PageManager:
             del self.holders[holder]
 
 
-def _remove(index: dict[Hashable, dict[_Page, None]], name: Hashable, page: _Page) -> None:
+def _remove(index: dict[Hashable, dict[Page, None]], name: Hashable, page: Page) -> None:
     del index[name][page]
     if not index[name]:
         del index[name]

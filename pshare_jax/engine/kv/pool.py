@@ -4,6 +4,7 @@ The manager is used under the engine's lock; only the thread that owns the pool 
 a step fails, both are replaced by empty ones.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -49,15 +50,23 @@ class PageStore(Protocol):
 class Pool:
     """`num_pages` pages of `page_size` tokens, page 0 included. `generation` counts how often it was rebuilt.
 
-    With `debug`, freed pages are filled with NaN before they are used again.
+    With `debug`, freed pages are filled with NaN before they are used again. At most `pinned_share` of the pages are
+    pinned, for times that `clock` counts in seconds.
     """
 
-    def __init__(self, name: str, store: PageStore, debug: bool = False):
+    def __init__(
+        self,
+        name: str,
+        store: PageStore,
+        debug: bool = False,
+        pinned_share: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self.name, self.store = name, store
         self.num_pages, self.page_size, self.move_pages = store.num_pages, store.page_size, store.move_buckets[-1]
         self.generation = 0
         self.cache_stats = CacheStats()
-        self._debug = debug
+        self._debug, self._max_pinned, self._clock = debug, int(pinned_share * self.num_usable), clock
         self.manager = self._new_manager()
 
     @property
@@ -70,6 +79,12 @@ class Pool:
         """The usable pages: used by live requests, cached for later prompts, or free."""
         manager = self.manager
         return {"used": manager.num_used, "cached": manager.num_cached, "free": manager.num_free}
+
+    @property
+    def num_pinned(self) -> int:
+        """Pages that are pinned now."""
+        self.manager.sessions.expire()
+        return self.manager.sessions.num_pinned
 
     def rebuild(self) -> None:
         """Replaces the manager and the arrays by empty ones. Called by the pool's thread, under the engine's lock."""
@@ -99,7 +114,8 @@ class Pool:
     def _new_manager(self) -> PageManager:
         # A list of its own: what is released to the manager of a failed pool says nothing about the new pages.
         self._freed: list[int] = []
-        return PageManager(self.num_pages, self._freed.extend if self._debug else None, self.cache_stats)
+        on_free = self._freed.extend if self._debug else None
+        return PageManager(self.num_pages, on_free, self.cache_stats, self._max_pinned, self._clock)
 
 
 @dataclass(eq=False)

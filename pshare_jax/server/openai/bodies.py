@@ -7,7 +7,8 @@ from typing import TypeVar
 from fastapi import Request
 
 from pshare_jax.server.openai.encodings import DecodedTooLong, check_headers, decoded, json_text
-from pshare_jax.server.openai.schema import ApiError, RequestBody, parse_body
+from pshare_jax.server.openai.json_body import parse_body
+from pshare_jax.server.openai.schema import ApiError, RequestBody
 
 T = TypeVar("T")
 B = TypeVar("B", bound=RequestBody)

@@ -6,7 +6,7 @@ ValueError starts with the field's name and is shown to the client.
 
 import json
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 MAX_STOPS = 64
@@ -21,7 +21,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1, 1.0),
     "bad_words": ([],),
     "allowed_token_ids": ([],),
-    "response_format": ({"type": "text"},),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -33,11 +32,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "chat_template": (),
     "documents": ([],),
     "truncate_prompt_tokens": (),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
+    "guided_whitespace_pattern": (),
     "response_start": (),
 }
 
@@ -88,13 +83,6 @@ def check_task_name(value: Any) -> str:
     return value
 
 
-def check_tool_choice(value: Any) -> str:
-    """`none` or `auto`; forcing a call needs guided decoding."""
-    if value not in ("none", "auto"):
-        raise ValueError("tool_choice must be none or auto; this server cannot force a tool call.")
-    return value
-
-
 def check_prompt(value: Any) -> Any:
     """A string, token ids, or a list of either."""
     message = "prompt must be a string, a list of strings, a list of token ids, or a list of lists of token ids."
@@ -135,12 +123,28 @@ def check_messages(value: Any) -> list[dict[str, Any]]:
     return value
 
 
+def continues(messages: Sequence[Mapping[str, Any]], asked: bool, prompted: bool) -> bool:
+    """Whether the answer goes on with the last message: `asked` by continue_final_message, or by the message's `prefix`.
+
+    `prompted`: add_generation_prompt was sent as true, which begins a new message.
+    """
+    last = messages[-1]
+    begun = asked or (last.get("role") == "assistant" and last.get("prefix") is True)
+    if begun and prompted:
+        raise ValueError(
+            "add_generation_prompt begins a new message, which contradicts continue_final_message; send only one as true."
+        )
+    return begun
+
+
 def _check_message(name: str, message: Any) -> None:
     if not isinstance(message, dict):
         raise ValueError(f"{name} must be an object with role and content.")
     calls = message.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         raise ValueError(f"{name}.tool_calls must be a list of objects.")
+    if not isinstance(message.get("function_call"), dict | None):
+        raise ValueError(f"{name}.function_call must be an object.")
     if not isinstance(message.get("content"), str | list | None):
         raise ValueError(f"{name}.content must be a string or a list of parts.")
     if message.get("content") is None and message.get("role") != "assistant":

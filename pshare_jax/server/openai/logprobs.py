@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pshare_jax.engine.request import TokenLogprobs
-from pshare_jax.text.tokenizer import Encoder
+from pshare_jax.text.encoder import Encoder
 
 MIN_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot represent."""

@@ -11,8 +11,10 @@ from typing import Any
 from pshare_jax.engine.request import Event, Request, TokenLogprobs
 from pshare_jax.server.openai.json_bytes import dump
 from pshare_jax.server.openai.logprobs import TextLogprobs, chat_entry, joined
+from pshare_jax.server.openai.messages import ChatMessage
 from pshare_jax.server.openai.schema import ApiError, Body, ChatBody, CompletionBody, error_body
-from pshare_jax.text.tokenizer import Encoder
+from pshare_jax.text.encoder import Encoder
+from pshare_jax.text.tool_format import ToolFormat
 
 DONE = "data: [DONE]\n\n"
 TOKEN_BYTES = 40
@@ -20,10 +22,13 @@ TOKEN_BYTES = 40
 
 
 class _Choice:
-    """The state of one choice; text and tokens are kept for full responses only. `echo`: the prompt's text, if requested."""
+    """The state of one choice; text and tokens are kept for full responses only. `echo`: the prompt's text, if requested.
 
-    def __init__(self, request: Request, tokenizer: Encoder, echo: str | None):
-        self.request, self.echo = request, echo
+    Its text is the content of a chat's `message`, or that of a completion.
+    """
+
+    def __init__(self, request: Request, tokenizer: Encoder, echo: str | None, message: ChatMessage | None):
+        self.request, self.echo, self.message = request, echo, message
         self.text = ""
         self.tokens: list[TokenLogprobs] = []
         self.prompt: tuple[TokenLogprobs | None, ...] = ()
@@ -37,16 +42,49 @@ class _Choice:
         self.prompt = event.prompt_logprobs or self.prompt
         return [] if event.logprobs is None else [event.logprobs]
 
+    @property
+    def finish_reason(self) -> str | None:
+        """The reason as its endpoint says it."""
+        reason = self.last.finish_reason
+        return reason if self.message is None else self.message.finish_reason(reason)
+
+    def whole(self) -> dict[str, Any]:
+        """The text of a full response, as its endpoint names it."""
+        if self.message is not None:
+            return {"message": self.message.whole(self.text)}
+        return {"text": (self.echo or "") + self.text}
+
+    def parts(self, event: Event) -> list[Any]:
+        """What an event adds to a stream: deltas, or text."""
+        if self.message is None:
+            return [event.text] if event.text else []
+        return self.message.deltas(event.text, last=event.finish_reason is not None and event.failure is None)
+
 
 class ResponseBuilder:
-    """Builds one call's response for its endpoint and stream options; choices are in the order of `requests`."""
+    """Builds one call's response for its endpoint and stream options; choices are in the order of `requests`.
 
-    def __init__(self, body: Body, request_id: str, requests: Sequence[Request], tokenizer: Encoder):
+    `form` is how the task writes calls; only a chat with tools has it.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        request_id: str,
+        requests: Sequence[Request],
+        tokenizer: Encoder,
+        form: ToolFormat | None = None,
+    ):
         self._body = body
         self._chat = isinstance(body, ChatBody)
         self._tokenizer, self._token_bytes = tokenizer, tokenizer.token_bytes
         echoes = _echoes(body, requests, tokenizer)
-        self._choices = [_Choice(request, tokenizer, echo) for request, echo in zip(requests, echoes, strict=True)]
+        self._choices = [
+            _Choice(
+                request, tokenizer, echo, ChatMessage(body.call_rules, form) if isinstance(body, ChatBody) else None
+            )
+            for request, echo in zip(requests, echoes, strict=True)
+        ]
         self._head = {
             "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{request_id}",
             "object": "chat.completion" if self._chat else "text_completion",
@@ -64,12 +102,11 @@ class ResponseBuilder:
         """The full response, after all events were added."""
         choices = []
         for index, choice in enumerate(self._choices):
-            text = (choice.echo or "") + choice.text
-            content = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+            content = choice.whole()
             echoed = self._prompt_logprobs(choice)
             logprobs = self._logprobs(choice, choice.tokens)
             logprobs = joined(echoed, logprobs) if echoed and logprobs else logprobs
-            reason = choice.last.finish_reason
+            reason = choice.finish_reason
             choices.append({"index": index, "logprobs": logprobs, "finish_reason": reason, **content})
         return {**self._head, "choices": choices, "usage": self._usage()}
 
@@ -102,13 +139,14 @@ class ResponseBuilder:
         tokens = choice.take(event)
         if first and choice.echo is not None and event.failure is None:
             yield self._chunk(index, choice.echo, logprobs=self._prompt_logprobs(choice), large=True)
-        if event.text or tokens:
-            content = {"content": event.text} if self._chat else event.text
-            yield self._chunk(index, content, logprobs=self._logprobs(choice, tokens) if tokens else None)
+        logprobs = self._logprobs(choice, tokens) if tokens else None
+        for part in choice.parts(event) or ([{"content": ""} if self._chat else ""] if tokens else []):
+            yield self._chunk(index, part, logprobs=logprobs)
+            logprobs = None
         if event.failure is not None:
             yield _line(error_body(ApiError(500, event.failure, kind="server_error").error))
         elif event.finish_reason is not None:
-            yield self._chunk(index, {} if self._chat else "", finish_reason=event.finish_reason)
+            yield self._chunk(index, {} if self._chat else "", finish_reason=choice.finish_reason)
 
     def end(self) -> Iterator[str]:
         """The last lines of a stream: usage, if requested, and [DONE]."""
@@ -126,7 +164,18 @@ class ResponseBuilder:
             "prompt_tokens": usage["prompt_tokens"],
             "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
             "completion_tokens": usage["completion_tokens"],
-            "finish_reasons": [choice.last.finish_reason for choice in self._choices],
+            "finish_reasons": [choice.finish_reason for choice in self._choices],
+            **self._calls(),
+        }
+
+    def _calls(self) -> dict[str, int]:
+        """How many calls were read, and how many could not be, in a chat with tools."""
+        if not (isinstance(self._body, ChatBody) and self._body.call_rules):
+            return {}
+        parts = [choice.message.parts for choice in self._choices if choice.message is not None]
+        return {
+            "tool_calls": sum(part.num_calls for part in parts),
+            "broken_calls": sum(part.num_broken for part in parts),
         }
 
     def _logprobs(self, choice: _Choice, tokens: list[TokenLogprobs]) -> dict[str, Any] | None:

@@ -1,20 +1,17 @@
 """Request bodies, their checks, and OpenAI's error object.
 
-Handlers pass raw bytes to `parse_body` and get a checked body, which to_requests.py checks against the limits of model and
+Handlers get a checked body from bytes by `parse_body` (json_body.py); to_requests.py checks it against the limits of model and
 server. A wrong type is refused by field name, null means absent, unknown fields are ignored, and unsupported fields that
 would change the output are refused by name.
 """
 
-import gc
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from pshare_jax.sampling.params import NUM_TOP
+from pshare_jax.server.openai.agent_hint import AgentHint
 from pshare_jax.server.openai.fields import (
     check_logit_bias,
     check_messages,
@@ -22,13 +19,21 @@ from pshare_jax.server.openai.fields import (
     check_prompt,
     check_stop,
     check_stream_options,
-    check_tool_choice,
+    continues,
 )
-
-MAX_DEPTH = 100
-MAX_CONTAINERS = 1_000_000
-"""Objects and lists in a body. Making five million keeps the interpreter's lock for half a second."""
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+from pshare_jax.server.openai.tools import (
+    CHOICE_SCHEMA,
+    FUNCTION_CALL_SCHEMA,
+    FUNCTIONS_SCHEMA,
+    TOOLS_SCHEMA,
+    CallRules,
+    call_rules,
+    check_function_call,
+    check_functions,
+    check_tool_choice,
+    check_tools,
+    modern_tools,
+)
 
 
 class ApiError(Exception):
@@ -93,11 +98,25 @@ class RequestBody(BaseModel):
         return {}
 
 
-class _GenerationBody(RequestBody):
-    """Fields that both endpoints support."""
+class CallBody(RequestBody):
+    """A body that asks for an answer."""
 
     model: str
     stream: bool = False
+
+    @property
+    def generation(self) -> "Body":
+        """The answer that is asked for, as a chat or completion."""
+        raise NotImplementedError
+
+    def renamed(self, error: "ApiError") -> "ApiError":
+        """An error of `generation` in the words of this body."""
+        return error
+
+
+class _GenerationBody(CallBody):
+    """Fields that both endpoints support."""
+
     stream_options: dict[str, Any] = {}
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -118,6 +137,13 @@ class _GenerationBody(RequestBody):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     logit_bias: dict[int, float] = {}
+    agent_hint: Annotated[AgentHint | None, WithJsonSchema(AgentHint.model_json_schema())] = None
+    response_format: dict[str, Any] = {}
+    structured_outputs: dict[str, Any] = {}
+    guided_json: dict[str, Any] | str | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
     @classmethod
     def checks(cls) -> dict[str, Any]:
@@ -127,9 +153,20 @@ class _GenerationBody(RequestBody):
     @model_validator(mode="after")
     def _generates_or_scores(self) -> "_GenerationBody":
         for name in ("max_tokens", "max_completion_tokens"):
-            if getattr(self, name) == 0 and not getattr(self, "echo", False):
+            if getattr(self, name) == 0 and not getattr(self, "echo", False) and not self.prefetches:
                 raise ValueError(f"{name} must be at least 1; 0 is allowed only with echo in /v1/completions.")
         return self
+
+    @property
+    def generation(self) -> "Body":
+        """The body itself."""
+        assert isinstance(self, Body)
+        return self
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether it asks for no answer, only for the prompt's KV."""
+        return self.agent_hint is not None and self.agent_hint.prefetch
 
     @property
     def include_usage(self) -> bool:
@@ -146,9 +183,14 @@ class ChatBody(_GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[dict[str, Any]], WithJsonSchema(MESSAGES_SCHEMA)]
-    tools: list[dict[str, Any]] = []
-    tool_choice: Literal["none", "auto"] = "auto"
+    tools: Annotated[list[dict[str, Any]], WithJsonSchema(TOOLS_SCHEMA)] = []
+    tool_choice: Annotated[str, WithJsonSchema(CHOICE_SCHEMA)] = "auto"
+    parallel_tool_calls: bool = True
+    functions: Annotated[list[dict[str, Any]], WithJsonSchema(FUNCTIONS_SCHEMA)] = []
+    function_call: Annotated[str, WithJsonSchema(FUNCTION_CALL_SCHEMA)] = "auto"
     chat_template_kwargs: dict[str, Any] = {}
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=NUM_TOP)] | None = None
 
@@ -156,7 +198,25 @@ class ChatBody(_GenerationBody):
     def _agrees(self) -> "ChatBody":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs requires logprobs to be true.")
+        call_rules(self.tools, self.tool_choice, self.parallel_tool_calls, self.functions, self.function_call)
+        # Raises if the fields contradict each other.
+        _ = self.continues
         return self
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer goes on with the last message."""
+        return continues(self.messages, self.continue_final_message, sent_true(self, "add_generation_prompt"))
+
+    @property
+    def prompt_tools(self) -> list[dict[str, Any]]:
+        """The functions that the prompt lists, whatever `tool_choice` is: so calls of an agent share their context."""
+        return self.tools or modern_tools(self.functions)
+
+    @property
+    def call_rules(self) -> CallRules | None:
+        """What the answer may call, None for nothing."""
+        return call_rules(self.tools, self.tool_choice, self.parallel_tool_calls, self.functions, self.function_call)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -165,8 +225,15 @@ class ChatBody(_GenerationBody):
 
     @classmethod
     def checks(cls) -> dict[str, Any]:
-        """The shared checks and those of messages and tool_choice."""
-        return {**super().checks(), "messages": check_messages, "tool_choice": check_tool_choice}
+        """The shared checks and those of messages and tools."""
+        return {
+            **super().checks(),
+            "messages": check_messages,
+            "tools": check_tools,
+            "tool_choice": check_tool_choice,
+            "functions": check_functions,
+            "function_call": check_function_call,
+        }
 
 
 class CompletionBody(_GenerationBody):
@@ -213,31 +280,12 @@ class CompletionBody(_GenerationBody):
         return {**super().checks(), "prompt": check_prompt}
 
 
+def sent_true(body: RequestBody, name: str) -> bool:
+    """Whether the client has set a field of booleans, which may be true by default."""
+    return name in body.model_fields_set and bool(getattr(body, name))
+
+
 Body = ChatBody | CompletionBody
-B = TypeVar("B", bound=RequestBody)
-
-
-def parse_body(kind: type[B], raw: bytes) -> B:
-    """Parses and checks a JSON body.
-
-    Raises:
-        ApiError: 400, naming the field.
-    """
-    if _num_containers(raw) > MAX_CONTAINERS:
-        raise ApiError(400, f"The request body has more than {MAX_CONTAINERS:,} objects and lists; send fewer.")
-    try:
-        with _no_collections():
-            data = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ApiError(400, f"The request body is not valid JSON: {reason}.") from None
-    if not isinstance(data, dict):
-        raise ApiError(400, "The request body must be a JSON object.")
-    _check_tree(data)
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        raise _invalid(error) from None
 
 
 def check_model(name: str, tasks: list[str]) -> None:
@@ -256,70 +304,6 @@ def unavailable() -> ApiError:
     """The error while the engine accepts nothing."""
     message = "The server accepts no requests: it is stopping or a worker has failed; see /health and the server's log."
     return ApiError(503, message, kind="server_error", code="unavailable", retry=True)
-
-
-@contextmanager
-def _no_collections() -> Iterator[None]:
-    """Pauses the garbage collector, which would search millions of new objects again and again (1.2 s of 1.4 s for 8 MB of
-    brackets) while the call keeps the interpreter's lock.
-    """
-    paused = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        # Not by a thread that found it paused: the other thread ends the pause.
-        if paused:
-            gc.enable()
-
-
-def _num_containers(raw: bytes) -> int:
-    """At most this many objects and lists are in a body; exact if there are more than `MAX_CONTAINERS`."""
-    num = raw.count(b"[") + raw.count(b"{")
-    if num <= MAX_CONTAINERS:
-        return num
-    bare = _STRING.sub(b"", raw)
-    return bare.count(b"[") + bare.count(b"{")
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _check_tree(data: Any) -> None:
-    """Refuses lone surrogates, which cannot be encoded, and nesting deeper than templates can render."""
-    level: list[Any] = [data]
-    for _ in range(MAX_DEPTH):
-        if not level:
-            return
-        below: list[Any] = []
-        for node in level:
-            if isinstance(node, dict):
-                below += [*node.keys(), *node.values()]
-            elif isinstance(node, list):
-                below += node
-            elif isinstance(node, str) and not node.isascii():
-                _check_text(node)
-        level = below
-    raise ApiError(400, f"The request body is nested too deeply; at most {MAX_DEPTH} levels are allowed.")
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ApiError(400, "The request body contains a lone surrogate escape; send valid Unicode.") from None
-
-
-def _invalid(error: ValidationError) -> ApiError:
-    first = error.errors(include_url=False, include_input=False)[0]
-    if first["type"] == "value_error":
-        message: str = str(first["ctx"]["error"]) if "ctx" in first else first["msg"]
-        param = message.split(" ", 1)[0].split(".", 1)[0]
-        return ApiError(400, message, param=param)
-    name = ".".join(str(part) for part in first["loc"])
-    param = str(first["loc"][0]) if first["loc"] else None
-    return ApiError(400, f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}.", param=param)
 
 
 def error_body(error: Mapping[str, Any]) -> dict[str, Any]:

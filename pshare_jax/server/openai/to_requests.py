@@ -1,18 +1,28 @@
 """Turns a checked body (schema.py) and its tokenised prompts into engine requests, within the limits of model and server."""
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from pshare_jax.engine.request import Request
+from pshare_jax.engine.request import Request, check_hint
 from pshare_jax.errors import PshareError
 from pshare_jax.sampling.params import SamplingParams
 from pshare_jax.server.openai.schema import ApiError, Body, ChatBody, CompletionBody
 from pshare_jax.share.boundary import base_len
+from pshare_jax.text.grammar import Grammar
 
 DEFAULT_TOKENS = 16
 """Completion tokens of /v1/completions without max_tokens, as in OpenAI's API; a chat may fill the context."""
 MAX_SCORES = 1_000_000
 """The most prompt logprobs of a call; each takes about 100 bytes until the response is sent."""
+
+
+class Prompt(NamedTuple):
+    """A prompt's ids, and the index of the first that belongs to a begun answer."""
+
+    ids: list[int]
+    response_start: int | None = None
 
 
 @dataclass(frozen=True)
@@ -26,9 +36,17 @@ class Limits:
 
 
 def make_requests(
-    body: Body, request_id: str, prompts: list[list[int]], limits: Limits, session: str | None = None
+    body: Body,
+    request_id: str,
+    prompts: Sequence[Prompt],
+    limits: Limits,
+    session: str | None = None,
+    grammar: Grammar | None = None,
 ) -> list[Request]:
-    """The engine requests of a body: `n` for each tokenised prompt, in the order of the response's choices.
+    """The engine requests of a body: `n` for each tokenised prompt, in the order of the response's choices, all with the
+    grammar.
+
+    `session` is the name that the call's headers give to its session; it goes before those of the body.
 
     Raises:
         ApiError: 400, a prompt is empty, has ids outside the vocabulary or exceeds the context; or a field contradicts the
@@ -39,9 +57,9 @@ def make_requests(
     stop_ids = frozenset(body.stop_token_ids) | (frozenset() if body.ignore_eos else limits.stop_ids)
     requests = []
     text = body if isinstance(body, CompletionBody) else None
-    starts = [None] * len(prompts) if text is None else text.response_starts(len(prompts))
     _check_scores(text, prompts)
-    for prompt, start in zip(prompts, starts, strict=True):
+    named, hint = (None, None) if body.agent_hint is None else (body.agent_hint.session, body.agent_hint.hint)
+    for prompt, start in prompts:
         ids = tuple(prompt)
         max_tokens = _check_length(body, prompt, limits)
         _check_start(start, len(prompt))
@@ -59,10 +77,14 @@ def make_requests(
                     logprobs=body.num_logprobs,
                     scores_prompt=text is not None and text.echo and text.logprobs is not None,
                     response_start=start,
+                    grammar=grammar,
                     cache_salt=body.cache_salt or "",
-                    session=session or body.prompt_cache_key or body.user,
+                    session=session or named or body.prompt_cache_key or body.user,
+                    hint=hint,
                 )
             )
+    for request in requests[:1]:
+        _check_hint(request)
     return requests
 
 
@@ -103,10 +125,17 @@ def _check_length(body: Body, prompt: list[int], limits: Limits) -> int:
     if max(prompt) >= limits.vocab_size or min(prompt) < 0:
         raise ApiError(400, f"{param} contains a token id outside 0 to {limits.vocab_size - 1}.", param=param)
     max_tokens = _max_tokens(body, len(prompt), limits.max_len, param)
-    if body.min_tokens > max_tokens:
+    if body.min_tokens > max_tokens and not body.prefetches:
         message = f"min_tokens is {body.min_tokens}, but the completion may have at most {max_tokens} tokens."
         raise ApiError(400, message, param="min_tokens")
     return max_tokens
+
+
+def _check_hint(request: Request) -> None:
+    try:
+        check_hint(request)
+    except PshareError as error:
+        raise ApiError(400, f"agent_hint.{error}", param="agent_hint") from None
 
 
 def _check_start(start: int | None, prompt_len: int) -> None:
@@ -116,10 +145,10 @@ def _check_start(start: int | None, prompt_len: int) -> None:
         raise ApiError(400, str(error), param="response_start") from None
 
 
-def _check_scores(body: CompletionBody | None, prompts: list[list[int]]) -> None:
+def _check_scores(body: CompletionBody | None, prompts: Sequence[Prompt]) -> None:
     if body is None or not body.echo or body.logprobs is None:
         return
-    if (requested := body.n * (1 + body.logprobs) * sum(map(len, prompts))) > MAX_SCORES:
+    if (requested := body.n * (1 + body.logprobs) * sum(len(prompt.ids) for prompt in prompts)) > MAX_SCORES:
         message = f"logprobs with echo requests {requested} prompt logprobs; a call may have at most {MAX_SCORES}."
         raise ApiError(400, message, param="logprobs")
 

@@ -7,21 +7,24 @@ from pydantic import Field, WithJsonSchema, model_validator
 
 from pshare_jax.errors import PshareError
 from pshare_jax.server.openai.bodies import maybe_threaded, read_body
-from pshare_jax.server.openai.fields import check_messages
+from pshare_jax.server.openai.fields import check_messages, continues
 from pshare_jax.server.openai.json_bytes import LargeJSONResponse
 from pshare_jax.server.openai.logprobs import token_text
-from pshare_jax.server.openai.schema import MESSAGES_SCHEMA, ApiError, RequestBody, body_schema
+from pshare_jax.server.openai.schema import MESSAGES_SCHEMA, ApiError, RequestBody, body_schema, sent_true
 from pshare_jax.server.openai.to_requests import Limits
-from pshare_jax.text.tokenizer import Encoder
+from pshare_jax.text.chat_style import ChatStyle, StyleOf
+from pshare_jax.text.encoder import Encoder
 
 
 class TokenizeBody(RequestBody):
-    """POST /tokenize: a text or a chat. `model` is ignored, since all tasks share the base's tokenizer."""
+    """POST /tokenize: a text or a chat. The task `model` decides on the chat's style; all share the base's tokenizer."""
 
+    model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[dict[str, Any]], WithJsonSchema(MESSAGES_SCHEMA)] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool = False
@@ -35,7 +38,15 @@ class TokenizeBody(RequestBody):
     def _has_exactly_one_input(self) -> "TokenizeBody":
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("prompt and messages exclude each other; send exactly one of them.")
+        # Raises if the fields contradict each other.
+        _ = self.continues
         return self
+
+    @property
+    def continues(self) -> bool:
+        """Whether the chat ends within its last message."""
+        prompted = sent_true(self, "add_generation_prompt")
+        return self.messages is not None and continues(self.messages, self.continue_final_message, prompted)
 
 
 class DetokenizeBody(RequestBody):
@@ -44,7 +55,7 @@ class DetokenizeBody(RequestBody):
     tokens: list[Annotated[int, Field(ge=0)]]
 
 
-def add_token_routes(app: FastAPI, tokenizer: Encoder, limits: Limits, max_body_bytes: int) -> None:
+def add_token_routes(app: FastAPI, tokenizer: Encoder, limits: Limits, max_body_bytes: int, style_of: StyleOf) -> None:
     """Adds the endpoints to the application."""
 
     @app.post("/tokenize", openapi_extra=body_schema(TokenizeBody))
@@ -52,7 +63,7 @@ def add_token_routes(app: FastAPI, tokenizer: Encoder, limits: Limits, max_body_
         body, size = await read_body(http, TokenizeBody, max_body_bytes)
 
         def respond() -> Response:
-            tokens = _encode(tokenizer, body)
+            tokens = _encode(tokenizer, body, style_of(body.model or ""))
             texts = [token_text(tokenizer.token_bytes(token)) for token in tokens] if body.return_token_strs else None
             return LargeJSONResponse(
                 {"count": len(tokens), "max_model_len": limits.max_len, "tokens": tokens, "token_strs": texts}
@@ -74,15 +85,13 @@ def add_token_routes(app: FastAPI, tokenizer: Encoder, limits: Limits, max_body_
         return {**tokenizer.special_tokens, "chat_template": tokenizer.chat_template, "vocab_size": limits.vocab_size}
 
 
-def _encode(tokenizer: Encoder, body: TokenizeBody) -> list[int]:
+def _encode(tokenizer: Encoder, body: TokenizeBody, style: ChatStyle) -> list[int]:
     try:
         if body.messages is None:
             return tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-        return tokenizer.encode_chat(
-            body.messages,
-            tools=body.tools or None,
-            add_generation_prompt=body.add_generation_prompt,
-            template_kwargs=body.chat_template_kwargs,
-        )
+        options = {"tools": body.tools or None, "template_kwargs": body.chat_template_kwargs, "style": style}
+        if body.continues:
+            return tokenizer.encode_begun(body.messages, **options)[0]
+        return tokenizer.encode_chat(body.messages, add_generation_prompt=body.add_generation_prompt, **options)
     except PshareError as error:
         raise ApiError(400, str(error), param="prompt" if body.messages is None else "messages") from None

@@ -10,6 +10,7 @@ from pathlib import Path
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.warmup import decode_variants
 from pshare_jax.share.decode_module import DecodeModule, load_module
+from pshare_jax.text.chat_style import ChatStyle
 
 
 class TaskLoader:
@@ -18,8 +19,11 @@ class TaskLoader:
     def __init__(self, engine: Engine):
         self._engine = engine
 
-    def load(self, folder: Path, workers: Sequence[int], check: Callable[[], None]) -> dict[int, DecodeModule]:
-        """The module on the devices of each worker; `check` is called between steps and may raise to cancel.
+    def load(
+        self, folder: Path, workers: Sequence[int], check: Callable[[], None]
+    ) -> tuple[dict[int, DecodeModule], ChatStyle]:
+        """The module on the devices of each worker, and its chat style; `check` is called between steps and may raise to
+        cancel.
 
         Raises:
             PshareError: the module does not fit the base.
@@ -30,7 +34,7 @@ class TaskLoader:
             check()
         for worker, module in modules.items():
             self._compile(worker, module, check)
-        return modules
+        return modules, next((module.style for module in modules.values()), ChatStyle())
 
     def _compile(self, worker: int, module: DecodeModule, check: Callable[[], None]) -> None:
         """Programs of a task with the same architecture are compiled already and take no time."""

@@ -11,13 +11,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from pshare_jax.engine.engine import Engine
-from pshare_jax.engine.interfaces import Weights
+from pshare_jax.engine.interfaces import Module
 from pshare_jax.errors import PshareError
 from pshare_jax.server.openai.schema import ApiError, unavailable
+from pshare_jax.text.chat_style import ChatStyle
 
 logger = logging.getLogger(__name__)
-Load = Callable[[Path, Sequence[int], Callable[[], None]], Mapping[int, Weights]]
-"""(folder, decode workers, check that may raise, called between long steps) -> compiled weights by worker."""
+Load = Callable[[Path, Sequence[int], Callable[[], None]], tuple[Mapping[int, Module], ChatStyle]]
+"""(folder, decode workers, check that may raise, called between long steps) -> compiled modules by worker, their chat style."""
+PutStyle = Callable[[str, ChatStyle], None]
 
 
 class TaskTable:
@@ -30,8 +32,12 @@ class TaskTable:
         open_workers: Sequence[int],
         load: Load,
         refusal: str | None = None,
+        put_style: PutStyle | None = None,
     ):
-        """New tasks go to `open_workers`; with a `refusal` every change fails with this message."""
+        """New tasks go to `open_workers`; with a `refusal` every change fails with this message. `put_style` is called with
+        the chat style of a task before it is served.
+        """
+        self._put_style = put_style
         self._engine, self._open_workers, self._load = engine, open_workers, load
         self._root, self._refusal = modules_dir.resolve(), refusal
         self._thread = ThreadPoolExecutor(1, "pshare-tasks")
@@ -61,8 +67,10 @@ class TaskTable:
             message = f"The task {name!r} already exists; set load_inplace to true to replace it."
             raise ApiError(400, message, param="lora_name")
         workers = self._workers(name) if name in self._engine.tasks else self._open_workers
-        weights = self._load_weights(name, self._folder(path), workers)
-        self._engine.put_task(name, weights)
+        modules, style = self._load_modules(name, self._folder(path), workers)
+        if self._put_style is not None:
+            self._put_style(name, style)
+        self._engine.put_task(name, modules)
         logger.info("loaded task %r from %s", name, path)
 
     def _remove(self, name: str) -> None:
@@ -76,7 +84,7 @@ class TaskTable:
     def _workers(self, name: str) -> list[int]:
         return [worker.index for worker in self._engine.decode_workers if name in worker.tasks]
 
-    def _load_weights(self, name: str, folder: Path, workers: Sequence[int]) -> Mapping[int, Weights]:
+    def _load_modules(self, name: str, folder: Path, workers: Sequence[int]) -> tuple[Mapping[int, Module], ChatStyle]:
         try:
             return self._load(folder, workers, self._check)
         except ApiError as error:

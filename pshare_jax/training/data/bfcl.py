@@ -1,7 +1,7 @@
 """BFCL (Berkeley Function Calling Leaderboard): its questions, read from the bfcl-eval wheel, and its AST checker.
 
 The wheel is downloaded and not installed, since its dependencies take 6 GB. The checker runs in a separate process
-(`bfcl_process.py`). A model answers with a JSON list of calls, [{"name": ..., "arguments": {...}}].
+(`bfcl_process.py`). Questions have OpenAI's `tools`; a model answers with calls in its own format (text/tool_format.py).
 """
 
 import hashlib
@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pshare_jax.errors import PshareError
+from pshare_jax.text.tool_calls import CallPiece, ToolCallParser
+from pshare_jax.text.tool_format import ToolFormat
 from pshare_jax.training.data import bfcl_process
 from pshare_jax.weights.pypi import download_wheel
 from pshare_jax.weights.sources import default_cache_dir
@@ -32,11 +34,8 @@ CATEGORIES = {
 }
 """Our category name -> BFCL's: one function, a choice of functions, several calls; users wrote the live categories."""
 
-_SYSTEM = """\
-You call functions. You have these:
-{functions}
-Answer with the calls that the request needs as a JSON list and nothing else, like this:
-[{{"name": "function", "arguments": {{"parameter": "value"}}}}]"""
+# BFCL's type of a parameter -> JSON schema's; `any` is any type.
+_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 
 
 def fetch_wheel(cache_dir: Path | None = None) -> Path:
@@ -69,7 +68,7 @@ def _sha256(file: Path) -> str:
 
 
 def read_questions(category: str, wheel: Path) -> list[dict[str, Any]]:
-    """The questions of a category: id, category (BFCL's name), messages, functions, ground_truth.
+    """The questions of a category: id, category (BFCL's name), messages, tools (OpenAI's), functions (BFCL's), ground_truth.
 
     Raises:
         PshareError: an unknown category.
@@ -82,7 +81,8 @@ def read_questions(category: str, wheel: Path) -> list[dict[str, Any]]:
         {
             "id": line["id"],
             "category": name,
-            "messages": tool_messages(line["function"], line["question"][0]),
+            "messages": line["question"][0],
+            "tools": openai_tools(line["function"]),
             "functions": line["function"],
             "ground_truth": truths[line["id"]],
         }
@@ -97,49 +97,68 @@ def read_lines(wheel: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
-def tool_messages(
-    functions: Sequence[Mapping[str, Any]], messages: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """A chat about these functions: our system message that lists them, then `messages`.
+def openai_tools(functions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """BFCL's functions as OpenAI's `tools`, whose parameters are a JSON schema."""
+    return [
+        {"type": "function", "function": {**function, "parameters": _schema(function["parameters"])}}
+        for function in functions
+    ]
 
-    The template's `tools` are not used: some templates ignore them, and each expects another form of answer.
+
+def _schema(value: Any) -> Any:
+    """A JSON schema for BFCL's description of a value: its types have other names."""
+    if isinstance(value, list):
+        return [_schema(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    schema = {}
+    for key, item in value.items():
+        if key == "properties" and isinstance(item, dict):
+            schema[key] = {name: _schema(described) for name, described in item.items()}
+        elif key in ("items", "additionalProperties"):
+            schema[key] = _schema(item)
+        elif key != "type" or not isinstance(item, str):
+            schema[key] = item
+        elif item != "any":
+            schema[key] = _TYPES.get(item, item)
+    return schema
+
+
+def parse_calls(text: str, form: ToolFormat, names: Collection[str]) -> list[dict[str, Any]] | None:
+    """An answer's calls in the checker's form, [{name: arguments}]; None if it has none, or one that is not whole.
+
+    `names` are the known functions.
     """
-    listed = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
-    return [{"role": "system", "content": _SYSTEM.format(functions=listed)}, *map(dict, messages)]
-
-
-def parse_calls(text: str) -> list[dict[str, Any]] | None:
-    """An answer's calls in the checker's form, [{name: arguments}]; None if the answer is not a JSON list of calls."""
+    parser = ToolCallParser(form, names)
+    calls: dict[int, tuple[str, list[str]]] = {}
+    for piece in (*parser.push(text), *parser.finish()):
+        if isinstance(piece, CallPiece):
+            calls.setdefault(piece.index, (piece.name or "", []))[1].append(piece.arguments)
     try:
-        calls = json.loads(text)
+        parsed = [{name: json.loads("".join(arguments))} for name, arguments in calls.values()]
     except (ValueError, RecursionError):
         return None
-    if not isinstance(calls, list) or not all(map(_is_call, calls)):
-        return None
-    return [{call["name"]: call["arguments"]} for call in calls]
+    whole = all(isinstance(arguments, dict) for call in parsed for arguments in call.values())
+    return parsed if parsed and whole else None
 
 
-def _is_call(call: Any) -> bool:
-    return (
-        isinstance(call, dict)
-        and call.keys() == {"name", "arguments"}
-        and isinstance(call["name"], str)
-        and isinstance(call["arguments"], dict)
-    )
+def answer_message(calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """An assistant's message with these calls, {"name", "arguments"}."""
+    listed = [{"id": f"call{index:05}", "type": "function", "function": call} for index, call in enumerate(calls)]
+    return {"role": "assistant", "content": None, "tool_calls": listed}
 
 
-def right_answer(ground_truth: Sequence[Mapping[str, Mapping[str, list[Any]]]]) -> str:
-    """An answer with the first accepted value of every parameter, without optional parameters.
+def right_calls(ground_truth: Sequence[Mapping[str, Mapping[str, list[Any]]]]) -> list[dict[str, Any]]:
+    """Calls, {"name", "arguments"}, with the first accepted value of every parameter, without optional parameters.
 
     BFCL lists the accepted values of each parameter, including "" if it is optional. Within maps some lists are such
     choices and others are values, so a few of these answers are wrong: verify them with the checker.
     """
-    calls = [
+    return [
         {"name": name, "arguments": _first_choices(arguments)}
         for call in ground_truth
         for name, arguments in call.items()
     ]
-    return json.dumps(calls, ensure_ascii=False)
 
 
 def _first_choices(choices: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,15 +176,18 @@ def _first(values: Any) -> Any:
 
 
 class BfclVerifier:
-    """1.0 if BFCL's checker accepts the answer's calls, else 0.0. Its process starts with the first answer."""
+    """1.0 if BFCL's checker accepts the calls of an answer in the format `form`, else 0.0.
 
-    def __init__(self, wheel: Path) -> None:
-        self._wheel = wheel
+    The checker's process starts with the first answer.
+    """
+
+    def __init__(self, wheel: Path, form: ToolFormat) -> None:
+        self._wheel, self._form = wheel, form
         self._process: subprocess.Popen[str] | None = None
 
     def __call__(self, answer: str, record: Mapping[str, Any]) -> float:
         """Scores an answer to `record`, a question of `read_questions`."""
-        calls = parse_calls(answer)
+        calls = parse_calls(answer, self._form, [function["name"] for function in record["functions"]])
         return 0.0 if calls is None else float(self.check(calls, record)["valid"])
 
     def check(self, calls: list[dict[str, Any]], record: Mapping[str, Any]) -> dict[str, Any]:

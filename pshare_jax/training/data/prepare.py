@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pshare_jax.errors import PshareError
+from pshare_jax.text.chat_style import ChatStyle
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.training.data.batches import Layout
 from pshare_jax.training.data.config import DataConfig, SourceConfig, check_data, paths_of
@@ -47,10 +48,12 @@ def prepare(
     stop_ids: frozenset[int],
     layout: Layout = "two_stream",
     vocab_size: int | None = None,
+    style: ChatStyle | None = None,
 ) -> PreparedData:
     """Reads all sources of `config` and makes samples that fit a row of `layout`.
 
-    `stop_ids` end generation with the model; `vocab_size` is the number of its embeddings (None: not checked).
+    `stop_ids` end generation with the model; `vocab_size` is the number of its embeddings (None: not checked). Chats are
+    written in the module's `style`.
 
     Raises:
         PshareError: a wrong setting, an unreadable source, or a source without a usable record.
@@ -60,7 +63,7 @@ def prepare(
         raise PshareError("data.format: chat needs a chat template, which the model lacks; set data.format: text.")
     chat = tokenizer.chat_template is not None if config.format is None else config.format == "chat"
     limits = replace(_limits(config, layout), vocab_size=vocab_size)
-    reading = _Reading(RecordReader(tokenizer, stop_ids, chat, limits), stop_ids)
+    reading = _Reading(RecordReader(tokenizer, stop_ids, chat, limits, style), stop_ids)
     store = SampleStore(reading.samples([*config.sources, *config.eval_sources]))
     split_at = len(config.sources)
     groups = [np.flatnonzero(np.array(reading.groups) == index) for index in range(split_at + len(config.eval_sources))]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pshare_jax.errors import PshareError
+from pshare_jax.text.chat_style import ChatStyle
 from pshare_jax.text.chat_template import ROLES
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.training.data.samples import Limits, Sample, Turn, join_turns
@@ -26,10 +27,18 @@ class Dropped(Exception):
 
 
 class RecordReader:
-    """Makes samples from records. `stop_ids` end generation with the model."""
+    """Makes samples from records. `stop_ids` end generation with the model; chats are written in the module's `style`."""
 
-    def __init__(self, tokenizer: Tokenizer, stop_ids: frozenset[int], chat: bool, limits: Limits) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop_ids: frozenset[int],
+        chat: bool,
+        limits: Limits,
+        style: ChatStyle | None = None,
+    ) -> None:
         self._tokenizer, self._chat, self._limits = tokenizer, chat, limits
+        self._style = style or ChatStyle()
         self._ends = stop_ids & tokenizer.special_ids
 
     def samples(self, record: Any, source: str, line: int) -> tuple[list[Sample], dict[str, int]]:
@@ -100,7 +109,9 @@ class RecordReader:
         if _is_empty(chat[index]):
             return None
         try:
-            prompt, tail = self._tokenizer.encode_turn(chat[:index], chat[index], tools=tools, template_kwargs=kwargs)
+            prompt, tail = self._tokenizer.encode_turn(
+                chat[:index], chat[index], tools=tools, template_kwargs=kwargs, style=self._style
+            )
         except (PshareError, RecursionError) as error:
             raise Dropped("refused by the chat template", str(error)) from None
         answer = self._ended(tail)
@@ -127,13 +138,11 @@ class RecordReader:
 def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The record's conversation, with valid roles."""
     if record.get("messages") is not None:
-        messages = record["messages"]
+        messages = _json_field(record, "messages", list)
     elif record.get("prompt") is not None and record.get("completion") is not None:
         messages = [*_as_messages(record, "prompt", "user"), *_as_messages(record, "completion", "assistant")]
     else:
         raise Dropped("no messages", "A record must have messages, or prompt and completion.")
-    if not isinstance(messages, list):
-        raise Dropped("wrong type", f"messages must be a list, not {type(messages).__name__}.")
     if not messages:
         raise Dropped("no messages", "messages must not be empty.")
     for index, message in enumerate(messages):
@@ -162,7 +171,7 @@ def _as_messages(record: Mapping[str, Any], field: str, role: str) -> list[Any]:
 
 
 def _json_field(record: Mapping[str, Any], field: str, kind: type) -> Any:
-    """A field such as `tools`, which table formats store as JSON text."""
+    """A field such as `tools` or `messages`, which table formats store as JSON text."""
     value = record.get(field)
     if isinstance(value, str):
         try:

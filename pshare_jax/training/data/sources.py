@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from pshare_jax.errors import PshareError
-from pshare_jax.training.data.bfcl import BFCL, BfclVerifier, fetch_wheel, read_questions, right_answer
+from pshare_jax.text.tool_format import FORMATS
+from pshare_jax.training.data.bfcl import (
+    BFCL,
+    BfclVerifier,
+    answer_message,
+    fetch_wheel,
+    read_questions,
+    right_calls,
+)
 
 GYM = "reasoning_gym:"
 
@@ -238,12 +246,13 @@ def _gym_value(text: str) -> Any:
 
 
 def _read_bfcl(path: str) -> Iterator[Record]:
-    """The category's questions as `pshare-evaluate` asks them, each with an answer that the checker accepts."""
+    """The category's questions as `pshare-evaluate` asks them, each with calls that the checker accepts."""
     wheel = fetch_wheel()
-    with BfclVerifier(wheel) as verifier:
+    with BfclVerifier(wheel, FORMATS["json_list"]) as verifier:
         for number, question in enumerate(read_questions(path.removeprefix(BFCL), wheel), start=1):
-            answer = right_answer(question["ground_truth"])
-            messages = [*question["messages"], {"role": "assistant", "content": answer}]
-            accepted = verifier(answer, question)
-            content = {"messages": messages} if accepted else Broken("no answer that BFCL accepts", question["id"])
+            calls = right_calls(question["ground_truth"])
+            content = Broken("no answer that BFCL accepts", question["id"])
+            if verifier.check([{call["name"]: call["arguments"]} for call in calls], question)["valid"]:
+                messages = [*question["messages"], answer_message(calls)]
+                content = {"messages": messages, "tools": question["tools"]}
             yield Record(path, number, content)

@@ -83,7 +83,7 @@ def test_scores_and_begun_answers_equal_the_oracle(family, world, monkeypatch):
             answers = engines.check(*asked)
             for request, answer in zip(asked, answers, strict=True):
                 assert_scored(engines, answer, request)
-                base_pages = request.base_len // page_size * page_size
+                base_pages = answer.sequence.split.base_len // page_size * page_size
                 assert answer.cached_tokens == (base_pages if again else 0)
     settle(engines.engine)
 

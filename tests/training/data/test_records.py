@@ -182,10 +182,12 @@ def test_tool_turns(toks):
         samples = samples_of(toks[family], {"messages": messages, "tools": TOOLS})
         assert answers(toks[family], samples) == expected
         check_samples(toks[family], samples, messages, tools=TOOLS)
-        as_text = samples_of(toks[family], {"messages": messages, "tools": json.dumps(TOOLS)})
+        as_text = samples_of(toks[family], {"messages": json.dumps(messages), "tools": json.dumps(TOOLS)})
         assert as_text == samples
-    with pytest.raises(Dropped, match="must alternate"):
-        samples_of(toks["gemma3"], {"messages": messages})
+    written = ['{"name": "weather", "parameters": {"city": "Zürich"}}<end_of_turn>', "Rain.<end_of_turn>"]
+    samples = samples_of(toks["gemma3"], {"messages": messages, "tools": TOOLS})
+    assert answers(toks["gemma3"], samples) == written
+    assert '{"name": "weather"' in toks["gemma3"].decode(samples[0].ids[: samples[0].turns[0][0]])
 
 
 def test_turns_can_be_excluded(toks):
@@ -235,7 +237,7 @@ def test_templates_that_change_history(root, tmp_path):
         tokenizer = with_template(root, tmp_path, "llama", template)
         messages = chat("q", "one ", "r", "two ")
         if "revindex" in body or "length" in body:
-            with pytest.raises(Dropped, match="right after its prompt"):
+            with pytest.raises(Dropped, match=r"right after its prompt|does not show message 0, of role user"):
                 samples_of(tokenizer, {"messages": messages})
             continue
         samples = samples_of(tokenizer, {"messages": messages})
