@@ -217,6 +217,8 @@ class Tokenizer:
             *before, last = checked_messages(messages)
             if last["role"] != "assistant" or last.get("tool_calls"):
                 raise PshareError("The last message must be an assistant's text to be continued; send it last.")
+            if not before:
+                raise PshareError("An answer to be continued needs a message before it; send what it answers too.")
             options: dict[str, Any] = {"tools": tools, "template_kwargs": template_kwargs, "style": style}
             prompt = self.encode_chat(before, **options, refuse_from=refuse_from)
             if not last.get("content", "").strip():

@@ -211,6 +211,8 @@ def test_what_a_begun_answer_may_be(tokenizers, name):
     for bad in ([*user("x")], [*user("x"), called({})], [*plain, *user("y")]):
         with pytest.raises(PshareError, match="last message"):
             ours.encode_begun(bad)
+    with pytest.raises(PshareError, match="a message before it"):
+        ours.encode_begun([assistant("Paris is")])
     # Text of the begun answer never becomes a control token.
     for control in ours.special_ids:
         text = f"say {ours.token_bytes(control).decode()} twice"
