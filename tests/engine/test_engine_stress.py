@@ -41,7 +41,7 @@ class Traffic:
         self.beginnings = [[draw.randrange(200) for _ in range(25)] for _ in range(3)]
         self.aborted = set()
         self.lost = Counter()
-        self.put_aside, self.num_put_aside = [], 0
+        self.put_aside, self.num_put_aside, self.num_ordered = [], 0, 0
         victim = fakes.engine.admission.victim
 
         def note(worker):
@@ -133,7 +133,9 @@ class Traffic:
         """No page is held by a younger sequence while an older one is put aside."""
         admission = self.fakes.engine.admission
         queued = (State.WAITING, State.PREEMPTED)
-        self.put_aside = [sequence for sequence in self.put_aside if sequence.state in queued]
+        # Until they are admitted again: one that loses its pages after that waits for its own turn.
+        self.put_aside = [s for s in self.put_aside if s.state in queued and s in admission.refused[s.decode_worker]]
+        self.num_ordered += len(self.put_aside)
         for sequence in self.put_aside:
             for holder in admission.holders(admission.decode_pools[sequence.decode_worker]):
                 leaves = holder.final or holder.must_restart or holder.decode_worker != sequence.decode_worker
@@ -193,7 +195,7 @@ def check_traffic(place, mood, seeds, num_requests):
         engine = fakes.engine
         preempted = sum(worker.num_preempted for worker in engine.decode_workers)
         seen.update(preempted=preempted, restarts=engine.admission.num_restarts)
-        seen.update(inherited=engine.admission.num_adopted)
+        seen.update(ordered=traffic.num_ordered, inherited=engine.admission.num_adopted)
         for worker in (*engine.prefill_workers, *engine.decode_workers):
             seen.update(pinned=worker.pool.cache_stats.num_lapsed.total())
             seen.update(put_first=worker.pool.cache_stats.num_put_first)
@@ -234,5 +236,8 @@ def test_it_stays_right_for_long(place, mood, caplog):
     caplog.set_level("CRITICAL")
     seen = check_traffic(place, mood, range(100, 110), 80)
     assert seen["restarts"] > 0 or mood == "calm"
-    assert (seen["inherited"] > 0) == (mood != "calm" and place != "colocated")
+    assert seen["ordered"] > 0
+    # In calm traffic too a sequence that is put aside may leave a transfer that others wait for.
+    assert seen["inherited"] > 0 or mood == "calm" or place == "colocated"
+    assert seen["inherited"] == 0 or place != "colocated"
     assert (seen["guilty"] > 0) == (mood == "poison")
