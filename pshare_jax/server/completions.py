@@ -32,7 +32,7 @@ from pshare_jax.server.openai.schema import (
     unavailable,
     unknown_model,
 )
-from pshare_jax.server.openai.structured import answer_grammar, grammar_field, refused
+from pshare_jax.server.openai.structured import Constraint, answer_grammar, constraint_of, refused
 from pshare_jax.server.openai.to_requests import Limits, Prompt, check_num_choices, make_requests, too_long
 from pshare_jax.text.chat_style import StyleOf
 from pshare_jax.text.encoder import Encoder, PromptTooLong
@@ -89,15 +89,15 @@ class Completions:
             self._count_unknown_hints(body.agent_hint.num_unknown)
         session = next((value for name in SESSION_HEADERS if (value := http.headers.get(name))), None)
         request_id = uuid.uuid4().hex
-        form = self._tool_format(body)
-        grammar = await self._grammar(body, form)
+        form, constraint = self._tool_format(body), constraint_of(body)
+        grammar = await self._grammar(body, constraint, form)
         requests = await maybe_threaded(
             size, lambda: make_requests(body, request_id, self._encode(body), self._limits, session, grammar)
         )
         call = _Call(EventQueue(self._engine, requests), http.state.log_fields, self._count_calls)
         try:
             # Hashing the pages of long prompts takes time too.
-            await maybe_threaded(size, lambda: self._submit(call.events, body))
+            await maybe_threaded(size, lambda: self._submit(call.events, body, constraint))
             shown = None if form is None else as_shown(form, self._control)
             call.response = response = respond(sent, request_id, requests, self._tokenizer, shown)
             call.watcher = asyncio.create_task(_abort_on_disconnect(http, call.events))
@@ -106,14 +106,15 @@ class Completions:
             if not call.streams:
                 call.end()
 
-    async def _grammar(self, body: Body, form: ToolFormat | None) -> Grammar | None:
+    async def _grammar(self, body: Body, constraint: Constraint | None, form: ToolFormat | None) -> Grammar | None:
         """The body's grammar, made and compiled in a thread: a large one takes a second."""
-        compiler = self._engine.facts.grammars
-        if compiler is None or (form is None and grammar_field(body) is None):
+        if constraint is None and form is None:
             return None
-        return await asyncio.to_thread(answer_grammar, body, form, compiler)
+        compiler = self._engine.facts.grammars
+        assert compiler is not None, "a server's engine has grammars"
+        return await asyncio.to_thread(answer_grammar, body, constraint, form, compiler)
 
-    def _submit(self, events: EventQueue, body: Body) -> None:
+    def _submit(self, events: EventQueue, body: Body, constraint: Constraint | None) -> None:
         try:
             events.submit()
         except EngineFull as error:
@@ -128,7 +129,7 @@ class Completions:
             raise unavailable() from None
         except BadGrammar as error:
             # It does not go with the begun answer.
-            raise refused(grammar_field(body) or "tools", error) from None
+            raise refused(constraint.field if constraint else "tools", error) from None
 
     def _tool_format(self, body: Body) -> ToolFormat | None:
         """How the answer writes calls; None if it has none to write."""

@@ -56,6 +56,17 @@ class AnswerParts:
                 yield piece
 
 
+def call_counts(rules: CallRules | None, answers: Iterable[AnswerParts]) -> dict[str, int]:
+    """Fields of the request log: the calls that were read, and those that could not be; none if nothing may be called."""
+    if rules is None:
+        return {}
+    answers = list(answers)
+    return {
+        "tool_calls": sum(answer.num_calls for answer in answers),
+        "broken_calls": sum(answer.num_broken for answer in answers),
+    }
+
+
 class ChatMessage:
     """A choice's message, from its text."""
 

@@ -11,7 +11,7 @@ from typing import Any
 from pshare_jax.engine.request import Event, Request, TokenLogprobs
 from pshare_jax.server.openai.json_bytes import dump
 from pshare_jax.server.openai.logprobs import TextLogprobs, chat_entry, joined
-from pshare_jax.server.openai.messages import ChatMessage
+from pshare_jax.server.openai.messages import ChatMessage, call_counts
 from pshare_jax.server.openai.schema import ApiError, Body, ChatBody, CompletionBody, error_body
 from pshare_jax.text.encoder import Encoder
 from pshare_jax.text.tool_format import ToolFormat
@@ -77,12 +77,11 @@ class ResponseBuilder:
     ):
         self._body = body
         self._chat = isinstance(body, ChatBody)
+        self._rules = body.call_rules if isinstance(body, ChatBody) else None
         self._tokenizer, self._token_bytes = tokenizer, tokenizer.token_bytes
         echoes = _echoes(body, requests, tokenizer)
         self._choices = [
-            _Choice(
-                request, tokenizer, echo, ChatMessage(body.call_rules, form) if isinstance(body, ChatBody) else None
-            )
+            _Choice(request, tokenizer, echo, ChatMessage(self._rules, form) if self._chat else None)
             for request, echo in zip(requests, echoes, strict=True)
         ]
         self._head = {
@@ -165,17 +164,7 @@ class ResponseBuilder:
             "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
             "completion_tokens": usage["completion_tokens"],
             "finish_reasons": [choice.finish_reason for choice in self._choices],
-            **self._calls(),
-        }
-
-    def _calls(self) -> dict[str, int]:
-        """How many calls were read, and how many could not be, in a chat with tools."""
-        if not (isinstance(self._body, ChatBody) and self._body.call_rules):
-            return {}
-        parts = [choice.message.parts for choice in self._choices if choice.message is not None]
-        return {
-            "tool_calls": sum(part.num_calls for part in parts),
-            "broken_calls": sum(part.num_broken for part in parts),
+            **call_counts(self._rules, (choice.message.parts for choice in self._choices if choice.message)),
         }
 
     def _logprobs(self, choice: _Choice, tokens: list[TokenLogprobs]) -> dict[str, Any] | None:

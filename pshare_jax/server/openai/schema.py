@@ -5,7 +5,9 @@ server. A wrong type is refused by field name, null means absent, unknown fields
 would change the output are refused by name.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
@@ -105,9 +107,9 @@ class CallBody(RequestBody):
     stream: bool = False
 
     @property
+    @abstractmethod
     def generation(self) -> "Body":
         """The answer that is asked for, as a chat or completion."""
-        raise NotImplementedError
 
     def renamed(self, error: "ApiError") -> "ApiError":
         """An error of `generation` in the words of this body."""
@@ -198,9 +200,8 @@ class ChatBody(_GenerationBody):
     def _agrees(self) -> "ChatBody":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs requires logprobs to be true.")
-        call_rules(self.tools, self.tool_choice, self.parallel_tool_calls, self.functions, self.function_call)
-        # Raises if the fields contradict each other.
-        _ = self.continues
+        # Both raise if the fields contradict each other.
+        _ = self.call_rules, self.continues
         return self
 
     @property
@@ -213,7 +214,7 @@ class ChatBody(_GenerationBody):
         """The functions that the prompt lists, whatever `tool_choice` is: so calls of an agent share their context."""
         return self.tools or modern_tools(self.functions)
 
-    @property
+    @cached_property
     def call_rules(self) -> CallRules | None:
         """What the answer may call, None for nothing."""
         return call_rules(self.tools, self.tool_choice, self.parallel_tool_calls, self.functions, self.function_call)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pshare_jax.errors import PshareError
@@ -14,35 +15,48 @@ _IGNORED = ("disable_any_whitespace", "disable_fallback")
 """Options of `structured_outputs` that ask for what is always done."""
 
 
-def grammar_of(body: Body) -> Grammar | None:
-    """The body's grammar, not compiled yet; None if any text will do.
+@dataclass(frozen=True)
+class Constraint:
+    """What a field of the body demands of the answer, as `make` turns it into a grammar."""
+
+    field: str
+    make: Callable[[Any], Grammar]
+    value: Any = None
+
+    def grammar(self) -> Grammar:
+        """The grammar, not compiled yet; ApiError 400 if it cannot be made."""
+        try:
+            return self.make(self.value)
+        except PshareError as error:
+            raise refused(self.field, error) from None
+
+
+def constraint_of(body: Body) -> Constraint | None:
+    """The body's constraint; None if any text will do.
 
     Raises:
         ApiError: 400, a field has another form than its own, asks for something unsupported, or contradicts another field.
     """
-    wanted = list(_wanted(body))
-    if len(wanted) > 1:
-        names = " and ".join(name for name, _, _ in wanted[:2])
-        raise ApiError(400, f"{names} both constrain the answer; send only one of them.", param=_param(wanted[1][0]))
-    for name, make, value in wanted:
-        try:
-            return make(value)
-        except PshareError as error:
-            raise refused(name, error) from None
-    return None
+    found = list(_constraints(body))
+    if len(found) > 1:
+        names = " and ".join(constraint.field for constraint in found[:2])
+        raise ApiError(400, f"{names} both constrain the answer; send only one of them.", param=_param(found[1].field))
+    return found[0] if found else None
 
 
-def answer_grammar(body: Body, form: ToolFormat | None, compiler: GrammarCompiler) -> Grammar | None:
+def answer_grammar(
+    body: Body, constraint: Constraint | None, form: ToolFormat | None, compiler: GrammarCompiler
+) -> Grammar | None:
     """The compiled grammar of the body's answer; `form`: how it writes calls, if it may call functions.
 
     A forced call (`tool_choice` required or a name) leaves no room for what other fields ask for. Where calls are allowed,
     the answer is either calls or what those fields ask for.
 
     Raises:
-        ApiError: 400, as `grammar_of`; or the grammar, or that of the functions, cannot be used.
+        ApiError: 400, the grammar, or that of the functions, cannot be used.
     """
     rules = body.call_rules if isinstance(body, ChatBody) else None
-    field, grammar = grammar_field(body), grammar_of(body)
+    field, grammar = (constraint.field, constraint.grammar()) if constraint else ("", None)
     try:
         if rules is not None and form is not None:
             field = rules.field
@@ -51,7 +65,7 @@ def answer_grammar(body: Body, form: ToolFormat | None, compiler: GrammarCompile
         if grammar is not None:
             compiler.check(grammar)
     except PshareError as error:
-        raise refused(field or "", error) from None
+        raise refused(field, error) from None
     return grammar
 
 
@@ -60,32 +74,27 @@ def refused(name: str, error: PshareError) -> ApiError:
     return ApiError(400, f"{name}: {error}", param=_param(name))
 
 
-def grammar_field(body: Body) -> str | None:
-    """The name of the field with the body's grammar, if there is one; raises as `grammar_of`."""
-    return next((name for name, _, _ in _wanted(body)), None)
-
-
-def _wanted(body: Body) -> Iterator[tuple[str, Callable[[Any], Grammar], Any]]:
-    """Each constraint of the body: the field's name, how its grammar is made, and the value."""
+def _constraints(body: Body) -> Iterator[Constraint]:
     kind = body.response_format.get("type", "text")
     if kind == "json_object":
         _check_keys("response_format", body.response_format, {"type"})
-        yield "response_format", lambda _: Grammar.any_object(), None
+        yield Constraint("response_format", _any_object)
     elif kind == "json_schema":
-        yield "response_format.json_schema.schema", _of_schema, _format_schema(body.response_format.get("json_schema"))
+        schema = _format_schema(body.response_format.get("json_schema"))
+        yield Constraint("response_format.json_schema.schema", _of_schema, schema)
     elif kind != "text":
         raise ApiError(400, "response_format.type must be text, json_object or json_schema.", param="response_format")
     for name, make in _KINDS.items():
         value = getattr(body, f"guided_{name}", None)
         if value is not None:
-            yield f"guided_{name}", make, value
+            yield Constraint(f"guided_{name}", make, value)
     outputs = {name: value for name, value in body.structured_outputs.items() if value is not None}
     _check_keys("structured_outputs", outputs, {*_KINDS, "json_object", *_IGNORED})
     for name, make in _KINDS.items():
         if name in outputs:
-            yield f"structured_outputs.{name}", make, outputs[name]
+            yield Constraint(f"structured_outputs.{name}", make, outputs[name])
     if outputs.get("json_object"):
-        yield "structured_outputs.json_object", lambda _: Grammar.any_object(), None
+        yield Constraint("structured_outputs.json_object", _any_object)
 
 
 def _check_keys(name: str, value: Mapping[str, Any], known: set[str]) -> None:
@@ -101,6 +110,10 @@ def _format_schema(given: Any) -> Any:
             param="response_format",
         )
     return given["schema"]
+
+
+def _any_object(_: Any) -> Grammar:
+    return Grammar.any_object()
 
 
 def _of_schema(value: Any) -> Grammar:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pshare_jax.engine.request import Event, Request
 from pshare_jax.server.openai.json_bytes import dump
 from pshare_jax.server.openai.logprobs import chat_entry
-from pshare_jax.server.openai.messages import AnswerParts
+from pshare_jax.server.openai.messages import AnswerParts, call_counts
 from pshare_jax.server.openai.responses import TOKEN_BYTES
 from pshare_jax.server.responses_api.output import Output
 from pshare_jax.server.responses_api.schema import ResponsesBody
@@ -79,12 +79,7 @@ class ResponsesBuilder:
     @property
     def log_fields(self) -> dict[str, Any]:
         """The call's fields in the request log, named as those of a chat."""
-        usage, parts = self._usage(), self._parts
-        calls = (
-            {}
-            if self._body.generation.call_rules is None
-            else {"tool_calls": parts.num_calls, "broken_calls": parts.num_broken}
-        )
+        usage = self._usage()
         return {
             "task": self._body.model,
             "stream": self._body.stream,
@@ -92,7 +87,7 @@ class ResponsesBuilder:
             "cached_tokens": usage["input_tokens_details"]["cached_tokens"],
             "completion_tokens": usage["output_tokens"],
             "finish_reasons": [self._last.finish_reason],
-            **calls,
+            **call_counts(self._body.generation.call_rules, [self._parts]),
         }
 
     @property
