@@ -23,7 +23,7 @@ one more kind, since other prompts pass them.
 """
 
 RESERVE_PAGES = 1
-"""Pages that admission leaves for the next tokens of each running sequence, so that none is put aside at once."""
+"""Pages that admission leaves for the next tokens of each running sequence, so that none must give up its pages at once."""
 
 
 class Admission(Ledger):

@@ -110,7 +110,7 @@ class DecodeWorker:
                 running = self._without_scoring(running)
             candidates = self._turns.order(running, self.compiled)
         for candidate in candidates:
-            # Making room for one candidate may have put others aside.
+            # Making room for one candidate may have taken the pages of others.
             rows = [
                 sequence for sequence in candidate if sequence.state is State.DECODING and not sequence.must_restart
             ]

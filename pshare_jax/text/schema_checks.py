@@ -32,15 +32,20 @@ def check_schema(schema: Mapping[str, Any]) -> None:
     Raises:
         PshareError: a keyword would not be obeyed, or the schema is nested too deeply.
     """
-    level: list[Any] = [schema]
-    multiples: list[Any] = []
+    multiples = []
+    for node in _nodes(schema):
+        _check(node)
+        multiples.append(node.get("multipleOf"))
+    _check_multiples(multiples)
+
+
+def _nodes(schema: Mapping[str, Any]) -> Iterator[Any]:
+    """The schema and all schemas in it, level by level; PshareError where they are nested too deeply."""
+    level: list[Mapping[str, Any]] = [schema]
     for _ in range(MAX_DEPTH):
         if not level:
-            _check_multiples(multiples)
             return
-        for node in level:
-            _check(node)
-            multiples.append(node.get("multipleOf"))
+        yield from level
         level = [part for node in level for part in _parts(node)]
     raise PshareError(f"The schema is nested too deeply; at most {MAX_DEPTH} levels are allowed.")
 
@@ -106,12 +111,9 @@ def with_known_formats(schema: Mapping[str, Any]) -> dict[str, Any]:
     2020-12, Validation, 7.2.1); frameworks send them.
     """
     copied = copy.deepcopy(dict(schema))
-    level: list[Any] = [copied]
-    while level:
-        for node in level:
-            if node.get("format") not in FORMATS:
-                node.pop("format", None)
-        level = [part for node in level for part in _parts(node)]
+    for node in _nodes(copied):
+        if node.get("format") not in FORMATS:
+            node.pop("format", None)
     return copied
 
 

@@ -208,6 +208,21 @@ def finish(engine: Engine, answers: Sequence[Answer]) -> None:
     settle(engine)
 
 
+def preempted(engines: Engines, *requests: Request) -> list[Answer]:
+    """The answers of requests that together need more than eight pages, of a decode worker that has no more: one is preempted."""
+    [worker] = engines.engine.decode_workers
+    before, manager = worker.num_preempted, worker.pool.manager
+    taken = manager.allocate(worker.pool.num_usable - 8, "nobody")
+    assert taken is not None
+    answers = [Answer(engines.engine, request) for request in requests]
+    while not all(answer.ended for answer in answers):
+        engines.engine.step()
+    manager.release(taken, "nobody")
+    settle(engines.engine)
+    assert worker.num_preempted > before
+    return answers
+
+
 def assert_prefilled_once(engine: Engine, answers: Sequence[Answer]) -> None:
     """Tokens fed to the prefill call = those of all prompts but the last ones and the cached ones (design.md)."""
     assert not engine.admission.num_restarts

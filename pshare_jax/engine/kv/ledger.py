@@ -37,7 +37,7 @@ class Ledger:
         self.may_admit = [True for _ in prefill_pools]
         """By prefill worker, whether something has changed since its queue was last looked at."""
         self.refused: list[set[Sequence]] = [set() for _ in decode_pools]
-        """By decode worker, sequences that are not admitted for lack of its pages, or were put aside: younger sequences
+        """By decode worker, sequences that are not admitted for lack of its pages, or gave them up: younger sequences
         reserve no pages there before them."""
         self._encoded = [0.0 for _ in prefill_pools]
         self._released = [0.0 for _ in decode_pools]
@@ -74,7 +74,7 @@ class Ledger:
         """The next `num_tokens` of its context are written (dispatched) into `held`: full pages are published."""
         prefill = sequence.prefill
         if prefill.table is not held:
-            # It was put aside meanwhile.
+            # It has given up its pages meanwhile.
             return
         self._advance(sequence, prefill.num_prefilled + num_tokens)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exact_world import TASKS
+from exact_world import TASKS, preempted
 from jsonschema import Draft202012Validator
 from random_schemas import Schemas
 from tiny import VOCAB
-from tiny_engine import COLOCATED, MIN_GAP, Answer, settle
+from tiny_engine import COLOCATED, MIN_GAP
 
 from pshare_jax.engine.request import Request
 from pshare_jax.errors import PshareError
@@ -174,15 +174,7 @@ def test_a_begun_answer(engines):
 def test_a_preempted_answer_goes_on_in_its_grammar(engines):
     first = constrained(engines, "tools", "hot", "regex", max_tokens=20, min_tokens=20)
     second = constrained(engines, "math", "cut", "regex", max_tokens=20, min_tokens=20)
-    [worker] = engines.engine.decode_workers
-    before, allocator = worker.num_preempted, worker.pool.manager
-    taken = allocator.allocate(worker.pool.num_usable - 8, "nobody")
-    answers = [Answer(engines.engine, request) for request in (first, second)]
-    while not all(answer.ended for answer in answers):
-        engines.engine.step()
-    allocator.release(taken, "nobody")
-    settle(engines.engine)
-    assert worker.num_preempted > before
+    answers = preempted(engines, first, second)
     assert [answer.ids for answer in answers] == [engines.expected(request).ids for request in (first, second)]
 
 

@@ -6,8 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from exact_world import LOGPROB_TOLERANCE, PLACEMENTS, TASKS, full_len, logprobs
-from tiny_engine import Answer, settle
+from exact_world import LOGPROB_TOLERANCE, PLACEMENTS, TASKS, full_len, logprobs, preempted
 
 import pshare_jax as ps
 from pshare_jax.sampling.params import SamplingParams
@@ -89,15 +88,7 @@ def test_a_seed_alone_and_after_a_prefix_hit(engines):
 def test_a_seed_and_a_preemption(engines):
     """The youngest is preempted: the second of two requests that together need more pages than the pool has."""
     first, second = sampled(engines, "tools"), sampled(engines, "math", sampling=dataclasses.replace(SEEDED, seed=8))
-    [worker] = engines.engine.decode_workers
-    allocator = worker.pool.manager
-    taken = allocator.allocate(worker.pool.num_usable - 8, "nobody")
-    answers = [Answer(engines.engine, request) for request in (first, second)]
-    while not all(answer.ended for answer in answers):
-        engines.engine.step()
-    allocator.release(taken, "nobody")
-    settle(engines.engine)
-    assert worker.num_preempted > 0
+    answers = preempted(engines, first, second)
     assert [answer.ids for answer in answers] == [engines.expected(request).ids for request in (first, second)]
 
 
