@@ -4,14 +4,15 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from pshare_jax.engine.config import EngineConfig
 from pshare_jax.engine.engine import Engine
-from pshare_jax.engine.warmup import compile_all, variants
-from pshare_jax.share.model import Model
+
+if TYPE_CHECKING:
+    from pshare_jax.share.model import Model
 
 
 def parser(name: str, doc: str | None, source: str = "a model source") -> argparse.ArgumentParser:
@@ -36,8 +37,11 @@ def table(title: str, headings: Sequence[str]) -> Table:
     return empty
 
 
-def warm_engine(model: Model, config: EngineConfig) -> Engine:
+def warm_engine(model: "Model", config: EngineConfig) -> Engine:
     """An engine with all programs compiled and run once, not started."""
+    # Imported here: benchmarks over HTTP need no JAX in their own process.
+    from pshare_jax.engine.warmup import compile_all, variants
+
     engine = Engine.build(model, config, print)
     programs = variants(engine)
     compile_all(programs)

@@ -14,11 +14,12 @@ import numpy as np
 
 from pshare_jax.engine.config import EngineConfig
 from pshare_jax.engine.engine import Engine
+from pshare_jax.engine.failures import RowFailed
 from pshare_jax.engine.interfaces import DecodeSpec, PrefillSpec
 from pshare_jax.engine.kv.pool import PageTable, Pool
 from pshare_jax.engine.sequence import PageTransfer, State
 from pshare_jax.engine.sequence import Sequence as Running
-from pshare_jax.model.paged_batch import ScoreBatch
+from pshare_jax.model.paged_batch import DecodeBatch, PagedBatch, ScoreBatch
 
 NEVER = 10**9
 LATE_POLLS = 6
@@ -176,7 +177,7 @@ class WatchedStore:
         self.page_size, self.move_buckets = inner.page_size, inner.move_buckets
         self.broken: Exception | None = None
 
-    def run(self, step: Any, params: Any, tokens: np.ndarray, rows: Any) -> Any:
+    def run(self, step: Any, params: Any, tokens: Any, rows: Any) -> Any:
         """A step."""
         stage, sequences = step_of(self.fault.engine, self, tokens, rows)
 
@@ -202,6 +203,14 @@ class WatchedStore:
         if stage == "scoring step":
             return tuple(Unreadable(self.broken) for _ in result)
         return Done(result, self.broken) if stage == "prefill step" else result
+
+    def empty_tables(self, num_slots: int, table_len: int) -> Any:
+        """As the store."""
+        return self.inner.empty_tables(num_slots, table_len)
+
+    def put_table(self, tables: Any, slot: int, pages: Sequence[int]) -> Any:
+        """As the store."""
+        return self.inner.put_table(tables, slot, pages)
 
     def gather(self, ids: Sequence[int]) -> Any:
         """The content of pages."""
@@ -276,16 +285,55 @@ class WatchedSampler:
         """As the sampler."""
         return self._inner.lower(num_rows)
 
-    def prepare(self, batch: Sequence[Running], num_rows: int) -> Any:
+    def lower_join(self) -> Any:
         """As the sampler."""
-        choose = self._inner.prepare(batch, num_rows)
+        return self._inner.lower_join()
 
-        def read(logits: Any) -> Any:
-            if self._store.broken is not None:
-                raise self._store.broken
-            return choose(logits)
+    def new_rows(self, num_slots: int) -> Any:
+        """As the sampler."""
+        return WatchedRows(self._inner.new_rows(num_slots), self._store)
 
-        return read
+
+class WatchedRows:
+    """The rows of `WatchedSampler`."""
+
+    def __init__(self, inner: Any, store: WatchedStore):
+        self._inner, self._store = inner, store
+
+    @property
+    def tokens(self) -> Any:
+        """As the sampler's rows."""
+        return self._inner.tokens
+
+    def join(self, slot: int, sequence: Running) -> None:
+        """As the sampler's rows; a point."""
+
+        def fail(error: Exception) -> None:
+            raise RowFailed(sequence) from error
+
+        go = partial(self._inner.join, slot, sequence)
+        self._store.fault.at(Point("sampling on the host", [sequence], go, fail))
+
+    def prepare(self, *step: Any) -> Any:
+        """As the sampler's rows; the fetch raises if a step before has broken the arrays."""
+        choose = self._inner.prepare(*step)
+
+        def chosen(logits: Any) -> Any:
+            pending, broken = choose(logits), self._store.broken
+            return pending if broken is None else Broken(broken)
+
+        return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """What a step over broken arrays has chosen."""
+
+    error: Exception
+
+    def fetch(self) -> Any:
+        """Raises."""
+        raise self.error
 
 
 def _raise(error: Exception) -> Any:
@@ -295,17 +343,25 @@ def _raise(error: Exception) -> Any:
 # --- whose operation it is ----------------------------------------------------------------------------------------------
 
 
-def step_of(engine: Engine, store: Any, tokens: np.ndarray, rows: Any) -> tuple[str, list[Running]]:
+def step_of(engine: Engine, store: Any, tokens: Any, rows: Any) -> tuple[str, list[Running]]:
     """A step's stage, and the sequences of its rows, which are known by their pages."""
-    scores = isinstance(rows, ScoreBatch)
-    batch = rows.batch if scores else rows
-    stage = "scoring step" if scores else "decode step" if tokens.shape[1] == 1 else "prefill step"
+    decodes, scores = isinstance(tokens, DecodeBatch), isinstance(rows, ScoreBatch)
+    stage = "scoring step" if scores else "decode step" if decodes else "prefill step"
     state = State.PREFILLING if stage == "prefill step" else State.DECODING
-    tables = [pages for pages, count in zip(batch.page_table.tolist(), batch.query_lens, strict=True) if count]
     found = []
-    for pages in tables:
+    for pages in _decoded_tables(store, tokens, rows) if decodes else _tables(rows.batch if scores else rows):
         found += [s for s in engine.live if s.state is state and _has_pages(table_of(s, stage), store, pages)]
     return stage, found
+
+
+def _tables(batch: PagedBatch) -> list[list[int]]:
+    return [pages for pages, count in zip(batch.page_table.tolist(), batch.query_lens, strict=True) if count]
+
+
+def _decoded_tables(store: Any, rows: DecodeBatch, tables: Any) -> list[list[int]]:
+    tables, real = np.array(tables), rows.slots < len(tables) - 1
+    tables[rows.slots, rows.context_lens // store.page_size] = rows.new_pages
+    return tables[rows.slots[real]].tolist()
 
 
 def table_of(sequence: Running, stage: str) -> PageTable | None:

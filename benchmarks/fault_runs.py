@@ -254,9 +254,6 @@ class Run:
             client.refused = True
             self.touched.add(client.request.id)
             return
-        history, owner = client.sequence.history, [client.sequence]
-        write = history.write
-        history.write = lambda *rows: point(Point("sampling on the host", owner, lambda: write(*rows), _raise))  # type: ignore[method-assign]
 
     def _submit_with_fault(self, client: Client) -> None:
         self.fault.num_fired = 1
@@ -335,7 +332,8 @@ class Run:
     def _pass_deadline(self) -> None:
         """Time passes until the first deadline of those that stand still."""
         engine = self.engine
-        live = {sequence: engine.admission.last_progress(sequence) for sequence in engine.live}
+        admission = engine.admission
+        live = {one: admission._last_progress(one, admission._progress_beside) for one in engine.live}
         if not live:
             raise AssertionError(f"{self.cell}: nothing moves, and no request is live")
         for sequence in live:

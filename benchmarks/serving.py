@@ -30,7 +30,7 @@ from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.request import Event, Request
 from pshare_jax.engine.shapes import pages_for
 from pshare_jax.engine.worker_thread import POLL_SECONDS
-from pshare_jax.model.paged_batch import PagedBatch
+from pshare_jax.model.paged_batch import DecodeBatch, PagedBatch
 
 ROWS, STEPS, PROMPT, LONG, RUNS = 8, 64, 512, 2048, 5
 
@@ -70,20 +70,34 @@ def _decode_overhead(engine: Engine, client: Client) -> dict[str, float]:
     worker, decoding = engine.decode_workers[0], engine.admission.decoding[0]
     while len(decoding) < ROWS:
         engine.step()
-    spec, inside, bare = engine.decode_specs[0], [], []
-    weights = next(iter(spec.tasks.values()))
+    inside, bare, call = [], [], _bare_decode(engine)
     for _ in range(STEPS):
         inside.append(_timed(worker.step))
-        # The same pages and lengths, but without new tokens, so that the sequences' KV is not overwritten.
-        rows = _rows(engine, ROWS)
-        for row, sequence in enumerate(decoding):
-            assert sequence.decode.table is not None
-            rows.fill(row, sequence.decode.table.pages, sequence.next_position, 0)
-        bare.append(_timed(functools.partial(_bare, spec.pool, weights.paged.decode, weights.params, rows, 1)))
+        bare.append(_timed(call))
     for request_id in ids:
         engine.abort(request_id)
     _settle(engine)
     return {"decode_engine_s": statistics.median(inside), "decode_bare_s": statistics.median(bare)}
+
+
+def _bare_decode(engine: Engine) -> Callable[[], Any]:
+    """A decode step of the sequences that decode, at their lengths now; what they generate afterwards is not meant."""
+    spec, decoding = engine.decode_specs[0], list(engine.admission.decoding[0])
+    weights, store = next(iter(spec.tasks.values())).current, spec.pool.store
+    tables = store.empty_tables(ROWS + 1, pages_for(engine.facts.max_len, engine.page_size))
+    batch = DecodeBatch.empty(jax.numpy.zeros(ROWS + 1, np.int32), ROWS, ROWS)
+    for row, sequence in enumerate(decoding):
+        held, position = sequence.decode.table, sequence.next_position
+        assert held is not None
+        tables = store.put_table(tables, row, held.pages)
+        batch.fill(row, row, position, held.pages[position // engine.page_size], 0)
+
+    def call() -> Any:
+        nonlocal tables
+        logits, tables = spec.pool.run(weights.paged.decode, weights.params, batch, tables)
+        return logits.block_until_ready()
+
+    return call
 
 
 def _prefill_overhead(engine: Engine, client: Client) -> dict[str, float]:
@@ -111,7 +125,7 @@ def _chunk(engine: Engine, spec: PrefillSpec, context: int) -> float:
     """Seconds of a bare prefill chunk after `context` tokens, in an idle pool whose content is not used again."""
     rows = _rows(engine, 1)
     num_pages = pages_for(context + PROMPT, engine.page_size)
-    rows.fill(0, list(range(1, num_pages + 1)), context, PROMPT)
+    rows.fill(0, list(range(1, num_pages + 1)), context, PROMPT, 0)
     return _timed(functools.partial(_bare, spec.pool, spec.weights.paged.prefill, spec.weights.params, rows, PROMPT))
 
 

@@ -20,28 +20,13 @@ from rich.console import Console
 
 import pshare_jax
 from benchmarks import common
+from benchmarks.agents_load.modules import lora_module
 from pshare_jax.engine.config import EngineConfig, KVConfig, placed
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.request import Request
-from pshare_jax.model.architecture import is_lora
-from pshare_jax.model.layers import LoraConfig
 
 TASKS, TURNS, INSTRUCTION, ANSWER, TOOL = 4, 3, 32, 16, 64
 Sharing = Literal["shared", "isolated"]
-
-
-def lora_module(model: pshare_jax.Model, folder: Path, seed: int) -> str:
-    """The folder of a LoRA module with random weights."""
-    architecture = model.architecture.with_lora(LoraConfig(8, 1.0, ("q", "v")))
-    draw = np.random.default_rng(seed)
-    new = {
-        path: jax.numpy.asarray(draw.normal(0, 0.02, x.shape), x.dtype)
-        for path, x in architecture.shapes.items()
-        if is_lora(path)
-    }
-    module = pshare_jax.DecodeModule(architecture, {**model.params, **new}, model.mesh)
-    pshare_jax.save_module(folder, module, model)
-    return str(folder)
 
 
 class Agents:

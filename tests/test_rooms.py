@@ -20,7 +20,7 @@ DEVICE = (
     r"model\.(?!paged_batch)",
     r"share\.(?!boundary)",
     r"weights\.(fingerprint|load|names)",
-    r"sampling\.sample",
+    r"sampling\.(sample|row_state|step_rows)",
     r"engine\.(build|kv\.device_pages|sampler|warmup)",
     r"server\.(startup|tasks\.loader)",
     r"training\.(checkpoint|model_card|result|run$|trainer|data\.loader|plan\.|step\.)",

@@ -8,7 +8,7 @@ A request in eight steps:
 4. Full pages are published to the prefix cache (kv/page_manager.py), where other requests find them.
 5. A transfer (transfer.py) gathers the pages, puts them on the decode worker's devices and scatters them into its pool.
 6. The decode worker (decode_worker.py) starts once all pages are there; scoring steps (scoring.py) precede generation.
-7. Each decode step consumes a token of every sequence in the batch, and the sampler (sampler.py) chooses the next;
+7. Each decode step (decode/) consumes a token of every sequence in the batch; the sampler (sampler.py) chooses the next;
    schedule.py says which sequences have the next step or chunk.
 8. Each token is an `Event` (request.py) of the request's `Handle` (handle.py) until `Engine.end`; the pages are released.
 

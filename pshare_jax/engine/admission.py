@@ -9,14 +9,13 @@ sequences pass it only while it waits for something that they do not need.
 import bisect
 from collections import Counter
 from collections.abc import Sequence as Items
-from typing import Literal
 
-from pshare_jax.engine.kv.ledger import Ledger, by_age
+from pshare_jax.engine.kv.ledger import Ledger
 from pshare_jax.engine.kv.pool import PageTable, Pool
+from pshare_jax.engine.kv.waiting import Kind, Lane, by_age, encoded_len
 from pshare_jax.engine.sequence import PrefillProgress, Sequence, State
 from pshare_jax.engine.shapes import pages_for
 
-Kind = Literal["short", "long", "prefetch"]
 CHUNKS_AHEAD = 2
 """A prompt is admitted while fewer chunks of its kind (long or short, schedule.py) wait on its prefill worker; prefetches are
 one more kind, since other prompts pass them.
@@ -33,7 +32,7 @@ class Admission(Ledger):
     """
 
     def __init__(self, prefill_pools: Items[Pool], decode_pools: Items[Pool], max_rows: int, chunk_tokens: int):
-        super().__init__(prefill_pools, decode_pools, max_rows)
+        super().__init__(prefill_pools, decode_pools, max_rows, chunk_tokens)
         self._chunk_tokens = chunk_tokens
 
     def admit(self, worker: int) -> list[Sequence]:
@@ -45,13 +44,9 @@ class Admission(Ledger):
         if not self.may_admit[worker]:
             return []
         self.may_admit[worker] = False
-        rows, left, admitted = self._rows(), self._tokens_left(worker), []
-        for sequence in list(self.waiting[worker]):
-            refused = self.refused[sequence.decode_worker]
-            if any(other.number < sequence.number for other in refused):
-                continue
-            if sequence not in refused and not self._is_near(sequence, rows, left):
-                continue
+        rows, left, admitted, last = self._rows(), self._tokens_left(worker), [], -1
+        while (sequence := self._next(worker, last, rows, left)) is not None:
+            last, refused = sequence.number, self.refused[sequence.decode_worker]
             waits = self._waits(sequence)
             if not self._has_decode_pages(sequence, waits):
                 refused.add(sequence)
@@ -71,16 +66,25 @@ class Admission(Ledger):
             admitted.append(sequence)
         return admitted
 
-    def _is_near(self, sequence: Sequence, rows: Counter[tuple[int, int]], left: dict[Kind, int]) -> bool:
-        """Whether its group has rows, and few chunks of its kind are to be prefilled before it."""
+    def _next(self, worker: int, after: int, rows: Counter[tuple[int, int]], left: dict[Kind, int]) -> Sequence | None:
+        """The oldest sequence, of those with numbers beyond `after`, that is refused, or whose turn is near, and that no
+        older sequence keeps waiting. It visits the oldest of each lane, not all that wait.
+        """
+        queue = self.waiting[worker]
+        refused = [min(sequences, key=by_age, default=None) for sequences in self.refused]
+        able = [one for one in refused if one is not None and one.number > after and one in queue]
+        for lane, first in queue.firsts(after):
+            older = refused[lane.decode_worker]
+            if self._is_near(lane, rows, left) and (older is None or first.number < older.number):
+                able.append(first)
+        return min(able, key=by_age, default=None)
+
+    def _is_near(self, lane: Lane, rows: Counter[tuple[int, int]], left: dict[Kind, int]) -> bool:
+        """Whether the lane's group has rows, and few chunks of its kind are to be prefilled before it."""
         most = CHUNKS_AHEAD * self._chunk_tokens
-        if min(left["short"], left["long"]) >= most:
+        if min(left["short"], left["long"]) >= most or left[lane.kind] >= most:
             return False
-        if sequence.request.prefetches:
-            return left["prefetch"] < most
-        if rows[_rows_of(sequence)] >= 2 * self.max_rows:
-            return False
-        return left["short" if self._is_short(sequence) else "long"] < most
+        return lane.kind == "prefetch" or rows[lane.decode_worker, lane.group] < 2 * self.max_rows
 
     def _rows(self) -> Counter[tuple[int, int]]:
         """Sequences that decode, or could if there were a row, by decode worker and group."""
@@ -101,22 +105,6 @@ class Admission(Ledger):
         if sequence.request.prefetches:
             return "prefetch"
         return "short" if num_left <= self._chunk_tokens else "long"
-
-    def _is_short(self, sequence: Sequence) -> bool:
-        """Whether what would have to be encoded, if it were admitted now, fits in a chunk (an estimate, for all that wait)."""
-        pools = self.prefill_pools[sequence.prefill_worker], self._decode_pool(sequence)
-        num_shared = pages_for(max(self._context_len(sequence) - self._chunk_tokens, 0), pools[0].page_size)
-        return num_shared == 0 or (
-            num_shared <= len(sequence.keys)
-            and any(pool.manager.has_key(sequence.keys[num_shared - 1]) for pool in pools)
-        )
-
-    def _context_len(self, sequence: Sequence) -> int:
-        # The tail page of a preempted sequence is in host memory, and that of a prefetch is of no use to others: the base
-        # computes only the full pages.
-        full_len = len(sequence.keys) * self.decode_pools[sequence.decode_worker].page_size
-        whole = sequence.decode.saved is None and not sequence.request.prefetches
-        return sequence.split.base_len if whole else full_len
 
     def _waits(self, sequence: Sequence) -> bool:
         """Whether it waits for pages that other sequences bring to the decode pool: not for those of another prefill worker
@@ -146,7 +134,7 @@ class Admission(Ledger):
 
     def _has_prefill_pages(self, sequence: Sequence, waits: bool) -> bool:
         pool, target = self.prefill_pools[sequence.prefill_worker], self._decode_pool(sequence)
-        context_len, manager = self._context_len(sequence), target.manager
+        context_len, manager = encoded_len(sequence, pool.page_size), target.manager
         shared = manager.num_shareable(sequence.keys) if waits else manager.num_hits(sequence.keys)
         if pool is target or shared * pool.page_size == context_len:
             return True
@@ -154,7 +142,7 @@ class Admission(Ledger):
 
     def _reserve(self, sequence: Sequence, waits: bool) -> None:
         pool, target = self.prefill_pools[sequence.prefill_worker], self._decode_pool(sequence)
-        context_len, num_hits = self._context_len(sequence), target.manager.num_hits(sequence.keys)
+        context_len, num_hits = encoded_len(sequence, pool.page_size), target.manager.num_hits(sequence.keys)
         held = sequence.decode.table = _reserved(sequence, target, self._num_decode_pages(sequence), waits)
         prefill = sequence.prefill = PrefillProgress(None, context_len, 0, num_sent=held.num_shared)
         if held.num_shared * pool.page_size == context_len:

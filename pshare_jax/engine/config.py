@@ -1,13 +1,14 @@
 """An engine's configuration: tasks, placement of its workers on devices, KV pools, batches, limits."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from pshare_jax.engine.router import Policy
 from pshare_jax.errors import PshareError
 from pshare_jax.settings import check_least
 
+Auto = Literal["auto"]
 _MOVED = {"tp": "a worker is tensor-parallel over all its devices, so leave it out"}
 
 
@@ -40,29 +41,52 @@ class Placement:
 
 @dataclass(frozen=True)
 class KVConfig:
-    """KV pools: tokens per page, pages per worker's pool (including the padding page), and the share of a pool's pages that
-    sessions may pin (0: no pins).
+    """KV pools: tokens per page, pages per worker's pool (including the padding page; auto: as many as memory has room for,
+    kv/budget.py), and the share of a pool's pages that sessions may pin (0: no pins).
     """
 
     page_size: int = 16
-    pages: int = 2048
+    pages: int | Auto = "auto"
     pinned_share: float = 0.5
 
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """The most tokens of one prefill step, and the most sequences of one decode step."""
+    """The most tokens of one prefill step, and the most sequences of one decode step (auto: the platform's, `DEFAULTS`).
 
-    prefill_tokens: int = 512
-    decode_rows: int = 16
+    `pipelined` dispatches a decode step before the tokens of the step before are fetched.
+    """
+
+    prefill_tokens: int | Auto = "auto"
+    decode_rows: int | Auto = "auto"
+    pipelined: bool = True
 
 
 @dataclass(frozen=True)
 class LimitsConfig:
-    """The most waiting and running requests, and the seconds without progress after which a request fails."""
+    """The most waiting and running requests (auto: the platform's, `DEFAULTS`), and the seconds without progress after which
+    a request fails.
+    """
 
-    max_requests: int = 256
+    max_requests: int | Auto = "auto"
     stall_seconds: float = 300.0
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What `auto` stands for on a platform."""
+
+    prefill_tokens: int
+    decode_rows: int
+    max_requests: int
+
+
+ACCELERATOR = Defaults(prefill_tokens=2048, decode_rows=64, max_requests=1024)
+"""A decode step reads all weights once, whatever its rows: 64 rows of an 8B model take little longer than one, and with 8k
+tokens each they fill 80 GB. A prefill step computes, so that 2,048 tokens use the chip, in a time (50 to 100 ms for an 8B
+model) that a colocated decode step can wait."""
+DEFAULTS = {"cpu": Defaults(prefill_tokens=512, decode_rows=16, max_requests=256)}
+"""On other platforms `ACCELERATOR`. A CPU computes in both steps: rows and tokens cost time, and answers would wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,16 +118,15 @@ def check_engine_config(config: EngineConfig) -> None:
         raise PshareError("tasks is empty; name at least one, such as tasks.chat=base.")
     if "" in config.tasks:
         raise PshareError("A task in tasks has an empty name; give it a name.")
-    check_least(
-        [
-            ("kv.page_size", config.kv.page_size, 1),
-            # The padding page and two for tokens.
-            ("kv.pages", config.kv.pages, 3),
-            ("batch.prefill_tokens", config.batch.prefill_tokens, 1),
-            ("batch.decode_rows", config.batch.decode_rows, 1),
-            ("limits.max_requests", config.limits.max_requests, 1),
-        ]
-    )
+    numbers: list[tuple[str, int | Auto, int]] = [
+        ("kv.page_size", config.kv.page_size, 1),
+        # The padding page and two for tokens.
+        ("kv.pages", config.kv.pages, 3),
+        ("batch.prefill_tokens", config.batch.prefill_tokens, 1),
+        ("batch.decode_rows", config.batch.decode_rows, 1),
+        ("limits.max_requests", config.limits.max_requests, 1),
+    ]
+    check_least((key, value, least) for key, value, least in numbers if not isinstance(value, str))
     if not 0 <= config.kv.pinned_share <= 1:
         raise PshareError(f"kv.pinned_share must be a number from 0 to 1, not {config.kv.pinned_share}.")
     if not config.limits.stall_seconds > 0:
@@ -118,6 +141,35 @@ def placed(prefill: Sequence[list[int]], decode: Sequence[list[int]]) -> Placeme
     return Placement(
         [PrefillPlacement(devices) for devices in prefill], [DecodePlacement(devices) for devices in decode]
     )
+
+
+def resolve(config: EngineConfig, platform: str, num_devices: int) -> EngineConfig:
+    """The config with the placement and the numbers that it leaves to the platform, but for `kv.pages`.
+
+    Raises:
+        PshareError: a worker names a device that does not exist.
+    """
+    defaults, batch, limits = DEFAULTS.get(platform, ACCELERATOR), config.batch, config.limits
+    return replace(
+        config,
+        placement=resolve_placement(config.placement, platform, num_devices),
+        batch=replace(
+            batch,
+            prefill_tokens=_or(batch.prefill_tokens, defaults.prefill_tokens),
+            decode_rows=_or(batch.decode_rows, defaults.decode_rows),
+        ),
+        limits=replace(limits, max_requests=_or(limits.max_requests, defaults.max_requests)),
+    )
+
+
+def resolved(value: int | Auto) -> int:
+    """A number of a resolved config."""
+    assert value != "auto"
+    return value
+
+
+def _or(value: int | Auto, default: int) -> int:
+    return default if value == "auto" else value
 
 
 def resolve_placement(placement: Placement | None, platform: str, num_devices: int) -> Placement:

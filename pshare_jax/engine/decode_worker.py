@@ -1,32 +1,40 @@
 """The decode worker: generates for all its tasks from base KV in its pool, many sequences per step.
 
 The worker's thread calls `step`: it receives transfers and runs one decode step of one group of sequences, those with the
-same weights, or one scoring step (schedule.py). The first input is the last prompt token, so the task's own weights already
-choose the first answer token.
+same weights except for their LoRA adapters, or one scoring step (schedule.py). The first input is the last prompt token, so
+the task's own weights already choose the first answer token.
+
+A decode step is dispatched before the tokens of the step before are fetched: its inputs are on the device (decode/rows.py).
+So the host learns one step late that an answer has ended; what was computed beyond its end is dropped.
 """
 
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from pshare_jax.engine import scoring
 from pshare_jax.engine.admission import Admission
+from pshare_jax.engine.decode.in_flight import StepInFlight
+from pshare_jax.engine.decode.preemption import restore, save
+from pshare_jax.engine.decode.report import report
+from pshare_jax.engine.decode.rows import Groups, Row, RowSlots
 from pshare_jax.engine.failures import RowFailed, StepFailed, StepWatch
 from pshare_jax.engine.interfaces import EngineHooks, Module, TokenSampler, Weights, weights_of
-from pshare_jax.engine.kv.pool import PageTable
 from pshare_jax.engine.request import FAILED, Event, TokenLogprobs
 from pshare_jax.engine.schedule import DecodeTurns
-from pshare_jax.engine.sequence import Saved, Sequence, State
-from pshare_jax.engine.shapes import CompiledShapes, Shape, bucket_of, padded_batch, pages_for, row_buckets
+from pshare_jax.engine.sequence import Sequence, State
+from pshare_jax.engine.shapes import CompiledShapes, Shape, bucket_of, row_buckets
 from pshare_jax.engine.transfer import KVTransfer
-from pshare_jax.model.paged_batch import PagedBatch
-from pshare_jax.text.grammar import GrammarFailed
+from pshare_jax.model.paged_batch import DecodeBatch
 
 logger = logging.getLogger(__name__)
+MAX_IN_FLIGHT = 2
+"""Dispatched decode steps: one that runs and one that is ready to follow."""
 
 
 class DecodeWorker:
@@ -41,17 +49,28 @@ class DecodeWorker:
         sampler: TokenSampler,
         hooks: EngineHooks,
         table_len: int,
+        pipelined: bool = True,
     ):
         self.index, self.pool = index, admission.decode_pools[index]
         self._tasks, self._admission, self._transfer, self._sampler = tasks, admission, transfer, sampler
         self._hooks, self._table_len, self._turns = hooks, table_len, DecodeTurns()
+        self._max_in_flight = MAX_IN_FLIGHT if pipelined else 1
+        self._in_flight: deque[StepInFlight] = deque()
+        self._groups, self._generation = Groups(self._new_slots), self.pool.generation
         self.compiled = CompiledShapes(self._shapes)
-        self._watch = StepWatch(self.compiled)
+        self.watch = StepWatch(self.compiled)
         self._ran: set[tuple[Any, Shape]] = set()
         self.num_preempted = 0
         self.num_steps = 0
         self.num_tokens = 0
+        self.num_dropped = 0
+        """Tokens that steps generated for sequences which had left by the time they were fetched."""
         self.num_scored = 0
+
+    def _new_slots(self) -> RowSlots:
+        num_slots = self._admission.max_rows
+        tables = self.pool.store.empty_tables(num_slots + 1, self._table_len)
+        return RowSlots(num_slots, self._sampler.new_rows(num_slots), tables)
 
     @property
     def _shapes(self) -> list[Shape]:
@@ -81,12 +100,14 @@ class DecodeWorker:
     def step(self) -> bool:
         """Receives transfers and generates a token for each sequence of a group; False if there was nothing to do."""
         try:
+            self._forget_lost()
             done = self._transfer.receive()
             with self._hooks.lock:
                 for sequence in self._admission.arrived(self.index):
                     if sequence.request.prefetches:
                         self._hooks.end(sequence, State.FINISHED, sequence.prefetched())
                 done = self._admission.reap_decode(self.index) or done
+                self._groups.drop_left()
                 started = self._admission.start_decoding(self.index)
                 for sequence in started:
                     self._turns.join(sequence)
@@ -94,22 +115,27 @@ class DecodeWorker:
                 # Pages were released, in prefill pools too, and workers that wait for them may be asleep.
                 self._hooks.wake()
             for sequence in started:
-                self._restore(sequence)
+                if sequence.decode.saved is not None:
+                    restore(sequence)
             done = self._transfer.send_back() or done
             return self._turn() or bool(started) or done
         except StepFailed as failure:
             logger.exception("a %s step of %s failed", failure.kind, self.pool.name)
-            self._hooks.step_failed(self.pool, self._watch, failure, self._works)
+            self._hooks.step_failed(self.pool, self.watch, failure, self._works)
             return True
 
     def _turn(self) -> bool:
-        """One step, of a sequence with tokens to score or of a group that generates."""
+        """One step, of a sequence with tokens to score or of a group that generates; else the step in flight is fetched."""
         with self._hooks.lock:
-            running = [s for s in self._admission.decoding[self.index] if not s.leaving]
+            decoding = self._admission.decoding[self.index]
+            running = [sequence for sequence in decoding if not sequence.leaving and not sequence.decode.finishing]
             if scoring.SHAPE not in self.compiled:
                 running = self._without_scoring(running)
             candidates = self._turns.order(running, self.compiled)
         for candidate in candidates:
+            if not candidate[0].decode.opened:
+                # Tokens that are generated by now do not wait for a scoring step.
+                self._finish_all()
             # Making room for one candidate may have taken the pages of others.
             rows = [
                 sequence for sequence in candidate if sequence.state is State.DECODING and not sequence.must_restart
@@ -122,6 +148,9 @@ class DecodeWorker:
             if batch := self._with_room(rows[: self._row_buckets()[-1]]):
                 self._run(batch)
                 return True
+        if self._in_flight:
+            self._finish()
+            return True
         return False
 
     def _without_scoring(self, running: list[Sequence]) -> list[Sequence]:
@@ -148,31 +177,54 @@ class DecodeWorker:
             if shape in (scoring.SHAPE, scoring.SHORT):
                 self._call_score(weights, *scoring.no_rows(shape, self._table_len))
             else:
-                logits = self._call(weights, *padded_batch((int(shape[0]), 1), self._table_len))
-                self._sampler.prepare([], int(shape[0]))(logits)
+                self._run_padding(weights, int(shape[0]))
         except Exception as error:
             logger.exception("the first %s step of %s failed", shape, self.pool.name)
             self.compiled.give_up(shape)
-            self._hooks.step_failed(self.pool, self._watch, StepFailed("warm-up", [], error), lambda: True)
+            self._hooks.step_failed(self.pool, self.watch, StepFailed("warm-up", [], error), lambda: True)
         return True
 
     def _works(self) -> bool:
         """Whether a step on padding alone succeeds with the weights of any task."""
-        num_rows = self._row_buckets()[0]
-        for weights in {id(weights): weights for weights in self._tasks.values()}.values():
+        self._forget_lost()
+        for weights in weights_of(self._tasks.values()):
             try:
-                logits = self._call(weights, *padded_batch((num_rows, 1), self._table_len))
-                self._sampler.prepare([], num_rows)(logits)
+                self._run_padding(weights, self._row_buckets()[0])
                 return True
             except Exception:
                 logger.exception("a decode step on padding failed in %s", self.pool.name)
                 # It has taken the arrays with it.
                 self.pool.store.reset()
+                self._groups.lose()
         return False
 
-    def _call(self, weights: Weights, tokens: np.ndarray, rows: PagedBatch) -> Any:
-        self._ran.add((weights.paged.decode, (len(tokens),)))
-        return self.pool.run(weights.paged.decode, weights.params, tokens, rows)
+    def _run_padding(self, weights: Weights, num_rows: int) -> None:
+        slots = self._groups.spare()
+        choose = slots.sampling.prepare([], [], [], num_rows)
+        choose(self._call(weights, slots, DecodeBatch.empty(slots.sampling.tokens, num_rows, slots.num_slots))).fetch()
+
+    def _call(self, weights: Weights, slots: RowSlots, batch: DecodeBatch) -> Any:
+        self._ran.add((weights.paged.decode, (len(batch.slots),)))
+        logits, slots.tables = self.pool.run(weights.paged.decode, weights.params, batch, slots.tables)
+        return logits
+
+    def failed_step(self) -> StepFailed | None:
+        """The first step in flight that has failed, if any; waits for them."""
+        if self._generation != self.pool.generation:
+            return None
+        for step in self._in_flight:
+            try:
+                step.pending.fetch()
+            except Exception as error:
+                return step.failure(error)
+        return None
+
+    def _forget_lost(self) -> None:
+        """If the pool was rebuilt, all that steps have computed is lost, and their failure was reported."""
+        if self._generation != self.pool.generation:
+            self._in_flight.clear()
+            self._groups.lose()
+            self._generation = self.pool.generation
 
     def _call_score(self, weights: Weights, tokens: np.ndarray, rows: Any) -> Any:
         self._ran.add((weights.paged.decode, ("score", len(tokens))))
@@ -196,12 +248,10 @@ class DecodeWorker:
                 raise StepFailed("scoring", places, error, shape) from error
         self.num_scored += sum(counts)
         with self._hooks.lock:
-            self._watch.passed(
-                "scoring", [(one, place + num) for (one, place), num in zip(places, counts, strict=True)]
-            )
+            self.watch.passed("scoring", [(one, place + num) for (one, place), num in zip(places, counts, strict=True)])
             for sequence, num_tokens, reported in zip(rows, counts, scores, strict=True):
                 if not sequence.final:
-                    self._report(sequence, functools.partial(sequence.scored, num_tokens, reported))
+                    report(self._hooks, sequence, functools.partial(sequence.scored, num_tokens, reported))
             if self._admission.reap_decode(self.index):
                 self._hooks.wake()
 
@@ -223,29 +273,32 @@ class DecodeWorker:
 
     def _has_room(self, sequence: Sequence) -> bool:
         held = sequence.decode.table
-        return held is not None and held.fits(sequence.num_tokens) and not sequence.must_restart
+        return held is not None and held.fits(self._groups.num_tokens(sequence)) and not sequence.must_restart
 
     def _make_room(self, sequence: Sequence) -> None:
         """Allocates a page for its next token; if there is none, the youngest sequence gives its pages (perhaps itself)."""
         while sequence.state is State.DECODING and not sequence.must_restart:
             with self._hooks.lock:
-                if self._admission.make_room(sequence):
+                if self._admission.make_room(sequence, self._groups.num_tokens(sequence)):
                     return
-                victim = self._admission.victim(self.index)
-                if victim is None:
+                victim = None if self._in_flight else self._admission.victim(self.index)
+                if victim is None and not self._in_flight:
                     return
-                decodes_here = victim.state is State.DECODING and victim.decode_worker == self.index
-                if not decodes_here or victim.must_restart:
+                if victim is not None and (victim.must_restart or not self._decodes(victim)):
                     self._admission.put_aside(victim)
                     self._hooks.wake()
                     continue
-            self._preempt(victim)
+            if victim is None:
+                # Answers may have ended, and what a preempted sequence keeps must agree with what was reported.
+                self._finish()
+            else:
+                self._preempt(victim)
+
+    def _decodes(self, sequence: Sequence) -> bool:
+        return sequence.state is State.DECODING and sequence.decode_worker == self.index
 
     def _preempt(self, sequence: Sequence) -> None:
-        try:
-            saved = save(sequence)
-        except Exception as error:
-            raise StepFailed("preemption", [(sequence, sequence.num_tokens)], error) from error
+        saved = save(sequence)
         with self._hooks.lock:
             if sequence.state is State.DECODING:
                 sequence.decode.saved = saved
@@ -255,90 +308,97 @@ class DecodeWorker:
                 self._admission.reap_decode(self.index)
         self._hooks.wake()
 
-    def _restore(self, sequence: Sequence) -> None:
-        if sequence.decode.saved is None:
-            return
-        try:
-            restore(sequence)
-        except Exception as error:
-            raise StepFailed("preemption", [(sequence, sequence.num_tokens)], error) from error
-
     def _run(self, batch: list[Sequence]) -> None:
+        """Dispatches a step, and fetches the tokens of the step before."""
         num_rows = bucket_of(len(batch), self._row_buckets())
-        batch, choose = self._prepared(batch, num_rows)
-        if not batch:
-            return
-        self._turns.served(batch)
-        chunks, places = [], [(sequence, sequence.num_tokens) for sequence in batch]
-        for sequence in batch:
-            held = sequence.decode.table
-            assert held is not None
-            chunks.append((held.pages, sequence.next_position, (sequence.next_input,)))
         try:
-            logits = self._call(batch[0].weights, *padded_batch((num_rows, 1), self._table_len, chunks))
-            chosen = choose(logits)
+            slots = self._groups.of(batch[0].group)
         except Exception as error:
-            raise StepFailed("decode", places, error, (num_rows,)) from error
-        self.num_steps += 1
-        self.num_tokens += len(batch)
+            raise self._first_failure(StepInFlight([], (num_rows,)), error) from error
+        rows = self._joined(slots, batch)
+        if not rows:
+            return
+        sequences, places = [row.sequence for row in rows], [row.num_tokens for row in rows]
+        choose = slots.sampling.prepare(sequences, [row.slot for row in rows], places, num_rows)
+        self._turns.served(sequences)
+        step = StepInFlight(rows, (num_rows,))
+        try:
+            logits = self._call(rows[0].sequence.weights, slots, slots.inputs(rows, num_rows))
+            step.order = self.pool.num_steps
+        except Exception as error:
+            raise self._first_failure(step, error) from error
+        if any(row.num_ahead and row.sequence.matcher is not None for row in rows):
+            # The forward pass runs meanwhile.
+            self._finish_all()
+        try:
+            step.pending = choose(logits)
+        except Exception as error:
+            raise self._first_failure(step, error) from error
         with self._hooks.lock:
-            self._watch.passed("decode", [(sequence, place + 1) for sequence, place in places])
-            for row, sequence in enumerate(batch):
-                if not sequence.final:
-                    self._report(sequence, lambda row=row, sequence=sequence: sequence.accept(*chosen(row, sequence)))
-            if self._admission.reap_decode(self.index):
-                self._hooks.wake()
+            for row in rows:
+                slots.dispatched(row)
+        self._in_flight.append(step)
+        self.num_steps += 1
+        # A suspect's step must be the only one that can fail.
+        alone = any(row.sequence.suspect is not None for row in rows)
+        while len(self._in_flight) >= (1 if alone else self._max_in_flight):
+            self._finish()
 
-    def _prepared(self, batch: list[Sequence], num_rows: int) -> tuple[list[Sequence], Any]:
-        """The host's part of sampling; sequences for which it fails end, and leave the batch."""
-        while batch:
+    def _joined(self, slots: RowSlots, batch: list[Sequence]) -> list[Row]:
+        """The sequences' rows; those that have none yet take a slot. Sequences that the sampler cannot use end."""
+        rows = []
+        for sequence in batch:
+            row = slots.rows.get(sequence) or slots.take(sequence)
             try:
-                return batch, self._sampler.prepare(batch, num_rows)
+                if not row.joined:
+                    self._join(slots, row)
+                rows.append(row)
             except RowFailed as failed:
                 logger.exception("the sampling of request %s failed", failed.sequence.request.id)
                 self._hooks.end(failed.sequence, State.FAILED, Event(error=FAILED, retry=False))
-                batch = [sequence for sequence in batch if sequence is not failed.sequence]
-        return batch, None
+        return rows
 
-    def _report(self, sequence: Sequence, make: Callable[[], Event | None]) -> None:
-        """Makes and reports an event, if there is one; if the host fails at that, only this sequence fails."""
+    def _join(self, slots: RowSlots, row: Row) -> None:
+        """Writes the slot's arrays."""
+        held = row.sequence.decode.table
+        assert held is not None
         try:
-            event = make()
-            if event is None:
-                return
-            if event.completion_tokens == 1:
-                self._hooks.first_token(sequence)
-            if event.last:
-                self._hooks.end(sequence, State.FINISHED, event)
-            else:
-                sequence.on_event(event)
-        except GrammarFailed as error:
-            self._hooks.end(sequence, State.FAILED, Event(error=str(error), retry=False))
-        except Exception:
-            logger.exception("the output of request %s failed", sequence.request.id)
-            self._hooks.end(sequence, State.FAILED, Event(error=FAILED, retry=False))
+            slots.tables = self.pool.store.put_table(slots.tables, row.slot, held.pages)
+            slots.sampling.join(row.slot, row.sequence)
+        except RowFailed:
+            raise
+        except Exception as error:
+            raise self._first_failure(StepInFlight([row], None), error) from error
+        row.joined = True
 
+    def _first_failure(self, step: StepInFlight, error: Exception) -> StepFailed:
+        """The failure of a step that could not be dispatched, unless that is because a step in flight has failed."""
+        self._finish_all()
+        return step.failure(error)
 
-def save(sequence: Sequence) -> Saved:
-    """Copies a preempted sequence's private pages to the host: the base can recompute only the prompt's full pages."""
-    held, private = _private_pages(sequence)
-    most = held.pool.move_pages
-    starts = range(0, len(private), most)
-    return Saved([np.asarray(held.pool.store.gather(private[start : start + most])) for start in starts])
+    def _finish_all(self) -> None:
+        while self._in_flight:
+            self._finish()
 
-
-def restore(sequence: Sequence) -> None:
-    """Writes the saved content into the sequence's new pages."""
-    held, private = _private_pages(sequence)
-    assert sequence.decode.saved is not None
-    most = held.pool.move_pages
-    for index, content in enumerate(sequence.decode.saved.parts):
-        held.pool.scatter(private[index * most : (index + 1) * most], held.pool.store.device_put(content))
-    sequence.decode.saved = None
-
-
-def _private_pages(sequence: Sequence) -> tuple[PageTable, list[int]]:
-    """The page table, and the pages behind the prompt's full pages that hold KV."""
-    held = sequence.decode.table
-    assert held is not None
-    return held, held.pages[len(sequence.keys) : pages_for(sequence.next_position, held.pool.page_size)]
+    def _finish(self) -> None:
+        """Fetches the tokens of the oldest step in flight, and reports them."""
+        step = self._in_flight.popleft()
+        try:
+            chosen = step.pending.fetch()
+        except Exception as error:
+            raise step.failure(error) from error
+        with self._hooks.lock:
+            self.watch.passed("decode", [(sequence, place + 1) for sequence, place in step.places])
+            for index, row in enumerate(step.rows):
+                row.num_ahead -= 1
+                if row.left:
+                    self.num_dropped += 1
+                    continue
+                self.num_tokens += 1
+                report(
+                    self._hooks,
+                    row.sequence,
+                    lambda index=index, row=row: row.sequence.accept(*chosen(index, row.sequence)),
+                )
+            if self._admission.reap_decode(self.index):
+                self._hooks.wake()

@@ -17,11 +17,12 @@ from hashlib import sha256
 from typing import Any
 
 from pshare_jax.engine.admission import Admission
-from pshare_jax.engine.config import EngineConfig
+from pshare_jax.engine.config import EngineConfig, resolved
 from pshare_jax.engine.decode_worker import DecodeWorker
 from pshare_jax.engine.handle import EngineFull, Handle, Result, run_all
 from pshare_jax.engine.interfaces import DecodeSpec, EngineHooks, ModelFacts, Module, PrefillSpec
-from pshare_jax.engine.kv.keys import PageKey, page_keys
+from pshare_jax.engine.kv.keys import PageKey
+from pshare_jax.engine.kv.known_keys import KnownKeys
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.kv.sessions import Caller
 from pshare_jax.engine.prefill_worker import PrefillWorker
@@ -33,7 +34,6 @@ from pshare_jax.engine.shapes import pages_for
 from pshare_jax.engine.transfer import KVTransfer
 from pshare_jax.engine.worker_thread import POLL_SECONDS, WorkerThread, group_workers
 from pshare_jax.errors import PshareError
-from pshare_jax.sampling.history import TokenHistory
 from pshare_jax.sampling.params import GREEDY, SamplingParams
 from pshare_jax.share.boundary import Boundary, Split
 from pshare_jax.text.grammar import Grammar, TokenMatcher
@@ -75,9 +75,13 @@ class Engine:
         failed = self._recovery.step_failed
         hooks = EngineHooks(self.lock, admitted, first_token, self.end, self._prefilled, failed, self.wake)
         self.admission = Admission(
-            [spec.pool for spec in prefill], [spec.pool for spec in decode], config.batch.decode_rows, self.chunk_tokens
+            [spec.pool for spec in prefill],
+            [spec.pool for spec in decode],
+            resolved(config.batch.decode_rows),
+            self.chunk_tokens,
         )
         self.page_size = decode[0].pool.page_size
+        self._known_keys = KnownKeys(self.page_size)
         table_len = pages_for(facts.max_len, self.page_size)
         self.transfers = [KVTransfer(self.admission, i, hooks, facts.page_bytes) for i in range(len(decode))]
         self.prefill_workers = [
@@ -85,7 +89,9 @@ class Engine:
             for i, spec in enumerate(prefill)
         ]
         self.decode_workers = [
-            DecodeWorker(i, spec.tasks, self.admission, self.transfers[i], spec.sampler, hooks, table_len)
+            DecodeWorker(
+                i, spec.tasks, self.admission, self.transfers[i], spec.sampler, hooks, table_len, config.batch.pipelined
+            )
             for i, spec in enumerate(decode)
         ]
         prefill_tasks = None if prefill[0].tasks is None else [spec.tasks or () for spec in prefill]
@@ -99,18 +105,25 @@ class Engine:
         self._stopped = threading.Event()
 
     @classmethod
-    def build(cls, model: Any, config: EngineConfig, report: Callable[[str], None] = lambda line: None) -> "Engine":
+    def build(
+        cls,
+        model: Any,
+        config: EngineConfig,
+        report: Callable[[str], None] = lambda line: None,
+        reload: Callable[[Any, Any], Any] | None = None,
+    ) -> "Engine":
         """An engine for a loaded model (`pshare_jax.load`), with weights and pools on the devices in the config.
 
         It is not started: `generate`, `run` and handles step it in the calling thread until `start` gives it threads.
-        `report` is called with a line of progress for each task.
+        `report` is called with a line of progress for each task and a table of the devices' memory. With `reload` (build.py)
+        the engine does not keep the parts of the model that no worker uses.
 
         Raises:
             PshareError: the config, the placement or a task does not fit the model.
         """
         from pshare_jax.engine.build import build_engine
 
-        return build_engine(model, config, report)
+        return build_engine(model, config, report, reload)
 
     # --- offline generation ---------------------------------------------------------------------------------------
 
@@ -220,28 +233,28 @@ class Engine:
         handles = []
         for request, on_event in zip(requests, on_events, strict=True):
             # All choices of one prompt share its check and its keys: its tokens and names are read once.
-            hashed = (request.task, request.cache_salt, request.response_start, request.max_tokens, request.prompt)
+            hashed = (request.task, request.cache_salt, request.response_start, request.max_tokens, id(request.prompt))
             hashed += (request.session, request.hint)
             if hashed not in known:
                 check_request(request, self.facts.vocab_size, self.facts.max_len)
                 self._recovery.bans.check(request)
-                known[hashed] = (*self._split(request, boundaries[request.task]), self._caller(request))
+                caller = self._caller(request)
+                known[hashed] = (*self._split(request, boundaries[request.task], caller), caller)
             sequence = self._sequence(request, *known[hashed])
             handles.append(Handle(sequence, self._advance, self.abort, on_event))
         return handles
 
-    def _split(self, request: Request, boundary: Boundary) -> tuple[Split, list[PageKey]]:
+    def _split(self, request: Request, boundary: Boundary, caller: Caller) -> tuple[Split, list[PageKey]]:
         """The request's split, and the keys of the full pages that the base encodes."""
         split = boundary.split(request.prompt, request.response_start)
         context, key = request.prompt[: split.base_len], self.facts.key_of(request.task)
-        return split, page_keys(key, request.cache_salt, context, self.page_size)
+        return split, self._known_keys.keys(caller.session, key, request.cache_salt, context)
 
     def _sequence(self, request: Request, split: Split, keys: list[PageKey], caller: Caller) -> Sequence:
         matcher = None if request.grammar is None else self._matcher(request, request.grammar)
-        banned = request.stop_ids if matcher is None else ()
-        history = TokenHistory(request.prompt, request.sampling, self.facts.vocab_size, banned, request.min_tokens)
+        request.sampling.check_vocabulary(self.facts.vocab_size)
         output = TextOutput(self.facts.detokenizer(), request.stop)
-        return Sequence(request, output, history, keys, split, matcher=matcher, caller=caller)
+        return Sequence(request, output, keys, split, matcher=matcher, caller=caller)
 
     def _matcher(self, request: Request, grammar: Grammar) -> TokenMatcher:
         if self.facts.grammars is None:
@@ -271,7 +284,7 @@ class Engine:
                 raise UnknownTask(f"There is no task {request.task!r}; the tasks are {', '.join(self.tasks)}.")
             if not self._recovery.has_workers(request.task):
                 raise EngineDown(f"The workers of the task {request.task!r} are dead.")
-        limit = self.config.limits.max_requests
+        limit = resolved(self.config.limits.max_requests)
         if len(self._live) + len(requests) > limit:
             raise EngineFull(f"The engine is at its limit of {limit} concurrent requests; retry shortly.")
 
@@ -291,6 +304,12 @@ class Engine:
                 sequence.caller.parent,
             )
         sequence.decode.module = self.decode_workers[sequence.decode_worker].tasks[request.task]
+
+    def modules_in_use(self, worker: int) -> list[Module]:
+        """The modules of a decode worker's tasks and live requests."""
+        with self.lock:
+            live = [sequence.decode.module for sequence in self._live.values() if sequence.decode_worker == worker]
+            return [*self.decode_workers[worker].tasks.values(), *live]
 
     def put_task(self, name: str, modules: Mapping[int, Module]) -> None:
         """Adds or replaces a task with modules by decode worker; without modules the task is removed.
@@ -357,7 +376,7 @@ class Engine:
     @property
     def chunk_tokens(self) -> int:
         """The most tokens of one prefill step."""
-        return min(self.config.batch.prefill_tokens, self.facts.max_len)
+        return min(resolved(self.config.batch.prefill_tokens), self.facts.max_len)
 
     @property
     def workers(self) -> list[PrefillWorker | DecodeWorker]:
@@ -452,8 +471,7 @@ class Engine:
         """
         limit = time.monotonic() - self.config.limits.stall_seconds
         with self.lock:
-            late = [sequence for sequence in self.live if sequence.progressed < limit]
-            late = [sequence for sequence in late if self.admission.last_progress(sequence) < limit]
+            late = self.admission.late(self.live, limit)
             # Who waits for pages of a late sequence will be queued again, and may produce them itself.
             for sequence in [sequence for sequence in late if not self.admission.waits_for(sequence, late)]:
                 self.end(

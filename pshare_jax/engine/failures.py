@@ -10,6 +10,7 @@ again.
 import hashlib
 import logging
 import struct
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -32,18 +33,23 @@ BAN_SECONDS = 600.0
 MAX_BANNED = 1024
 MAX_FAILURES = 5
 """A worker that fails so many steps without a good step between must prove that it works."""
-
-
+NOT_DISPATCHED = sys.maxsize
+"""The `order` of a step that could not be dispatched: all dispatched steps came before it."""
 Places = Items[tuple[Sequence, int]]
 """The sequences of a step, and how far each is in steps of its kind: tokens encoded, scored, or prompt and answer."""
 
 
 class StepFailed(Exception):
-    """A device step has failed, at these places before it; its cause is `__cause__`."""
+    """A device step has failed, at these places before it; its cause is `__cause__`.
 
-    def __init__(self, kind: str, places: Places, error: Exception, shape: Shape | None = None):
+    `order` is the step's number among those of its pool (kv/pool.py).
+    """
+
+    def __init__(
+        self, kind: str, places: Places, error: Exception, shape: Shape | None = None, order: int = NOT_DISPATCHED
+    ):
         super().__init__(f"a {kind} step failed")
-        self.kind, self.places, self.shape = kind, list(places), shape
+        self.kind, self.places, self.shape, self.order = kind, list(places), shape, order
         self.__cause__ = error
 
     @property

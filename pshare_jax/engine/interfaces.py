@@ -24,12 +24,29 @@ class Weights(Protocol):
 
     @property
     def params(self) -> Any:
-        """The parameters; tasks with the same object are decoded in one batch."""
+        """The parameters."""
         ...
 
     @property
     def paged(self) -> Any:
         """The paged steps (model/paged_steps.py) of these parameters."""
+        ...
+
+    @property
+    def slot(self) -> int:
+        """The slot of the adapter in the parameters' stack; 0 for none."""
+        ...
+
+    @property
+    def group(self) -> Any:
+        """Rows whose weights have the same object as their group may share a step; each passes its own slot."""
+        ...
+
+    @property
+    def current(self) -> "Weights":
+        """The group's weights as they are now, for one step: with `params` and `paged` that belong together, since an adapter
+        that is loaded may change both.
+        """
         ...
 
 
@@ -49,8 +66,9 @@ class Module(Weights, Protocol):
 
 
 def weights_of(modules: Iterable[Module]) -> list[Weights]:
-    """All weights that the modules' steps compute with."""
-    return [weights for module in modules for weights in (module, module.base) if weights is not None]
+    """The current weights of all groups that the modules' steps compute with."""
+    used = [weights for module in modules for weights in (module, module.base) if weights is not None]
+    return [weights.current for weights in {id(weights.group): weights for weights in used}.values()]
 
 
 Choice = Callable[[int, Sequence], tuple[int, TokenLogprobs | None]]
@@ -58,20 +76,55 @@ Choice = Callable[[int, Sequence], tuple[int, TokenLogprobs | None]]
 
 
 @runtime_checkable
+class Pending(Protocol):
+    """A dispatched choice."""
+
+    def fetch(self) -> Choice:
+        """Waits for the step, and brings its choices to the host. The choice for a row may raise (GrammarFailed: with a
+        sentence for the user).
+        """
+        ...
+
+
+@runtime_checkable
+class SamplerRows(Protocol):
+    """What the sampler keeps on the device of the sequences of one group, by slot."""
+
+    tokens: Any
+    """The last token of each slot `[slots + 1]`, which the next decode step consumes; the last slot is for padding."""
+
+    def join(self, slot: int, sequence: Sequence) -> None:
+        """A sequence takes a slot: writes its next input token, and what its answer so far means for its next tokens.
+
+        Raises:
+            RowFailed: its settings or history cannot be used.
+        """
+        ...
+
+    def prepare(
+        self, batch: Items[Sequence], slots: Items[int], positions: Items[int], num_rows: int
+    ) -> Callable[[Any], Pending]:
+        """Does the host's part for a step of `num_rows` rows that chooses the tokens at these positions. Its result takes the
+        logits `[num_rows, vocab_size]`, which may still be computed, and writes the choices into `tokens`; it reads where
+        the answers are in their grammars.
+        """
+        ...
+
+
+@runtime_checkable
 class TokenSampler(Protocol):
     """Chooses next tokens on a decode worker's devices (sampler.py)."""
 
-    def prepare(self, batch: Items[Sequence], num_rows: int) -> Callable[[Any], Choice]:
-        """Does the host's part for a step of `num_rows` rows; its result takes the logits `[num_rows, vocab_size]`. The
-        choice for a row may raise (GrammarFailed: with a sentence for the user).
-
-        Raises:
-            RowFailed: for the sequence whose settings or history cannot be used.
-        """
+    def new_rows(self, num_slots: int) -> SamplerRows:
+        """The state of a group without sequences."""
         ...
 
     def lower(self, num_rows: int) -> Any:
         """The call for this many rows, ready to be compiled."""
+        ...
+
+    def lower_join(self) -> Any:
+        """The call that seats a sequence in a slot, ready to be compiled."""
         ...
 
 
@@ -87,13 +140,16 @@ class PrefillSpec:
 
 @dataclass(frozen=True)
 class DecodeSpec:
-    """A decode worker: its tasks' modules, pool, sampler, device indices, and the base on its mesh (for new tasks)."""
+    """A decode worker: its tasks' modules, pool, sampler, device indices, and for new tasks the base and the stack of adapters
+    (share/adapter_stack.py) on its mesh.
+    """
 
     tasks: dict[str, Module]
     pool: Pool
     sampler: TokenSampler
     devices: Collection[int]
     base: Any = None
+    stack: Any = None
 
 
 @dataclass(frozen=True)

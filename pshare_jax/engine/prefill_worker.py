@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pshare_jax.engine.admission import Admission
-from pshare_jax.engine.failures import StepFailed, StepWatch
+from pshare_jax.engine.failures import NOT_DISPATCHED, StepFailed, StepWatch
 from pshare_jax.engine.interfaces import EngineHooks, Weights
 from pshare_jax.engine.schedule import PrefillTurns
 from pshare_jax.engine.sequence import PageTransfer, Sequence
@@ -91,10 +91,11 @@ class _Step:
 
     done: Any
     batch: _Batch
+    order: int = NOT_DISPATCHED
 
     def failure(self, error: Exception) -> StepFailed:
         places = [(chunk.sequence, chunk.start) for chunk in self.batch.chunks]
-        return StepFailed("prefill", places, error, self.batch.shape)
+        return StepFailed("prefill", places, error, self.batch.shape, self.order)
 
 
 class PrefillWorker:
@@ -186,7 +187,8 @@ class PrefillWorker:
     def _call(self, tokens: np.ndarray, rows: PagedBatch) -> Any:
         num_rows, bucket = tokens.shape
         self._ran.add((num_rows, bucket))
-        return self.pool.run(self._weights.paged.prefill, self._weights.params, tokens, rows)
+        weights = self._weights.current
+        return self.pool.run(weights.paged.prefill, weights.params, tokens, rows)
 
     def _choose(self) -> "_Batch | None":
         """The next chunks, and the page tables into which they are written, as they are now: a sequence may lose its pages
@@ -205,22 +207,28 @@ class PrefillWorker:
 
     def _receive_returned(self) -> bool:
         """Writes pages that come back from decode pools; whether any was written."""
+        arrived = self._returned()
+        done = bool(arrived)
+        while arrived:
+            written = {transfer.sequence for transfer in arrived if self._write_returned(transfer)}
+            arrived = [transfer for transfer in self._returned() if transfer.sequence in written]
+        return done
+
+    def _returned(self) -> list[PageTransfer]:
         with self._hooks.lock:
             returning = self._admission.returning(self.index)
-        arrived = [transfer for transfer in returning if transfer.content.is_ready()]
-        for transfer in arrived:
-            self._write_returned(transfer)
-        return bool(arrived)
+        return [transfer for transfer in returning if transfer.content.is_ready()]
 
-    def _write_returned(self, transfer: PageTransfer) -> None:
+    def _write_returned(self, transfer: PageTransfer) -> bool:
+        """Writes it; False if it was not, and is not needed or has failed."""
         try:
             transfer.content.block_until_ready()
         except Exception:
             self._transfers[transfer.decode_worker].fail(transfer)
-            return
+            return False
         with self._hooks.lock:
             if not self._admission.still_returning(transfer):
-                return
+                return False
             pages = transfer.target_pages
         try:
             self.pool.scatter(pages, transfer.content)
@@ -229,6 +237,7 @@ class PrefillWorker:
         with self._hooks.lock:
             self._admission.return_written(transfer)
             self._hooks.prefilled(transfer.sequence)
+        return True
 
     def failed_step(self) -> StepFailed | None:
         """The first dispatched step that has failed, if any; waits for steps that run."""
@@ -270,13 +279,13 @@ class PrefillWorker:
         if len(self._running) == MAX_RUNNING:
             # So that an abort frees the device within two chunks, and a failed step is noticed.
             self._wait_for(1)
-        rows = [(chunk.table_pages, chunk.start, chunk.tokens) for chunk in batch.chunks]
+        rows = [(chunk.table_pages, chunk.start, chunk.tokens, self._weights.slot) for chunk in batch.chunks]
         tokens, metadata = padded_batch(batch.shape, self._table_len, rows)
         if not self._running:
             self._busy_since = time.monotonic()
         step = _Step(None, batch)
         try:
-            step.done = self._call(tokens, metadata)
+            step.done, step.order = self._call(tokens, metadata), self.pool.num_steps
         except Exception as error:
             raise step.failure(error) from error
         self._running.append(step)
@@ -292,12 +301,12 @@ class PrefillWorker:
         """Sends the next pages of every sequence while transfers to its decode worker have room."""
         sent = False
         for sequence in list(self._admission.prefilling[self.index]):
-            kv_transfer, most = self._transfers[sequence.decode_worker], self.pool.move_pages
+            kv_transfer = self._transfers[sequence.decode_worker]
             while True:
                 with self._hooks.lock:
                     # It may have been requeued, for another worker.
                     room = sequence.prefill_worker == self.index and kv_transfer.has_room(sequence)
-                    transfer = self._admission.next_transfer(sequence, most) if room else None
+                    transfer = self._admission.next_transfer(sequence) if room else None
                 if transfer is None:
                     break
                 kv_transfer.send(transfer)

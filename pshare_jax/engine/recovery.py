@@ -40,10 +40,10 @@ class Recovery:
         """
         engine = self._engine
         with engine.lock:
-            if failure.kind != "prefill":
-                # A step over arrays that a dispatched prefill step has failed to write fails with it.
-                earlier = [(w.watch, w.failed_step()) for w in engine.prefill_workers if w.pool is pool]
-                watch, failure = next(((other, first) for other, first in earlier if first), (watch, failure))
+            # A step over arrays that a dispatched step has failed to write fails with it.
+            others = [(worker.watch, worker.failed_step()) for worker in engine.workers if worker.pool is pool]
+            failures = [(watch, failure), *((other, first) for other, first in others if first is not None)]
+            watch, failure = min(failures, key=lambda one: one[1].order)
             guilty, in_doubt = watch.failed(failure), watch.must_prove()
             for sequence in engine.admission.holders(pool):
                 sequence.must_restart = True

@@ -1,7 +1,11 @@
 """A user's `Request` and the `Event`s with which the engine answers it."""
 
+import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from pshare_jax.errors import PshareError
 from pshare_jax.sampling.params import SamplingParams
@@ -135,9 +139,18 @@ def check_request(request: Request, vocab_size: int, max_len: int) -> None:
             f"The context length is at most {max_len} tokens, but the prompt has {len(prompt)} and max_tokens is "
             f"{request.max_tokens}; shorten the prompt or lower max_tokens."
         )
-    if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+    if has_unknown_ids(prompt, vocab_size):
         raise PshareError(f"Token ids must be 0 to {vocab_size - 1}.")
     check_hint(request)
+
+
+def has_unknown_ids(prompt: Sequence[int], vocab_size: int) -> bool:
+    """Whether a prompt of at least one token has ids outside the vocabulary."""
+    try:
+        ids = np.frombuffer(array.array("q", prompt), np.int64)
+    except OverflowError:
+        return True
+    return bool(ids.min() < 0 or ids.max() >= vocab_size)
 
 
 def check_hint(request: Request) -> None:

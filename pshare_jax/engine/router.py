@@ -71,7 +71,8 @@ class Router:
         self._page_size = page_size
         self._prefill_tasks = prefill_tasks
         self._turns: Counter[tuple[int, ...]] = Counter()
-        self._tickets: list[set[Ticket]] = [set() for _ in range(num_prefill)]
+        self._coming: list[Counter[bytes]] = [Counter() for _ in range(num_prefill)]
+        """By prefill worker, how many unfinished requests will publish a page there, by the digest of its key."""
         self._affinity = _Affinity(self.prefill_load, page_size)
 
     def assign(
@@ -132,7 +133,6 @@ class Router:
         ticket.released = True
         self._set_outstanding(ticket, 0)
         self.decode_load[ticket.route.decode] -= 1
-        self._tickets[ticket.route.prefill].remove(ticket)
 
     def leave_out(self, kind: Kind, index: int) -> None:
         """The worker is dead: `assign` avoids it until `bring_back`. Its requests count until each is released.
@@ -167,12 +167,19 @@ class Router:
     def _begin(self, ticket: Ticket, tokens: int) -> Ticket:
         self._set_outstanding(ticket, tokens)
         self.decode_load[ticket.route.decode] += 1
-        self._tickets[ticket.route.prefill].add(ticket)
         return ticket
 
     def _set_outstanding(self, ticket: Ticket, tokens: int) -> None:
         self.prefill_load[ticket.route.prefill] += tokens - ticket.outstanding
-        ticket.outstanding = tokens
+        before, ticket.outstanding = ticket.outstanding, tokens
+        coming = self._coming[ticket.route.prefill]
+        if tokens and not before:
+            coming.update([key.digest for key in ticket.keys])
+        elif before and not tokens:
+            for key in ticket.keys:
+                coming[key.digest] -= 1
+                if not coming[key.digest]:
+                    del coming[key.digest]
 
     def _next(self, able: tuple[int, ...]) -> int:
         self._turns[able] += 1
@@ -180,7 +187,9 @@ class Router:
 
     def _pending(self, worker: int, keys: Sequence[PageKey]) -> int:
         """The leading pages that unfinished requests will publish on a worker: simultaneous equal prompts meet there."""
-        return max((_num_common(t.keys, keys) for t in self._tickets[worker] if t.outstanding), default=0)
+        coming = self._coming[worker]
+        # Keys are chained: a request that will publish a page will publish all pages before it.
+        return bisect_left(keys, True, key=lambda key: key.digest not in coming)
 
 
 @dataclass(frozen=True)
@@ -194,13 +203,16 @@ class _Prompt:
 
     def path(self, worker: int) -> Sequence[PageKey]:
         """The keys of the pages that the worker need not compute."""
-        num_pages = self.known(worker)
-        expect(num_pages <= len(self.keys), f"{num_pages} pages of a prompt of {len(self.keys)} are cached")
-        return self.keys[:num_pages]
+        return self.keys[: self._num_known(worker)]
 
     def uncached(self, worker: int) -> int:
         """The tokens that the worker would have to encode."""
-        return self.context_len - self.page_size * len(self.path(worker))
+        return self.context_len - self.page_size * self._num_known(worker)
+
+    def _num_known(self, worker: int) -> int:
+        num_pages = self.known(worker)
+        expect(num_pages <= len(self.keys), f"{num_pages} pages of a prompt of {len(self.keys)} are cached")
+        return num_pages
 
 
 class _Affinity:
@@ -254,11 +266,6 @@ class _Affinity:
 
 def _able(task: str, tasks: Sequence[Collection[str]] | None, num_workers: int) -> tuple[int, ...]:
     return tuple(worker for worker in range(num_workers) if tasks is None or task in tasks[worker])
-
-
-def _num_common(left: Sequence[PageKey], right: Sequence[PageKey]) -> int:
-    """Length of the common prefix; keys are chained, so all keys after the first difference differ."""
-    return bisect_left(range(min(len(left), len(right))), True, key=lambda index: left[index] != right[index])
 
 
 def _remember(table: OrderedDict[Any, int], key: Hashable, value: int) -> None:

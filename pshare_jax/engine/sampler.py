@@ -1,12 +1,13 @@
-"""Chooses the next token of every sequence of a decode step on the device (sampling/sample.py), in one call.
+"""Chooses the next token of every sequence of a decode step on the device (sampling/row_state.py), in one call.
 
-Each decode worker has a sampler. Token histories (penalties, bias, bans) are kept on the host and copied to the device
-only for batches that need them, as are the masks of grammars.
+Each decode worker has a sampler, and a `SamplerRows` for each group of sequences that decode together. What a row's scores
+depend on besides the logits stays on the device: a step sends a few words a row, and the masks of grammars for batches
+that have some.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,128 +18,171 @@ from pshare_jax.engine.interfaces import Choice
 from pshare_jax.engine.request import TokenLogprobs
 from pshare_jax.engine.sequence import Sequence as Running
 from pshare_jax.mesh import replicated
-from pshare_jax.sampling.params import all_allowed, sampling_rows
-from pshare_jax.sampling.sample import Adjustments, sample_rows
+from pshare_jax.sampling.params import SamplingParams, all_allowed
+from pshare_jax.sampling.row_state import Report, empty_state, sample_slots, slot_starts, start_slot
+from pshare_jax.sampling.step_rows import ROW, packed, row_of
 from pshare_jax.text.grammar import TokenMatcher
 
 
 class Sampler:
-    """Samples on the devices of `mesh` from logits `[B, vocab_size]`."""
+    """Samples on the devices of `mesh` from logits `[B, vocab_size]`, for groups of at most `num_slots` sequences."""
 
-    def __init__(self, mesh: Mesh, vocab_size: int):
-        self._mesh, self._vocab_size = mesh, vocab_size
-        self._sample = _jitted(mesh)
-        self._nothing: dict[int, Adjustments] = {}
+    def __init__(self, mesh: Mesh, vocab_size: int, num_slots: int):
+        self.mesh, self.vocab_size, self.num_slots = mesh, vocab_size, num_slots
+        self.calls = _jitted(mesh)
         self._everything: dict[int, Any] = {}
 
-    def prepare(self, batch: Sequence[Running], num_rows: int) -> Callable[[Any], Choice]:
-        """Does the host's part for a step of `num_rows` rows; its result takes the logits `[num_rows, vocab_size]`, which may
-        still be computed: grammars' masks are filled meanwhile. The choice for a row whose grammar has failed raises.
-
-        Raises:
-            RowFailed: for the sequence whose history cannot be used.
-        """
-        settings = [sequence.request.sampling for sequence in batch]
-        rows = sampling_rows(settings, [sequence.num_tokens for sequence in batch], num_rows)
-        adjusted = any(sequence.history.active for sequence in batch)
-        reported = any(sequence.request.logprobs is not None for sequence in batch)
-        drawn = any(not sampling.is_greedy for sampling in settings)
-        adjustments = self._adjustments(batch, num_rows) if adjusted else self.no_adjustments(num_rows)
-        matchers = [sequence.matcher for sequence in batch]
-        flags = drawn, adjusted, any(matcher is not None for matcher in matchers), reported
-        return functools.partial(self._choose, rows, adjustments, matchers, flags)
-
-    def _choose(
-        self,
-        rows: Any,
-        adjustments: Adjustments,
-        matchers: Sequence[TokenMatcher | None],
-        flags: tuple[bool, bool, bool, bool],
-        logits: Any,
-    ) -> Choice:
-        masks, failures = self.no_masks(len(logits)), {}
-        if flags[2]:
-            masks, failures = self._masks(matchers, len(logits))
-        sampled = self._sample(logits, rows, adjustments, masks, *map(np.array, flags))
-        ids = np.asarray(sampled.ids).tolist()
-        if not flags[3]:
-            return functools.partial(_without_logprobs, ids, failures)
-        return functools.partial(_with_logprobs, ids, failures, *map(np.asarray, sampled[2:]))
+    def new_rows(self, num_slots: int) -> "SamplerRows":
+        """The rows of a group of at most `num_slots` sequences, all slots empty."""
+        return SamplerRows(self, num_slots)
 
     def no_masks(self, num_rows: int) -> Any:
         """Masks on the device that allow everything, for a batch without grammars, which does not read them."""
         if num_rows not in self._everything:
-            self._everything[num_rows] = self._on_device(all_allowed(num_rows, self._vocab_size))
+            self._everything[num_rows] = self.on_device(all_allowed(num_rows, self.vocab_size))
         return self._everything[num_rows]
 
-    def _masks(self, matchers: Sequence[TokenMatcher | None], num_rows: int) -> tuple[Any, dict[int, Exception]]:
-        """The rows' masks on the device, and why rows have none."""
-        masks, failures = all_allowed(num_rows, self._vocab_size), {}
-        for row, matcher in enumerate(matchers):
-            if matcher is not None:
-                try:
-                    matcher.fill(masks[row])
-                except Exception as error:
-                    failures[row] = error
-        return self._on_device(masks), failures
-
-    def no_adjustments(self, num_rows: int) -> Adjustments:
-        """Zeros on the device, for a batch without adjustments, which does not read them."""
-        if num_rows not in self._nothing:
-            shape = num_rows, self._vocab_size
-            self._nothing[num_rows] = self._placed(np.zeros(shape, np.float32), np.zeros(shape, bool))
-        return self._nothing[num_rows]
+    def on_device(self, arrays: Any) -> Any:
+        """The arrays on the sampler's devices."""
+        # One placement for what is resident and what is not, or the call would be compiled a second time.
+        return jax.device_put(arrays, replicated(self.mesh))
 
     def lower(self, num_rows: int) -> Any:
         """The call for this many rows, ready to be compiled."""
-        rows = sampling_rows([], [], num_rows)
-        logits = jax.ShapeDtypeStruct((num_rows, self._vocab_size), np.float32, sharding=replicated(self._mesh))
-        flag = np.array(False)
-        given = self.no_adjustments(num_rows), self.no_masks(num_rows)
-        return self._sample.lower(logits, rows, *given, flag, flag, flag, flag)
+        logits = self._spec((num_rows, self.vocab_size), np.float32)
+        return self.calls.sample.lower(
+            logits, *self._state_specs(), packed(np.zeros(num_rows, ROW)), self.no_masks(num_rows)
+        )
 
-    def _adjustments(self, batch: Sequence[Running], num_rows: int) -> Adjustments:
-        bias = np.zeros((num_rows, self._vocab_size), np.float32)
-        repeated = np.zeros((num_rows, self._vocab_size), bool)
-        for row, sequence in enumerate(batch):
-            if sequence.history.active:
-                try:
-                    sequence.history.write(bias[row], repeated[row])
-                except Exception as error:
-                    raise RowFailed(sequence) from error
-        return self._placed(bias, repeated)
+    def lower_join(self) -> Any:
+        """The call that seats a sequence, ready to be compiled."""
+        start = slot_starts(0, (0,), (), SamplingParams(), (), self.vocab_size)[0]
+        return self.calls.start.lower(*self._state_specs(), start)
 
-    def _placed(self, bias: np.ndarray, repeated: np.ndarray) -> Adjustments:
-        return self._on_device(Adjustments(bias, repeated))
+    def _state_specs(self) -> Any:
+        arrays = jax.eval_shape(lambda: _empty(self.num_slots, self.vocab_size))
+        return jax.tree.map(lambda array: self._spec(array.shape, array.dtype), arrays)
 
-    def _on_device(self, arrays: Any) -> Any:
-        # One placement for what is resident and what is not, or the call would be compiled a second time.
-        return jax.device_put(arrays, replicated(self._mesh))
+    def _spec(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self.mesh))
 
 
-@functools.cache
-def _jitted(mesh: Mesh) -> Any:
-    return jax.jit(sample_rows, out_shardings=replicated(mesh))
+class SamplerRows:
+    """The rows of one group, by slot: `num_slots` for sequences, and one more for padding rows.
+
+    Used by the worker's thread alone. After a failed call, or a failed `Pending.fetch`, the arrays are lost: take new rows.
+    """
+
+    def __init__(self, sampler: Sampler, num_slots: int):
+        self._sampler, self._num_slots = sampler, num_slots
+        self.tokens, self._state = sampler.calls.empty(num_slots, sampler.vocab_size)
+        """`tokens` `[num_slots + 1]`, on the device: the last token of each slot, the input of its next step."""
+        self._rows = np.zeros(num_slots + 1, ROW)
+        self._rows[:] = row_of(SamplingParams(), num_slots)
+        # The first position for which a slot's banned ids are allowed.
+        self._banned_until = np.zeros(num_slots + 1, np.int64)
+
+    def join(self, slot: int, sequence: Running) -> None:
+        """Seats a sequence in a slot, with the tokens that it has now; nothing of the slot's last sequence remains.
+
+        Raises:
+            RowFailed: its settings or history cannot be used.
+        """
+        request, size = sequence.request, self._sampler.vocab_size
+        try:
+            # A grammar decides about stop ids itself.
+            banned = request.stop_ids if request.min_tokens and sequence.matcher is None else ()
+            completion = sequence.decode.completion_ids
+            starts = slot_starts(slot, request.prompt, completion, request.sampling, banned, size)
+            row = row_of(request.sampling, slot, sequence.matcher is not None, request.logprobs is not None)
+        except Exception as error:
+            raise RowFailed(sequence) from error
+        self._rows[slot] = row
+        self._banned_until[slot] = len(request.prompt) + request.min_tokens if banned else 0
+        for start in starts:
+            self.tokens, self._state = self._sampler.calls.start(self.tokens, self._state, start)
+
+    def prepare(
+        self, batch: Sequence[Running], slots: Sequence[int], positions: Sequence[int], num_rows: int
+    ) -> Callable[[Any], "Pending"]:
+        """Does the host's part for a step of `num_rows` rows: the first are those of `batch`, seated in `slots`, whose new
+        tokens have the absolute `positions`; the others are padding.
+
+        Its result takes the logits `[num_rows, vocab_size]`, which may still be computed, and does not wait for them. It
+        fills the masks of grammars, so their matchers must have all tokens of the sequence by then.
+        """
+        rows = self._rows[[*slots, *[self._num_slots] * (num_rows - len(slots))]]
+        rows["position"][: len(slots)] = positions
+        rows["banned"] = rows["position"] < self._banned_until[rows["slot"]]
+        rows["adjusted"] |= rows["banned"]
+        matchers = [sequence.matcher for sequence in batch] if rows["masked"].any() else []
+        return functools.partial(self._choose, rows, matchers)
+
+    def _choose(self, rows: np.ndarray, matchers: Sequence[TokenMatcher | None], logits: Any) -> "Pending":
+        masks, failures = self._sampler.no_masks(len(rows)), {}
+        if matchers:
+            filled, failures = _filled(matchers, all_allowed(len(rows), self._sampler.vocab_size))
+            masks = self._sampler.on_device(filled)
+        self.tokens, self._state, report = self._sampler.calls.sample(
+            logits, self.tokens, self._state, packed(rows), masks
+        )
+        return Pending(report, bool(rows["reported"].any()), failures)
 
 
-def _without_logprobs(
-    ids: list[int], failures: dict[int, Exception], row: int, sequence: Running
+class Pending:
+    """The choice of a step that may still run."""
+
+    def __init__(self, report: Report, reported: bool, failures: dict[int, Exception]):
+        self._arrays: Any = report if reported else report[:1]
+        self._failures = failures
+        for array in self._arrays:
+            array.copy_to_host_async()
+
+    def fetch(self) -> Choice:
+        """Waits for the step. The choice for a row whose grammar has failed raises."""
+        return functools.partial(_chosen, jax.device_get(self._arrays), self._failures)
+
+
+def _chosen(
+    arrays: Sequence[np.ndarray], failures: dict[int, Exception], row: int, sequence: Running
 ) -> tuple[int, TokenLogprobs | None]:
     if row in failures:
         raise failures[row]
-    return ids[row], None
+    token_id, wanted = int(arrays[0][row]), sequence.request.logprobs
+    if wanted is None:
+        return token_id, None
+    logprob, top_ids, top_logprobs = (array[row] for array in arrays[1:])
+    return token_id, TokenLogprobs.of(token_id, logprob, top_ids, top_logprobs, wanted)
 
 
-def _with_logprobs(
-    ids: list[int],
-    failures: dict[int, Exception],
-    logprobs: np.ndarray,
-    top_ids: np.ndarray,
-    top_logprobs: np.ndarray,
-    row: int,
-    sequence: Running,
-) -> tuple[int, TokenLogprobs | None]:
-    wanted = sequence.request.logprobs
-    if wanted is None or row in failures:
-        return _without_logprobs(ids, failures, row, sequence)
-    return ids[row], TokenLogprobs.of(ids[row], logprobs[row], top_ids[row], top_logprobs[row], wanted)
+def _filled(matchers: Sequence[TokenMatcher | None], masks: np.ndarray) -> tuple[np.ndarray, dict[int, Exception]]:
+    """The masks of rows with a grammar, and why rows have none."""
+    failures = {}
+    for row, matcher in enumerate(matchers):
+        if matcher is not None:
+            try:
+                matcher.fill(masks[row])
+            except Exception as error:
+                failures[row] = error
+    return masks, failures
+
+
+class _Calls(NamedTuple):
+    empty: Any
+    start: Any
+    sample: Any
+
+
+@functools.cache
+def _jitted(mesh: Mesh) -> _Calls:
+    placed = replicated(mesh)
+    return _Calls(
+        lambda *sizes: jax.device_put(_empty(*sizes), placed),
+        jax.jit(start_slot, donate_argnums=1, out_shardings=placed),
+        jax.jit(sample_slots, donate_argnums=2, out_shardings=placed),
+    )
+
+
+def _empty(num_slots: int, vocab_size: int) -> Any:
+    """The last tokens and the state of empty slots, with one for padding rows."""
+    return np.zeros(num_slots + 1, np.int32), empty_state(num_slots + 1, vocab_size)

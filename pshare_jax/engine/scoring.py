@@ -40,7 +40,7 @@ def batch_of(waiting: Items[Sequence], shapes: Any) -> list[Sequence]:
     first = waiting[0]
     if SHORT not in shapes or not 0 < _num_left(first) <= num_tokens:
         return [first]
-    return [s for s in waiting if _kind(s) == _kind(first) and 0 < _num_left(s) <= num_tokens][:most]
+    return [s for s in waiting if s.scoring_group == first.scoring_group and 0 < _num_left(s) <= num_tokens][:most]
 
 
 def no_rows(shape: Shape, table_len: int) -> tuple[np.ndarray, ScoreBatch]:
@@ -50,21 +50,21 @@ def no_rows(shape: Shape, table_len: int) -> tuple[np.ndarray, ScoreBatch]:
 
 
 def next_rows(sequences: Items[Sequence], shape: Shape, table_len: int) -> tuple[np.ndarray, ScoreBatch, list[int]]:
-    """Tokens, metadata and the numbers of real tokens of the sequences' next step; all must be of one kind."""
+    """Tokens, metadata and the numbers of real tokens of the sequences' next step, all of one scoring group."""
     num_rows, num_tokens = size_of(shape)
     chunks, spans = [], []
     for sequence in sequences:
         (start, end), held = sequence.to_score, sequence.decode.table
         assert held is not None
         spans.append((start, min(end, start + num_tokens)))
-        chunks.append((held.pages, start, sequence.tokens(*spans[-1])))
+        chunks.append((held.pages, start, sequence.tokens(*spans[-1]), sequence.slot))
     tokens, batch = padded_batch((num_rows, num_tokens), table_len, chunks)
     targets = np.zeros_like(tokens)
     for row, (sequence, (start, end)) in enumerate(zip(sequences, spans, strict=True)):
         targets[row, : end - start] = sequence.tokens(start + 1, end + 1)
     return (
         tokens,
-        ScoreBatch(batch, targets, np.array(_independent(sequences[0]))),
+        ScoreBatch(batch, targets, np.array(sequences[0].scoring_group[1])),
         [end - start for start, end in spans],
     )
 
@@ -83,11 +83,3 @@ def reported(sequence: Sequence, row: int, scores: Any, num_tokens: int) -> list
 def _num_left(sequence: Sequence) -> int:
     start, end = sequence.to_score
     return end - start
-
-
-def _independent(sequence: Sequence) -> bool:
-    return sequence.to_score[0] < sequence.split.base_len
-
-
-def _kind(sequence: Sequence) -> tuple[int, bool]:
-    return id(sequence.weights.params), _independent(sequence)

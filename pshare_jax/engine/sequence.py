@@ -16,7 +16,6 @@ from pshare_jax.engine.kv.pool import PageTable
 from pshare_jax.engine.kv.sessions import NOBODY, Caller
 from pshare_jax.engine.request import Event, Request, TokenLogprobs
 from pshare_jax.engine.router import Ticket
-from pshare_jax.sampling.history import TokenHistory
 from pshare_jax.share.boundary import Split, next_position
 from pshare_jax.text.grammar import TokenMatcher
 from pshare_jax.text.stop_strings import TextOutput
@@ -54,6 +53,8 @@ LEGAL: dict[State, set[State]] = {
     State.ABORTED: set(),
     State.FAILED: set(),
 }
+# Not a set: a state's hash takes longer than three comparisons.
+_FINAL = tuple(state for state, ways in LEGAL.items() if not ways)
 
 
 class IllegalTransition(AssertionError):
@@ -116,6 +117,8 @@ class DecodeProgress:
     """Whether the prompt's scores are reported: scoring steps then only recompute lost KV, of generated tokens too."""
     has_row: bool = False
     """Whether it is one of the sequences that share the steps of its group; others wait for a row."""
+    finishing: bool = False
+    """Whether its last token is being generated: it needs no row any more."""
     last_turn: int = 0
     """The last decode turn that it took part in, or, before its first, the turn in which it joined."""
 
@@ -131,7 +134,6 @@ class Sequence:
 
     request: Request
     output: TextOutput
-    history: TokenHistory
     keys: list[PageKey]
     split: Split
     """Where its module's boundary divides the prompt."""
@@ -192,20 +194,35 @@ class Sequence:
 
     @property
     def group(self) -> int:
-        """Names the steps that it shares with others: those with its weights, or 0 while it has tokens to score."""
-        return id(self.weights.params) if self.decode.opened else 0
-
-    @property
-    def weights(self) -> Any:
-        """The weights of its next decode or scoring step: its module's, or the base's where an activated LoRA does not act."""
-        module = self.decode.module
-        acts = self.split.active and (self.decode.opened or self.to_score[0] >= self.split.base_len)
-        return module if acts else module.base or module
+        """Names the steps that it shares with others: those of its weights' group, or 0 while it has tokens to score."""
+        return id(self._weights.group) if self.decode.opened else 0
 
     @property
     def final(self) -> bool:
         """Whether it has ended."""
-        return not LEGAL[self.state]
+        return self.state in _FINAL
+
+    @property
+    def weights(self) -> Any:
+        """The weights of its group's next step, as they are now."""
+        return self._weights.current
+
+    @property
+    def slot(self) -> int:
+        """The slot of its adapter in that step."""
+        return self._weights.slot
+
+    @property
+    def scoring_group(self) -> tuple[int, bool]:
+        """Names the scoring steps that it shares with others: those of one group in which tokens are alike `independent`."""
+        return id(self._weights.group), self.to_score[0] < self.split.base_len
+
+    @property
+    def _weights(self) -> Any:
+        """Its module's, or the base's where an activated LoRA does not act."""
+        module = self.decode.module
+        acts = self.split.active and (self.decode.opened or self.to_score[0] >= self.split.base_len)
+        return module if acts else module.base or module
 
     @property
     def leaving(self) -> bool:
@@ -297,7 +314,6 @@ class Sequence:
     def accept(self, token_id: int, logprobs: TokenLogprobs | None = None) -> Event:
         """Appends a sampled token; the event has the text to show and, if the sequence ends, the reason."""
         self.decode.completion_ids.append(token_id)
-        self.history.push(token_id)
         if self.matcher is not None and token_id not in self.request.stop_ids:
             self.matcher.push(token_id)
         self.progressed = time.monotonic()

@@ -67,22 +67,30 @@ class KVTransfer:
         """Writes the transfers that have arrived (called by the decode pool's thread); whether any was written or dropped."""
         with self._hooks.lock:
             dropped = self._admission.drop_cancelled(self._worker)
-            writable = self._admission.writable(self._worker)
-        arrived = [transfer for transfer in writable if transfer.content is not None and transfer.content.is_ready()]
-        for transfer in arrived:
-            self._write(transfer)
-        return dropped or bool(arrived)
+        arrived = self._arrived()
+        done = dropped or bool(arrived)
+        while arrived:
+            written = {transfer.sequence for transfer in arrived if self._write(transfer)}
+            # A sequence's next transfer may be written when the one before is.
+            arrived = [transfer for transfer in self._arrived() if transfer.sequence in written]
+        return done
 
-    def _write(self, transfer: PageTransfer) -> None:
+    def _arrived(self) -> list[PageTransfer]:
+        with self._hooks.lock:
+            writable = self._admission.writable(self._worker)
+        return [transfer for transfer in writable if transfer.content is not None and transfer.content.is_ready()]
+
+    def _write(self, transfer: PageTransfer) -> bool:
+        """Writes it; False if it was not, and is not needed or has failed."""
         try:
             # The content is ready; this raises if the step that computed it has failed.
             transfer.content.block_until_ready()
         except Exception:
             self.fail(transfer)
-            return
+            return False
         with self._hooks.lock:
             if transfer.cancelled or transfer.target.stale:
-                return
+                return False
             pages = transfer.target_pages
         # If it is cancelled now, the next holder of its pages still writes later, since one thread writes the pool.
         try:
@@ -95,6 +103,7 @@ class KVTransfer:
                 self._admission.transfer_failed(transfer)
             else:
                 self._admission.transfer_written(transfer)
+            return not transfer.cancelled
 
     def send_back(self) -> bool:
         """Sends pages that prefill pools have lost back to them (called by the decode pool's thread); whether there were any."""

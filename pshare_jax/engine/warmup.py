@@ -6,9 +6,12 @@ A worker's first call uses the program compiled here. Called by the server's sta
 import functools
 import itertools
 import logging
+import math
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +19,13 @@ import jax
 import numpy as np
 
 from pshare_jax.engine import scoring
+from pshare_jax.engine.config import resolved
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.interfaces import DecodeSpec, PrefillSpec, weights_of
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.shapes import CompiledShapes, Shape, padded_batch, pages_for, prefill_shapes, row_buckets
+from pshare_jax.mesh import replicated
+from pshare_jax.model.paged_batch import DecodeBatch
 from pshare_jax.model.paged_steps import page_moves
 
 logger = logging.getLogger(__name__)
@@ -49,6 +55,7 @@ def variants(engine: Engine) -> list[Variant]:
         *(_prefill(spec, engine) for spec in prefill),
         *(_decode(spec, engine) for spec in decode),
         *(_score(spec, engine) for spec in decode),
+        *(_put_tables(store, engine) for store in targets.values()),
         *(_gathers(store) for store in (sources | targets).values()),
         *(_scatters(store) for store in (sources | targets).values()),
         *(_device_puts(source, target) for source, target in itertools.product(sources.values(), targets.values())),
@@ -73,7 +80,8 @@ def decode_variants(spec: DecodeSpec, engine: Engine) -> list[Variant]:
 
 
 def _prefill(spec: PrefillSpec, engine: Engine) -> Iterator[tuple[tuple, Variant]]:
-    step, store = spec.weights.paged.prefill, DevicePages.of(spec.pool)
+    weights, store = spec.weights.current, DevicePages.of(spec.pool)
+    step = weights.paged.prefill
     for rows, tokens in prefill_shapes(engine.chunk_tokens):
         small = rows == 1 and tokens == min(SMALL_TOKENS, engine.chunk_tokens)
         shape = (rows, tokens)
@@ -82,7 +90,7 @@ def _prefill(spec: PrefillSpec, engine: Engine) -> Iterator[tuple[tuple, Variant
             Variant(
                 f"prefill {rows}x{tokens}",
                 small,
-                _step_lowering(step, spec.weights.params, store, shape, engine),
+                _step_lowering(step, weights.params, store, shape, engine),
                 shape,
             ),
         )
@@ -90,20 +98,31 @@ def _prefill(spec: PrefillSpec, engine: Engine) -> Iterator[tuple[tuple, Variant
 
 def _decode(spec: DecodeSpec, engine: Engine) -> Iterator[tuple[tuple, Variant]]:
     store = DevicePages.of(spec.pool)
-    for rows in row_buckets(engine.config.batch.decode_rows):
+    for rows in row_buckets(resolved(engine.config.batch.decode_rows)):
         small = rows == SMALL_ROWS
         for weights in weights_of(spec.tasks.values()):
             step = weights.paged.decode
             yield (
                 ("decode", step, rows, store.mesh, store.num_pages),
-                Variant(
-                    f"decode {rows}", small, _step_lowering(step, weights.params, store, (rows, 1), engine), (rows,)
-                ),
+                Variant(f"decode {rows}", small, _decode_lowering(step, weights.params, store, rows, engine), (rows,)),
             )
         yield (
             ("sample", rows, store.mesh),
-            Variant(f"sample {rows}", small, functools.partial(spec.sampler.lower, rows), (rows,)),
+            Variant(
+                f"sample {rows}",
+                small,
+                functools.partial(spec.sampler.lower, rows),
+                (rows,),
+            ),
         )
+    yield ("join", store.mesh), Variant("join", True, spec.sampler.lower_join)
+
+
+def _put_tables(store: DevicePages, engine: Engine) -> Iterator[tuple[tuple, Variant]]:
+    moves: Any = page_moves(store.config, store.mesh)
+    tables = _tables(store, engine)
+    lower = functools.partial(moves.put_table.lower, tables, np.int32(0), np.zeros(tables.shape[1], np.int32))
+    yield ("put_table", store.mesh), Variant("page table", True, lower)
 
 
 def _score(spec: DecodeSpec, engine: Engine) -> Iterator[tuple[tuple, Variant]]:
@@ -162,20 +181,71 @@ def _step_lowering(
     return functools.partial(step.lower, _specs(params), tokens, rows, store.spec)
 
 
+def _decode_lowering(step: Any, params: Any, store: DevicePages, num_rows: int, engine: Engine) -> Callable[[], Any]:
+    tables = _tables(store, engine)
+    num_slots = tables.shape[0]
+    tokens = jax.ShapeDtypeStruct((num_slots,), np.int32, sharding=tables.sharding)
+    batch = DecodeBatch.empty(tokens, num_rows, num_slots - 1)
+    return functools.partial(step.lower, _specs(params), batch, tables, store.spec)
+
+
+def _tables(store: DevicePages, engine: Engine) -> jax.ShapeDtypeStruct:
+    shape = resolved(engine.config.batch.decode_rows) + 1, pages_for(engine.facts.max_len, store.page_size)
+    return jax.ShapeDtypeStruct(shape, np.int32, sharding=replicated(store.mesh))
+
+
 def _specs(params: Any) -> Any:
     """Shapes alone, so that a pending compilation does not keep the weights of a removed task alive."""
     return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), params)
 
 
-def compile_all(programs: Iterable[Variant]) -> None:
-    """Compiles programs one after another."""
+def largest_temporaries(programs: Iterable[Variant]) -> int:
+    """Bytes that the temporaries of one program take on a device at most, by compiling the largest step of each kind."""
+    steps: dict[str, list[Variant]] = {}
     for program in programs:
-        program.lower().compile()
+        if program.shape is not None:
+            steps.setdefault(program.name.split()[0], []).append(program)
+    largest = [max(map(_size, kind)) for kind in steps.values()]
+    return max(
+        _temporaries(program)
+        for kind, size in zip(steps.values(), largest, strict=True)
+        for program in kind
+        if _size(program) == size
+    )
+
+
+def _temporaries(program: Variant) -> int:
+    try:
+        analysis = program.lower().compile().memory_analysis()
+    except Exception:
+        # It will be given up when the server compiles it, and smaller steps do its work.
+        logger.exception("%s could not be compiled to measure its temporaries", program.name)
+        return 0
+    return 0 if analysis is None else analysis.temp_size_in_bytes
+
+
+def _size(program: Variant) -> int:
+    """The tokens of a step; scoring steps of one row and of four have equally many."""
+    shape = program.shape or ()
+    return scoring.SCORE_TOKENS if "score" in shape else math.prod(part for part in shape if isinstance(part, int))
+
+
+def compile_all(programs: Iterable[Variant]) -> None:
+    """Compiles programs, several at once: XLA compiles each on one core, without Python's lock."""
+    with ThreadPoolExecutor(num_cores(), "pshare-compile") as threads:
+        # In order, so that the first error is raised.
+        for _ in threads.map(lambda program: program.lower().compile(), programs):
+            pass
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class BackgroundCompiler:
-    """Compiles the remaining programs in a thread. A shape may be used once all its programs are compiled; `wake` then
-    wakes the workers. `stop` ends the thread.
+    """Compiles the remaining programs in threads. A shape may be used once all its programs are compiled; `wake` then
+    wakes the workers. `stop` ends the threads.
     """
 
     def __init__(
@@ -191,26 +261,35 @@ class BackgroundCompiler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after the program that it is compiling, and waits for it."""
+        """Ends the thread after the programs that are being compiled, and waits for it."""
         self._stopping.set()
         self._thread.join()
 
     def _run(self) -> None:
         left = Counter(variant.shape for variant in self._rest)
-        for variant in self._rest:
-            if self._stopping.is_set():
-                return
-            try:
-                variant.lower().compile()
-            except Exception:
-                # A program that cannot be compiled (out of memory) is not used; workers continue with other shapes.
-                logger.exception("%s could not be compiled", variant.name)
-                continue
-            left[variant.shape] -= 1
-            if variant.shape is not None and not left[variant.shape]:
-                for ready in self._ready:
-                    ready.add(variant.shape)
-                self._wake()
+        # Half of the cores are for answers.
+        with ThreadPoolExecutor(max(1, num_cores() // 2), "pshare-compile") as threads:
+            for variant, compiled in zip(self._rest, threads.map(self._compile, self._rest), strict=True):
+                if not compiled:
+                    continue
+                left[variant.shape] -= 1
+                if variant.shape is not None and not left[variant.shape]:
+                    for ready in self._ready:
+                        ready.add(variant.shape)
+                    self._wake()
+        if self._stopping.is_set():
+            return
         for ready in self._ready:
             ready.settle()
         self._report("all programs are compiled")
+
+    def _compile(self, variant: Variant) -> bool:
+        """Whether the program is compiled; one that cannot be (out of memory) is not used, workers go on with others."""
+        if self._stopping.is_set():
+            return False
+        try:
+            variant.lower().compile()
+        except Exception:
+            logger.exception("%s could not be compiled", variant.name)
+            return False
+        return True

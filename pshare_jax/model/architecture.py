@@ -7,13 +7,16 @@ a jitted function.
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from pshare_jax.model.adapters import LoraStack
 from pshare_jax.model.config import ModelConfig
-from pshare_jax.model.decoder import Decoder
-from pshare_jax.model.layers import Build, LoraConfig
+from pshare_jax.model.decoder import Decoder, prefill_reads
+from pshare_jax.model.layers import Build, LoraConfig, Projection
 
 Params = dict[str, jax.Array]
 
@@ -39,6 +42,10 @@ class Architecture:
         """The same decoder with an adapter."""
         return replace(self, build=replace(self.build, lora=lora))
 
+    def with_stack(self, stack: LoraStack | None) -> "Architecture":
+        """The same decoder with stacked adapters."""
+        return replace(self, build=replace(self.build, stack=stack))
+
     def summing_in(self, parts: int) -> "Architecture":
         """The same decoder with its inner products summed in parts (`Build.sum_parts`)."""
         return replace(self, build=replace(self.build, sum_parts=parts))
@@ -54,11 +61,31 @@ class Architecture:
         """Path -> shape and dtype of every parameter."""
         return {_path(keys): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for keys, leaf in self._skeleton[1]}
 
-    def bind(self, params: Mapping[str, jax.Array]) -> Decoder:
-        """The decoder with these parameters, without a copy; for use inside a traced function."""
+    def bind(self, params: Mapping[str, jax.Array], slots: Any = None) -> Decoder:
+        """The decoder with these parameters, without a copy; for use inside a traced function. Where a parameter is missing
+        that prefill does not read, only `prefill` can be used.
+
+        Stacked adapters need `slots`, int `[B]`: the slot of each row's adapter.
+        """
         graph, leaves = self._skeleton
-        filled = [(keys, leaf.replace(params[_path(keys)])) for keys, leaf in leaves]
-        return nnx.merge(graph, nnx.from_flat_state(filled))
+        given = [(keys, leaf, _path(keys)) for keys, leaf in leaves]
+        skipped = {path for *_, path in given if path not in params and not prefill_reads(path, self.config)}
+        filled = [(keys, leaf if path in skipped else leaf.replace(params[path])) for keys, leaf, path in given]
+        decoder = nnx.merge(graph, nnx.from_flat_state(filled))
+        if self.build.stack is not None and slots is not None:
+            _set_slots(decoder, jnp.asarray(slots))
+        return decoder
+
+
+def _set_slots(decoder: Decoder, slots: jax.Array) -> None:
+    for _, node in nnx.iter_modules(decoder):
+        if isinstance(node, Projection) and node.stack_a is not None:
+            node.slots = slots
+
+
+def is_stacked(path: str) -> bool:
+    """Whether a parameter holds stacked adapters."""
+    return path.endswith((".stack_a", ".stack_b"))
 
 
 def is_lora(path: str) -> bool:

@@ -73,6 +73,14 @@ class DecoderLayer(nnx.Module):
         return rotate(self.attention.key(normed), *rope), self.attention.value(normed)
 
 
+def prefill_reads(path: str, config: ModelConfig) -> bool:
+    """Whether `Decoder.prefill` uses the parameter: in the last layer only norm, k and v, and no head."""
+    last = f"layers.{config.num_layers - 1}."
+    if path.startswith(last):
+        return path.startswith((f"{last}pre_attention_norm.", f"{last}attention.k", f"{last}attention.v"))
+    return path not in ("head", "final_norm.weight")
+
+
 class Decoder(nnx.Module):
     """Embedding, layers, final norm and head: a function of tokens, absolute positions and the caller's `attend`."""
 
@@ -96,20 +104,37 @@ class Decoder(nnx.Module):
 
         With `remat` a backward pass keeps only each layer's input and recomputes the rest.
         """
-        x, ropes = self._start(tokens, positions)
-        for index, layer in enumerate(self.layers):
-            run = functools.partial(layer, index, rope=ropes[layer.rope], attend=attend, kv=kv)
-            x, kv = jax.checkpoint(run)(x) if remat else run(x)
+        x, kv = self.through_layers(len(self.layers), self.embedding(tokens), positions, attend, kv, remat=remat)
         return self.final_norm(x), kv
 
     def prefill(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend, kv: Any) -> Any:
         """Only the new kv: no head, and in the last layer only norm, k and v."""
-        x, ropes = self._start(tokens, positions)
+        return self.stored(self.embedding(tokens), positions, attend, kv)
+
+    def through_layers(
+        self,
+        num_layers: int,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        attend: Attend,
+        kv: Any,
+        *,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The embedded tokens `x` after the first layers, and the new kv."""
+        ropes = self._ropes(positions)
+        for index in range(num_layers):
+            layer = self.layers[index]
+            run = functools.partial(layer, index, rope=ropes[layer.rope], attend=attend, kv=kv)
+            x, kv = jax.checkpoint(run)(x) if remat else run(x)
+        return x, kv
+
+    def stored(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attend: Attend, kv: Any) -> Any:
+        """The new kv of the embedded tokens `x`, as in `prefill`."""
         last = len(self.layers) - 1
-        for index, layer in enumerate(self.layers):
-            if index == last:
-                return layer.store(index, x, ropes[layer.rope], attend, kv)
-            x, kv = layer(index, x, ropes[layer.rope], attend, kv)
+        x, kv = self.through_layers(last, x, positions, attend, kv)
+        layer = self.layers[last]
+        return layer.store(last, x, self._ropes(positions)[layer.rope], attend, kv)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Next-token logits in float32."""
@@ -122,6 +147,6 @@ class Decoder(nnx.Module):
         """The matrix of the logits: the head `[D, V]`, or the embedding `[V, D]` of a tied model."""
         return self.embedding.weight[...].astype(self.embedding.dtype) if self.head is None else self.head[...]
 
-    def _start(self, tokens: Array, positions: Array) -> tuple[Array, dict]:
+    def _ropes(self, positions: Array) -> dict:
         ropes = {layer.rope: None for layer in self.config.layers}
-        return self.embedding(tokens), {rope: rope_tables(rope, self.config.head_dim, positions) for rope in ropes}
+        return {rope: rope_tables(rope, self.config.head_dim, positions) for rope in ropes}

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from pshare_jax.model.adapters import LoraStack, stacked_product
 from pshare_jax.model.config import ModelConfig
 
 
@@ -28,17 +29,23 @@ class LoraConfig:
 class Build:
     """The options of a decoder besides its config: parameter dtype, LoRA, and the number of parts of inner products.
 
+    LoRA is one adapter (`lora`: training, the plain loop) or a stack of them (`stack`: the engine), never both.
+
     For one row, XLA on CPU adds all terms in order on one core. Sums in 2 parts use two cores (a decode step's products
     take 0.8x the time); sums in 16 parts halve the rounding error of real models.
     """
 
     dtype: str = "float32"
     lora: LoraConfig | None = None
+    stack: LoraStack | None = None
     sum_parts: int = 1
 
 
 class Projection(nnx.Module):
-    """y = x W (+ b) (+ scale * x A B): W `[in, out]`, A `[in, rank]`, B `[rank, out]` (arXiv 2106.09685, eq. 3)."""
+    """y = x W (+ b) (+ scale * x A B): W `[in, out]`, A `[in, rank]`, B `[rank, out]` (arXiv 2106.09685, eq. 3).
+
+    With stacked adapters A and B are those of each row's slot (model/adapters.py), and the scale is part of B.
+    """
 
     def __init__(self, name: str, num_in: int, num_out: int, *, bias: bool, build: Build):
         lora = build.lora if build.lora and name in build.lora.targets else None
@@ -47,17 +54,26 @@ class Projection(nnx.Module):
         self.lora_a = nnx.LoRAParam(jnp.zeros((num_in, lora.rank), build.dtype)) if lora else None
         self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, num_out), build.dtype)) if lora else None
         self.scale = lora.scale if lora else 0.0
+        stack = build.stack if build.stack and name in build.stack.targets else None
+        self.stack_a = nnx.Param(jnp.zeros((stack.slots, stack.rank, num_in), build.dtype)) if stack else None
+        self.stack_b = nnx.Param(jnp.zeros((stack.slots, stack.rank, num_out), build.dtype)) if stack else None
+        self.slots: Int[Array, "B"] | None = None
         self.sum_parts = build.sum_parts
         self.drop: Callable[[Array], Array] | None = None
 
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        """Project the last axis. Training may set `drop` to a dropout of the adapter's inputs."""
+        """Project the last axis. Training may set `drop` to a dropout of the adapter's inputs; `Architecture.bind` sets the
+        rows' `slots`.
+        """
         y = product_in_parts(x, self.kernel[...], self.sum_parts)
         if self.bias is not None:
             y = y + self.bias[...]
         if self.lora_a is not None and self.lora_b is not None:
             low_rank = jnp.einsum("BTI,IR->BTR", x if self.drop is None else self.drop(x), self.lora_a[...])
             y = y + self.scale * jnp.einsum("BTR,RO->BTO", low_rank, self.lora_b[...])
+        if self.stack_a is not None and self.stack_b is not None:
+            assert self.slots is not None, "stacked adapters need the rows' slots"
+            y = y + stacked_product(x, self.stack_a[...], self.stack_b[...], self.slots)
         return y
 
 

@@ -1,13 +1,14 @@
 """The jitted steps over a pool of KV pages: prefill, decode, score, and page moves. The engine's workers call them.
 
 Pages are donated and keep their sharding, so a pool is written in place and all batches of one shape share a
-compilation, whatever their rows' lengths. Metadata (`PagedBatch`, page ids) are NumPy arrays.
+compilation, whatever their rows' lengths. Metadata (`PagedBatch`, page ids) are NumPy arrays, but for what decode steps
+keep on the device by slot: the last token of each sequence, and its page table.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +17,15 @@ from jaxtyping import Array, Float, Int
 
 from pshare_jax.mesh import replicated
 from pshare_jax.model.architecture import Architecture, Params
-from pshare_jax.model.attention.paged import PagedAttention, blocked, paged_attend, positions_of
+from pshare_jax.model.attention.blocked import blocked
+from pshare_jax.model.attention.paged import PagedAttention, paged_attend, positions_of
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.dense_steps import decode_architecture
 from pshare_jax.model.kv.pages import KVPages, PageContent, fill_pages, gather_pages, pages_out, scatter_pages
-from pshare_jax.model.paged_batch import PagedBatch, ScoreBatch
+from pshare_jax.model.layered_steps import layered_prefill, layered_scatter, layered_score
+from pshare_jax.model.paged_batch import DecodeBatch, PagedBatch, ScoreBatch
+from pshare_jax.model.scores import Scores, scores_of
 from pshare_jax.model.sharding import content_sharding
-from pshare_jax.sampling.sample import best_logprobs
-
-
-class Scores(NamedTuple):
-    """Log-probabilities of the targets, and ids and log-probabilities of the best tokens in descending order."""
-
-    logprobs: Float[Array, "B T"]
-    top_ids: Int[Array, "B T top"]
-    top_logprobs: Float[Array, "B T top"]
 
 
 @dataclass(frozen=True)
@@ -39,19 +34,23 @@ class PagedSteps:
 
     prefill: Callable[[Params, Any, PagedBatch, KVPages], tuple[Int[Array, ""], KVPages]]
     """(params, tokens [B, T], batch, pages) -> (a number that is ready when the step is done, pages)."""
-    decode: Callable[[Params, Any, PagedBatch, KVPages], tuple[Float[Array, "B V"], KVPages]]
-    """(params, tokens [B, 1], batch, pages) -> (logits of the next token in float32, pages)."""
+    decode: Callable[[Params, DecodeBatch, Any, KVPages], tuple[tuple[Float[Array, "B V"], Any], KVPages]]
+    """(params, batch, page tables [slots + 1, M], pages) -> ((logits of the next token in float32, page tables), pages).
+
+    Donates the page tables too."""
     score: Callable[[Params, Any, ScoreBatch, KVPages], tuple[Scores, KVPages]]
     """(params, tokens [B, T], score batch, pages) -> (scores of the targets, pages)."""
 
 
 @dataclass(frozen=True)
 class PageMoves:
-    """Read, write and (debug mode) overwrite pages of a pool. `scatter` and `fill` donate their pages."""
+    """Read, write and (debug mode) overwrite pages of a pool, and write a slot's page table; what is written is donated."""
 
     gather: Callable[[KVPages, Any], PageContent]
     scatter: Callable[[KVPages, Any, PageContent], KVPages]
     fill: Callable[[KVPages, Any, Any], KVPages]
+    put_table: Callable[[Any, Any, Any], Any]
+    """(page tables [slots + 1, M], slot, its page table [M]) -> page tables."""
 
 
 @functools.cache
@@ -62,27 +61,39 @@ def paged_steps(architecture: Architecture, mesh: Mesh, attention_fn: PagedAtten
 
     def prefill(params: Params, tokens: Int[Array, "B T"], batch: PagedBatch, pages: KVPages) -> tuple[Array, KVPages]:
         positions, attend = positions_of(batch, tokens.shape[1]), paged_attend(config, batch, attention_fn)
-        pages = architecture.bind(params).prefill(tokens, positions, attend, pages)
+        pages = architecture.bind(params, batch.adapters).prefill(tokens, positions, attend, pages)
         return jnp.sum(jnp.asarray(batch.query_lens)), pages
 
-    def decode(params: Params, tokens: Int[Array, "B 1"], batch: PagedBatch, pages: KVPages) -> tuple[Array, KVPages]:
-        decoder = decode_architecture(architecture, mesh, tokens.size).bind(params)
+    def decode(
+        params: Params, rows: DecodeBatch, tables: Int[Array, "slots M"], pages: KVPages
+    ) -> tuple[tuple[Array, Array], KVPages]:
+        slots, lens, page_size = jnp.asarray(rows.slots), jnp.asarray(rows.context_lens), pages[0][0].shape[2]
+        tables = tables.at[slots, lens // page_size].set(rows.new_pages)
+        real = (slots < len(tables) - 1).astype(jnp.int32)
+        batch = PagedBatch(tables[slots], lens, real, jnp.asarray(rows.adapters), rows.shared)
+        tokens = jnp.where(real == 1, rows.tokens[slots], 0)[:, None]
+        decoder = decode_architecture(architecture, mesh, tokens.size).bind(params, batch.adapters)
         hidden, pages = decoder(tokens, positions_of(batch, 1), paged_attend(config, batch, attention_fn), pages)
-        return decoder.logits(hidden)[:, 0], pages
+        return (decoder.logits(hidden)[:, 0], tables), pages
 
     def score(params: Params, tokens: Int[Array, "B T"], scored: ScoreBatch, pages: KVPages) -> tuple[Scores, KVPages]:
         batch, independent = scored.batch, jnp.asarray(scored.independent)
-        decoder = architecture.bind(params)
+        decoder = architecture.bind(params, batch.adapters)
         attend = paged_attend(config, batch, attention_fn, independent)
         hidden, pages = decoder(tokens, positions_of(batch, tokens.shape[1]), attend, pages)
-        # Replicated, like the sampler's logits.
-        logits = jax.lax.with_sharding_constraint(decoder.logits(hidden).reshape(tokens.size, -1), whole)
-        scores = best_logprobs(logits, jnp.asarray(scored.targets).reshape(-1))
-        return Scores(*(part.reshape(*tokens.shape, *part.shape[1:]) for part in scores)), pages
+        return scores_of(decoder.logits(hidden), jnp.asarray(scored.targets), mesh), pages
 
+    decode_step = jax.jit(decode, out_shardings=((whole, whole), out), donate_argnums=(2, 3))
+    if on_cpu(mesh):
+        # What they compute is the same as below.
+        return PagedSteps(
+            prefill=layered_prefill(architecture, mesh, attention_fn),
+            decode=decode_step,
+            score=layered_score(architecture, mesh, attention_fn),
+        )
     return PagedSteps(
         prefill=jax.jit(prefill, out_shardings=(whole, out), donate_argnums=3),
-        decode=jax.jit(decode, out_shardings=(whole, out), donate_argnums=3),
+        decode=decode_step,
         score=jax.jit(score, out_shardings=(whole, out), donate_argnums=3),
     )
 
@@ -93,6 +104,18 @@ def page_moves(config: ModelConfig, mesh: Mesh) -> PageMoves:
     out = pages_out(config, mesh)
     return PageMoves(
         gather=jax.jit(gather_pages, out_shardings=content_sharding(config, mesh)),
-        scatter=jax.jit(scatter_pages, out_shardings=out, donate_argnums=0),
+        scatter=layered_scatter(config, mesh)
+        if on_cpu(mesh)
+        else jax.jit(scatter_pages, out_shardings=out, donate_argnums=0),
         fill=jax.jit(fill_pages, out_shardings=out, donate_argnums=0),
+        put_table=jax.jit(_put_table, out_shardings=replicated(mesh), donate_argnums=0),
     )
+
+
+def on_cpu(mesh: Mesh) -> bool:
+    """Whether programs are small, since XLA's CPU compiler is slow and a call costs little."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _put_table(tables: Int[Array, "slots M"], slot: Int[Array, ""], table: Int[Array, "M"]) -> Int[Array, "slots M"]:
+    return tables.at[slot].set(table)

@@ -35,9 +35,7 @@ class TokenHistory:
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self._counts: dict[int, int] = {}
-        self._logit_bias: dict[int, float] = {}
-        for token, bias in sampling.logit_bias:
-            self._logit_bias[token] = self._logit_bias.get(token, 0.0) + bias
+        self._logit_bias = sampling.bias_of_token
         self._bias: np.ndarray | None = None
         self._repeated: np.ndarray | None = None
         if sampling.penalizes_completion or sampling.logit_bias:
@@ -60,9 +58,8 @@ class TokenHistory:
             self._repeated[token_id] = True
         if self._bias is not None and self._sampling.penalizes_completion:
             count = self._counts[token_id] = self._counts.get(token_id, 0) + 1
-            penalty = self._sampling.frequency_penalty * count + self._sampling.presence_penalty
             # Computed from the count, so that rounding errors do not accumulate over a long completion.
-            self._bias[token_id] = self._logit_bias.get(token_id, 0.0) - penalty
+            self._bias[token_id] = np.float32(self._logit_bias.get(token_id, 0.0)) - self._sampling.penalty(count)
 
     def write(self, bias_row: np.ndarray, repeated_row: np.ndarray) -> None:
         """Overwrites a row of the batch's `Adjustments` (float32 `[V]` and bool `[V]`)."""

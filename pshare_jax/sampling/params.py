@@ -21,15 +21,20 @@ NUM_TOP = 20
 """The number of best tokens reported with the logprobs."""
 
 
+MAX_BIASES = 1024
+"""The number of tokens for which a request may have a `logit_bias`: the sampler has room for so many in each row."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose the next token from the model's float32 logits, in this order:
 
     1. Repetition penalty (CTRL, arXiv 1909.05858) on every token of the prompt and the completion: positive logits are
        divided by `repetition_penalty`, the others multiplied. 1 is off.
-    2. `logit_bias - frequency_penalty * count - presence_penalty * (count > 0)` is added, where `count` is the number of
-       times that the token occurs in the completion so far, without the prompt. `logit_bias` holds (token id, bias)
-       pairs; -inf bans the token, and biases of a repeated id add up. 0 and () are off.
+    2. `logit_bias - (frequency_penalty * count + presence_penalty * (count > 0))` is added, where `count` is the number
+       of times that the token occurs in the completion so far, without the prompt; product, sum and difference are
+       rounded to float32. `logit_bias` holds at most `MAX_BIASES` (token id, bias) pairs; -inf bans the token, and biases
+       of a repeated id add up. 0 and () are off.
     3. Banned ids are set to -inf: the stop ids until `min_tokens` tokens are generated.
     4. With a grammar (text/grammar.py), ids that it does not allow next are set to -inf. It decides about stop ids too, so
        that step 3 leaves them out.
@@ -62,6 +67,10 @@ class SamplingParams:
         for token, bias in self.logit_bias:
             if not bias < math.inf:
                 raise PshareError(f"logit_bias of token {token} must be a finite number or -inf, not {bias}.")
+        if len(self.bias_of_token) > MAX_BIASES:
+            raise PshareError(
+                f"logit_bias has {len(self.bias_of_token)} tokens; at most {MAX_BIASES} are allowed, so name fewer."
+            )
 
     @property
     def is_greedy(self) -> bool:
@@ -77,6 +86,23 @@ class SamplingParams:
     def needs_adjustments(self) -> bool:
         """Whether steps 1 and 2 change the logits; bans by `min_tokens` are not included."""
         return self.penalizes_completion or self.repetition_penalty != 1 or bool(self.logit_bias)
+
+    @property
+    def counts_completion(self) -> bool:
+        """Whether scores depend on which tokens the completion has."""
+        return self.penalizes_completion or self.repetition_penalty != 1
+
+    def penalty(self, count: int) -> np.float32:
+        """What step 2 subtracts for a token that occurs `count` > 0 times in the completion."""
+        return np.float32(self.frequency_penalty) * np.float32(count) + np.float32(self.presence_penalty)
+
+    @property
+    def bias_of_token(self) -> dict[int, float]:
+        """`logit_bias` with the biases of a repeated id added up."""
+        biases: dict[int, float] = {}
+        for token, bias in self.logit_bias:
+            biases[token] = biases.get(token, 0.0) + bias
+        return biases
 
     def check_vocabulary(self, size: int) -> None:
         """Raises `PshareError` if `logit_bias` has a token id outside a vocabulary of `size`."""
@@ -101,9 +127,14 @@ class SamplingRows(NamedTuple):
 GREEDY = SamplingParams()
 
 
+def mask_words(vocab_size: int) -> int:
+    """The number of 32-bit words with a bit for each token."""
+    return -(-vocab_size // 32)
+
+
 def all_allowed(num_rows: int, vocab_size: int) -> Int32[np.ndarray, "B words"]:
     """Masks that allow every token: bit i of word w of a row is that of id 32 * w + i."""
-    return np.full((num_rows, -(-vocab_size // 32)), -1, np.int32)
+    return np.full((num_rows, mask_words(vocab_size)), -1, np.int32)
 
 
 def sampling_rows(params: Sequence[SamplingParams], positions: Sequence[int], num_rows: int) -> SamplingRows:

@@ -7,6 +7,7 @@ requests of the call are aborted.
 import asyncio
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import Request, Response
@@ -17,7 +18,7 @@ from pshare_jax.engine.failures import RequestBanned
 from pshare_jax.engine.request import Event
 from pshare_jax.engine.request import Request as EngineRequest
 from pshare_jax.errors import PshareError
-from pshare_jax.server.event_queue import EventQueue
+from pshare_jax.server.event_queue import EventQueue, Mailbox
 from pshare_jax.server.event_stream import CallResponse, EventStream, first_event
 from pshare_jax.server.middleware import CLIENT_CLOSED_REQUEST
 from pshare_jax.server.openai.bodies import maybe_threaded, read_body
@@ -44,6 +45,9 @@ SESSION_HEADERS = ("x-session-id", "x-openwebui-chat-id")
 prompt_cache_key and user.
 """
 
+GRAMMAR_THREADS = 2
+"""Grammars that are made at once: each takes a core."""
+
 Respond = Callable[[Any, str, Sequence[EngineRequest], Encoder, ToolFormat | None], CallResponse]
 """Makes the response of a call, from its body (of the endpoint's kind), its id, its requests, and how its text writes calls."""
 CountCalls = Callable[[str, int, int], None]
@@ -68,6 +72,8 @@ class Completions:
         self._max_body_bytes, self._count_calls = max_body_bytes, count_calls
         self._control = [tokenizer.token_bytes(index).decode() for index in tokenizer.special_ids]
         self._count_unknown_hints = count_unknown_hints
+        self._grammar_threads = ThreadPoolExecutor(GRAMMAR_THREADS, "grammar")
+        self._events: Mailbox | None = None
 
     async def answer(self, http: Request, kind: type[CallBody], respond: Respond) -> Response:
         """The response to a call; a streamed one begins with its first event, or after a while without it.
@@ -94,7 +100,7 @@ class Completions:
         requests = await maybe_threaded(
             size, lambda: make_requests(body, request_id, self._encode(body), self._limits, session, grammar)
         )
-        call = _Call(EventQueue(self._engine, requests), http.state.log_fields, self._count_calls)
+        call = _Call(EventQueue(self._engine, requests, self._mailbox()), http.state.log_fields, self._count_calls)
         try:
             # Hashing the pages of long prompts takes time too.
             await maybe_threaded(size, lambda: self._submit(call.events, body, constraint))
@@ -106,13 +112,23 @@ class Completions:
             if not call.streams:
                 call.end()
 
+    def _mailbox(self) -> Mailbox:
+        """That of the running event loop, for the events of all calls."""
+        loop = asyncio.get_running_loop()
+        if self._events is None or self._events.loop is not loop:
+            self._events = Mailbox(loop)
+        return self._events
+
     async def _grammar(self, body: Body, constraint: Constraint | None, form: ToolFormat | None) -> Grammar | None:
-        """The body's grammar, made and compiled in a thread: a large one takes a second."""
+        """The body's grammar, made and compiled in a thread: a large one takes two seconds, for which other calls with grammars
+        may have to wait, but not long bodies.
+        """
         if constraint is None and form is None:
             return None
         compiler = self._engine.facts.grammars
         assert compiler is not None, "a server's engine has grammars"
-        return await asyncio.to_thread(answer_grammar, body, constraint, form, compiler)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._grammar_threads, answer_grammar, body, constraint, form, compiler)
 
     def _submit(self, events: EventQueue, body: Body, constraint: Constraint | None) -> None:
         try:

@@ -1,6 +1,7 @@
 """Passes the events of a call's requests from the workers' threads to the event loop."""
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -9,14 +10,43 @@ from pshare_jax.engine.handle import Handle
 from pshare_jax.engine.request import Event, Request
 
 
+class Mailbox:
+    """Takes events to the queues of an event loop, and wakes the loop once for all that arrive before it runs: a decode step
+    has an event for each of its rows.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
+        self.loop = loop
+        self._events: deque[tuple[asyncio.Queue[tuple[int, Event]], tuple[int, Event]]] = deque()
+        self._called = False
+
+    def put(self, queue: "asyncio.Queue[tuple[int, Event]]", event: tuple[int, Event]) -> None:
+        """Called from any thread; ignored after the loop has closed."""
+        self._events.append((queue, event))
+        # In this order, and `_deliver` in its own: an event is delivered by a call that is yet to come, or calls itself.
+        if self._called:
+            return
+        self._called = True
+        try:
+            self.loop.call_soon_threadsafe(self._deliver)
+        except RuntimeError:
+            return
+
+    def _deliver(self) -> None:
+        self._called = False
+        while self._events:
+            queue, event = self._events.popleft()
+            queue.put_nowait(event)
+
+
 class EventQueue:
     """The requests of one call, from their submission to their end."""
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]):
+    def __init__(self, engine: Engine, requests: Sequence[Request], mailbox: Mailbox):
         self._engine, self._requests = engine, requests
         self._unfinished = {index: request.id for index, request in enumerate(requests)}
         self._handles: list[Handle] = []
-        self._loop = asyncio.get_running_loop()
+        self._mailbox = mailbox
         self._queue: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._aborted = False
         self.disconnected = False
@@ -31,10 +61,7 @@ class EventQueue:
 
     def put(self, index: int, event: Event) -> None:
         """Called from a worker's thread; ignored after the loop has closed."""
-        try:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
-        except RuntimeError:
-            return
+        self._mailbox.put(self._queue, (index, event))
 
     async def get(self, seconds: float | None = None) -> tuple[int, Event] | None:
         """The next event, with its request's index; None if there is none within `seconds`."""

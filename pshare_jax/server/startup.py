@@ -3,6 +3,7 @@
 Called by the command line alone, before the server starts answering; `report` is called with each line of progress.
 """
 
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -10,10 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from pshare_jax.compilation_cache import keep_programs
 from pshare_jax.engine.build import mesh_of
-from pshare_jax.engine.config import Placement, resolve_placement
+from pshare_jax.engine.config import Placement, resolve_placement, resolved
 from pshare_jax.engine.engine import Engine
 from pshare_jax.engine.handle import RequestFailed
 from pshare_jax.engine.request import Request
@@ -28,9 +30,11 @@ from pshare_jax.server.openai.to_requests import Limits
 from pshare_jax.server.tasks.loader import TaskLoader
 from pshare_jax.server.tasks.styles import TaskStyles
 from pshare_jax.server.tasks.table import TaskTable
+from pshare_jax.share.adapter_stack import StackedModule
 from pshare_jax.share.decode_module import DecodeModule
-from pshare_jax.share.model import load
+from pshare_jax.share.model import Model, load
 from pshare_jax.text.grammar import Grammar
+from pshare_jax.weights.load import Tensors
 
 Report = Callable[[str], None]
 WARM_UP_LEN = 40
@@ -58,13 +62,16 @@ def build(config: ServeConfig, report: Report) -> tuple[AppContext, list[Variant
     report(f"opening and loading the base {config.base}")
     dtype = None if config.dtype == "auto" else config.dtype
     model = load(config.base, dtype=dtype, mesh=mesh_of(placement.prefill[0]))
-    engine = Engine.build(model, replace(config, tasks=config.modules), report)
+    reload = functools.partial(_reload, config.base, model.architecture.dtype)
+    engine = Engine.build(model, replace(config, tasks=config.modules), report, reload)
     styles = TaskStyles(config)
     for name, module in _modules(engine).items():
         styles.put(name, module.style)
-    num_pages = sum(pool.num_pages for pool in engine.pools)
-    report(f"KV: {num_pages} pages of {engine.facts.page_bytes:,} bytes in {len(engine.pools)} pools")
-    limits = Limits(engine.facts.max_len, model.config.vocab_size, model.stop_ids, config.limits.max_requests)
+    sizes = ", ".join(f"{pool.num_pages:,} in the {pool.name}" for pool in engine.pools)
+    tokens = f"{engine.page_size} tokens, {engine.facts.page_bytes:,} bytes"
+    report(f"KV pages ({tokens}): {sizes}; a prompt and its answer have at most {engine.facts.max_len:,} tokens")
+    max_requests = resolved(engine.config.limits.max_requests)
+    limits = Limits(engine.facts.max_len, model.config.vocab_size, model.stop_ids, max_requests)
     report("clients need the API key" if api_key else "clients need no API key")
     # Clients need not know the path of a folder.
     base = Path(config.base).name
@@ -74,6 +81,11 @@ def build(config: ServeConfig, report: Report) -> tuple[AppContext, list[Variant
         engine, model.tokenizer, limits, server.max_body_bytes, api_key, base, table, server.allowed_origins, styles.of
     )
     return served, variants(engine)
+
+
+def _reload(base: str, dtype: str, mesh: Mesh, tensors: Tensors) -> Model:
+    """The base from its source, for devices that had no use for all of it."""
+    return load(base, dtype=dtype, mesh=mesh, tensors=tensors)
 
 
 def _checked_modules_dir(config: ServeConfig, api_key: str | None) -> Path | None:
@@ -91,10 +103,10 @@ def _checked_modules_dir(config: ServeConfig, api_key: str | None) -> Path | Non
     return folder
 
 
-def _modules(engine: Engine) -> dict[str, DecodeModule]:
+def _modules(engine: Engine) -> dict[str, DecodeModule | StackedModule]:
     """The modules of the engine's tasks."""
     loaded = [pair for spec in engine.decode_specs for pair in spec.tasks.items()]
-    return {name: module for name, module in loaded if isinstance(module, DecodeModule)}
+    return {name: module for name, module in loaded if isinstance(module, DecodeModule | StackedModule)}
 
 
 def _task_table(

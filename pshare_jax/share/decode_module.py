@@ -18,6 +18,7 @@ from pshare_jax.model.config import ModelConfig
 from pshare_jax.share.adapter_settings import INVOCATION, is_activated, is_adapter, read_settings
 from pshare_jax.share.boundary import Boundary
 from pshare_jax.share.lora import read_adapter, write_adapter
+from pshare_jax.share.mesh_base import MeshBase
 from pshare_jax.share.model import Model, Weights
 from pshare_jax.share.save import save_folder
 from pshare_jax.text.chat_style import ChatStyle, parse_style, style_values
@@ -154,20 +155,29 @@ def _manifest_faults(content: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def load_module(folder: str | Path, base: Model, *, prefill: Prefill = "base") -> DecodeModule:
+def load_module(folder: str | Path, base: Model | MeshBase, *, prefill: Prefill = "base") -> DecodeModule:
     """The decode module in `folder` on the base's mesh; a module for another base, tokenizer or prefill is an error.
+
+    Tensors of a full module that equal the base's or another module's on that mesh are the same arrays.
 
     With `prefill` "own" (the isolated baseline, where the module's own weights compute its KV) any full fine-tune of
     the base's architecture and any LoRA adapter are accepted, also without a manifest or trained on the base's KV. An
     activated LoRA needs a manifest nowhere.
     """
     folder = Path(folder)
+    base = MeshBase.of(base) if isinstance(base, Model) else base
     if folder.is_dir() and not (folder / MANIFEST).exists() and (prefill == "own" or is_activated(folder)):
         return _load_lora(folder, base) if is_adapter(folder) else _load_full(folder, base)
     manifest = read_manifest(folder)
-    _check_manifest(manifest, folder, base, prefill)
+    _check_manifest(manifest, folder, base.outline, prefill)
     module = _load_lora(folder, base) if manifest.kind == "lora" else _load_full(folder, base)
     return replace(module, style=manifest.style)
+
+
+def base_module(base: MeshBase) -> DecodeModule:
+    """The base itself as a task."""
+    model = base.model()
+    return DecodeModule(model.architecture, model.params, model.mesh)
 
 
 def _check_manifest(manifest: Manifest, folder: Path, base: Model, prefill: Prefill) -> None:
@@ -188,8 +198,8 @@ def _check_manifest(manifest: Manifest, folder: Path, base: Model, prefill: Pref
         )
 
 
-def _load_lora(folder: Path, base: Model) -> DecodeModule:
-    settings = read_settings(folder)
+def _load_lora(folder: Path, mesh_base: MeshBase) -> DecodeModule:
+    settings, base = read_settings(folder), mesh_base.model()
     lora, params = read_adapter(folder, base, settings)
     architecture, params = base.architecture.with_lora(lora), {**base.params, **params}
     if not settings.invocation:
@@ -200,16 +210,17 @@ def _load_lora(folder: Path, base: Model) -> DecodeModule:
     return DecodeModule(architecture, params, base.mesh, boundary=Boundary(settings.invocation), base=plain)
 
 
-def _load_full(folder: Path, base: Model) -> DecodeModule:
-    checkpoint = SafetensorsFolder(folder)
+def _load_full(folder: Path, mesh_base: MeshBase) -> DecodeModule:
+    checkpoint, base = SafetensorsFolder(folder), mesh_base.outline
     config = settle_tying(ModelConfig.from_hf(checkpoint.config), checkpoint)
     if replace(config, tied=base.config.tied).layer_fields() != base.config.layer_fields():
         raise PshareError(
             f"the architecture in {folder}/config.json differs from the base's; a decode module must have the same."
         )
     architecture = replace(base.architecture, config=replace(config, max_len=base.config.max_len))
-    params, hashes = read_parameters(checkpoint, architecture.config, base.mesh, base.architecture.dtype)
+    dtype, tensors = base.architecture.dtype, mesh_base.tensors
+    params, hashes = read_parameters(checkpoint, architecture.config, base.mesh, dtype, tensors=tensors)
     if model_fingerprint(config, hashes) == base.fingerprint:
-        # The weights equal the base's, so one copy on these devices is enough.
-        return DecodeModule(base.architecture, base.params, base.mesh)
+        # With the base's parameters themselves it shares the steps of tasks that use them.
+        return base_module(mesh_base)
     return DecodeModule(architecture, jax.block_until_ready(params), base.mesh)

@@ -220,16 +220,17 @@ def adjustments(
     if not sampling.needs_adjustments and not banned:
         return None
     sampling.check_vocabulary(size)
-    bias, repeated = np.zeros((1, size)), np.zeros((1, size), bool)
-    for token, value in sampling.logit_bias:
-        bias[0, token] += value
+    bias, repeated = np.zeros((1, size), np.float32), np.zeros((1, size), bool)
+    for token in {token for token, _ in sampling.logit_bias}:
+        bias[0, token] = sum(value for named, value in sampling.logit_bias if named == token)
+    frequency, presence = np.float32(sampling.frequency_penalty), np.float32(sampling.presence_penalty)
     for token in set(answer):
-        bias[0, token] -= sampling.frequency_penalty * answer.count(token) + sampling.presence_penalty
+        bias[0, token] -= frequency * np.float32(answer.count(token)) + presence
     # A stop id outside the vocabulary is never chosen anyway.
     bias[0, [token for token in banned if 0 <= token < size]] = -np.inf
     if sampling.repetition_penalty != 1:
         repeated[0, [*prompt, *answer]] = True
-    return Adjustments(bias.astype(np.float32), repeated)
+    return Adjustments(bias, repeated)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

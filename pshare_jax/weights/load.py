@@ -6,6 +6,7 @@
 import dataclasses
 import warnings
 from collections.abc import Callable
+from weakref import WeakValueDictionary
 
 import jax
 import numpy as np
@@ -18,14 +19,24 @@ from pshare_jax.weights.checkpoint import Checkpoint
 from pshare_jax.weights.fingerprint import HashCache, tensor_hash
 from pshare_jax.weights.names import HEADS, Entry, plan
 
+Tensors = WeakValueDictionary[tuple[str, str], jax.Array]
+"""The parameters on a mesh by path and hash of their values, as long as something uses them."""
+
 
 def read_parameters(
-    checkpoint: Checkpoint, config: ModelConfig, mesh: Mesh, dtype: str, progress: Callable[[float], None] | None = None
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    mesh: Mesh,
+    dtype: str,
+    progress: Callable[[float], None] | None = None,
+    tensors: Tensors | None = None,
 ) -> tuple[Params, dict[str, str]]:
     """All parameters on `mesh` in `dtype`, and a hash of each tensor's float32 values by parameter path.
 
-    `progress` is called with the fraction of tensors read, 0 to 1.
+    `progress` is called with the fraction of tensors read, 0 to 1. Tensors that the mesh has (`tensors`, all in `dtype`) are
+    taken from there; new ones are added.
     """
+    tensors = Tensors() if tensors is None else tensors
     shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
     matched = plan(config, shapes, str(checkpoint.path))
     params: Params = {}
@@ -33,9 +44,15 @@ def read_parameters(
     known = cache.read()
     hashes: dict[str, str] = {}
     for count, (entry, name) in enumerate(matched.entries, start=1):
-        values = checkpoint.read(name)
-        hashes[entry.path] = known.get(entry.path) or tensor_hash(values)
-        params[entry.path] = device_put_tensor(values, entry, config, mesh, dtype)
+        digest, values = known.get(entry.path), None
+        if digest is None:
+            values = checkpoint.read(name)
+            digest = tensor_hash(values)
+        array = tensors.get((entry.path, digest))
+        if array is None:
+            array = device_put_tensor(checkpoint.read(name) if values is None else values, entry, config, mesh, dtype)
+        hashes[entry.path] = digest
+        params[entry.path] = tensors[entry.path, digest] = array
         if progress:
             progress(count / len(matched.entries))
     if hashes != known:

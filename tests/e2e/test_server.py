@@ -40,7 +40,9 @@ def test_the_config_is_printed_and_the_cpu_is_split(served):
     assert "tasks:\n  chat: base\n" in output
     assert "kv:\n  page_size: 16\n" in output
     assert "2 cpu devices; prefill on [0], decode on [1]" in output
-    assert re.search(r"KV: 4096 pages of [\d,]+ bytes in 2 pools\n", output)
+    assert re.search(
+        r"KV pages \(16 tokens, [\d,]+ bytes\): [\d,]+ in the prefill pool 0, [\d,]+ in the decode pool 0;", output
+    )
     assert re.search(r"compiling \d+ of \d+ programs\n", output)
     assert served.client.get("/health").status_code == 200
     assert [card["id"] for card in served.client.get("/v1/models").json()["data"]] == list(TASKS)

@@ -25,6 +25,5 @@ def test_tasks_in_memory_and_in_folders_answer_as_the_plain_loop_on_any_devices(
         assert [result.ids for result in results] == [rollout.ids for rollout in wanted]
     weights = engine.decode_workers[0].tasks
     assert all(set(x.devices()) == {jax.devices()[i] for i in decode} for x in weights["memory"].params.values())
-    shares = [path for path, x in weights["memory"].params.items() if x is weights["chat"].params.get(path)]
-    assert len(shares) == len(base.params)
+    assert weights["memory"].params is weights["chat"].params
     assert engine.idle

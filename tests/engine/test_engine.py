@@ -21,15 +21,16 @@ ENDLESS = [120]
 # --- a request's life ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("pipelined", [False, True])
 @pytest.mark.parametrize("colocated", [False, True])
-def test_a_request_walks_down_once_and_its_tokens_come_up(colocated):
-    fakes = make_engine({"t": SCRIPT}, colocated=colocated)
+def test_a_request_walks_down_once_and_its_tokens_come_up(colocated, pipelined):
+    fakes = make_engine({"t": SCRIPT}, colocated=colocated, pipelined=pipelined)
     client = Client(fakes)
     client.ask("a", (5, 6, 7))
     fakes.run()
     assert fakes.prefill[0].chunks == [(5, 6)]
-    # The last prompt token is the decode module's first input, then its own tokens.
-    assert fakes.decode["t"].inputs == [7, 120, 121, 122]
+    # The last prompt token is the decode module's first input, then its own tokens; a step too late the host sees the end.
+    assert fakes.decode["t"].inputs == [7, 120, 121, 122, *([EOS] if pipelined else [])]
     assert (client.text("a"), client.end("a")) == ("xyz", "stop")
     assert [event.completion_tokens for event in client.events["a"]] == [1, 2, 3, 4]
     stats = fakes.engine.transfers[0].stats

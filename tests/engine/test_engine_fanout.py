@@ -127,7 +127,7 @@ def test_the_prefilling_owner_is_aborted_and_the_others_start_anew(colocated, st
 
 
 def test_a_copy_that_others_wait_for_outlives_its_request():
-    fakes = make_engine(TASKS, chunk=64, moves=(2, 32))
+    fakes = make_engine(TASKS, chunk=64, moves=(32,))
     gate = fakes.hold(PROMPT[0])
     client = Client(fakes)
     ask_all(client)
@@ -182,7 +182,7 @@ def test_a_copy_that_nobody_waits_for_any_more_is_dropped():
 
 @pytest.mark.parametrize("aborted", [False, True])
 def test_a_failed_copy_sends_the_others_to_make_their_own(aborted, caplog):
-    fakes = make_engine(TASKS, moves=(2, 32))
+    fakes = make_engine(TASKS, moves=(32,))
     gate = fakes.hold(PROMPT[0], error=RuntimeError("lost on the way"))
     client = Client(fakes)
     ask_all(client)
@@ -203,7 +203,7 @@ def test_a_failed_copy_sends_the_others_to_make_their_own(aborted, caplog):
 
 
 def test_a_copy_that_fails_twice_fails_its_request_alone(caplog):
-    fakes = make_engine(TASKS, moves=(2, 32))
+    fakes = make_engine(TASKS, moves=(32,))
     polls = [Gate(polls=2, error=RuntimeError("lost on the way")) for _ in range(2)]
     fakes.decode_stores[0].gate_of = lambda tokens: polls.pop() if polls and PROMPT[0] in tokens else None
     client = Client(fakes)

@@ -188,6 +188,7 @@ def check_traffic(place, mood, seeds, num_requests):
         sizes["pages"] = sizes["decode_pages"] if PLACES[place].get("colocated") else sizes["pages"]
         clock = itertools.count(0.0, 1.0).__next__
         chunk, rows = draw.choice([3, 8, 16]), draw.choice([3, 5, 8])
+        sizes["pipelined"] = seed % 3 > 0
         fakes = make_engine(TASKS, chunk=chunk, rows=rows, moves=(1, 3), clock=clock, **sizes, **PLACES[place])
         traffic = Traffic(draw, fakes, MOODS[mood])
         traffic.run(num_requests)

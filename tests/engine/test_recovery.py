@@ -177,11 +177,11 @@ def failing_rows(fakes, num_rows, error):
     """Decode steps of so many rows always fail; returns a list that grows with each."""
     step, calls = fakes.decode["t"].paged.decode, []
 
-    def decode(params, tokens, rows, pages):
-        if len(tokens) == num_rows and rows.query_lens.any():
-            calls.append(len(tokens))
+    def decode(params, rows, tables, pages):
+        if len(rows.slots) == num_rows and (rows.slots < len(tables) - 1).any():
+            calls.append(num_rows)
             raise error
-        return step(params, tokens, rows, pages)
+        return step(params, rows, tables, pages)
 
     fakes.decode["t"].paged.decode = decode
     return calls
@@ -250,31 +250,34 @@ def raising_text(fakes, client):
     client.sequences["fails"].output.push = lambda token: _raise()
 
 
-def raising_history(fakes, client):
-    client.sequences["fails"].history.push = lambda token: _raise()
-
-
 def raising_sampling(fakes, client):
     sampler = fakes.engine.decode_specs[0].sampler
-    prepare = sampler.prepare
+    new_rows = sampler.new_rows
 
-    def prepared(batch, num_rows):
-        for sequence in batch:
+    def rows_that_fail(num_slots):
+        rows = new_rows(num_slots)
+        join = rows.join
+
+        def joined(slot, sequence):
             if sequence.request.id == "fails":
                 raise RowFailed(sequence) from KeyError("bias")
-        return prepare(batch, num_rows)
+            join(slot, sequence)
 
-    sampler.prepare = prepared
+        rows.join = joined
+        return rows
+
+    sampler.new_rows = rows_that_fail
 
 
 @BOTH
-@pytest.mark.parametrize("fault", [raising_event, raising_text, raising_history, raising_sampling])
+@pytest.mark.parametrize("fault", [raising_event, raising_text, raising_sampling])
 def test_a_host_error_ends_its_row_only(fault, colocated, caplog):
     fakes = make_engine(TASKS, pages=256, colocated=colocated)
     client = Client(fakes)
     names = [client.ask(prompt=[number] * 9, max_tokens=20) for number in range(3)]
     client.ask("fails", [9] * 9, max_tokens=20)
-    fakes.step_until(lambda: client.state(names[0]) is State.DECODING)
+    if fault is not raising_sampling:
+        fakes.step_until(lambda: client.state(names[0]) is State.DECODING)
     fault(fakes, client)
     fakes.run()
     for name in names:
@@ -421,7 +424,7 @@ def test_whichever_steps_fail_only_who_failed_twice_alone_may_fail(calls, late, 
     fakes = make_engine(TASKS, pages=30, decode_pages=24, rows=rows, chunk=8, colocated=colocated)
     (prefiller,), (decoder,) = fakes.engine.prefill_workers, fakes.engine.decode_workers
     failed, number = [], [0]
-    for watch in (prefiller.watch, decoder._watch):
+    for watch in (prefiller.watch, decoder.watch):
 
         def note(failure, kept=watch.failed):
             failed.append((failure.kind, [sequence.request.id for sequence in failure.sequences]))
@@ -559,7 +562,7 @@ def test_a_shape_comes_back_after_one_failure_that_is_nobodys(caplog):
 
 
 def test_an_abort_in_the_middle_of_a_preemption_ends_nothing_else(caplog):
-    fakes = make_engine(TASKS, pages=400, decode_pages=132, chunk=512)
+    fakes = make_engine(TASKS, pages=400, decode_pages=126, chunk=512)
     client, store = Client(fakes), fakes.decode_stores[0]
     client.ask("aborted", [5] * 5, max_tokens=80)
     fakes.step_until(lambda: len(client.ids("aborted")) > 3)

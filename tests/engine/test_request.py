@@ -4,11 +4,10 @@ import itertools
 import time
 
 import pytest
-from serving_fakes import EOS, VOCAB, ByteDetokenizer
+from serving_fakes import EOS, ByteDetokenizer
 
 from pshare_jax.engine.request import ABORTED, FAILED, Event, Request, TokenLogprobs
 from pshare_jax.engine.sequence import LEGAL, IllegalTransition, Sequence, State
-from pshare_jax.sampling.history import TokenHistory
 from pshare_jax.share.boundary import Boundary
 from pshare_jax.text.stop_strings import TextOutput
 
@@ -17,9 +16,8 @@ pytestmark = pytest.mark.host
 
 def sequence(**fields):
     request = Request("r", "task", (1, 2), **{"max_tokens": 9, **fields})
-    history = TokenHistory(request.prompt, request.sampling, VOCAB, request.stop_ids, request.min_tokens)
     output, split = TextOutput(ByteDetokenizer(), request.stop), Boundary().split(request.prompt)
-    return Sequence(request, output, history, [], split, lambda event: None)
+    return Sequence(request, output, [], split, lambda event: None)
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(State, State)))
@@ -103,13 +101,6 @@ def test_events_carry_hits_and_logprobs():
     seq.cached_tokens = 16
     logprobs = TokenLogprobs(97, -0.5, ((97, -0.5), (98, -1.5)))
     assert seq.accept(97, logprobs) == Event("a", 1, None, None, 16, logprobs, token_id=97)
-
-
-def test_accepted_tokens_reach_the_history():
-    seq = sequence(stop_ids=frozenset({EOS}), min_tokens=2)
-    assert seq.history.active
-    feed(seq, b"ab")
-    assert not seq.history.active
 
 
 def test_which_events_are_last_and_why():

@@ -482,4 +482,4 @@ def test_the_books_are_right_after_anything_and_zero_at_the_end(policy, prefill_
     for ticket in live:
         router.release(ticket)
     assert (router.prefill_load, router.decode_load) == ([0, 0, 0], [0, 0])
-    assert not any(router._tickets)
+    assert not any(router._coming)

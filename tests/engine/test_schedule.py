@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from serving_fakes import ByteTokenizer, Echo, FakeDecode
 
+from pshare_jax.engine import scoring
 from pshare_jax.engine.request import Request
 from pshare_jax.engine.schedule import DecodeTurns, PrefillTurns
 from pshare_jax.engine.sequence import PrefillProgress, Sequence
-from pshare_jax.sampling.history import TokenHistory
 from pshare_jax.sampling.params import GREEDY
 from pshare_jax.share.boundary import Split
 from pshare_jax.text.stop_strings import TextOutput
@@ -25,11 +25,7 @@ class Maker:
 
     def __call__(self, name: str, task: str = "t", opened: bool = True, left: int = 0) -> Sequence:
         request = Request(name, task, (1, 2, 3), 10, GREEDY)
-        output, history = (
-            TextOutput(ByteTokenizer().detokenizer(), ()),
-            TokenHistory((1, 2, 3), GREEDY, 260, frozenset(), 0),
-        )
-        sequence = Sequence(request, output, history, [], Split(2))
+        sequence = Sequence(request, TextOutput(ByteTokenizer().detokenizer(), ()), [], Split(2))
         sequence.decode.module, sequence.decode.opened, sequence.decode.has_row = self.weights[task], opened, True
         sequence.prefill = PrefillProgress(context_len=left)
         return sequence
@@ -60,6 +56,18 @@ def play(turns: DecodeTurns, running: list[Sequence], count: int, rows: int = 8)
 def test_groups_take_turns_and_all_rows_of_a_group_share_them(make):
     running = [make("a"), make("b", "u"), make("c"), make("d", "v")]
     assert play(DecodeTurns(), running, 6) == [["a", "c"], ["b"], ["d"], ["a", "c"], ["b"], ["d"]]
+
+
+def test_adapters_of_one_stack_share_turns_each_with_its_slot(make):
+    stacked, other = make.weights["t"], make.weights["u"]
+    other.params, other.slot = stacked.params, 2
+    running = [make("a"), make("b", "u"), make("c", "v")]
+    assert play(DecodeTurns(), running, 4) == [["a", "b"], ["c"], ["a", "b"], ["c"]]
+    assert [sequence.slot for sequence in running] == [0, 2, 0]
+    scored = [make(name, task, opened=False) for name, task in (("d", "u"), ("e", "t"), ("f", "v"))]
+    for sequence in scored:
+        sequence.split = Split(1)
+    assert ids(scoring.batch_of(scored, {scoring.SHORT})) == ["d", "e"]
 
 
 def test_nothing_runs_without_sequences():

@@ -7,6 +7,7 @@ from serving_fakes import Echo
 from pshare_jax.engine.request import FAILED
 from pshare_jax.engine.router import Route
 from pshare_jax.engine.sequence import State
+from pshare_jax.engine.shapes import bucket_of, page_buckets, transfer_ranges
 
 pytestmark = pytest.mark.host
 
@@ -112,7 +113,8 @@ def test_what_comes_after_its_pool_has_failed_is_not_written(caplog):
     client.ask("is copied", [1] * 22, max_tokens=4)
     fakes.step_until(lambda: client.state("is copied") is State.TRANSFERRING)
     (late,) = copies(fakes)
-    fakes.decode["t"].fail_at = len(client.ids("runs"))
+    # One more token is in flight.
+    fakes.decode["t"].fail_at = len(client.ids("runs")) + 1
     moves = noted_moves(fakes)
     fakes.step()
     assert fakes.engine.decode_workers[0].pool.generation == 1
@@ -154,3 +156,22 @@ def test_colocated_workers_move_nothing():
     fakes.run()
     assert client.ids("a") == ECHO.answer(range(3 * PAGE + 2), 3)
     assert fakes.engine.transfers[0].stats.count == 0
+
+
+@pytest.mark.parametrize(("buckets", "largest_waste"), [((2, 8), 5), ((2, 8, 32), 5), ((2, 5), 2), ((32,), 31)])
+def test_ranges_of_a_transfer_cover_all_pages_with_little_padding(buckets, largest_waste):
+    """Padding is worth less than another transfer, and nowhere are there two padded transfers of one run of pages."""
+    for last in range(1, 100):
+        ranges = list(transfer_ranges(7, 7 + last, buckets))
+        assert [page for start, end in ranges for page in range(start, end)] == list(range(7, 7 + last))
+        padding = [bucket_of(end - start, buckets) - (end - start) for start, end in ranges]
+        assert not any(padding[:-1])
+        assert padding[-1] <= largest_waste
+    assert [end - start for start, end in transfer_ranges(0, 9, (2, 8))] == [8, 1]
+    assert [end - start for start, end in transfer_ranges(0, 26, (2, 8, 32))] == [8, 8, 8, 2]
+    assert [end - start for start, end in transfer_ranges(0, 27, (2, 8, 32))] == [27]
+
+
+def test_sizes_of_transfers():
+    assert [page_buckets(most, "cpu") for most in (1, 4, 8, 32)] == [[1], [2, 4], [2, 8], [2, 8]]
+    assert [page_buckets(most, "gpu") for most in (16, 128)] == [[2, 8, 16], [2, 8, 32]]

@@ -28,6 +28,7 @@ from pshare_jax.engine.request import Event, Request
 from pshare_jax.engine.router import Policy, Route
 from pshare_jax.engine.sequence import Sequence as Running
 from pshare_jax.engine.sequence import State
+from pshare_jax.model.paged_batch import DecodeBatch
 from pshare_jax.text.grammar import GrammarCompiler
 
 PAGE = 4
@@ -95,6 +96,7 @@ def make_engine(
     policy: Policy = "prefix",
     pinned_share: float = 0.5,
     clock: Callable[[], float] = time.monotonic,
+    pipelined: bool = True,
 ) -> Fakes:
     """An engine whose tasks say what their script or echo says; tasks with the very same one have the same weights.
 
@@ -130,7 +132,7 @@ def make_engine(
         ),
         EngineConfig(
             tasks=tasks,
-            batch=BatchConfig(chunk, rows),
+            batch=BatchConfig(chunk, rows, pipelined),
             routing=policy,
             limits=LimitsConfig(max_requests, stall_seconds),
         ),
@@ -220,9 +222,13 @@ def watch_calls(store: FakeStore) -> list[Call]:
     run = store.run
 
     def watched(step: Any, params: Any, tokens: Any, rows: Any) -> Any:
-        counts = getattr(rows, "batch", rows).query_lens
-        real = [tuple(row[:count].tolist()) for row, count in zip(tokens, counts, strict=True) if count]
-        calls.append(Call(step.__name__.strip("_"), tokens.size, real))
+        if isinstance(tokens, DecodeBatch):
+            slots = tokens.slots.tolist()
+            calls.append(Call("decode", len(slots), [(int(tokens.tokens[s]),) for s in slots if s < len(rows) - 1]))
+        else:
+            counts = getattr(rows, "batch", rows).query_lens
+            real = [tuple(row[:count].tolist()) for row, count in zip(tokens, counts, strict=True) if count]
+            calls.append(Call(step.__name__.strip("_"), tokens.size, real))
         return run(step, params, tokens, rows)
 
     store.run = watched

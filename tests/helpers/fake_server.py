@@ -11,6 +11,7 @@ import uvicorn
 from fake_engine import make_engine
 from serving_fakes import EOS, EOT, VOCAB, ByteTokenizer
 
+from pshare_jax.engine.config import resolved
 from pshare_jax.server.app import AppContext, make_app
 from pshare_jax.server.draining import DrainingServer
 from pshare_jax.server.openai.to_requests import Limits
@@ -102,10 +103,10 @@ def serving(
 ):
     """With `modules_dir`, `load(fakes, folder)` gives the weights of a task that is added."""
     fakes = make_engine(
-        scripts, page_size=PAGE, pages=max_len // PAGE + 1, chunk=chunk, moves=(2, 32), debug=False, **settings
+        scripts, page_size=PAGE, pages=max_len // PAGE + 1, chunk=chunk, moves=(32,), debug=False, **settings
     )
     engine = fakes.engine
-    limits = Limits(max_len, VOCAB, frozenset({EOS, EOT}), engine.config.limits.max_requests)
+    limits = Limits(max_len, VOCAB, frozenset({EOS, EOT}), resolved(engine.config.limits.max_requests))
     table = None
     if modules_dir is not None and load is not None:
 

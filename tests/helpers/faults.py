@@ -70,13 +70,19 @@ class FaultyStore:
         self.fault: Exception | None = None
         self.place_fault: Exception | None = None
 
-    def run(self, step: Any, params: Any, tokens: np.ndarray, rows: Any) -> Any:
+    def run(self, step: Any, params: Any, tokens: Any, rows: Any) -> Any:
         raised, self.fault = self.fault, None
         if raised is not None:
             # It has taken the arrays, and gives none back.
             step(params, tokens, rows, self.inner.pages)
             raise raised
         return self.inner.run(step, params, tokens, rows)
+
+    def empty_tables(self, num_slots: int, table_len: int) -> Any:
+        return self.inner.empty_tables(num_slots, table_len)
+
+    def put_table(self, tables: Any, slot: int, pages: Sequence[int]) -> Any:
+        return self.inner.put_table(tables, slot, pages)
 
     def gather(self, ids: Sequence[int]) -> Any:
         return self.inner.gather(ids)

@@ -10,12 +10,13 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from pshare_jax.engine.request import TokenLogprobs
 from pshare_jax.errors import PshareError
+from pshare_jax.model.paged_batch import DecodeBatch
 from pshare_jax.sampling.params import all_allowed
 from pshare_jax.share.boundary import Boundary
 from pshare_jax.text.chat_template import checked_messages
@@ -93,12 +94,22 @@ class FakeStore:
         self.pages: Any = None
         self.reset()
 
-    def run(self, step: Callable[..., tuple[Any, Any]], params: Any, tokens: np.ndarray, rows: Any) -> Any:
+    def run(self, step: Callable[..., tuple[Any, Any]], params: Any, tokens: Any, rows: Any) -> Any:
         self._touch()
         # A step that fails has taken the arrays with it.
         pages, self.pages = self.pages, None
         result, self.pages = step(params, tokens, rows, pages)
         return result
+
+    def empty_tables(self, num_slots: int, table_len: int) -> np.ndarray:
+        return np.zeros((num_slots, table_len), np.int32)
+
+    def put_table(self, tables: np.ndarray, slot: int, pages: Sequence[int]) -> np.ndarray:
+        self._touch()
+        tables = tables.copy()
+        tables[slot] = 0
+        tables[slot, : len(pages)] = pages
+        return tables
 
     def gather(self, ids: Sequence[int]) -> Content:
         self._touch()
@@ -177,11 +188,20 @@ class _Fake:
 
     def __init__(self, faults: list[str]):
         self.params = object()
+        self.slot = 0
         self.faults = faults
         self.fail_on: int | None = None
         """A token whose presence among the step's makes it fail."""
         self.before: Callable[[], Any] = lambda: None
         """Called at the beginning of every step."""
+
+    @property
+    def group(self) -> object:
+        return self.params
+
+    @property
+    def current(self) -> Self:
+        return self
 
     def _read(self, pages: np.ndarray, table: np.ndarray, length: int) -> np.ndarray:
         """What the row's first `length` slots hold."""
@@ -238,6 +258,10 @@ class FakePrefill(_Fake):
         return _Done(failed), pages
 
 
+class _FailedLate(Exception):
+    """The rest of a step that fails late."""
+
+
 class FakeDecode(_Fake):
     """A task: `answer` chooses the next id. `inputs` lists all tokens that it was given, `rows` how many at a time."""
 
@@ -253,19 +277,26 @@ class FakeDecode(_Fake):
         self.rows: list[int] = []
         self.fail_at: int | None = None
         """How many ids of an answer are out when a step fails."""
+        self.fail_late = False
+        """Whether a step that fails is noticed only by who fetches its choices, or uses its pages."""
 
-    def _decode(self, params: Any, tokens: np.ndarray, rows: Any, pages: np.ndarray) -> tuple[Any, np.ndarray]:
+    def _decode(self, params: Any, rows: DecodeBatch, tables: np.ndarray, pages: np.ndarray) -> tuple[Any, np.ndarray]:
         self.before()
         if params is not self.params:
             self.faults.append("a task was decoded with the parameters of another")
-        logits = np.zeros((len(tokens), VOCAB), np.float32)
-        real = [row for row, count in enumerate(rows.query_lens) if count]
+        logits, tables = np.zeros((len(rows.slots), VOCAB), np.float32), tables.copy()
+        tables[rows.slots, rows.context_lens // pages.shape[1]] = rows.new_pages
+        real = [row for row, slot in enumerate(rows.slots) if slot < len(tables) - 1]
         self.rows.append(len(real))
         for row in real:
-            logits[row, self._next(int(tokens[row, 0]), rows.page_table[row], int(rows.context_lens[row]), pages)] = (
-                99.0
-            )
-        return logits, pages
+            slot = rows.slots[row]
+            token, length = int(rows.tokens[slot]), int(rows.context_lens[row])
+            try:
+                logits[row, self._next(token, tables[slot], length, pages)] = 99.0
+            except _FailedLate:
+                logits[:] = np.nan
+                break
+        return (logits, tables), pages
 
     def _score(self, params: Any, tokens: np.ndarray, rows: Any, pages: np.ndarray) -> tuple[Any, np.ndarray]:
         """A target's log-probability is 0 if it is the answer's next token, else -1."""
@@ -297,7 +328,10 @@ class FakeDecode(_Fake):
         context = self._read(pages, table, length + 1)
         made = int((context[:, WRITER] == DECODE).sum()) - 1
         if self.fail_at == made or self.fail_on in context[:, TOKEN].tolist():
-            raise RuntimeError("made to fail")
+            if not self.fail_late:
+                raise RuntimeError("made to fail")
+            pages[table[length // pages.shape[1]], length % pages.shape[1], WRITER] = FAILED_STEP
+            raise _FailedLate
         if context[:, WRITER].tolist() != [PREFILL] * (length - made) + [DECODE] * (made + 1):
             self._fault("the prompt must be prefill's, its last token and the answer decode's", context)
         self.inputs.append(token)
@@ -315,10 +349,27 @@ class FakeSampler:
     def lower(self, num_rows: int) -> Any:
         raise AssertionError("fakes are not compiled")
 
-    def prepare(self, batch: Any, num_rows: int) -> Any:
-        return functools.partial(self._choice, batch)
+    def lower_join(self) -> Any:
+        raise AssertionError("fakes are not compiled")
 
-    def _choice(self, batch: Any, logits: Any) -> Any:
+    def new_rows(self, num_slots: int) -> "FakeRows":
+        return FakeRows(num_slots)
+
+
+class FakeRows:
+    """The last token of each slot, and the choices of steps."""
+
+    def __init__(self, num_slots: int):
+        self.tokens = np.zeros(num_slots + 1, np.int64)
+
+    def join(self, slot: int, sequence: Any) -> None:
+        self.tokens = self.tokens.copy()
+        self.tokens[slot] = sequence.next_input
+
+    def prepare(self, batch: Any, slots: Sequence[int], positions: Sequence[int], num_rows: int) -> Any:
+        return functools.partial(self._choose, batch, slots, positions)
+
+    def _choose(self, batch: Any, slots: Sequence[int], positions: Sequence[int], logits: Any) -> "FakePending":
         scores, failures = np.array(logits), {}
         for row, sequence in enumerate(batch):
             if sequence.matcher is not None:
@@ -330,16 +381,30 @@ class FakeSampler:
                     failures[row] = error
                 scores[row, np.unpackbits(mask.view(np.uint8), bitorder="little")[:VOCAB] == 0] = -np.inf
         ids = scores.argmax(-1).tolist()
+        for row, sequence in enumerate(batch):
+            made = positions[row] - len(sequence.request.prompt)
+            if 0 < sequence.request.sampling.choice <= made and sequence.matcher is None:
+                ids[row] = EOS
+        self.tokens = self.tokens.copy()
+        self.tokens[list(slots)] = ids[: len(slots)]
+        return FakePending(logits, ids, failures)
 
-        def choose(row: int, sequence: Any) -> tuple[int, TokenLogprobs | None]:
-            if row in failures:
-                raise failures[row]
-            ends = 0 < sequence.request.sampling.choice <= len(sequence.decode.completion_ids)
-            ends = ends and sequence.matcher is None
-            token_id = EOS if ends else ids[row]
-            return token_id, self._logprobs(logits[row], token_id, sequence.request.logprobs)
 
-        return choose
+class FakePending:
+    """A step's choices."""
+
+    def __init__(self, logits: Any, ids: list[int], failures: dict[int, Exception]):
+        self._logits, self._ids, self._failures = logits, ids, failures
+
+    def fetch(self) -> Any:
+        if np.isnan(self._logits).any():
+            raise RuntimeError("made to fail late")
+        return self._chosen
+
+    def _chosen(self, row: int, sequence: Any) -> tuple[int, TokenLogprobs | None]:
+        if row in self._failures:
+            raise self._failures[row]
+        return self._ids[row], self._logprobs(self._logits[row], self._ids[row], sequence.request.logprobs)
 
     def _logprobs(self, scores: np.ndarray, token_id: int, wanted: int | None) -> TokenLogprobs | None:
         if wanted is None:

@@ -142,25 +142,37 @@ def tiny_module(base_folder: Path, folder: Path, *, kind: str = "full", seed: in
     import jax.numpy as jnp
 
     import pshare_jax as ps
-    from pshare_jax.model.architecture import is_lora
     from pshare_jax.model.layers import LoraConfig
 
     base = ps.load(base_folder)
-    draw = np.random.default_rng(seed)
-
-    def drawn(shape: tuple[int, ...], spread: float) -> Any:
-        return jnp.asarray(draw.normal(0, spread, shape), jnp.float32)
-
     if kind == "full":
-        params = {path: x + drawn(x.shape, noise * float(np.std(x))) for path, x in base.params.items()}
+        draw = np.random.default_rng(seed)
+        noises = {path: draw.normal(0, noise * float(np.std(x)), x.shape) for path, x in base.params.items()}
+        params = {path: x + jnp.asarray(noises[path], jnp.float32) for path, x in base.params.items()}
         module = ps.DecodeModule(base.architecture, params, base.mesh)
     else:
-        lora = LoraConfig(rank=3, scale=1.5, targets=("q", "v", "o", "down"))
-        architecture = base.architecture.with_lora(lora)
-        new = {path: drawn(x.shape, 0.2) for path, x in architecture.shapes.items() if is_lora(path)}
-        module = ps.DecodeModule(architecture, {**base.params, **new}, base.mesh)
+        module = random_adapter_module(base, LoraConfig(rank=3, scale=1.5, targets=("q", "v", "o", "down")), seed)
     ps.save_module(folder, module, base)
     return folder
+
+
+def random_adapter_module(base: Any, lora: Any, seed: int) -> Any:
+    """A LoRA module of this shape in memory, on the base's mesh."""
+    import jax
+
+    import pshare_jax as ps
+    from pshare_jax.model.architecture import is_lora
+    from pshare_jax.model.sharding import parameter_sharding
+
+    draw, architecture = np.random.default_rng(seed), base.architecture.with_lora(lora)
+    new = {
+        path: jax.device_put(
+            draw.normal(0, 0.2, shape.shape).astype(shape.dtype), parameter_sharding(path, base.config, base.mesh)
+        )
+        for path, shape in architecture.shapes.items()
+        if is_lora(path)
+    }
+    return ps.DecodeModule(architecture, {**base.params, **new}, base.mesh)
 
 
 def random_tokens(seed: int, *shape: int) -> np.ndarray:

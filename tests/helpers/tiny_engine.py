@@ -36,6 +36,7 @@ class Engines:
         chunk: int = 16,
         rows: int = 4,
         sharing: str = "shared",
+        pipelined: bool = True,
         **config: Any,
     ):
         self.model = ps.load(base)
@@ -45,7 +46,7 @@ class Engines:
             placement=placement,
             sharing=sharing,  # type: ignore[arg-type]
             kv=KVConfig(page_size, pages),
-            batch=BatchConfig(chunk, rows),
+            batch=BatchConfig(chunk, rows, pipelined),
             **config,
         )
         self.tokenizer: Tokenizer = self.model.tokenizer

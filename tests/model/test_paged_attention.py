@@ -8,7 +8,8 @@ from tiny import FAMILIES, tiny_folder
 
 import pshare_jax as ps
 from pshare_jax.mesh import make_mesh
-from pshare_jax.model.attention.paged import blocked, gathered, paged_attend, positions_of
+from pshare_jax.model.attention.blocked import blocked
+from pshare_jax.model.attention.paged import gathered, paged_attend, positions_of
 from pshare_jax.model.kv.pages import device_put_content, empty_pages
 from pshare_jax.model.paged_batch import PagedBatch
 from pshare_jax.model.paged_steps import page_moves
@@ -46,7 +47,9 @@ class Paged:
         chunk = np.zeros((3, width), np.int32)
         for row, count in enumerate(counts):
             chunk[row, :count] = self.tokens[row, self.lengths[row] : self.lengths[row] + count]
-        logits, self.pool = self.step(self.model.params, chunk, self.pool, PagedBatch(self.table, self.lengths, counts))
+        logits, self.pool = self.step(
+            self.model.params, chunk, self.pool, PagedBatch(self.table, self.lengths, counts, np.zeros_like(counts))
+        )
         self.lengths = self.lengths + counts
         return [np.asarray(logits)[row, :count] for row, count in enumerate(counts)]
 
@@ -59,7 +62,7 @@ def model(request, tmp_path_factory):
 @pytest.mark.parametrize(("attention_fn", "page_size"), [(gathered, 4), (blocked, 1), (blocked, 16)])
 def test_any_split_into_chunks_equals_the_plain_forward(model, attention_fn, page_size, monkeypatch):
     # Several blocks even at these lengths, to test the loop's borders.
-    monkeypatch.setattr("pshare_jax.model.attention.paged.BLOCK_TOKENS", 32)
+    monkeypatch.setattr("pshare_jax.model.attention.blocked.BLOCK_TOKENS", 32)
     paged = Paged(model, page_size, attention_fn)
     expected = np.asarray(model.logits(paged.tokens))
     got = [[] for _ in range(3)]
@@ -90,12 +93,12 @@ def test_independent_tokens_equal_chunks_of_one_token(model):
             hidden, pool = decoder(tokens, positions_of(batch, tokens.shape[1]), attend, pool)
             return decoder.logits(hidden), pool
 
-        batch = PagedBatch(paged.table, starts, counts)
+        batch = PagedBatch(paged.table, starts, counts, np.zeros_like(counts))
         logits, after = step(tokens, batch, stored, np.array(True))
         for before, now in zip(jax.tree.leaves(stored), jax.tree.leaves(after), strict=True):
             np.testing.assert_array_equal(before[:, 1:], now[:, 1:])
         for index in range(8):
-            batch = PagedBatch(paged.table, starts + index, np.ones(3, np.int32))
+            batch = PagedBatch(paged.table, starts + index, np.ones(3, np.int32), np.zeros(3, np.int32))
             expected, _ = step(tokens[:, index : index + 1], batch, stored, np.array(False))
             np.testing.assert_allclose(logits[:, index], expected[:, 0], atol=1e-4, rtol=0)
         results.append(np.asarray(logits))

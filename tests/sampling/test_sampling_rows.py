@@ -1,5 +1,6 @@
 """Batched sampling equals a NumPy reference of the documented steps, and a row is independent of its batch."""
 
+import re
 from typing import Any
 
 import jax
@@ -303,9 +304,16 @@ def test_one_compile_for_each_batch_size():
 
 def test_top_k_compiles_to_no_sort():
     """On a CPU a sort of a real vocabulary takes 10 ms per row; the compiler falls back to it unless prevented."""
-    logits = jnp.zeros((2, 5000))
-    for function in (sample_module._best, lambda x: sample_module.best_logprobs(x, jnp.zeros(2, jnp.int32))):
+    logits, limits = jnp.zeros((2, 15000)), (jnp.array([0, 2000]), jnp.array([0.9, 0.9]), jnp.zeros(2))
+    for function in (
+        sample_module._best,
+        lambda x: sample_module.best_logprobs(x, jnp.zeros(2, jnp.int32)),
+        lambda x: sample_module.kept(x, *limits),
+    ):
         program = jax.jit(function).lower(logits).compile().as_text()
         assert program is not None
         assert "TopK" in program
-        assert " sort(" not in program
+        # The few best blocks are sorted by their ids.
+        sorted_sizes = [int(size) for size in re.findall(r"\[(?:\d+,)*(\d+)\]\S* sort\(", program)]
+        assert len(sorted_sizes) == program.count(" sort(")
+        assert all(size <= sample_module.FEW_BLOCKS for size in sorted_sizes)

@@ -19,9 +19,10 @@ def expected(prompt, answer, sampling, banned, min_tokens):
     """The bias and the repeated tokens, computed per token from the whole completion."""
     bias, repeated = np.zeros(VOCAB, np.float32), np.zeros(VOCAB, bool)
     for token in range(VOCAB):
-        added = sum(value for named, value in sampling.logit_bias if named == token)
+        added = np.float32(sum(value for named, value in sampling.logit_bias if named == token))
         if token in answer:
-            added -= sampling.frequency_penalty * answer.count(token) + sampling.presence_penalty
+            product = np.float32(sampling.frequency_penalty) * np.float32(answer.count(token))
+            added -= product + np.float32(sampling.presence_penalty)
         bias[token] = added
         if token in banned and len(answer) < min_tokens:
             bias[token] = -np.inf

@@ -11,7 +11,9 @@ from fake_server import PATHS, error_of, serving
 from tiny_tokenizer import write_tokenizer
 
 from benchmarks.oversized import UNITS
+from pshare_jax.engine.kv import keys
 from pshare_jax.engine.request import Event, TokenLogprobs
+from pshare_jax.server import completions
 from pshare_jax.server.openai.json_bytes import PART, dump
 from pshare_jax.text.tokenizer import Tokenizer
 
@@ -119,6 +121,53 @@ def test_many_messages_token_ids_and_brackets(server):
         assert gc.isenabled()
         quoted = {"model": "abc", "prompt": "p", "max_tokens": 1, "x": "[" * 2_000_000 + '"'}
         assert post(server, TEXT, quoted).status_code == 200
+
+
+def test_a_long_prompt_is_hashed_beside_the_event_loop_and_only_where_it_is_new(server, monkeypatch):
+    threads: dict[str, list[int]] = {"hashes": [], "loop": []}
+
+    def watch(module, name, kind):
+        call = getattr(module, name)
+
+        def watched(*args):
+            return threads[kind].append(threading.get_ident()) or call(*args)
+
+        monkeypatch.setattr(module, name, watched)
+
+    watch(keys, "_digest", "hashes")
+    watch(completions, "check_model", "loop")
+    prompt, num_known = [index % 250 for index in range(20_000)], 0
+    for more in (1, 400, 400):
+        prompt += [7] * more
+        threads["hashes"].clear()
+        body = {"model": "abc", "prompt": prompt, "max_tokens": 1, "user": "an agent"}
+        assert post(server, TEXT, body).status_code == 200
+        num_pages = (len(prompt) - 1) // server.engine.page_size
+        assert len(threads["hashes"]) == num_pages - num_known
+        num_known = num_pages
+        assert threads["loop"]
+        assert not {*threads["loop"]} & {*threads["hashes"]}
+
+
+def test_grammars_that_take_long_keep_no_long_body_waiting(server, monkeypatch):
+    done, make = threading.Event(), completions.answer_grammar
+    monkeypatch.setattr(completions, "answer_grammar", lambda *args: done.wait(60) and make(*args))
+    body = {"model": "abc", "prompt": "p", "max_tokens": 1, "guided_choice": ["A", "B"]}
+    answers = []
+    # More than the event loop has threads.
+    clients = [threading.Thread(target=lambda: answers.append(post(server, TEXT, body))) for _ in range(40)]
+    for client in clients:
+        client.start()
+    time.sleep(0.2)
+    try:
+        assert post(server, TEXT, {"model": "abc", "prompt": [65] * 20_000, "max_tokens": 1}).status_code == 200
+        assert not answers
+    finally:
+        done.set()
+        for client in clients:
+            client.join()
+    assert {answer.status_code for answer in answers} == {200}
+    server.rest()
 
 
 @pytest.mark.parametrize("stream", [False, True])

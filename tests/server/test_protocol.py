@@ -192,6 +192,8 @@ def test_values_beyond_the_limits_are_refused_by_field():
     assert refused(lambda: check_num_choices(chat(n=4), few))["param"] == "n"
     check_num_choices(completion(n=3), few)
     assert refused(lambda: request(completion(logit_bias={"100": 1})))["param"] == "logit_bias"
+    many = refused(lambda: request(completion(logit_bias={str(token): 1 for token in range(1025)})))
+    assert (many["param"], "1024" in many["message"]) == ("logit_bias", True)
     assert refused(lambda: request(completion(min_tokens=5, max_tokens=4)))["param"] == "min_tokens"
     assert refused(lambda: request(completion(min_tokens=62)))["param"] == "min_tokens"
 

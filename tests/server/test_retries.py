@@ -11,7 +11,7 @@ from pshare_jax.engine.failures import RequestBanned
 from pshare_jax.engine.request import FAILED, TIMED_OUT, Event, Request
 from pshare_jax.engine.sequence import State
 from pshare_jax.server import app, completions
-from pshare_jax.server.event_queue import EventQueue
+from pshare_jax.server.event_queue import EventQueue, Mailbox
 from pshare_jax.server.openai.responses import ResponseBuilder
 
 pytestmark = pytest.mark.host
@@ -134,7 +134,7 @@ def test_a_call_that_is_cancelled_while_it_is_submitted_leaves_no_request(server
     requests = [Request("late", "endless", (1, 2, 3), 5000)]
 
     async def call():
-        events = EventQueue(server.engine, requests)
+        events = EventQueue(server.engine, requests, Mailbox(asyncio.get_running_loop()))
         events.abort()
         events.submit()
 

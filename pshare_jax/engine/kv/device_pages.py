@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from pshare_jax.engine.kv.pool import Pool
 from pshare_jax.engine.shapes import bucket_of
+from pshare_jax.mesh import replicated
 from pshare_jax.model.config import ModelConfig
-from pshare_jax.model.kv.pages import KVPages, content_shape, device_put_content, empty_pages
+from pshare_jax.model.kv.pages import KVPages, content_shape, device_put_content, empty_pages, page_bytes
 from pshare_jax.model.paged_steps import page_moves
 from pshare_jax.model.sharding import content_sharding, pages_sharding
 
@@ -31,7 +32,7 @@ class DevicePages:
         self._moves = page_moves(config, mesh)
         self.reset()
 
-    def run(self, step: Callable[..., tuple[Any, KVPages]], params: Any, tokens: np.ndarray, rows: Any) -> Any:
+    def run(self, step: Callable[..., tuple[Any, KVPages]], params: Any, tokens: Any, rows: Any) -> Any:
         """Calls `step(params, tokens, rows, pages)`, keeps the pages it returns and gives back its other result."""
         result, self.pages = step(params, tokens, rows, self.pages)
         return result
@@ -54,10 +55,26 @@ class DevicePages:
         for start in range(0, len(ids), largest):
             self.pages = self._moves.fill(self.pages, self._padded(ids[start : start + largest]), np.float32(np.nan))
 
+    def empty_tables(self, num_slots: int, table_len: int) -> jax.Array:
+        """Page tables `[num_slots, table_len]` of padding."""
+        return jax.device_put(np.zeros((num_slots, table_len), np.int32), replicated(self.mesh))
+
+    def put_table(self, tables: jax.Array, slot: int, pages: Sequence[int]) -> jax.Array:
+        """The page tables with a new one in the slot; they are donated."""
+        table = np.zeros(tables.shape[1], np.int32)
+        table[: len(pages)] = pages
+        return self._moves.put_table(tables, np.int32(slot), table)
+
     def reset(self) -> None:
         """New, empty arrays."""
         self.pages = ()
         self.pages = empty_pages(self.config, self.num_pages, self.page_size, self.dtype, self.mesh)
+
+    @property
+    def device_page_bytes(self) -> int:
+        """Bytes of a page of all layers on each device."""
+        kv_heads, *_ = pages_sharding(self.config, self.mesh).shard_shape((self.config.num_kv_heads, 1, 1, 1))
+        return page_bytes(self.config, self.page_size, self.dtype) * kv_heads // self.config.num_kv_heads
 
     @property
     def spec(self) -> Any:

@@ -42,20 +42,26 @@ class EvictionOrder:
         return (page for queue in queues for page in queue)
 
     def add(self, page: int, uses: int) -> None:
-        """The page has lost its last reference."""
-        queue = self._queue_of[page] = self._ring[
-            (self.clock + 1 + (uses if uses < MAX_USES else MAX_USES)) % NUM_QUEUES
-        ]
-        queue[page] = None
+        """The page has lost its last reference, or counts as used now."""
+        self._put(page, self._ring[(self.clock + 1 + (uses if uses < MAX_USES else MAX_USES)) % NUM_QUEUES])
 
     def add_first(self, page: int) -> None:
         """The page is not expected to be used again."""
-        queue = self._queue_of[page] = self._first
-        queue[page] = None
+        self._put(page, self._first)
 
     def add_last(self, page: int) -> None:
-        """The page has lost its last reference and is pinned."""
-        queue = self._queue_of[page] = self._last
+        """The page has lost its last reference and is pinned, or is pinned again."""
+        self._put(page, self._last)
+
+    def _put(self, page: int, queue: OrderedDict[int, None]) -> None:
+        """The page's place is at the end of the queue, wherever it was."""
+        before = self._queue_of.get(page)
+        if before is queue:
+            queue.move_to_end(page)
+            return
+        if before is not None:
+            del before[page]
+        self._queue_of[page] = queue
         queue[page] = None
 
     def is_first(self, page: int) -> bool:
@@ -63,7 +69,7 @@ class EvictionOrder:
         return page in self._first
 
     def remove(self, page: int) -> None:
-        """The page is referenced again, leaves the cache, or gets another place."""
+        """The page is referenced again, or leaves the cache."""
         del self._queue_of.pop(page)[page]
 
     def victim(self) -> int:

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from pshare_jax.share.boundary import shareable_pages
 
+_TOKEN_BYTES = 4
+_length = struct.Struct("<Q").pack
+
 
 class PageKey(NamedTuple):
     """One full page: the chained digest, and the bytes that it stands for beyond the previous page's digest.
@@ -35,13 +38,16 @@ def page_keys(
     """
     num_pages = shareable_pages(len(context), page_size)
     keys = list(known[:num_pages])
-    for index in range(len(keys), num_pages):
-        tokens = context[index * page_size : (index + 1) * page_size]
-        content = struct.pack(f"<{page_size}I", *tokens)
-        if index == 0:
+    tokens = context[len(keys) * page_size : num_pages * page_size]
+    data, size = struct.pack(f"<{len(tokens)}I", *tokens), page_size * _TOKEN_BYTES
+    digest = keys[-1].digest if keys else b""
+    for start in range(0, len(data), size):
+        content = data[start : start + size]
+        if not keys:
             content = _framed(_utf8(fingerprint), _utf8(salt), content)
-        previous = keys[-1].digest if keys else b""
-        keys.append(PageKey(_digest(_framed(previous, content)), content))
+        # As `_framed(digest, content)`, but this is where the time goes.
+        digest = _digest(b"".join((_length(len(digest)), digest, _length(len(content)), content)))
+        keys.append(PageKey(digest, content))
     return keys
 
 
@@ -51,7 +57,7 @@ def _digest(data: bytes) -> bytes:
 
 def _framed(*parts: bytes) -> bytes:
     """Joins so that no two lists of parts give the same bytes."""
-    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+    return b"".join(_length(len(part)) + part for part in parts)
 
 
 def _utf8(text: str) -> bytes:

@@ -4,19 +4,18 @@ The engine and its workers call every method under the engine's lock; admission.
 """
 
 import bisect
+import functools
 import itertools
 import math
-import operator
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
 
 from pshare_jax.engine.kv.pool import PageTable, Pool
+from pshare_jax.engine.kv.waiting import Waiting, by_age, remove
 from pshare_jax.engine.sequence import PageTransfer, Sequence, State
 from pshare_jax.engine.shapes import pages_for
-
-by_age = operator.attrgetter("number")
 
 
 class Ledger:
@@ -26,10 +25,10 @@ class Ledger:
     A prefill and a decode worker with the same pool are colocated: their sequences have one page table, and no transfers.
     """
 
-    def __init__(self, prefill_pools: Items[Pool], decode_pools: Items[Pool], max_rows: int):
+    def __init__(self, prefill_pools: Items[Pool], decode_pools: Items[Pool], max_rows: int, chunk_tokens: int):
         self.prefill_pools, self.decode_pools, self.max_rows = prefill_pools, decode_pools, max_rows
         self.pools = list({id(pool): pool for pool in (*prefill_pools, *decode_pools)}.values())
-        self.waiting: list[list[Sequence]] = [[] for _ in prefill_pools]
+        self.waiting = [Waiting(pool, decode_pools, chunk_tokens) for pool in prefill_pools]
         self.prefilling: list[list[Sequence]] = [[] for _ in prefill_pools]
         self.arriving: list[list[Sequence]] = [[] for _ in decode_pools]
         self.decoding: list[list[Sequence]] = [[] for _ in decode_pools]
@@ -48,7 +47,7 @@ class Ledger:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a waiting or preempted sequence."""
-        bisect.insort(self.waiting[sequence.prefill_worker], sequence, key=by_age)
+        self.waiting[sequence.prefill_worker].add(sequence)
         self.may_admit[sequence.prefill_worker] = True
 
     def room_changed(self) -> None:
@@ -89,12 +88,11 @@ class Ledger:
 
     def return_pages(self, sequence: Sequence, last: int) -> None:
         """The leading pages up to `last` that only the decode pool has go back to the prefill pool."""
-        source, target, most = sequence.decode.table, sequence.prefill.table, self.prefill_pools[0].move_pages
+        source, target = sequence.decode.table, sequence.prefill.table
         assert source is not None
         assert target is not None
-        starts = range(target.num_shared, last, most)
         sequence.prefill.returning = [
-            PageTransfer(sequence, source, target, start, min(start + most, last)) for start in starts
+            PageTransfer(sequence, source, target, *part) for part in source.pool.moves(target.num_shared, last)
         ]
 
     def has_returning(self, worker: int) -> bool:
@@ -129,27 +127,26 @@ class Ledger:
             self.num_returned += transfer.last - transfer.first
             self._advance(transfer.sequence, transfer.last * transfer.target.pool.page_size)
 
-    def next_transfer(self, sequence: Sequence, most: int) -> PageTransfer | None:
-        """At most `most` of the pages that are prefilled and not yet sent; they stay held in both pools."""
+    def next_transfer(self, sequence: Sequence) -> PageTransfer | None:
+        """Pages that are prefilled and not yet sent, as many as go in one transfer; they stay held in both pools."""
         prefill, source, target = sequence.prefill, sequence.prefill.table, sequence.decode.table
         if source is None or target is None or source is target or not _can_start(sequence):
             return None
         size = source.pool.page_size
         available = pages_for(prefill.num_prefilled, size) if prefill.done else prefill.num_prefilled // size
-        first, last = prefill.num_sent, min(available, prefill.num_sent + most)
-        if first >= last:
+        if prefill.num_sent >= available:
             return None
-        transfer = PageTransfer(sequence, source, target, first, last)
+        transfer = PageTransfer(sequence, source, target, *source.pool.moves(prefill.num_sent, available)[0])
         source.manager.retain(transfer.source_pages, "transfer")
         self.in_flight[sequence.decode_worker].append(transfer)
-        prefill.num_sent = last
+        prefill.num_sent = transfer.last
         return transfer
 
     def leave_prefill(self, worker: int) -> list[Sequence]:
         """Sequences with their whole context prefilled and sent move on to their decode worker."""
         gone = [sequence for sequence in self.prefilling[worker] if _all_sent(sequence)]
         for sequence in gone:
-            self.prefilling[worker].remove(sequence)
+            remove(self.prefilling[worker], sequence)
             sequence.move(State.TRANSFERRING)
             bisect.insort(self.arriving[sequence.decode_worker], sequence, key=by_age)
         return gone
@@ -201,12 +198,18 @@ class Ledger:
             self.transfer_failed(transfer)
         return bool(gone)
 
-    def last_progress(self, sequence: Sequence) -> float:
-        """When the sequence, or a sequence that it waits for, has last made progress: it is not late while those move."""
+    def late(self, sequences: Iterable[Sequence], limit: float) -> list[Sequence]:
+        """Those of the sequences that have made no progress since `limit`, if nor has any sequence that they wait for."""
+        # All that wait for the same workers wait for the same: it is looked at once.
+        beside = functools.cache(self._progress_beside)
+        return [one for one in sequences if one.progressed < limit and self._last_progress(one, beside) < limit]
+
+    def _last_progress(self, sequence: Sequence, beside: Callable[[int, int], float]) -> float:
+        """When the sequence, or a sequence that it waits for, has last made progress."""
         seen, last = {sequence}, 0.0
         ahead = [sequence]
         for other in ahead:
-            last = max(last, self._progress_around(other))
+            last = max(last, self._progress_around(other, beside))
             # Not those that came later: they may come forever.
             held = other.decode.table
             producers = [] if held is None else held.manager.producers_for(other)
@@ -214,16 +217,20 @@ class Ledger:
             seen.update(ahead)
         return last
 
-    def _progress_around(self, sequence: Sequence) -> float:
+    def _progress_beside(self, prefill_worker: int, decode_worker: int) -> float:
+        """The last progress of all that keep a sequence in the queue of these workers waiting."""
+        on_their_way = [*itertools.chain(*self.prefilling), *self.arriving[decode_worker]]
+        to_same = [other for other in on_their_way if other.decode_worker == decode_worker]
+        others = [*self.prefilling[prefill_worker], *to_same, *self.decoding[decode_worker]]
+        return max([self._released[decode_worker], *(other.progressed for other in others)])
+
+    def _progress_around(self, sequence: Sequence, beside: Callable[[int, int], float]) -> float:
         """The last progress of the sequence, and of those that share what it waits for: pages, a chunk, a row, a turn."""
         others: list[Sequence] = []
         prefilling, decode_worker = self.prefilling[sequence.prefill_worker], sequence.decode_worker
         held, last = sequence.decode.table, sequence.progressed
         if held is None:
-            on_their_way = [*itertools.chain(*self.prefilling), *self.arriving[decode_worker]]
-            to_same = [other for other in on_their_way if other.decode_worker == decode_worker]
-            others = [*prefilling, *to_same, *self.decoding[decode_worker]]
-            last = max(last, self._released[decode_worker])
+            last = max(last, beside(sequence.prefill_worker, decode_worker))
         elif held.manager.waiting(sequence):
             pass
         elif sequence.state is State.PREFILLING:
@@ -273,27 +280,27 @@ class Ledger:
                 self._pin_while_running(sequence, sequence.prefill.table)
                 self._release_prefill(sequence)
                 self.room_changed()
-        live = [sequence for sequence in decoding if not sequence.leaving]
+        live = [sequence for sequence in decoding if not sequence.leaving and not sequence.decode.finishing]
         rows = Counter(sequence.group for sequence in live if sequence.decode.has_row)
-        started = []
-        for sequence in sorted([*live, *arrived], key=by_age):
-            if sequence.decode.has_row or rows[sequence.group] >= self.max_rows:
+        started, without = [], [sequence for sequence in (*live, *arrived) if not sequence.decode.has_row]
+        for sequence in sorted(without, key=by_age):
+            if rows[sequence.group] >= self.max_rows:
                 continue
             rows[sequence.group] += 1
             sequence.decode.has_row = True
             started.append(sequence)
             if sequence.state is State.TRANSFERRING:
-                arriving.remove(sequence)
+                remove(arriving, sequence)
                 sequence.move(State.DECODING)
                 bisect.insort(decoding, sequence, key=by_age)
                 self.room_changed()
         return started
 
-    def make_room(self, sequence: Sequence) -> bool:
-        """A page for the sequence's next token, if it needs one; False if the pool has none."""
+    def make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """A page for the last of so many tokens, if it needs one; False if the pool has none."""
         held = sequence.decode.table
         assert held is not None
-        if held.fits(sequence.num_tokens):
+        if held.fits(num_tokens):
             return True
         new = held.manager.allocate(1)
         if new is None:
@@ -359,7 +366,7 @@ class Ledger:
         # their pages, restart with them, and make them restart in turn, for ever.
         while gone := [sequence for sequence in sequences if sequence.leaving]:
             for sequence in gone:
-                sequences.remove(sequence)
+                remove(sequences, sequence)
                 self._release(sequence)
                 self.room_changed()
                 if not sequence.final:
@@ -373,7 +380,7 @@ class Ledger:
             self.num_restarts += 1
             sequence.lose_kv()
             sequence.move(State.WAITING)
-        sequence.must_restart = sequence.decode.has_row = False
+        sequence.must_restart = sequence.decode.has_row = sequence.decode.finishing = False
         self.add(sequence)
 
     def holders(self, pool: Pool) -> list[Sequence]:

@@ -23,6 +23,7 @@ class Page:
     uses: int = 0  # reservations that shared it since it was published
     key: PageKey | None = None
     parent: Optional["Page"] = None
+    depth: int = 0  # pages of the prompt up to this one, while it has a key
     children: dict["Page", None] = field(default_factory=dict)
     producer: Hashable | None = None
     waiters: dict[Hashable, None] = field(default_factory=dict)  # in the order of their arrival
@@ -47,6 +48,8 @@ class Page:
             "has a child with another parent": any(child.parent is not self for child in self.children),
             "is no child of its parent": parent is not None and self not in parent.children,
             "is published before its parent": not pending and parent is not None and parent.producer is not None,
+            "has another depth than its place": self.key is not None
+            and self.depth != (parent.depth if parent else 0) + 1,
             "has more uses than its parent": parent is not None and self.uses > parent.uses,
         }
         if any(faults.values()):

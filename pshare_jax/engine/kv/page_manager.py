@@ -3,6 +3,7 @@
 There is one record per page (page.py). Prefill, decode and API threads all call the manager, always under the engine's lock.
 """
 
+import itertools
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pshare_jax.engine.kv.eviction import EvictionOrder
+from pshare_jax.engine.kv.key_watch import KeyWatch
 from pshare_jax.engine.kv.keys import PageKey
 from pshare_jax.engine.kv.page import Page
 from pshare_jax.engine.kv.sessions import NOBODY, Caller, Session, Sessions, disown
@@ -60,7 +62,8 @@ class PageManager:
     At most `max_pinned` pages are pinned (`sessions`), by `clock`, which counts seconds. Pins forbid nothing: pinned
     pages are evicted where a reservation needs them and no others are left.
 
-    `on_free` gets the pages that were just freed, before any of them is lent again. Wrong use raises AssertionError.
+    `on_free` gets the pages that were just freed, before any of them is lent again, and `watch` the keys that enter or leave
+    the tree. Wrong use raises AssertionError.
     A failed pool gets a new manager; pages of the old manager are released there.
     """
 
@@ -71,6 +74,7 @@ class PageManager:
         stats: CacheStats | None = None,
         max_pinned: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        watch: KeyWatch | None = None,
     ):
         if num_pages < 2:
             raise ValueError(f"A pool of {num_pages} pages has none to lend, since page 0 is for padding.")
@@ -79,6 +83,7 @@ class PageManager:
         self.holders: Counter[str] = Counter()
         self.stats = stats or CacheStats()
         self._on_free = on_free
+        self._watch = watch or KeyWatch()
         self._pages = [Page(number) for number in range(num_pages)]
         self._free = list(range(num_pages - 1, 0, -1))
         self._evictable = EvictionOrder()
@@ -86,6 +91,8 @@ class PageManager:
         self._tree: dict[bytes, Page] = {}  # by the key's digest
         self._produced: dict[Hashable, dict[Page, None]] = {}  # by producer
         self._awaited: dict[Hashable, dict[Page, None]] = {}  # by waiter
+        self._version = 0  # counts changes of what `_chain` depends on
+        self._last_chains: list[tuple[Sequence[PageKey], int, list[Page]]] = [((), -1, [])] * 2
 
     @property
     def num_free(self) -> int:
@@ -119,9 +126,9 @@ class PageManager:
         """How many leading pages of a prompt are published or pending: what `reserve` would share."""
         return len(self._chain(keys))
 
-    def has_key(self, key: PageKey) -> bool:
-        """Whether a page with this digest is published or pending, and so, unless digests collide, are all before it."""
-        return key.digest in self._tree
+    def has_digest(self, digest: bytes) -> bool:
+        """Whether a page with this key's digest is published or pending, and so, unless digests collide, are all before it."""
+        return digest in self._tree
 
     def waiting(self, waiter: Hashable) -> bool:
         """Whether a page that the waiter needs is still pending."""
@@ -133,7 +140,8 @@ class PageManager:
 
     def waiters_of(self, producer: Hashable) -> list[Hashable]:
         """All that wait for pages that the producer has pending, without those that wait for them in turn."""
-        return list(dict.fromkeys(waiter for page in self._produced.get(producer, ()) for waiter in page.waiters))
+        # They share prefixes, and pages are published in their order: all of them wait for the first of its pages.
+        return list(next(iter(self._produced.get(producer, ())), self._pages[0]).waiters)
 
     def producers_for(self, waiter: Hashable) -> list[Hashable]:
         """The producers of the pending pages that the waiter needs."""
@@ -141,7 +149,8 @@ class PageManager:
 
     def producers_of(self, keys: Sequence[PageKey]) -> set[Hashable]:
         """The producers of the pending pages that `reserve` would share."""
-        return {page.producer for page in self._chain(keys) if page.producer is not None}
+        pending = itertools.takewhile(lambda page: page.producer is not None, reversed(self._chain(keys)))
+        return {page.producer for page in pending}
 
     def could_reserve(self, keys: Sequence[PageKey], num_pages: int, spare: int = 0, wait: bool = True) -> bool:
         """Whether `reserve` would succeed and leave `spare` pages or more that can be lent. Changes nothing."""
@@ -320,8 +329,16 @@ class PageManager:
         """The longest prefix that is in the tree: published pages, then (with `wait`) pending pages.
 
         All pages before a page of the tree are in it, and published if it is; so the last page is found by bisection, and
-        the way back from there shows whether the pages are those of the prompt.
+        the way back from there shows whether the pages are those of the prompt. Admission asks for one prompt several times
+        in a row, so the last answers are kept until the tree changes.
         """
+        known, version, chain = self._last_chains[wait]
+        if known is not keys or version != self._version:
+            chain = self._find_chain(keys, wait)
+            self._last_chains[wait] = keys, self._version, chain
+        return chain
+
+    def _find_chain(self, keys: Sequence[PageKey], wait: bool) -> list[Page]:
         num = bisect_left(keys, True, key=lambda key: self._find(key, wait) is None)
         chain: list[Page] = []
         page = self._find(keys[num - 1], wait) if num else None
@@ -394,6 +411,7 @@ class PageManager:
         return found.id
 
     def _produce(self, producer: Hashable, page: Page) -> None:
+        self._version += 1
         page.producer = producer
         self._produced.setdefault(producer, {})[page] = None
 
@@ -401,18 +419,22 @@ class PageManager:
         """Returns the page's waiters, which the page no longer has."""
         if page.producer is None:
             return {}
+        self._version += 1
         _remove(self._produced, page.producer, page)
         waiters, page.producer, page.waiters = page.waiters, None, {}
         return waiters
 
     def _link(self, page: Page, key: PageKey, parent: Page | None) -> None:
-        page.key, page.parent = key, parent
+        self._version += 1
+        page.key, page.parent, page.depth = key, parent, 1 if parent is None else parent.depth + 1
         self._tree[key.digest] = page
+        self._watch.moved(key.digest)
         if parent is not None:
             parent.children[page] = None
 
     def _unlink(self, top: Page, reason: str) -> None:
         """Takes a page and all behind it out of the tree. Pending pages among them go on, privately."""
+        self._version += 1
         before = top.parent
         if top.parent is not None:
             del top.parent.children[top]
@@ -421,6 +443,7 @@ class PageManager:
             leaving += page.children
             if page.key is not None:
                 del self._tree[page.key.digest]
+                self._watch.moved(page.key.digest)
             if page.owner is not None or page.tips or page.pins:
                 self.sessions.left(page, before, reason)
             page.key, page.parent, page.children, page.uses, page.prefetched = None, None, {}, 0, False

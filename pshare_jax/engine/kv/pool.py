@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-
+from pshare_jax.engine.kv.key_watch import KeyWatch
 from pshare_jax.engine.kv.page_manager import CacheStats, PageManager
+from pshare_jax.engine.shapes import transfer_ranges
 
 
 @runtime_checkable
@@ -22,8 +22,16 @@ class PageStore(Protocol):
     page_size: int
     move_buckets: Sequence[int]
 
-    def run(self, step: Callable[..., tuple[Any, Any]], params: Any, tokens: np.ndarray, rows: Any) -> Any:
+    def run(self, step: Callable[..., tuple[Any, Any]], params: Any, tokens: Any, rows: Any) -> Any:
         """Calls `step(params, tokens, rows, pages)`, keeps the pages it returns and gives back its other result."""
+        ...
+
+    def empty_tables(self, num_slots: int, table_len: int) -> Any:
+        """Page tables `[num_slots, table_len]` of padding, on this pool's devices."""
+        ...
+
+    def put_table(self, tables: Any, slot: int, pages: Sequence[int]) -> Any:
+        """The page tables with a new one in the slot; they are donated."""
         ...
 
     def gather(self, ids: Sequence[int]) -> Any:
@@ -63,9 +71,12 @@ class Pool:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.name, self.store = name, store
-        self.num_pages, self.page_size, self.move_pages = store.num_pages, store.page_size, store.move_buckets[-1]
+        self.num_pages, self.page_size = store.num_pages, store.page_size
         self.generation = 0
+        self.num_steps = 0
+        """Steps so far: of two that have failed, the earlier is to blame, since its arrays are the later one's."""
         self.cache_stats = CacheStats()
+        self.watch = KeyWatch()
         self._debug, self._max_pinned, self._clock = debug, int(pinned_share * self.num_usable), clock
         self.manager = self._new_manager()
 
@@ -86,15 +97,21 @@ class Pool:
         self.manager.sessions.expire()
         return self.manager.sessions.num_pinned
 
+    def moves(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The pages from `first` to `last` of a table in ranges, each for one transfer."""
+        return list(transfer_ranges(first, last, self.store.move_buckets))
+
     def rebuild(self) -> None:
         """Replaces the manager and the arrays by empty ones. Called by the pool's thread, under the engine's lock."""
         self.generation += 1
         self.manager = self._new_manager()
+        self.watch.all_moved()
         self.store.reset()
 
-    def run(self, step: Callable[..., tuple[Any, Any]], params: Any, tokens: np.ndarray, rows: Any) -> Any:
-        """A prefill or decode step over the pool; called by the pool's thread."""
+    def run(self, step: Callable[..., tuple[Any, Any]], params: Any, tokens: Any, rows: Any) -> Any:
+        """A prefill, scoring or decode step over the pool (see `PageStore.run`); called by the pool's thread."""
         self._erase_freed()
+        self.num_steps += 1
         return self.store.run(step, params, tokens, rows)
 
     def scatter(self, ids: Sequence[int], content: Any) -> None:
@@ -115,7 +132,7 @@ class Pool:
         # A list of its own: what is released to the manager of a failed pool says nothing about the new pages.
         self._freed: list[int] = []
         on_free = self._freed.extend if self._debug else None
-        return PageManager(self.num_pages, on_free, self.cache_stats, self._max_pinned, self._clock)
+        return PageManager(self.num_pages, on_free, self.cache_stats, self._max_pinned, self._clock, self.watch)
 
 
 @dataclass(eq=False)

@@ -17,6 +17,10 @@ from pshare_jax.engine.kv.page import Page
 MAX_SESSIONS = 16_384
 MAX_FAMILY = 16
 """A session with so many of its parents: a call may name sessions without end."""
+MAX_FAMILY_PAGES = 4096
+"""The pages of all their prompts, at most, unless the session alone has more: a call is about no others, since it takes about
+a microsecond of the engine's lock for each.
+"""
 
 
 class Caller(NamedTuple):
@@ -103,7 +107,7 @@ class Sessions:
         return session
 
     def add(self, page: Page) -> None:
-        """The page has lost its last reference."""
+        """The page has lost its last reference, or counts as used now."""
         if page.pins:
             self._order.add_last(page.id)
         else:
@@ -134,7 +138,6 @@ class Sessions:
         for session in reversed(list(self._family(name))):
             for page in _back(session.tip.page):
                 if page.refs == 0:
-                    self._order.remove(page.id)
                     self.add(page)
 
     def evict(self, name: Hashable) -> int:
@@ -152,7 +155,6 @@ class Sessions:
             if page.refs == 0 and not page.pins and not self._order.is_first(page.id)
         ]
         for page in pages:
-            self._order.remove(page.id)
             self._order.add_first(page.id)
         return len(pages)
 
@@ -188,9 +190,13 @@ class Sessions:
         return [fault for fault, found in faults.items() if found]
 
     def _family(self, name: Hashable | None) -> Iterator[Session]:
-        """The session, its parent, that one's parent, ..., as far as they are known."""
+        """The session, its parent, that one's parent, ..., as far as they are known and their prompts are not too long."""
         seen: set[Hashable] = set()
+        num_pages = 0
         while name not in seen and len(seen) < MAX_FAMILY and (session := self._by_name.get(name)) is not None:
+            num_pages += 0 if session.tip.page is None else session.tip.page.depth
+            if seen and num_pages > MAX_FAMILY_PAGES:
+                return
             seen.add(name)
             yield session
             name = session.parent
@@ -213,7 +219,6 @@ class Sessions:
             page.pins += 1
             self.num_pinned += page.pins == 1
             if page.refs == 0:
-                self._order.remove(page.id)
                 self._order.add_last(page.id)
 
     def _uncover(self, pages: Iterable[Page], reason: str) -> None:
@@ -222,7 +227,6 @@ class Sessions:
             if page.pins == 0:
                 self._unpinned(reason)
                 if page.refs == 0:
-                    self._order.remove(page.id)
                     self.add(page)
 
     def _unpinned(self, reason: str) -> None:

@@ -1,7 +1,7 @@
 """Attention over paged KV: one function for prefill chunks and decode steps, replaceable by GPU and TPU kernels.
 
-Each row has its own page table and lengths. `blocked` processes blocks of pages with an online softmax and a run-time
-trip count, so one compilation serves all lengths; `gathered` materialises all pages and is the tests' reference.
+Each row has its own page table and lengths. `blocked` (blocked.py) serves; `gathered` materialises all pages and is the
+tests' reference.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,7 @@ from pshare_jax.model.attention.dense import Segment, attention, visible_keys
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.decoder import Attend
 from pshare_jax.model.kv.pages import KVPages, LayerPages, slots_of, write_slots
-from pshare_jax.model.layers import soft_cap
 from pshare_jax.model.paged_batch import PagedBatch
-
-BLOCK_TOKENS = 256
-"""Cached tokens in one block of `blocked`."""
 
 
 def positions_of(batch: PagedBatch, num_tokens: int) -> Int[Array, "B T"]:
@@ -79,7 +75,7 @@ def gathered(
     independent: Bool[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
     """The reference: for each row, one softmax over all pages of its table in dense form."""
-    lengths, ends = jnp.asarray(batch.context_lens), _stored_ends(batch, independent)
+    lengths, ends = jnp.asarray(batch.context_lens), stored_ends(batch, independent)
 
     def row(q: Array, k: Array, v: Array, table: Array, length: Array, end: Array) -> Array:
         cached = [part[:, table].reshape(part.shape[0], -1, part.shape[3]) for part in pages]
@@ -87,91 +83,27 @@ def gathered(
         stored = slots < end
         # Slots past the end may hold NaN, which a zero weight would not remove.
         cached_k, cached_v = (jnp.where(stored[:, None], part, 0)[None] for part in cached)
-        old = Segment(cached_k, cached_v, _visible_old(positions, slots, window, independent) & stored)
-        own = _visible_new(positions, window, independent)
+        old = Segment(cached_k, cached_v, visible_old(positions, slots, window, independent) & stored)
+        own = visible_new(positions, window, independent)
         new = Segment(k.swapaxes(0, 1)[None], v.swapaxes(0, 1)[None], own)
         return attention(q[None], [old, new], scale=scale, softcap=softcap)[0]
 
     return jax.vmap(row)(q, k, v, jnp.asarray(batch.page_table), lengths, ends)
 
 
-def blocked(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    pages: LayerPages,
-    batch: PagedBatch,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-    independent: Bool[Array, ""] | None = None,
-) -> Float[Array, "B T N H"]:
-    """Online softmax (FlashAttention, arXiv 2205.14135, alg. 1) over the new tokens, then over blocks of pages."""
-    B, T, N, H = q.shape
-    K, page_size = k.shape[2], pages[0].shape[2]
-    G = N // K
-    grouped = q.reshape(B, T, K, G, H).transpose(2, 0, 3, 1, 4).reshape(K, B, G * T, H) * scale
-    positions = positions_of(batch, T)
-
-    def scores(keys: Float[Array, "K B S H"], visible: Bool[Array, "B T S"]) -> Float[Array, "K B Q S"]:
-        raw = jnp.einsum("KBQH,KBSH->KBQS", grouped, keys, preferred_element_type=jnp.float32)
-        capped = soft_cap(raw, softcap).reshape(K, B, G, T, -1)
-        return jnp.where(visible[:, None], capped, -jnp.inf).reshape(K, B, G * T, -1)
-
-    def add(
-        carry: tuple[Array, Array, Array], keys: Array, values: Array, visible: Array
-    ) -> tuple[Array, Array, Array]:
-        highest, total, out = carry
-        raw = scores(keys, visible)
-        new_highest = jnp.maximum(highest, raw.max(-1))
-        weights, shrink = jnp.exp(raw - new_highest[..., None]), jnp.exp(highest - new_highest)
-        product = jnp.einsum(
-            "KBQS,KBSH->KBQH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
-        )
-        return new_highest, total * shrink + weights.sum(-1), out * shrink[..., None] + product
-
-    # Every query sees itself, so all later maxima are finite.
-    own = jax.vmap(_visible_new, in_axes=(0, None, None))(positions, window, independent)
-    start = (
-        jnp.full((K, B, G * T), -jnp.inf, jnp.float32),
-        jnp.zeros((K, B, G * T), jnp.float32),
-        jnp.zeros((K, B, G * T, H), jnp.float32),
-    )
-    carry = add(start, k.transpose(2, 0, 1, 3), v.transpose(2, 0, 1, 3), own)
-    block = min(max(1, BLOCK_TOKENS // page_size), batch.page_table.shape[1])
-
-    def step(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        # The table is padded to whole blocks below: at its end dynamic_slice would shift the block.
-        ids = jax.lax.dynamic_slice_in_dim(table, index * block, block, axis=1)
-        keys, values = (part[:, ids].reshape(K, B, block * page_size, H) for part in pages)
-        slots = index * block * page_size + jnp.arange(block * page_size)
-        stored = slots < ends[:, None]
-        visible = jax.vmap(_visible_old, in_axes=(0, None, None, None))(positions, slots, window, independent)
-        visible &= stored[:, None]
-        return add(carry, keys, jnp.where(stored[..., None], values, 0), visible)
-
-    table = jnp.pad(batch.page_table, ((0, 0), (0, -batch.page_table.shape[1] % block)))
-    ends = _stored_ends(batch, independent)
-    trips = (jnp.max(ends) + block * page_size - 1) // (block * page_size)
-    first = 0 if window is None else jnp.maximum(jnp.min(batch.context_lens) - window + 1, 0) // (block * page_size)
-    _, total, out = jax.lax.fori_loop(first, trips, step, carry)
-    heads = (out / total[..., None]).astype(q.dtype).reshape(K, B, G, T, H)
-    return heads.transpose(1, 3, 0, 2, 4).reshape(B, T, N, H)
-
-
-def _stored_ends(batch: PagedBatch, independent: Array | None) -> Int[Array, "B"]:
+def stored_ends(batch: PagedBatch, independent: Array | None) -> Int[Array, "B"]:
     """The end of the KV that new tokens read; for independent tokens it includes the base's KV at their positions."""
     lengths = jnp.asarray(batch.context_lens)
     return lengths if independent is None else lengths + jnp.where(independent, jnp.asarray(batch.query_lens), 0)
 
 
-def _visible_old(positions: Array, slots: Array, window: int | None, independent: Array | None) -> Bool[Array, "T S"]:
+def visible_old(positions: Array, slots: Array, window: int | None, independent: Array | None) -> Bool[Array, "T S"]:
     """The stored keys that each new token sees; an independent token uses its own key at its position."""
     visible = visible_keys(positions, slots, window)
     return visible if independent is None else visible & (~independent | (slots[None, :] != positions[:, None]))
 
 
-def _visible_new(positions: Array, window: int | None, independent: Array | None) -> Bool[Array, "T T"]:
+def visible_new(positions: Array, window: int | None, independent: Array | None) -> Bool[Array, "T T"]:
     """The new keys that each new token sees."""
     visible = visible_keys(positions, positions, window)
     return visible if independent is None else visible & (~independent | (positions[None, :] == positions[:, None]))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pshare_jax.engine.request import Request, check_hint
+from pshare_jax.engine.request import Request, check_hint, has_unknown_ids
 from pshare_jax.errors import PshareError
 from pshare_jax.sampling.params import SamplingParams
 from pshare_jax.server.openai.schema import ApiError, Body, ChatBody, CompletionBody
@@ -98,19 +98,19 @@ def check_num_choices(body: Body, limits: Limits) -> None:
 
 
 def _sampling(body: Body, seed: int, choice: int, vocab_size: int) -> SamplingParams:
-    sampling = SamplingParams(
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=max(body.top_k, 0),
-        min_p=body.min_p,
-        seed=seed,
-        choice=choice,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        repetition_penalty=body.repetition_penalty,
-        logit_bias=tuple(body.logit_bias.items()),
-    )
     try:
+        sampling = SamplingParams(
+            temperature=body.temperature,
+            top_p=body.top_p,
+            top_k=max(body.top_k, 0),
+            min_p=body.min_p,
+            seed=seed,
+            choice=choice,
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            repetition_penalty=body.repetition_penalty,
+            logit_bias=tuple(body.logit_bias.items()),
+        )
         sampling.check_vocabulary(vocab_size)
     except PshareError as error:
         raise ApiError(400, str(error), param="logit_bias") from None
@@ -122,7 +122,7 @@ def _check_length(body: Body, prompt: list[int], limits: Limits) -> int:
     param = "messages" if isinstance(body, ChatBody) else "prompt"
     if not prompt:
         raise ApiError(400, f"{param} contains no tokens; a prompt needs at least one.", param=param)
-    if max(prompt) >= limits.vocab_size or min(prompt) < 0:
+    if has_unknown_ids(prompt, limits.vocab_size):
         raise ApiError(400, f"{param} contains a token id outside 0 to {limits.vocab_size - 1}.", param=param)
     max_tokens = _max_tokens(body, len(prompt), limits.max_len, param)
     if body.min_tokens > max_tokens and not body.prefetches:

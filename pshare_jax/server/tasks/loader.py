@@ -1,4 +1,5 @@
-"""Loads a decode module's folder onto the meshes of decode workers, and compiles every program that their steps call.
+"""Loads a decode module's folder onto the meshes of decode workers, and compiles every program that their steps call: none
+for a LoRA adapter that fits into the stack of its mesh.
 
 table.py calls it in a thread of its own, while workers run: it touches neither pools nor the workers' state.
 """
@@ -8,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pshare_jax.engine.engine import Engine
+from pshare_jax.engine.interfaces import Module
 from pshare_jax.engine.warmup import decode_variants
 from pshare_jax.share.decode_module import DecodeModule, load_module
 from pshare_jax.text.chat_style import ChatStyle
@@ -21,20 +23,24 @@ class TaskLoader:
 
     def load(
         self, folder: Path, workers: Sequence[int], check: Callable[[], None]
-    ) -> tuple[dict[int, DecodeModule], ChatStyle]:
+    ) -> tuple[dict[int, Module], ChatStyle]:
         """The module on the devices of each worker, and its chat style; `check` is called between steps and may raise to
         cancel.
 
         Raises:
             PshareError: the module does not fit the base.
         """
-        modules: dict[int, DecodeModule] = {}
+        style, placed = ChatStyle(), {}
         for worker in workers:
-            modules[worker] = load_module(folder, self._engine.decode_specs[worker].base)
+            spec = self._engine.decode_specs[worker]
+            module = load_module(folder, spec.base)
+            style = module.style
+            placed[worker] = spec.stack.place({folder.name: module}, self._engine.modules_in_use(worker))
             check()
-        for worker, module in modules.items():
-            self._compile(worker, module, check)
-        return modules, next((module.style for module in modules.values()), ChatStyle())
+        for worker, new in placed.items():
+            self._compile(worker, new.as_run(folder.name), check)
+        specs = self._engine.decode_specs
+        return {worker: specs[worker].stack.publish(new)[folder.name] for worker, new in placed.items()}, style
 
     def _compile(self, worker: int, module: DecodeModule, check: Callable[[], None]) -> None:
         """Programs of a task with the same architecture are compiled already and take no time."""

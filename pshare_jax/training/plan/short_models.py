@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pshare_jax.host_memory import free_host_memory
 from pshare_jax.model.architecture import Architecture
 from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.plan.memory import BatchShape, StepShapes, held_memory, step_shapes
@@ -122,15 +123,9 @@ def extrapolate(values: Mapping[int, int | float], num_layers: int) -> int | flo
 
 
 def free_memory() -> int:
-    """Free bytes of the first device; for a CPU those of the machine, without /proc all of its memory."""
+    """Free bytes of the first device; for a CPU those of the machine."""
     stats = jax.devices()[0].memory_stats()
-    if stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    return stats["bytes_limit"] - stats["bytes_in_use"] if stats else free_host_memory()
 
 
 def resident_memory() -> int | None:

@@ -14,7 +14,6 @@ from tiny import tiny_folder
 from tiny_engine import COLOCATED, MIN_GAP, SPLIT, Engines, prefill_tokens
 
 import pshare_jax as ps
-from pshare_jax.engine.build import EngineBuilder
 from pshare_jax.engine.request import Request
 from pshare_jax.server.tasks.loader import TaskLoader
 
@@ -139,7 +138,7 @@ def test_a_module_in_memory_moves_with_its_base(folders):
     model = ps.load(base)
     tasks = {"chat": "base", "memory": ps.load_module(root / "adapter", model), "folder": str(root / "adapter")}
     config = ps.EngineConfig(tasks=tasks, placement=SPLIT)
-    [spec] = EngineBuilder(model, config, lambda line: None).shared()[1]
+    [spec] = ps.Engine.build(model, config).decode_specs
     chat, devices = spec.tasks["chat"], {jax.devices()[1]}
     for name in ("memory", "folder"):
         module = spec.tasks[name]

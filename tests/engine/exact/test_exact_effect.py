@@ -32,7 +32,7 @@ def make(folders):
 
     def engines(sharing):
         # Each isolated task has as many pages as its calls need, and the shared engine the same total.
-        return Engines(base, tasks, SPLIT, page_size=PAGE, pages=1024, chunk=CHUNK, rows=1, sharing=sharing)
+        return Engines(base, tasks, SPLIT, page_size=PAGE, pages=1024, chunk=CHUNK, rows=2, sharing=sharing)
 
     return engines
 

@@ -95,6 +95,10 @@ TABLE = (
 )
 
 
+UNPIPELINED = TABLE[::4]
+"""Cases whose engines fetch each decode step before they dispatch the next."""
+
+
 def possible(values: tuple[Any, ...]) -> bool:
     """Colocated workers have one mesh, and no chunk has 0 tokens."""
     _, page_size, meshes, place, _, chunk = values
@@ -202,7 +206,8 @@ def test_more_answers_are_the_plain_loops(case, worlds, few_programs_here):
 
 def check(case: Case, world: World) -> None:
     """All prompts at once, then one by one for other tasks, then a prompt that continues an answer."""
-    engines = world.engines(case.placement, page_size=case.page_size, chunk=case.chunk, sharing=case.sharing)
+    plan = {"page_size": case.page_size, "chunk": case.chunk, "sharing": case.sharing}
+    engines = world.engines(case.placement, **plan, pipelined=case not in UNPIPELINED)
     base = digest(engines.engine.prefill_specs[0].weights.params)
     b, lengths = case.page_size, sorted({1, *edges(case.page_size)})
     answers = engines.check(*ask(engines, world, lengths, 0))

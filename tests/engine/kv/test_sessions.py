@@ -83,6 +83,19 @@ def test_a_family_has_an_end(monkeypatch):
     assert pool.pin(4) == 6
 
 
+def test_a_family_ends_before_its_prompts_are_too_many_pages(monkeypatch):
+    monkeypatch.setattr(sessions_module, "MAX_FAMILY_PAGES", 7)
+    pool = Pool()
+    for name, num_pages in enumerate((2, 3, 3, 2, 9)):
+        pool.serve(name, num_pages, name, name - 1)
+    # The session itself counts whole.
+    pinned = []
+    for name in range(5):
+        pinned.append(pool.pin(name))
+        assert pool.pin(name, 0) == 0
+    assert pinned == [2, 5, 6, 5, 9]
+
+
 def test_pins_expire_in_the_order_of_their_times():
     pool = Pool()
     for name, seconds in enumerate((30, 10, 20)):
