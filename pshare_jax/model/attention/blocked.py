@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pshare_jax.model.attention.paged import positions_of, stored_ends, visible_new, visible_old
-from pshare_jax.model.attention.work_list import WorkList, joined, plan_of
+from pshare_jax.model.attention.work_list import WorkList, plan_of
 from pshare_jax.model.kv.pages import LayerPages
 from pshare_jax.model.layers import soft_cap
 from pshare_jax.model.paged_batch import PagedBatch, SharedPrefixes
@@ -22,9 +22,6 @@ BLOCK_TOKENS = 256
 """Cached tokens in one block."""
 WHOLE_TOKENS = 32
 """From this number of new tokens on, blocks that need no mask have a loop of their own; below, a mask costs nothing."""
-STACKED_ROWS = 1
-"""Up to this number of rows, one loop of a decode step multiplies every block with the queries of all rows. That takes less
-compilation, but more time: 8 rows at 2,304 tokens 161 ms a step, with a loop of each row's own blocks 97."""
 
 
 class Softmax(NamedTuple):
@@ -81,14 +78,11 @@ def blocked(
 
     if batch.shared is None or plan.shared is None:
         state = _new_tokens(step, k, v)
-        if plan.whole is not None:
-            state = _own_blocks(step, plan.whole, state, masked=False)
-        state = _own_blocks(step, plan.masked, state, masked=True)
     else:
-        own_too = plan.masked if B <= STACKED_ROWS else None
-        state = _stacked_blocks(step, batch.shared, plan.shared, own_too, k, v)
-        if own_too is None:
-            state = _own_blocks(step, plan.masked, state, masked=True)
+        state = _shared_blocks(step, batch.shared, plan.shared, k, v)
+    if plan.whole is not None:
+        state = _own_blocks(step, plan.whole, state, masked=False)
+    state = _own_blocks(step, plan.masked, state, masked=True)
     heads = (state.out / state.total[..., None]).astype(q.dtype).reshape(B, K, N // K, T, H)
     return heads.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
@@ -126,29 +120,24 @@ def _own_blocks(step: _Step, work: WorkList, state: Softmax, *, masked: bool) ->
     return jax.lax.fori_loop(0, work.num_items, trip, state)
 
 
-def _stacked_blocks(
-    step: _Step, groups: SharedPrefixes, shared: WorkList, own: WorkList | None, k: Array, v: Array
-) -> Softmax:
-    """The softmax over the new tokens, one a row, the groups' blocks and, if given, the rows' own; a trip adds one block to
-    the states of the rows that read it, from one product with the queries of all rows.
+def _shared_blocks(step: _Step, groups: SharedPrefixes, work: WorkList, k: Array, v: Array) -> Softmax:
+    """The softmax over the new tokens, one a row, and the groups' blocks; a trip adds one block to the states of the rows of a
+    group, from one product with the queries of all rows. Rows' own blocks are not read so: of 8 rows at 2,304 tokens a decode
+    step took 161 ms, and 97 with `_own_blocks`.
     """
     B, K, G, _ = step.queries.shape
     leaders, num_pages = jnp.asarray(groups.leaders), jnp.asarray(groups.num_pages)
     queries = step.queries.swapaxes(0, 1).reshape(K, B * G, -1)
 
-    work = shared if own is None else joined(shared, own)
-
     def trip(index: Array, state: Softmax) -> Softmax:
-        row, block = work.item(index)
-        members = jnp.where(index < shared.num_items, (leaders == row) & (num_pages > 0), jnp.arange(B) == row)
-        keys, values, slots = step.block(row, block)
-        stored = slots < step.ends[row]
-        # Slots past the end may hold NaN, which a zero weight would not remove.
-        values = jnp.where(stored[:, None], values, 0)
+        leader, block = work.item(index)
+        members = (leaders == leader) & (num_pages > 0)
+        keys, values, slots = step.block(leader, block)
+        # Shared blocks are full pages, so all of their slots are stored.
         seen = jax.vmap(visible_old, in_axes=(0, None, None, None))(step.positions, slots, step.window, None)[:, 0]
-        visible = jnp.repeat(seen & stored & members[:, None], G, axis=0)
+        visible = jnp.repeat(seen & members[:, None], G, axis=0)
         added = _add(state, queries, keys, values, visible, step.softcap)
-        # Nor would it keep NaN in one row's pages from the other rows.
+        # A zero weight would not keep NaN in one group's pages from the other rows.
         return added._replace(out=jnp.where(jnp.repeat(members, G)[:, None], added.out, state.out))
 
     state = _first_tokens(queries, k[:, 0], v[:, 0], step.softcap)

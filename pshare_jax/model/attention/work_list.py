@@ -70,17 +70,6 @@ def plan_of(
     return Plan(shared, whole, _list(first, stop, whole_first, whole_stop, most))
 
 
-def joined(one: WorkList, other: WorkList) -> WorkList:
-    """The items of both."""
-    index = jnp.arange(len(one.rows) + len(other.rows))
-    first = index < one.num_items
-
-    def part(ones: Array, others: Array) -> Array:
-        return jnp.where(first, ones[jnp.minimum(index, len(ones) - 1)], others[index - one.num_items])
-
-    return WorkList(part(one.rows, other.rows), part(one.blocks, other.blocks), one.num_items + other.num_items)
-
-
 def _window_start(positions: Int[Array, "B"], window: int | None) -> Int[Array, "B"]:
     """The first key that a token at a position sees."""
     return jnp.zeros_like(positions) if window is None else jnp.maximum(positions - window + 1, 0)
