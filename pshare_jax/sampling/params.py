@@ -92,10 +92,6 @@ class SamplingParams:
         """Whether scores depend on which tokens the completion has."""
         return self.penalizes_completion or self.repetition_penalty != 1
 
-    def penalty(self, count: int) -> np.float32:
-        """What step 2 subtracts for a token that occurs `count` > 0 times in the completion."""
-        return np.float32(self.frequency_penalty) * np.float32(count) + np.float32(self.presence_penalty)
-
     @property
     def bias_of_token(self) -> dict[int, float]:
         """`logit_bias` with the biases of a repeated id added up."""

@@ -156,8 +156,8 @@ def _adjusted(logits: Array, rows: StepRows, state: RowState) -> Array:
 
 
 def _adjustments(rows: StepRows, state: RowState, size: int) -> Adjustments:
-    """The rows' changes, as `TokenHistory` (history.py) computes them from the whole answer. Rows that ask for none have
-    neutral parameters, so what their slots hold does not matter."""
+    """The rows' changes, as the oracle computes them from the whole answer (share/generate.py: `adjustments`). Rows that ask for
+    none have neutral parameters, so what their slots hold does not matter."""
     slots = rows.slot
     counts, num_rows = state.counts[slots].astype(jnp.int32), len(slots)
     at = jnp.arange(num_rows)[:, None], jnp.where(rows.adjusted[:, None], state.bias_ids[slots], size)

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pshare_jax.sampling import row_state
-from pshare_jax.sampling.history import TokenHistory
 from pshare_jax.sampling.params import SamplingParams, all_allowed
 from pshare_jax.sampling.row_state import STARTED, empty_state, sample_slots, slot_starts, start_slot
 from pshare_jax.sampling.sample import Adjustments, sample
 from pshare_jax.sampling.step_rows import ROW, packed, row_of, unpacked
+from pshare_jax.share.generate import adjustments
 
 VOCAB, SLOTS = 70, 4
 start_jitted, sample_jitted = jax.jit(start_slot), jax.jit(sample_slots)
@@ -36,7 +36,7 @@ def random_params(rng: np.random.Generator) -> SamplingParams:
 
 
 class Answer:
-    """A sequence in a slot, beside the history that says what its scores must be."""
+    """A sequence in a slot."""
 
     def __init__(self, rng: np.random.Generator):
         self.prompt = rng.integers(0, VOCAB, rng.integers(1, 20)).tolist()
@@ -44,13 +44,7 @@ class Answer:
         self.banned = rng.integers(1, VOCAB + 9, rng.integers(0, 4)).tolist()
         self.min_tokens = int(rng.integers(0, 5))
         self.masked, self.reported = rng.random() < 0.3, rng.random() < 0.3
-        self.history = TokenHistory(self.prompt, self.params, VOCAB, self.banned, self.min_tokens)
-        for token in rng.integers(0, VOCAB, rng.choice([0, 0, 3, STARTED, 2 * STARTED + 1])).tolist():
-            self.push(token)
-
-    def push(self, token: int) -> None:
-        self.ids.append(token)
-        self.history.push(token)
+        self.ids += rng.integers(0, VOCAB, rng.choice([0, 0, 3, STARTED, 2 * STARTED + 1])).tolist()
 
     @property
     def position(self) -> int:
@@ -67,12 +61,13 @@ class Answer:
 
     def alone(self, logits: np.ndarray, mask: np.ndarray) -> int:
         """The token that the oracle's sampler chooses for it."""
-        bias, repeated = np.zeros((1, VOCAB), np.float32), np.zeros((1, VOCAB), bool)
-        self.history.write(bias[0], repeated[0])
+        banned = self.banned if len(self.ids) < self.min_tokens else ()
+        changes = adjustments(self.params, self.prompt, self.ids, banned, VOCAB)
+        changes = changes or Adjustments(np.zeros((1, VOCAB), np.float32), np.zeros((1, VOCAB), bool))
         if self.masked:
             allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[:VOCAB].astype(bool)
-            bias[0, ~allowed] = -np.inf
-        return int(sample(jnp.asarray(logits), self.params, self.position, Adjustments(bias, repeated))[0])
+            changes.bias[0, ~allowed] = -np.inf
+        return int(sample(jnp.asarray(logits), self.params, self.position, changes)[0])
 
 
 @settings(max_examples=15, deadline=None)
@@ -103,7 +98,7 @@ def test_equals_each_row_alone(seed):
             answer = seated[slot]
             expected = answer.alone(logits[row], masks[row])
             assert (int(report.ids[row]), int(tokens[slot])) == (expected, expected)
-            answer.push(expected)
+            answer.ids.append(expected)
         rest = [slot for slot in range(SLOTS) if slot not in slots]
         assert np.asarray(tokens)[rest].tolist() == before[rest].tolist()
 

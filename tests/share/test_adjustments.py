@@ -1,4 +1,4 @@
-"""Token histories equal a computation from scratch, and options that are off take no memory."""
+"""The oracle's adjustments equal a computation token by token, and options that are off change nothing."""
 
 import numpy as np
 import pytest
@@ -6,10 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pshare_jax.errors import PshareError
-from pshare_jax.sampling.history import TokenHistory
 from pshare_jax.sampling.params import SamplingParams
+from pshare_jax.share.generate import adjustments
 
-pytestmark = pytest.mark.host
 VOCAB = 13
 tokens = st.integers(0, VOCAB - 1)
 penalties = st.one_of(st.just(0.0), st.floats(-2, 2))
@@ -30,11 +29,10 @@ def expected(prompt, answer, sampling, banned, min_tokens):
     return bias, repeated
 
 
-def written(history):
-    """The rows after `write`, which were used before."""
-    bias, repeated = np.full(VOCAB, 7.5, np.float32), np.ones(VOCAB, bool)
-    history.write(bias, repeated)
-    return bias, repeated
+def computed(prompt, answer, sampling, banned=(), min_tokens=0):
+    """The oracle's bias and repeated tokens; None if it changes nothing."""
+    changes = adjustments(sampling, prompt, answer, banned if len(answer) < min_tokens else (), VOCAB)
+    return changes and (changes.bias[0], changes.repeated[0])
 
 
 @settings(max_examples=300, deadline=None)
@@ -57,53 +55,34 @@ def test_equals_a_computation_from_scratch(
         repetition_penalty=repetition,
         logit_bias=tuple(logit_bias),
     )
-    history = TokenHistory(prompt, sampling, VOCAB, banned, min_tokens)
     for count in range(len(answer) + 1):
         bias, repeated = expected(prompt, answer[:count], sampling, banned, min_tokens)
-        ours_bias, ours_repeated = written(history)
-        np.testing.assert_array_equal(ours_bias, bias)
-        np.testing.assert_array_equal(ours_repeated, repeated)
-        # An inactive history changes nothing.
-        assert history.active or not (bias.any() or repeated.any())
-        if count < len(answer):
-            history.push(answer[count])
+        ours = computed(prompt, answer[:count], sampling, banned, min_tokens)
+        if ours is None:
+            assert not bias.any()
+            assert not repeated.any()
+        else:
+            np.testing.assert_array_equal(ours[0], bias)
+            np.testing.assert_array_equal(ours[1], repeated)
 
 
-def test_active_only_while_adjustments_are_possible():
-    plain = TokenHistory([1, 2], SamplingParams(0.7, top_k=3), VOCAB, {4}, 0)
-    plain.push(4)
-    assert not plain.active
-    held_back = TokenHistory([1, 2], SamplingParams(), VOCAB, {4}, 2)
-    assert held_back.active
-    held_back.push(1)
-    assert held_back.active
-    held_back.push(1)
-    assert not held_back.active
-    assert not TokenHistory([1], SamplingParams(), VOCAB, (), 5).active
-    assert not TokenHistory([1], SamplingParams(), VOCAB, {VOCAB, -1}, 5).active
-    penalized = TokenHistory([1, 2], SamplingParams(presence_penalty=0.5), VOCAB)
-    assert not penalized.active
-    penalized.push(3)
-    assert penalized.active
-    assert TokenHistory([1], SamplingParams(repetition_penalty=1.1), VOCAB).active
-    assert TokenHistory([1], SamplingParams(logit_bias=((3, 0.5),)), VOCAB).active
-
-
-def test_arrays_are_allocated_only_for_options_in_use():
-    """An array for this vocabulary would not fit into memory."""
-    history = TokenHistory([1, 2], SamplingParams(0.7), 1 << 50, {4}, 3)
-    history.push(5)
-    assert history.active
+def test_nothing_changes_without_options():
+    assert computed([1, 2], [4], SamplingParams(0.7, top_k=3), {4}, 0) is None
+    for answer in ([], [1]):
+        assert computed([1, 2], answer, SamplingParams(), {4}, 2) is not None
+    assert computed([1, 2], [1, 1], SamplingParams(), {4}, 2) is None
+    assert computed([1], [], SamplingParams(), (), 5) is None
+    assert computed([1, 2], [3], SamplingParams(presence_penalty=0.5)) is not None
+    assert computed([1], [], SamplingParams(repetition_penalty=1.1)) is not None
+    assert computed([1], [], SamplingParams(logit_bias=((3, 0.5),))) is not None
 
 
 def test_rounding_errors_do_not_accumulate():
-    history = TokenHistory([1], SamplingParams(frequency_penalty=0.1), VOCAB)
-    for _ in range(10_000):
-        history.push(3)
-    assert written(history)[0][3] == np.float32(-1000)
+    bias, _ = computed([1], [3] * 10_000, SamplingParams(frequency_penalty=0.1)) or ((), ())
+    assert bias[3] == np.float32(-1000)
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB])
 def test_a_bias_outside_the_vocabulary_is_refused(token):
     with pytest.raises(PshareError, match=rf"logit_bias\D*{token}\D.* 12\b"):
-        TokenHistory([1], SamplingParams(logit_bias=((token, 1.0),)), VOCAB)
+        computed([1], [], SamplingParams(logit_bias=((token, 1.0),)))
