@@ -19,7 +19,7 @@ from pshare_jax.engine.interfaces import EngineHooks, Weights
 from pshare_jax.engine.schedule import PrefillTurns
 from pshare_jax.engine.sequence import PageTransfer, Sequence
 from pshare_jax.engine.shapes import CompiledShapes, choose_rows, padded_batch, prefill_shapes
-from pshare_jax.engine.transfer import KVTransfer
+from pshare_jax.engine.transfer import KVTransfer, write_arrived
 from pshare_jax.model.paged_batch import PagedBatch
 
 logger = logging.getLogger(__name__)
@@ -207,12 +207,7 @@ class PrefillWorker:
 
     def _receive_returned(self) -> bool:
         """Writes pages that come back from decode pools; whether any was written."""
-        arrived = self._returned()
-        done = bool(arrived)
-        while arrived:
-            written = {transfer.sequence for transfer in arrived if self._write_returned(transfer)}
-            arrived = [transfer for transfer in self._returned() if transfer.sequence in written]
-        return done
+        return write_arrived(self._returned, self._write_returned)
 
     def _returned(self) -> list[PageTransfer]:
         with self._hooks.lock:

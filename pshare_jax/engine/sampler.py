@@ -75,7 +75,7 @@ class SamplerRows:
 
     def __init__(self, sampler: Sampler, num_slots: int):
         self._sampler, self._num_slots = sampler, num_slots
-        self.tokens, self._state = sampler.calls.empty(num_slots, sampler.vocab_size)
+        self.tokens, self._state = sampler.on_device(_empty(num_slots, sampler.vocab_size))
         """`tokens` `[num_slots + 1]`, on the device: the last token of each slot, the input of its next step."""
         self._rows = np.zeros(num_slots + 1, ROW)
         self._rows[:] = row_of(SamplingParams(), num_slots)
@@ -168,7 +168,6 @@ def _filled(matchers: Sequence[TokenMatcher | None], masks: np.ndarray) -> tuple
 
 
 class _Calls(NamedTuple):
-    empty: Any
     start: Any
     sample: Any
 
@@ -177,7 +176,6 @@ class _Calls(NamedTuple):
 def _jitted(mesh: Mesh) -> _Calls:
     placed = replicated(mesh)
     return _Calls(
-        lambda *sizes: jax.device_put(_empty(*sizes), placed),
         jax.jit(start_slot, donate_argnums=1, out_shardings=placed),
         jax.jit(sample_slots, donate_argnums=2, out_shardings=placed),
     )

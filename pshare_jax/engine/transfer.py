@@ -7,6 +7,7 @@ lost and the decode pool still has go the other way (`send_back`) before the bas
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pshare_jax.engine.admission import Admission
@@ -67,13 +68,7 @@ class KVTransfer:
         """Writes the transfers that have arrived (called by the decode pool's thread); whether any was written or dropped."""
         with self._hooks.lock:
             dropped = self._admission.drop_cancelled(self._worker)
-        arrived = self._arrived()
-        done = dropped or bool(arrived)
-        while arrived:
-            written = {transfer.sequence for transfer in arrived if self._write(transfer)}
-            # A sequence's next transfer may be written when the one before is.
-            arrived = [transfer for transfer in self._arrived() if transfer.sequence in written]
-        return done
+        return write_arrived(self._arrived, self._write) or dropped
 
     def _arrived(self) -> list[PageTransfer]:
         with self._hooks.lock:
@@ -140,3 +135,16 @@ class KVTransfer:
         self.stats.num_pages += transfer.last - transfer.first
         self.stats.num_bytes += (transfer.last - transfer.first) * self._page_bytes
         self.stats.seconds += time.monotonic() - transfer.started
+
+
+def write_arrived(arrived: Callable[[], list[PageTransfer]], write: Callable[[PageTransfer], bool]) -> bool:
+    """Writes the transfers that have arrived, each sequence's until one is not there or not written; whether there were any.
+
+    `arrived` gives the first of each sequence: its next may be written when the one before is.
+    """
+    transfers = arrived()
+    done = bool(transfers)
+    while transfers:
+        written = {transfer.sequence for transfer in transfers if write(transfer)}
+        transfers = [transfer for transfer in arrived() if transfer.sequence in written]
+    return done

@@ -87,15 +87,16 @@ class Compiled:
 def layered_prefill(architecture: Architecture, mesh: Mesh, attention_fn: PagedAttention) -> LayeredStep:
     """The step `PagedSteps.prefill`."""
     *rest, last = _parts(architecture)
+    start, store = _start(last.alone, mesh), _store(last.alone, mesh, attention_fn)
+    programs = [(part, _layers(part.alone, mesh, attention_fn)) for part in rest]
 
     def run(call: Call, params: Any, tokens: Any, batch: PagedBatch, pages: Any) -> Any:
-        x, batch = call(_start(last.alone, mesh), last.params(params), tokens, batch)
+        x, batch = call(start, last.params(params), tokens, batch)
         written = []
-        for part in rest:
-            program = _layers(part.alone, mesh, attention_fn)
-            x, new = call(program, part.params(params), x, batch, None, pages[part.span])
+        for part, layers in programs:
+            x, new = call(layers, part.params(params), x, batch, None, pages[part.span])
             written += new
-        marker, new = call(_store(last.alone, mesh, attention_fn), last.params(params), x, batch, pages[last.span])
+        marker, new = call(store, last.params(params), x, batch, pages[last.span])
         return marker, (*written, *new)
 
     return LayeredStep(run, mesh)
@@ -105,27 +106,29 @@ def layered_score(architecture: Architecture, mesh: Mesh, attention_fn: PagedAtt
     """The step `PagedSteps.score`."""
     parts = _parts(architecture)
     ends = parts[-1]
+    start, scores = _start(ends.alone, mesh), _scores(ends.alone, mesh)
+    programs = [(part, _layers(part.alone, mesh, attention_fn)) for part in parts]
 
     def run(call: Call, params: Any, tokens: Any, scored: ScoreBatch, pages: Any) -> Any:
-        x, scored = call(_start(ends.alone, mesh), ends.params(params), tokens, scored)
+        x, scored = call(start, ends.params(params), tokens, scored)
         written = []
-        for part in parts:
-            program = _layers(part.alone, mesh, attention_fn)
-            x, new = call(program, part.params(params), x, scored.batch, scored.independent, pages[part.span])
+        for part, layers in programs:
+            x, new = call(layers, part.params(params), x, scored.batch, scored.independent, pages[part.span])
             written += new
-        return call(_scores(ends.alone, mesh), ends.params(params), x, scored.targets), tuple(written)
+        return call(scores, ends.params(params), x, scored.targets), tuple(written)
 
     return LayeredStep(run, mesh)
 
 
 def layered_scatter(config: ModelConfig, mesh: Mesh) -> LayeredStep:
     """The move `PageMoves.scatter`."""
+    scatter = _scatter(config, mesh)
 
     def run(call: Call, pages: Any, ids: Any, content: Any) -> Any:
         written = []
         for start in range(0, len(pages), PART_LAYERS):
             part = pages[start : start + PART_LAYERS]
-            written += call(_scatter(config, mesh), part, ids, content, np.int32(start))
+            written += call(scatter, part, ids, content, np.int32(start))
         return tuple(written)
 
     return LayeredStep(run, mesh)

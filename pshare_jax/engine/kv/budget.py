@@ -3,6 +3,7 @@
 The builder (build.py) calls it, with `memory_stats` of the devices. CPU devices have none: they share the host's memory.
 """
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,11 +42,12 @@ class Room:
 def rooms(needs: Sequence[PoolNeed], temporaries: int, free_host: Callable[[], int]) -> dict[Any, Room]:
     """The room on every device of the pools, once weights are there. `temporaries` are those of the largest program."""
     devices = {device: device.memory_stats() for need in needs for device in need.devices}
-    host = _host_room(free_host()) if None in devices.values() else None
+    # One room for all CPU devices.
+    host = functools.cache(lambda: _host_room(free_host()))
     return {
-        device: _device_room(device, stats, temporaries, in_flight(device, needs)) if stats else host
+        device: _device_room(device, stats, temporaries, in_flight(device, needs)) if stats else host()
         for device, stats in devices.items()
-    }  # type: ignore[return-value]
+    }
 
 
 def in_flight(device: Any, needs: Iterable[PoolNeed]) -> int:
