@@ -75,6 +75,16 @@ class Plan:
             self._burst()
         return self
 
+    def crowd(self, count: int) -> list[Asked]:
+        """Draws `count` answers of 12 pages each, for one moment: two of them do not fit into a small decode pool."""
+        first = len(self.asked)
+        while len(self.asked) < first + count:
+            request = self.world.request("chat", self.draw.integers(0, VOCAB, 9), 37)
+            expected = self.world.expected(request)
+            if expected.smallest_gap >= MIN_GAP:
+                self.asked.append(Asked(request, expected, self.turn))
+        return self.asked[first:]
+
     def _burst(self) -> None:
         draw = self.draw
         self.turn += int(draw.integers(0, 4)) if draw.random() < 0.85 else 400
@@ -329,6 +339,12 @@ def threaded_storm(world: Engines, seed: int, count: int, limit: float, **pools:
                 asked.answer = Answer(engine, asked.request)
             if draw.random() < 0.2:
                 to_abort.put((asked.request.id, float(draw.random()) * 0.02))
+        _wait(engine, lambda: engine.idle, deadline)
+        # Whether the requests above ever fill the pool depends on the device's speed; these do, on any.
+        crowd = plan.crowd(4)
+        with engine.lock:
+            for asked in crowd:
+                asked.answer = Answer(engine, asked.request)
         _wait(engine, lambda: engine.idle, deadline)
         with engine.lock:
             engine.admission.check()

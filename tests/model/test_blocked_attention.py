@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pshare_jax.model.attention import blocked as module
-from pshare_jax.model.attention.blocked import blocked
+from pshare_jax.model.attention.blocked import LANES, blocked
 from pshare_jax.model.attention.paged import gathered, stored_ends
 from pshare_jax.model.attention.work_list import plan_of
 from pshare_jax.model.paged_batch import PagedBatch, SharedPrefixes, shared_prefixes
@@ -105,7 +105,13 @@ def _seen_blocks(world):
 
 
 def _items(work):
-    return [tuple(int(part) for part in work.item(jnp.asarray(index))) for index in range(int(work.num_items))]
+    """All items, in trips of `LANES`; whatever the number of items of a trip, these are the same."""
+    found = []
+    for trip in range(-(-int(work.num_items) // LANES)):
+        rows, blocks, real = (np.asarray(part) for part in work.items(jnp.asarray(trip), LANES))
+        found += [(int(row), int(block)) for row, block in zip(rows[real], blocks[real], strict=True)]
+    assert len(found) == int(work.num_items)
+    return found
 
 
 def _plan(world, batch):
@@ -147,18 +153,18 @@ def test_the_plan_is_each_rows_own_blocks_and_shared_blocks_once(case):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "window", "shared", "trips"),
+    ("lengths", "window", "shared", "blocks"),
     [
         # One long row among short rows and padding.
-        ([100, 20, 20, 0, 0], None, 0, 4 + 1 + 1),
+        ([100, 20, 20, 0, 0], None, 0, [0, 4 + 1 + 1]),
         # Padding does not switch the window off.
-        ([100, 100, 0, 0, 0], 20, 0, 2 + 2),
+        ([100, 100, 0, 0, 0], 20, 0, [0, 2 + 2]),
         # Four rows on one context of two blocks, each with one of its own; the fifth shares nothing.
-        ([70, 70, 80, 90, 40], None, 64, 2 + 4 + 2),
+        ([70, 70, 80, 90, 40], None, 64, [2, 4 + 2]),
     ],
 )
-def test_loops_run_one_trip_for_each_planned_block(lengths, window, shared, trips, monkeypatch):
-    """Counted in the loops of `blocked` itself, which run without jit."""
+def test_loops_read_each_planned_block_once(lengths, window, shared, blocks, monkeypatch):
+    """Counted in the loops of `blocked` itself, which run without jit: a shared block a trip, and `LANES` of the rows' own."""
     counted, loop = [], jax.lax.fori_loop
 
     def counting(start, stop, *rest):
@@ -173,7 +179,7 @@ def test_loops_run_one_trip_for_each_planned_block(lengths, window, shared, trip
     assert sum(groups.num_pages > 0) == (4 if shared else 0)
     (q, k, v), (keys, values) = world.news, world.pages
     blocked(q, k, v, (keys, values), world.batch, window, 0.3, None)
-    assert sum(counted) == trips
+    assert counted == [blocks[0], -(-blocks[1] // LANES)]
 
 
 def test_nan_of_one_group_or_row_stays_there():

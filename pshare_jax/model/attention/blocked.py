@@ -1,11 +1,10 @@
 """The paged attention that serves: online softmax (FlashAttention, arXiv 2205.14135, alg. 1) over blocks of pages.
 
-A trip of a loop reads one block for one row, so a row costs what its own length costs, whatever its neighbours are
+A trip of a loop reads blocks of some rows from a list, so a row costs what its own length costs, whatever its neighbours are
 (work_list.py). In decode steps, rows whose page tables begin alike read that prefix once: their queries are stacked, and
 each row goes on alone from the softmax state it then has (cascade; the state is the log-sum-exp merge).
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -20,6 +19,8 @@ from pshare_jax.model.paged_batch import PagedBatch, SharedPrefixes
 
 BLOCK_TOKENS = 256
 """Cached tokens in one block."""
+LANES = 4
+"""Blocks of a decode trip: a single one is too little work for XLA to share out among a machine's cores."""
 WHOLE_TOKENS = 32
 """From this number of new tokens on, blocks that need no mask have a loop of their own; below, a mask costs nothing."""
 
@@ -30,6 +31,13 @@ class Softmax(NamedTuple):
     highest: Float[Array, "... Q"]
     total: Float[Array, "... Q"]
     out: Float[Array, "... Q H"]
+
+    @classmethod
+    def of_nothing(cls, queries: Float[Array, "... Q H"]) -> "Softmax":
+        """Finite: scores of -inf add a weight of 0 to it, not NaN."""
+        shape = queries.shape[:-1]
+        lowest = jnp.full(shape, jnp.finfo(jnp.float32).min, jnp.float32)
+        return cls(lowest, jnp.zeros(shape, jnp.float32), jnp.zeros(queries.shape, jnp.float32))
 
 
 class _Step(NamedTuple):
@@ -45,13 +53,16 @@ class _Step(NamedTuple):
     softcap: float | None
     independent: Bool[Array, ""] | None
 
-    def block(self, row: Array, index: Array) -> tuple[Array, Array, Array]:
-        """Keys and values `[K, S, H]` of a row's block, and the positions `[S]`."""
-        ids = jax.lax.dynamic_slice(self.table, (row, index * self.pages_per_block), (1, self.pages_per_block))[0]
+    def blocks(self, rows: Int[Array, "L"], blocks: Int[Array, "L"]) -> tuple[Array, Array, Array]:
+        """Keys and values `[K, L, S, H]` of rows' blocks, and the positions `[L, S]`."""
+        columns = blocks[:, None] * self.pages_per_block + jnp.arange(self.pages_per_block)
+        ids = self.table.at[rows[:, None], columns].get(mode="promise_in_bounds")
         K, _, page_size, H = self.pages[0].shape
-        keys, values = (part.at[:, ids].get(mode="promise_in_bounds").reshape(K, -1, H) for part in self.pages)
+        keys, values = (
+            part.at[:, ids].get(mode="promise_in_bounds").reshape(K, len(rows), -1, H) for part in self.pages
+        )
         block_len = self.pages_per_block * page_size
-        return keys, values, index * block_len + jnp.arange(block_len)
+        return keys, values, blocks[:, None] * block_len + jnp.arange(block_len)
 
 
 def blocked(
@@ -75,49 +86,58 @@ def blocked(
     ends, positions = stored_ends(batch, independent), positions_of(batch, T)
     step = _Step(queries, pages, table, ends, positions, per_block, window, softcap, independent)
     plan = plan_of(batch, ends, T, per_block * page_size, page_size, window, with_whole=T >= WHOLE_TOKENS)
+    lanes = 1 if T >= WHOLE_TOKENS else min(B, LANES)
 
     if batch.shared is None or plan.shared is None:
         state = _new_tokens(step, k, v)
     else:
         state = _shared_blocks(step, batch.shared, plan.shared, k, v)
     if plan.whole is not None:
-        state = _own_blocks(step, plan.whole, state, masked=False)
-    state = _own_blocks(step, plan.masked, state, masked=True)
+        state = _own_blocks(step, plan.whole, state, lanes, masked=False)
+    state = _own_blocks(step, plan.masked, state, lanes, masked=True)
     heads = (state.out / state.total[..., None]).astype(q.dtype).reshape(B, K, N // K, T, H)
     return heads.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def _new_tokens(step: _Step, k: Array, v: Array) -> Softmax:
-    """The softmax over the new tokens; each sees itself, so all later maxima are finite."""
-    B, K, Q, H = step.queries.shape
-    start = Softmax(
-        jnp.full((B, K, Q), -jnp.inf, jnp.float32),
-        jnp.zeros((B, K, Q), jnp.float32),
-        jnp.zeros((B, K, Q, H), jnp.float32),
-    )
+    """The softmax over the new tokens; each sees itself, so all later maxima are those of real scores."""
     visible = jax.vmap(visible_new, in_axes=(0, None, None))(step.positions, step.window, step.independent)
-    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    return jax.vmap(functools.partial(_add, softcap=step.softcap))(start, step.queries, keys, values, visible)
+    start = Softmax.of_nothing(step.queries)
+    return _add(start, step.queries, k.swapaxes(1, 2), v.swapaxes(1, 2), visible[:, None, None], step.softcap)
 
 
-def _own_blocks(step: _Step, work: WorkList, state: Softmax, *, masked: bool) -> Softmax:
-    """Adds one row's block a trip."""
+def _own_blocks(step: _Step, work: WorkList, state: Softmax, lanes: int, *, masked: bool) -> Softmax:
+    """Adds `lanes` blocks a trip, each to the state of its row."""
 
     def trip(index: Array, state: Softmax) -> Softmax:
-        row, block = work.item(index)
-        keys, values, slots = step.block(row, block)
+        rows, blocks, real = work.items(index, lanes)
+        keys, values, slots = step.blocks(rows, blocks)
         visible = None
         if masked:
-            stored = slots < step.ends[row]
+            stored = slots < step.ends[rows][:, None]
             # Slots past the end may hold NaN, which a zero weight would not remove.
-            values = jnp.where(stored[:, None], values, 0)
-            visible = visible_old(step.positions[row], slots, step.window, step.independent) & stored
-        own = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, row, keepdims=False), state)
-        queries = jax.lax.dynamic_index_in_dim(step.queries, row, keepdims=False)
-        own = _add(own, queries, keys, values, visible, step.softcap)
-        return jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, row, 0), state, own)
+            values = jnp.where(stored[..., None], values, 0)
+            see = jax.vmap(visible_old, in_axes=(0, 0, None, None))
+            visible = see(step.positions[rows], slots, step.window, step.independent) & stored[:, None]
+            visible = visible[:, None]
+        # In the order of the keys, whose axes XLA would otherwise transpose.
+        queries = step.queries[rows].swapaxes(0, 1)
+        parts = _add(Softmax.of_nothing(queries), queries, keys, values, visible, step.softcap)
+        parts = jax.tree.map(lambda part: part.swapaxes(0, 1), parts)
+        return _merge(state, parts, real & (rows == jnp.arange(len(step.ends))[:, None]))
 
-    return jax.lax.fori_loop(0, work.num_items, trip, state)
+    return jax.lax.fori_loop(0, -(-work.num_items // lanes), trip, state)
+
+
+def _merge(state: Softmax, parts: Softmax, mine: Bool[Array, "B L"]) -> Softmax:
+    """The states `[B, K, Q]` with those of the parts `[L, K, Q]` that are a row's own."""
+    mine = mine[:, :, None, None]
+    highest = jnp.maximum(state.highest, jnp.where(mine, parts.highest, -jnp.inf).max(1))
+    weights, shrink = jnp.exp(parts.highest - highest[:, None]), jnp.exp(state.highest - highest)
+    # Masked after the products: zero weights would not keep NaN in one row's pages from the others.
+    totals = jnp.where(mine, weights * parts.total, 0)
+    outs = jnp.where(mine[..., None], weights[..., None] * parts.out, 0)
+    return Softmax(highest, state.total * shrink + totals.sum(1), state.out * shrink[..., None] + outs.sum(1))
 
 
 def _shared_blocks(step: _Step, groups: SharedPrefixes, work: WorkList, k: Array, v: Array) -> Softmax:
@@ -130,13 +150,13 @@ def _shared_blocks(step: _Step, groups: SharedPrefixes, work: WorkList, k: Array
     queries = step.queries.swapaxes(0, 1).reshape(K, B * G, -1)
 
     def trip(index: Array, state: Softmax) -> Softmax:
-        leader, block = work.item(index)
+        leader, block, _ = work.items(index, 1)
         members = (leaders == leader) & (num_pages > 0)
-        keys, values, slots = step.block(leader, block)
+        keys, values, slots = step.blocks(leader, block)
         # Shared blocks are full pages, so all of their slots are stored.
-        seen = jax.vmap(visible_old, in_axes=(0, None, None, None))(step.positions, slots, step.window, None)[:, 0]
-        visible = jnp.repeat(seen & members[:, None], G, axis=0)
-        added = _add(state, queries, keys, values, visible, step.softcap)
+        seen = jax.vmap(visible_old, in_axes=(0, None, None, None))(step.positions, slots[0], step.window, None)[:, 0]
+        visible = jnp.repeat(seen & members[:, None], G, axis=0)[None]
+        added = _add(state, queries, keys[:, 0], values[:, 0], visible, step.softcap)
         # A zero weight would not keep NaN in one group's pages from the other rows.
         return added._replace(out=jnp.where(jnp.repeat(members, G)[:, None], added.out, state.out))
 
@@ -158,20 +178,21 @@ def _first_tokens(
 
 def _add(
     state: Softmax,
-    queries: Float[Array, "K Q H"],
-    keys: Float[Array, "K S H"],
-    values: Float[Array, "K S H"],
-    visible: Bool[Array, "T S"] | None,
+    queries: Float[Array, "*A Q H"],
+    keys: Float[Array, "*A S H"],
+    values: Float[Array, "*A S H"],
+    visible: Bool[Array, "*B T S"] | None,
     softcap: float | None,
 ) -> Softmax:
-    """The softmax with more keys and values; query q is of token q % T, and `visible` None means that all are."""
-    scores = jnp.einsum("KQH,KSH->KQS", queries, keys, preferred_element_type=jnp.float32)
+    """The softmax with more keys and values; query q is of token q % T. `visible` is broadcast to `[*A, Q / T, T, S]`; None
+    means that all are.
+    """
+    scores = jnp.einsum("...QH,...SH->...QS", queries, keys, preferred_element_type=jnp.float32)
     scores = soft_cap(scores, softcap)
     if visible is not None:
-        K, Q, S = scores.shape
-        by_token = scores.reshape(K, -1, len(visible), S)
-        scores = jnp.where(visible, by_token, -jnp.inf).reshape(K, Q, S)
+        by_token = scores.reshape(*scores.shape[:-2], -1, *visible.shape[-2:])
+        scores = jnp.where(visible, by_token, -jnp.inf).reshape(scores.shape)
     highest = jnp.maximum(state.highest, scores.max(-1))
     weights, shrink = jnp.exp(scores - highest[..., None]), jnp.exp(state.highest - highest)
-    product = jnp.einsum("KQS,KSH->KQH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    product = jnp.einsum("...QS,...SH->...QH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     return Softmax(highest, state.total * shrink + weights.sum(-1), state.out * shrink[..., None] + product)

@@ -1,4 +1,4 @@
-"""Which blocks of cached tokens a step reads: run-time lists of (row, block) items, one item for each trip of a loop.
+"""Which blocks of cached tokens a step reads: run-time lists of (row, block) items, and the items of a trip.
 
 A block is the same number of tokens in every program, so one compilation serves all lengths; the number of trips is the
 sum over rows of the blocks that the row sees. `blocked` runs these lists, and tests count them.
@@ -7,7 +7,7 @@ sum over rows of the blocks that the row sees. `blocked` runs these lists, and t
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from pshare_jax.model.paged_batch import PagedBatch
 
@@ -22,9 +22,11 @@ class WorkList(NamedTuple):
     blocks: Int[Array, "I"]
     num_items: Int[Array, ""]
 
-    def item(self, index: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
-        """(row, block) of an item."""
-        return self.rows[index], self.blocks[index]
+    def items(self, index: Int[Array, ""], num: int) -> tuple[Int[Array, "L"], Int[Array, "L"], Bool[Array, "L"]]:
+        """(rows, blocks, which are real) of the `index`-th `num` items; the last ones may lie beyond the list's end."""
+        wanted = index * num + jnp.arange(num)
+        at = jnp.minimum(wanted, len(self.rows) - 1)
+        return self.rows[at], self.blocks[at], wanted < self.num_items
 
 
 class Plan(NamedTuple):
