@@ -205,7 +205,8 @@ def storm(
     with caplog.at_level(logging.ERROR, logger="pshare_jax"):
         played.play()
     assert faults or not caplog.records, caplog.text
-    assert (engine.num_ended.get(State.FAILED, 0) > 0) is (faults > 0)
+    # What a fault ends starts again, unless it fails too often.
+    assert faults or State.FAILED not in engine.num_ended
     check_answers(played.plan)
     assert played.num_idle > 2
     for pool in pools_of(engine):
@@ -262,9 +263,9 @@ def test_long_storm(sources, caplog, seed):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("policy", ["prefix", "round_robin"])
-def test_storm_over_two_and_two_workers(sources, caplog, policy):
-    world = world_of(sources, placed([[0], [2]], [[1], [3]]), policy=policy)
+@pytest.mark.parametrize("routing", ["prefix", "round_robin"])
+def test_storm_over_two_and_two_workers(sources, caplog, routing):
+    world = world_of(sources, placed([[0], [2]], [[1], [3]]), routing=routing)
     met = storm(world, 5, 500, caplog, prefill_pages=18, decode_pages=20)
     assert_split_troubles(*met)
 
@@ -299,11 +300,17 @@ def test_isolated_storm(sources, caplog, decode):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("family", "changes"), [("qwen3", {"page_size": 8, "chunk": 24}), ("gemma3", {"page_size": 3})]
+    ("family", "changes", "pools"),
+    [
+        # Pages of 8: fewer of them, so that running answers still run out.
+        ("qwen3", {"page_size": 8, "chunk": 24}, {**SMALL, "decode_pages": 12}),
+        ("gemma3", {"page_size": 3}, SMALL),
+        ("llama", {"pipelined": False}, SMALL),
+    ],
 )
-def test_storm_of_other_models(tiny_folders, tmp_path, caplog, family, changes):
+def test_storm_of_other_models(tiny_folders, tmp_path, caplog, family, changes, pools):
     sources = task_sources(tiny_folders[family], tmp_path)
-    met = storm(world_of(sources, **changes), 9, 500, caplog, **SMALL)
+    met = storm(world_of(sources, **changes), 9, 500, caplog, **pools)
     assert_split_troubles(*met)
 
 

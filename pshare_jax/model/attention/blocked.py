@@ -86,7 +86,7 @@ def blocked(
     ends, positions = stored_ends(batch, independent), positions_of(batch, T)
     step = _Step(queries, pages, table, ends, positions, per_block, window, softcap, independent)
     plan = plan_of(batch, ends, T, per_block * page_size, page_size, window, with_whole=T >= WHOLE_TOKENS)
-    lanes = 1 if T >= WHOLE_TOKENS else min(B, LANES)
+    lanes = 1 if T >= WHOLE_TOKENS else LANES
 
     if batch.shared is None or plan.shared is None:
         state = _new_tokens(step, k, v)
