@@ -28,6 +28,7 @@ from pshare_jax.training.config import ModuleConfig
 from pshare_jax.training.data.batches import one_stream, two_stream
 from pshare_jax.training.data.samples import Sample
 from pshare_jax.training.step.objective import init_trainable, trainable_module
+from pshare_jax.training.step.optimizer import UpdateRule
 from pshare_jax.training.step.steps import train_steps
 from pshare_jax.weights.sources import open_source
 
@@ -64,8 +65,8 @@ class Ours:
             self._batch: Any = two_stream(rows, base_len(shape.prompt), shape.answer)
         else:
             self._batch = one_stream(rows, next_position(shape.prompt + shape.answer), shape.answer)
-        schedule = optax.constant_schedule(LEARNING_RATE)
-        self._steps = train_steps(module.objective, optax.adamw(LEARNING_RATE), schedule, 0)
+        rule = UpdateRule(optax.adamw(LEARNING_RATE), optax.constant_schedule(LEARNING_RATE), None)
+        self._steps = train_steps(module.objective, rule, 0)
         self._state = self._steps.init(init_trainable(module, 0))
         # As in a training run, the base is freed if no step reads it.
         self._fixed = module.frozen, base.params if module.layout == "two_stream" else {}

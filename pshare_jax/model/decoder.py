@@ -33,7 +33,11 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embed the tokens."""
-        x = self.weight[...][tokens].astype(self.dtype)
+        return self.scaled(self.weight[...][tokens])
+
+    def scaled(self, rows: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Rows of the weight as embeddings."""
+        x = rows.astype(self.dtype)
         # transformers also rounds the scale to bfloat16.
         return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)
 

@@ -154,11 +154,11 @@ def until_mark(text: str, mark: str) -> str:
 
 
 class ChatTemplate:
-    """One compiled chat template."""
+    """One compiled chat template, which tells `clock` as the time (None: the time of the rendering)."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, clock: datetime | None = None) -> None:
         self.source = source
-        self._environment = _environment()
+        self._environment = _environment(clock)
 
     def render(
         self,
@@ -226,13 +226,13 @@ class _Generation(Extension):
         return nodes.Scope(body).set_lineno(line)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment(clock: datetime | None) -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = lambda pattern: (clock or datetime.now()).strftime(pattern)
     return environment
 
 
@@ -249,7 +249,3 @@ def _to_json(
 
 def _raise_exception(message: str) -> None:
     raise TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)

@@ -4,11 +4,13 @@ Model sources make it; the server, training and generation use it. Ids equal tra
 tokens that a chat template itself writes become control ids; text inside messages stays text (control_tokens.py).
 """
 
+import copy
 import hashlib
 import json
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,12 @@ class Tokenizer:
     def from_gguf(cls, fields: Mapping[str, Any]) -> "Tokenizer":
         """The tokenizer that GGUF metadata describes (`tokenizer.*` keys, plain values); unknown kinds are refused."""
         return cls(*read_gguf(fields))
+
+    def at(self, clock: datetime) -> "Tokenizer":
+        """The same tokenizer, whose chat templates tell this time instead of that of the rendering."""
+        other = copy.copy(self)
+        other._templates = {name: ChatTemplate(source, clock) for name, source in self._sources.items()}
+        return other
 
     @property
     def chat_template(self) -> str | None:

@@ -34,6 +34,8 @@ class ModuleConfig:
 
     LoRA adds alpha / rank * x A B to the projections `targets`, with `dropout` on its input. The module's manifest records
     `tool_format`, how it writes function calls (null: as the chat template does), and the chats' `layout`.
+
+    Training starts from `init`: a folder or hub name of a fine-tune, an adapter or an earlier module (null: the base).
     """
 
     kind: Literal["full", "lora"] = "lora"
@@ -43,6 +45,7 @@ class ModuleConfig:
     dropout: float = 0.0
     tool_format: str | dict[str, str] | None = None
     layout: ChatLayout = field(default_factory=ChatLayout)
+    init: str | None = None
 
     @property
     def style(self) -> ChatStyle:
@@ -52,8 +55,11 @@ class ModuleConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. The learning rate rises over `warmup_steps` steps (null: the fraction `warmup_ratio` of all steps), then
-    follows `schedule` to the last step. Gradients are clipped to the global norm `clip_norm` (null: no clipping).
+    """The learning rate rises over `warmup_steps` steps (null: the fraction `warmup_ratio` of all steps), then follows
+    `schedule` to the last step. Gradients are clipped to the global norm `clip_norm` (null: no clipping).
+
+    `adamw` keeps two moments of a weight's size, `lion` one, `adafactor` the means of rows and columns of the second and no
+    first (b1, b2 and eps are not used); `moment_dtype` is that of the first moment.
     """
 
     learning_rate: float = 1e-4
@@ -65,6 +71,8 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
+    name: Literal["adamw", "adafactor", "lion"] = "adamw"
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)

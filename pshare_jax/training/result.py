@@ -101,7 +101,7 @@ def training_info(
     config: TrainConfig, step: int, applied: int, tokens: int, evaluation: Mapping[str, float], merged: bool = False
 ) -> dict[str, Any]:
     """The `training` field of decode_module.json, as plain values."""
-    module: dict[str, Any] = {"kind": config.module.kind}
+    module: dict[str, Any] = {"kind": config.module.kind, "init": config.module.init}
     if config.module.kind == "lora":
         lora = config.module
         module |= {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets), "dropout": lora.dropout}
@@ -111,6 +111,7 @@ def training_info(
         "method": config.method,
         "module": module,
         "data": [path for source in config.data.sources for path in paths_of(source)],
+        "clock": config.data.clock,
         "steps": step,
         "applied_steps": applied,
         "trained_tokens": tokens,

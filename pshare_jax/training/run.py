@@ -3,6 +3,7 @@
 Called by the command line, in the main thread: it installs signal handlers.
 """
 
+import functools
 import logging
 import signal
 import time
@@ -26,6 +27,7 @@ from pshare_jax.training.data.prepare import PreparedData, prepare
 from pshare_jax.training.progress import Reporter, draw_loss
 from pshare_jax.training.result import save_result, training_info
 from pshare_jax.training.run_folder import RunFolder
+from pshare_jax.training.start import initial_params
 from pshare_jax.training.step.mesh import training_mesh
 from pshare_jax.training.step.objective import decode_module, trainable_module
 from pshare_jax.training.trainer import MakeBatches, ModuleEvaluation, Outcome, Trainer
@@ -50,7 +52,7 @@ def train(
     Raises:
         PshareError: an error in config, base, data or run folder.
     """
-    run = run_folder.claim(config, resume)
+    run, config = run_folder.claim(config, resume)
     with run_folder.locked(run):
         return run, _train_in(run, config, evaluate_module)
 
@@ -78,6 +80,7 @@ def _train_in(run: RunFolder, config: TrainConfig, evaluate_module: ModuleEvalua
             trained,
             batches,
             checkpoints,
+            start=functools.partial(initial_params, config, trained, base),
             evaluation=_held_out(config, data),
             evaluate_module=evaluate_module,
         )
@@ -111,6 +114,7 @@ def read_data(config: TrainConfig, tokenizer: Tokenizer, stop_ids: frozenset[int
     """
     # The server refuses sequences beyond the model's context, so they are not trained on either.
     data_config = replace(config.data, max_len=min(config.data.max_len, model.max_len))
+    tokenizer = tokenizer if config.data.time is None else tokenizer.at(config.data.time)
     data = prepare(data_config, tokenizer, stop_ids, config.layout, model.vocab_size, config.module.style)
     if config.evaluation.every is not None and not len(data.evaluation):
         raise PshareError(

@@ -15,6 +15,8 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 from pshare_jax.errors import PshareError
@@ -48,8 +50,8 @@ class RunFolder:
         return load_settings(TrainConfig, self.config)
 
 
-def claim(config: TrainConfig, resume: bool) -> RunFolder:
-    """The run folder of `config`, checked and not modified.
+def claim(config: TrainConfig, resume: bool) -> tuple[RunFolder, TrainConfig]:
+    """The run folder of `config`, checked and not modified, and the config with the run's clock: that of its start.
 
     Raises:
         PshareError: without `resume`, the folder contains a run; with it, no run or a run with another config.
@@ -58,7 +60,9 @@ def claim(config: TrainConfig, resume: bool) -> RunFolder:
     if resume:
         if not run.config.is_file():
             raise PshareError(f"{run.root} contains no run to resume; start without --resume.")
-        changed = changed_keys(config, run.read_config())
+        before = run.read_config()
+        config = _at(config, before.data.clock)
+        changed = changed_keys(config, before)
         if changed:
             raise PshareError(
                 f"The run in {run.root} was started with another {', '.join(changed)}; resume with the original value, "
@@ -66,7 +70,14 @@ def claim(config: TrainConfig, resume: bool) -> RunFolder:
             )
     elif run.config.exists():
         raise PshareError(f"{run.root} already contains a run; add --resume, or give another output.")
-    return run
+    else:
+        config = _at(config, datetime.now().isoformat(timespec="seconds"))
+    return run, config
+
+
+def _at(config: TrainConfig, clock: str | None) -> TrainConfig:
+    """`config` with this clock, unless it has one."""
+    return config if config.data.clock else replace(config, data=replace(config.data, clock=clock))
 
 
 @contextmanager

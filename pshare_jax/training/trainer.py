@@ -26,7 +26,7 @@ from pshare_jax.training.data.loader import Batches
 from pshare_jax.training.progress import Reporter, StepReport
 from pshare_jax.training.step.mesh import shard_batch
 from pshare_jax.training.step.objective import TrainableModule, init_trainable
-from pshare_jax.training.step.optimizer import make_optimizer, make_schedule
+from pshare_jax.training.step.optimizer import update_rule
 from pshare_jax.training.step.steps import StepResult, TrainState, TrainSteps, train_steps
 
 MakeBatches = Callable[[], Batches]
@@ -66,7 +66,8 @@ def num_steps(config: TrainConfig, num_batches: int | None, done: int = 0) -> in
 
 
 class Trainer:
-    """A run from its start or its last checkpoint. `evaluation` makes one pass over the held-out data, if any. The
+    """A run from its start or its last checkpoint. `start` gives the parameters of a new run (None: those of
+    `init_trainable`), `evaluation` makes one pass over the held-out data, if any. The
     attribute `module` holds no unused weights: full fine-tuning drops the base.
     """
 
@@ -77,6 +78,7 @@ class Trainer:
         batches: Batches,
         checkpoints: Checkpoints,
         *,
+        start: Callable[[], Params] | None = None,
         evaluation: MakeBatches | None = None,
         evaluate_module: ModuleEvaluation | None = None,
     ) -> None:
@@ -85,10 +87,9 @@ class Trainer:
         self._evaluation, self._evaluate_module = evaluation, evaluate_module
         self._progress = self._restored_progress(module)
         self.num_steps = num_steps(config, batches.num_batches(), self.step)
-        optimizer = make_optimizer(config.optimizer, self.num_steps)
-        schedule = make_schedule(config.optimizer, self.num_steps)
-        self._steps: TrainSteps = train_steps(module.objective, optimizer, schedule, config.seed)
-        self._state = self._initial_state(module)
+        rule = update_rule(config.optimizer, self.num_steps)
+        self._steps: TrainSteps = train_steps(module.objective, rule, config.seed)
+        self._state = self._initial_state(module, start)
         self.module = module.without_base() if config.method == "full_ft" else module
         self._on_cpu = module.base.mesh.devices.flat[0].platform == "cpu"
         self._pending: _Pending | None = None
@@ -184,7 +185,7 @@ class Trainer:
         return window
 
     def _report_pending(self) -> None:
-        """Waits for the pending step and reports it; ends the run after too many bad steps."""
+        """Waits for the pending step and reports it; ends the run after too many bad steps, or one that ruined the weights."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -208,6 +209,11 @@ class Trainer:
                 samples=pending.samples,
             )
         )
+        if not result.finite:
+            raise PshareError(
+                f"The run ends at step {pending.step}, whose update made weights that are not finite; lower "
+                "optimizer.learning_rate, and --resume from the last checkpoint."
+            )
         if int(result.bad) >= self._config.max_bad_steps:
             raise PshareError(
                 f"The run ends at step {pending.step}: {int(result.bad)} consecutive steps were not finite "
@@ -271,12 +277,13 @@ class Trainer:
         self._batches.set_state(progress.data)
         return progress
 
-    def _initial_state(self, module: TrainableModule) -> TrainState:
+    def _initial_state(self, module: TrainableModule, start: Callable[[], Params] | None) -> TrainState:
         if self._checkpoints.steps:
             return self._checkpoints.restore(self.step, self._steps.state)
-        state = self._steps.init(init_trainable(module, self._config.seed))
+        state = self._steps.init(init_trainable(module, self._config.seed) if start is None else start())
         if not all(bool(jnp.isfinite(x).all()) for x in state.trainable.values()):
-            raise PshareError(f"The base {self._config.base} has weights that are not finite; use another base.")
+            source = self._config.module.init or self._config.base
+            raise PshareError(f"{source} has weights that are not finite; start from others.")
         return state
 
     def _fixed_params(self) -> tuple[Params, Params]:

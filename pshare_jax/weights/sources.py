@@ -56,6 +56,17 @@ def open_source(source: str | Path, cache_dir: Path | None = None, *, weights: b
     raise PshareError(f"there is no model source {text!r}: {_KINDS}.")
 
 
+def source_folder(name: str) -> Path:
+    """The folder of a hub model's or adapter's files, downloaded first.
+
+    Raises:
+        PshareError: it is no name on the hub, or the hub does not provide it.
+    """
+    if not _HUB_NAME.fullmatch(name):
+        raise PshareError(f"there is no folder {name!r}; give a folder, or a name ORG/MODEL on the Hugging Face hub.")
+    return _fetch_hub(name, weights=True)
+
+
 def _open_folder(path: Path, weights: bool) -> Checkpoint:
     """A Hugging Face folder, or the only .gguf in a folder without config.json."""
     if not (path / "config.json").exists():

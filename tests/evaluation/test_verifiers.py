@@ -16,7 +16,8 @@ from pshare_jax.training.data.bfcl import (
     read_questions,
     right_calls,
 )
-from pshare_jax.training.data.sources import Broken, open_reasoning_gym, read_source
+from pshare_jax.training.data.files import Broken
+from pshare_jax.training.data.sources import open_reasoning_gym, read_source
 
 pytestmark = pytest.mark.host
 

@@ -125,5 +125,5 @@ def _run(tmp_path: Path, code: str, *arguments: str) -> subprocess.CompletedProc
 
 
 def moments(state: Any) -> Any:
-    """Adam's `mu` and `nu`, which follow clipping in the optimizer's chain."""
-    return state.optimizer[1][0]
+    """Adam's `mu` and `nu`."""
+    return state.optimizer[0]

@@ -13,7 +13,7 @@ from pshare_jax.mesh import replicated
 from pshare_jax.training.checkpoint import Checkpoints, Progress
 from pshare_jax.training.config import CheckpointConfig, MeshConfig, OptimizerConfig
 from pshare_jax.training.step.mesh import training_mesh
-from pshare_jax.training.step.optimizer import make_optimizer
+from pshare_jax.training.step.optimizer import update_rule
 from pshare_jax.training.step.steps import TrainState
 
 DATA = {"epoch": 1, "batch": 2, "samples": "abc", "weights": [0.5]}
@@ -23,7 +23,7 @@ def state_on(mesh, spec, seed=0) -> TrainState:
     draw = np.random.default_rng(seed)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
     params = {"head": jax.device_put(draw.normal(size=(16, 8)).astype(np.float32), sharding)}
-    optimizer = make_optimizer(OptimizerConfig(), 10)
+    optimizer = update_rule(OptimizerConfig(), 10).transform
     moments = jax.tree.map(
         lambda x: jax.device_put(x, sharding if x.ndim else replicated(mesh)), optimizer.init(params)
     )

@@ -17,10 +17,11 @@ from tiny_runs import FULL, make_base_and_data, run_config
 
 import pshare_jax as ps
 from pshare_jax.errors import PshareError
+from pshare_jax.settings import load_settings
 from pshare_jax.share.decode_module import read_manifest
 from pshare_jax.training.checkpoint import Checkpoints
 from pshare_jax.training.cli import export_main
-from pshare_jax.training.config import CheckpointConfig, EvaluationConfig
+from pshare_jax.training.config import CheckpointConfig, EvaluationConfig, TrainConfig
 from pshare_jax.training.model_card import add_accuracy
 from pshare_jax.training.progress import Reporter
 from pshare_jax.training.result import export
@@ -175,6 +176,7 @@ def test_decode_module_json_describes_the_training(lora):
         "method": "prefillshare",
         "module": {
             "kind": "lora",
+            "init": None,
             "rank": 3,
             "alpha": 6.0,
             "targets": ["q", "v", "down"],
@@ -182,6 +184,7 @@ def test_decode_module_json_describes_the_training(lora):
             "merged": False,
         },
         "data": [config.data.sources[0].path],
+        "clock": load_settings(TrainConfig, Path(config.output) / "config.yaml").data.clock,
         "steps": 4,
         "applied_steps": 4,
         "trained_tokens": outcome.tokens,

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from tiny_runs import (
 )
 from training_data import chat, write_jsonl
 
+import pshare_jax.text.chat_template as chat_template_module
 import pshare_jax.training.result as result_module
 import pshare_jax.training.run as run_module
+import pshare_jax.training.run_folder as run_folder_module
 import pshare_jax.training.trainer as trainer_module
 from pshare_jax.errors import PshareError
 from pshare_jax.evaluation.tasks import open_task
@@ -85,7 +88,10 @@ def test_a_run_and_its_folder(straight):
         *("config.yaml", "data_report.txt", "metrics.jsonl", "tensorboard", "checkpoints", "loss.png", "module"),
         ".lock",
     }
-    assert load_settings(TrainConfig, run / "config.yaml") == config
+    stored = load_settings(TrainConfig, run / "config.yaml")
+    assert stored.data.time is not None
+    assert replace(stored, data=replace(stored.data, clock=None)) == config
+    assert read_manifest(run / "module").training["clock"] == stored.data.clock
     assert "19 of 19 records used" in (run / "data_report.txt").read_text()
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "tensorboard").glob("events.*"))
@@ -139,6 +145,36 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_run(straight, tmp_pat
     same_state(outcome.state, expected.state)
     assert outcome.tokens == expected.tokens
     assert outcome.evaluation == pytest.approx(expected.evaluation, rel=1e-6)
+
+
+def test_a_template_with_a_date_does_not_break_a_resume(tmp_path, monkeypatch):
+    """The run goes on the next day with the prompts of its start."""
+    base, data = make_base_and_data(tmp_path, num_layers=1)
+    template = f"{{{{ strftime_now('%d %b %Y') }}}}{Tokenizer.from_folder(base).chat_template}"
+    (base / "chat_template.jinja").write_text(template)
+    edit_json(base / "tokenizer_config.json", chat_template=None)
+    config = run_config((base, data), tmp_path / "run")
+
+    def on_day(day: int):
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return datetime(2026, 1, day, 12)
+
+        for module in (run_folder_module, chat_template_module):
+            monkeypatch.setattr(module, "datetime", Clock)
+
+    on_day(1)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        _, outcome = train(config)
+    assert not outcome.finished
+    on_day(2)
+    _, outcome = train(config, resume=True)
+    assert outcome.finished
+    assert read_manifest(Path(config.output) / "module").training["clock"] == "2026-01-01T12:00:00"
+    with pytest.raises(PshareError, match=r"data\.clock"):
+        train(replace(config, data=replace(config.data, clock="2026-01-02T12:00:00")), resume=True)
 
 
 class Endless:
@@ -353,7 +389,7 @@ def test_an_early_failure_leaves_the_folder_unused(base_and_data, tmp_path):
     with pytest.raises(PshareError, match=r"evaluation|none\.jsonl"):
         train(replace(broken, evaluation=EvaluationConfig()))
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
-    assert not claim(config, resume=False).config.exists()
+    assert not claim(config, resume=False)[0].config.exists()
 
 
 def test_one_process_at_a_time(straight):

@@ -2,17 +2,32 @@
 
 import math
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 from pshare_jax.errors import PshareError
 from pshare_jax.settings import check_least
 
 MAX_SEED = 2**32 - 1
+ShapeName = Literal[
+    "alpaca",
+    "dolly",
+    "sharegpt",
+    "xlam",
+    "metamath",
+    "openorca",
+    "question_answer",
+    "prompt_response",
+    "input_output",
+    "preference",
+]
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """A source. `path` is a file, a glob, `reasoning_gym:<task>?seed=1&size=1000`, `bfcl:<category>`, or a list.
+    """A source. `path` is a file, a glob, `reasoning_gym:<task>?seed=1&size=1000`, `bfcl:<category>`, or a list. `shape` is
+    that of its records if they have neither messages nor prompt and completion (shapes.py); `columns` maps such a field to
+    the name that it has in the source.
 
     `weight` is the number of passes over the source in an epoch: 1 uses every sample once, 2 twice, 0.5 half of them
     (and the other half in the next epoch).
@@ -20,6 +35,8 @@ class SourceConfig:
 
     path: str | list[str]
     weight: float = 1.0
+    shape: ShapeName | None = None
+    columns: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,7 +58,8 @@ class DataConfig:
     `format`: `chat` renders records with the model's chat template, `text` appends the completion to the prompt's text;
     None: chat if the model has a template. Answers that would end after `max_len` tokens are omitted. `epochs` None
     repeats the data without end. Evaluation data are `eval_fraction` of the records, held out from training, or
-    `eval_sources`. `num_workers` processes build the batches (0: the training process does).
+    `eval_sources`. `clock` is the time that a chat template with a date tells (ISO 8601; None: the start of the run, which
+    its config.yaml keeps). `num_workers` processes build the batches (0: the training process does).
     """
 
     sources: list[SourceConfig]
@@ -52,7 +70,13 @@ class DataConfig:
     seed: int = 0
     eval_fraction: float = 0.0
     eval_sources: list[SourceConfig] = field(default_factory=list)
+    clock: str | None = None
     num_workers: int = 0
+
+    @property
+    def time(self) -> datetime | None:
+        """The clock's time."""
+        return None if self.clock is None else datetime.fromisoformat(self.clock)
 
 
 def check_data(config: DataConfig, key: str = "data") -> None:
@@ -69,6 +93,10 @@ def check_data(config: DataConfig, key: str = "data") -> None:
     check_least((f"{key}.{name}", value, least) for name, value, least in _least_values(config))
     if config.seed > MAX_SEED:
         raise PshareError(f"{key}.seed must be at most {MAX_SEED}, not {config.seed}.")
+    try:
+        _ = config.time
+    except ValueError:
+        raise PshareError(f"{key}.clock must be a time as 2026-01-31T12:00:00, not {config.clock!r}.") from None
     if not 0 <= config.eval_fraction < 1:
         raise PshareError(f"{key}.eval_fraction must be at least 0 and less than 1, not {config.eval_fraction}.")
     if config.eval_fraction and config.eval_sources:

@@ -14,10 +14,12 @@ from pshare_jax.text.chat_style import ChatStyle
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.training.data.batches import Layout
 from pshare_jax.training.data.config import DataConfig, SourceConfig, check_data, paths_of
+from pshare_jax.training.data.files import Broken
 from pshare_jax.training.data.records import Dropped, RecordReader
 from pshare_jax.training.data.report import Report, SourceReport
 from pshare_jax.training.data.samples import Limits, Sample
-from pshare_jax.training.data.sources import Broken, read_source
+from pshare_jax.training.data.shapes import shaped
+from pshare_jax.training.data.sources import read_source
 from pshare_jax.training.data.store import SampleStore
 
 
@@ -98,11 +100,11 @@ class _Reading:
     def samples(self, sources: Sequence[SourceConfig]) -> Iterator[tuple[int, Sample]]:
         for group, source in enumerate(sources):
             for path in paths_of(source):
-                for sample in self._read(path):
+                for sample in self._read(path, source):
                     self.groups.append(group)
                     yield self.num_records, sample
 
-    def _read(self, path: str) -> Iterator[Sample]:
+    def _read(self, path: str, config: SourceConfig) -> Iterator[Sample]:
         first = len(self.reports)
         for source, line, content in read_source(path):
             if len(self.reports) == first or self.reports[-1].name != source:
@@ -114,7 +116,8 @@ class _Reading:
                 report.drop(line, content.reason, content.detail)
                 continue
             try:
-                samples, left_out = self.reader.samples(content, source, line)
+                record = shaped(content, config.shape, config.columns)
+                samples, left_out = self.reader.samples(record, source, line)
             except Dropped as dropped:
                 report.drop(line, dropped.reason, dropped.detail)
                 continue

@@ -32,7 +32,7 @@ from pshare_jax.training.plan.short_models import Pair, ShortModel, extrapolate,
 from pshare_jax.training.run import read_data
 from pshare_jax.training.step.mesh import abstract_mesh, training_mesh
 from pshare_jax.training.step.objective import Objective, module_architecture
-from pshare_jax.training.step.optimizer import make_optimizer
+from pshare_jax.training.step.optimizer import update_rule
 from pshare_jax.training.trainer import num_steps
 
 Lines = list[tuple[str, str]]
@@ -67,7 +67,7 @@ def dry_run(config: TrainConfig) -> None:
     _show("model", _model(objective, config))
     planned = _planned(config, outline)
     _show("data", planned.lines)
-    shapes = step_shapes(objective, make_optimizer(config.optimizer, 1), planned.shape, config.accumulation)
+    shapes = step_shapes(objective, update_rule(config.optimizer, 1).transform, planned.shape, config.accumulation)
     held = held_memory(shapes)
     always, num_layers = sum(held.values()), outline.config.num_layers
     temporaries = estimate_temporaries(objective, shapes, planned.shape)
@@ -173,7 +173,7 @@ def _estimated(held: dict[str, int], temporaries: dict[str, int], update: int) -
     return [
         *((name, _mib(size)) for name, size in held.items()),
         *((f"in a batch: {name}", _mib(size)) for name, size in temporaries.items() if size),
-        ("in the update: new state", _mib(update)),
+        ("in the update: the largest array", _mib(update)),
         ("peak", f"{_mib(peak)}  on a device that frees each layer's intermediates at once"),
     ]
 

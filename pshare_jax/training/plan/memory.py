@@ -89,7 +89,7 @@ def held_memory(shapes: StepShapes) -> dict[str, int]:
     return {
         "base weights": device_bytes(base),
         "trained weights in float32": trained,
-        "Adam's two moments, counters": device_bytes(shapes.state) - trained,
+        "optimizer state, counters": device_bytes(shapes.state) - trained,
         "gradients": device_bytes(shapes.sums),
         "batch": device_bytes(shapes.batch),
     }
@@ -121,8 +121,8 @@ def estimate_temporaries(objective: Objective, shapes: StepShapes, batch: BatchS
 
 
 def estimate_update(shapes: StepShapes) -> int:
-    """Bytes of the new weights and moments on one device; the old ones are kept until all are known to be finite."""
-    return 3 * device_bytes(shapes.state.trainable)
+    """Bytes on one device of the largest array's update; arrays are updated one after another, in their places."""
+    return max(device_bytes(x) for x in shapes.state.trainable.values())
 
 
 def device_bytes(tree: Any) -> int:

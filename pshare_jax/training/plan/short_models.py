@@ -22,7 +22,7 @@ from pshare_jax.model.architecture import Architecture
 from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.plan.memory import BatchShape, StepShapes, held_memory, step_shapes
 from pshare_jax.training.step.objective import Objective
-from pshare_jax.training.step.optimizer import make_optimizer, make_schedule
+from pshare_jax.training.step.optimizer import update_rule
 from pshare_jax.training.step.steps import Sums, TrainState, train_steps
 
 NUM_LAYERS = 2, 6
@@ -50,9 +50,9 @@ class ShortModel:
             architecture=_first_layers(objective.architecture, num_layers),
         )
         self._batch, self._vocab_size = batch, objective.config.vocab_size
-        optimizer, schedule = make_optimizer(config.optimizer, 1), make_schedule(config.optimizer, 1)
-        steps: Any = train_steps(objective, optimizer, schedule, config.seed)
-        self._shapes: StepShapes = step_shapes(objective, optimizer, batch, config.accumulation)
+        rule = update_rule(config.optimizer, 1)
+        steps: Any = train_steps(objective, rule, config.seed)
+        self._shapes: StepShapes = step_shapes(objective, rule.transform, batch, config.accumulation)
         shapes = self._shapes
         arguments = (
             None if shapes.single_batch else shapes.sums,

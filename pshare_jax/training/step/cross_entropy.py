@@ -45,7 +45,8 @@ def rows_nll(
     def local_rows(hidden: Array, weight: Array, targets: Array, real: Array) -> tuple[Array, Array]:
         flat = hidden.reshape(-1, hidden.shape[-1])
         options = {"tied": tied, "softcap": softcap, "weight_grad": weight_grad}
-        sums = head_nll(flat, weight, targets.reshape(-1), real.reshape(-1), **options)
+        # Cast here, so that the sum of its gradients over devices, which is part of the backward pass, is in float32.
+        sums = head_nll(flat, weight.astype(hidden.dtype), targets.reshape(-1), real.reshape(-1), **options)
         return jax.lax.psum(sums, axes) if axes else sums
 
     if not axes:

@@ -8,7 +8,7 @@ tokens before it (two streams; PrefillShare, arXiv 2602.12029). Only the trainab
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from pshare_jax.errors import PshareError
 from pshare_jax.model.architecture import Architecture, Params, is_lora
 from pshare_jax.model.attention.two_stream import ContextStream, DecodeStream, packed_attend, two_stream_attend
 from pshare_jax.model.config import ModelConfig
-from pshare_jax.model.decoder import Decoder
+from pshare_jax.model.decoder import Attend, Decoder
 from pshare_jax.model.layers import LoraConfig, Projection
 from pshare_jax.model.sharding import parameter_sharding
 from pshare_jax.share.decode_module import DecodeModule
@@ -29,8 +29,9 @@ from pshare_jax.share.model import Model
 from pshare_jax.training.config import TARGETS, Method, ModuleConfig
 from pshare_jax.training.data.batches import Layout, OneStreamBatch, TwoStreamBatch
 from pshare_jax.training.step.cross_entropy import rows_nll
+from pshare_jax.training.step.embedding import embedding_rows
 
-EMBEDDING = "embedding.weight"
+EMBEDDING, HEAD = "embedding.weight", "head"
 
 
 class Tallies(NamedTuple):
@@ -162,9 +163,11 @@ def nll(
     else:
         hidden = _one_stream(objective, decoder, batch)
     real, config = jnp.asarray(batch.weights), objective.config
+    head = EMBEDDING if config.tied else HEAD
     total, correct = rows_nll(
         hidden,
-        decoder.head_weight,
+        # The master weight, if it is trained: its gradient is summed over devices in its own dtype.
+        trainable.get(head, params[head]),
         jnp.asarray(batch.targets),
         real,
         mesh=objective.mesh,
@@ -181,19 +184,32 @@ def _decode_stream(
     config = objective.config
     segments, positions = jnp.asarray(batch.context_segments), jnp.asarray(batch.context_positions)
     base = objective.base.bind(jax.lax.stop_gradient(base_params))
-    kv = base.prefill(jnp.asarray(batch.context_tokens), positions, packed_attend(config, segments, keep_kv=True), ())
+    x = _embedded(objective, base, batch.context_tokens)
+    kv = base.stored(x, positions, packed_attend(config, segments, keep_kv=True), ())
     context = ContextStream(positions, segments, jax.lax.stop_gradient(kv))
     streams = (batch.decode_positions, batch.decode_segments, batch.decode_turns, batch.decode_prefix)
     decode = DecodeStream(*(jnp.asarray(part) for part in streams))
     attend = two_stream_attend(config, decode, context)
-    return decoder(jnp.asarray(batch.decode_tokens), decode.positions, attend, (), remat=objective.remat)[0]
+    return _hidden(objective, decoder, batch.decode_tokens, decode.positions, attend)
 
 
 def _one_stream(objective: Objective, decoder: Decoder, batch: OneStreamBatch) -> Float[Array, "B R size"]:
     attend = packed_attend(objective.config, jnp.asarray(batch.segments), keep_kv=False)
-    tokens, positions = jnp.asarray(batch.tokens), jnp.asarray(batch.positions)
-    hidden, _ = decoder(tokens, positions, attend, (), remat=objective.remat)
+    hidden = _hidden(objective, decoder, batch.tokens, jnp.asarray(batch.positions), attend)
     return jnp.take_along_axis(hidden, jnp.asarray(batch.picks)[:, :, None], axis=1)
+
+
+def _hidden(objective: Objective, decoder: Decoder, tokens: Any, positions: Array, attend: Attend) -> Array:
+    x = _embedded(objective, decoder, tokens)
+    x, _ = decoder.through_layers(len(decoder.layers), x, positions, attend, (), remat=objective.remat)
+    return decoder.final_norm(x)
+
+
+def _embedded(objective: Objective, decoder: Decoder, tokens: Any) -> Float[Array, "B T size"]:
+    """The embedded tokens, split by rows as the batch is."""
+    embedding = decoder.embedding
+    rows = embedding_rows(embedding.weight[...], jnp.asarray(tokens), objective.mesh, embedding.dtype)
+    return embedding.scaled(rows)
 
 
 def decode_module(module: TrainableModule, trainable: Params) -> DecodeModule:

@@ -1,24 +1,50 @@
-"""The optimizer: gradient clipping, AdamW and a learning-rate schedule over the trainable parameters."""
+"""How a step changes the trainable parameters: clipping, the optimizer and the schedule of its learning rate."""
 
+from typing import NamedTuple
+
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from pshare_jax.model.architecture import Params
 from pshare_jax.training.config import OptimizerConfig
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """The optax chain for a run of `num_steps` steps; gradients are means over a step's target tokens."""
-    clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+class UpdateRule(NamedTuple):
+    """optax's transformation of the clipped mean gradient, its learning rate, and the global norm to clip to, if any."""
+
+    transform: optax.GradientTransformation
+    schedule: optax.Schedule
+    clip_norm: float | None
+
+    def clip_factor(self, norm: Float[Array, ""]) -> Float[Array, ""]:
+        """What a gradient of this norm is multiplied by. One factor for all arrays, which XLA multiplies where it reads the
+        gradients; optax's own clipping makes a copy of them.
+        """
+        if self.clip_norm is None:
+            return jnp.float32(1)
+        return jnp.where(norm < self.clip_norm, 1, self.clip_norm / norm)
+
+
+def update_rule(config: OptimizerConfig, num_steps: int) -> UpdateRule:
+    """The rule for a run of `num_steps` steps; gradients are means over a step's target tokens."""
+    schedule = make_schedule(config, num_steps)
+    return UpdateRule(_transform(config, schedule), schedule, config.clip_norm)
+
+
+def _transform(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    decay = {"weight_decay": config.weight_decay, "mask": decayed}
+    if config.name == "adamw":
+        moments = {"b1": config.b1, "b2": config.b2, "eps": config.eps, "mu_dtype": config.moment_dtype}
+        return optax.adamw(schedule, **moments, **decay)
+    if config.name == "lion":
+        return optax.lion(schedule, b1=config.b1, b2=config.b2, mu_dtype=config.moment_dtype, **decay)
+    # Not optax.adafactor, whose weight decay ignores the learning rate.
     return optax.chain(
-        *clip,
-        optax.adamw(
-            make_schedule(config, num_steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decayed,
-        ),
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(**decay),
+        optax.scale_by_learning_rate(schedule),
     )
 
 

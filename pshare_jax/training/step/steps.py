@@ -2,13 +2,14 @@
 pytrees.
 
 A step's loss is the mean over its target tokens, across all its micro-batches and devices. The device decides whether
-the step is applied: if any value is not finite, parameters and optimizer state stay unchanged.
+the step is applied: if loss or gradient norm is not finite, parameters and optimizer state stay unchanged. That is known
+before the update, so that each array is updated in its place; an update that overflows is only told (`StepResult.finite`).
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from pshare_jax.mesh import replicated
 from pshare_jax.model.architecture import Params
 from pshare_jax.training.step.mesh import step_compiler_options
 from pshare_jax.training.step.objective import Objective, Tallies, nll
+from pshare_jax.training.step.optimizer import UpdateRule
 
 
 class TrainState(NamedTuple):
@@ -46,7 +48,9 @@ class Sums(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Metrics of a step: mean loss, target tokens, argmax hits, norm of the mean gradient before clipping, counters."""
+    """Metrics of a step: mean loss, target tokens, argmax hits, norm of the mean gradient before clipping, counters, and
+    whether all weights are finite after it.
+    """
 
     loss: Float[Array, ""]
     tokens: Float[Array, ""]
@@ -56,6 +60,7 @@ class StepResult(NamedTuple):
     applied: Bool[Array, ""]
     bad: Int[Array, ""]
     all_bad: Int[Array, ""]
+    finite: Bool[Array, ""]
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,12 @@ class TrainSteps:
     evaluate: Callable[[Params, Params, Params, Any], tuple[Array, Tallies]]
 
 
-def train_steps(
-    objective: Objective, optimizer: optax.GradientTransformation, schedule: optax.Schedule, seed: int
-) -> TrainSteps:
+def train_steps(objective: Objective, rule: UpdateRule, seed: int) -> TrainSteps:
     """The programs for an objective on its mesh; results keep the sharding of the parameter table.
 
     `accumulate` takes the number of the micro-batch within the run, which with `seed` determines dropout.
     """
+    optimizer = rule.transform
     state = state_shapes(objective, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     whole = replicated(objective.mesh)
@@ -111,13 +115,18 @@ def train_steps(
 
     def apply(state: TrainState, sums: Sums) -> tuple[TrainState, StepResult]:
         tokens = jnp.maximum(sums.tokens, 1)
-        mean = {path: gradient / tokens for path, gradient in sums.gradients.items()}
-        loss, grad_norm = sums.nll / tokens, optax.tree.norm(mean)
-        updates, optimizer_state = optimizer.update(mean, state.optimizer, state.trainable)
-        changed = (optax.apply_updates(state.trainable, updates), optimizer_state)
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & _all_finite(changed)
-        trainable, optimizer_state = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), changed, (state.trainable, state.optimizer)
+        loss, grad_norm = sums.nll / tokens, optax.tree.norm(dict(sums.gradients)) / tokens
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        factor = rule.clip_factor(grad_norm) / tokens
+
+        def updated(trainable: Params, optimizer_state: optax.OptState) -> tuple[Params, optax.OptState]:
+            gradients = {path: gradient * factor for path, gradient in sums.gradients.items()}
+            updates, optimizer_state = optimizer.update(gradients, optimizer_state, trainable)
+            return cast(Params, optax.apply_updates(trainable, updates)), optimizer_state
+
+        # A branch, not a choice between old and new arrays, which would keep both.
+        trainable, optimizer_state = jax.lax.cond(
+            good, updated, lambda *unchanged: unchanged, state.trainable, state.optimizer
         )
         counted = jnp.where(good, 0, 1)
         after = TrainState(
@@ -132,10 +141,11 @@ def train_steps(
             sums.tokens,
             sums.correct,
             grad_norm,
-            jnp.asarray(schedule(state.applied), jnp.float32),
+            jnp.asarray(rule.schedule(state.applied), jnp.float32),
             good,
             after.bad,
             after.all_bad,
+            jnp.all(jnp.stack([jnp.isfinite(x).all() for x in trainable.values()])),
         )
         return after, result
 
@@ -153,7 +163,14 @@ def train_steps(
 
 
 def state_shapes(objective: Objective, optimizer: optax.GradientTransformation) -> TrainState:
-    """A `TrainState` of shapes with shardings; the optimizer's moments are sharded like their parameters."""
+    """A `TrainState` of shapes with shardings; the optimizer's moments are sharded like their parameters, and means of a
+    moment's rows and columns, which are small, are on every device.
+    """
+
+    def moment(x: Any, like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if x.shape != like.shape:
+            return whole(x)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.sharding)
 
     def whole(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(objective.mesh))
@@ -161,7 +178,7 @@ def state_shapes(objective: Objective, optimizer: optax.GradientTransformation) 
     shapes = objective.trainable_shapes
     moments = optax.tree.map_params(
         optimizer,
-        lambda _, like: like,
+        moment,
         jax.eval_shape(optimizer.init, shapes),
         shapes,
         transform_non_params=whole,
@@ -173,7 +190,3 @@ def state_shapes(objective: Objective, optimizer: optax.GradientTransformation) 
 def in_layer_order(table: Mapping[str, Any], objective: Objective) -> OrderedDict[str, Any]:
     """The entries of `table` in the order of `objective.trainable_shapes`, which is that of the layers."""
     return OrderedDict((path, table[path]) for path in objective.trainable_shapes)
-
-
-def _all_finite(tree: Any) -> Bool[Array, ""]:
-    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))

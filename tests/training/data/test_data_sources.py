@@ -8,8 +8,9 @@ from training_data import chat, tokenizers, write_jsonl
 
 from pshare_jax.errors import PshareError
 from pshare_jax.training.data.config import DataConfig, RowsConfig, SourceConfig
+from pshare_jax.training.data.files import Broken
 from pshare_jax.training.data.prepare import prepare
-from pshare_jax.training.data.sources import Broken, open_reasoning_gym, read_source
+from pshare_jax.training.data.sources import open_reasoning_gym, read_source
 
 pytestmark = pytest.mark.host
 
@@ -136,7 +137,7 @@ def test_the_order_of_globs_lists_and_sources(tok, tmp_path):
 
 
 def test_unusable_files_are_refused_by_name(tok, tmp_path):
-    (tmp_path / "data.csv").write_text("a,b")
+    (tmp_path / "data.xlsx").write_text("a,b")
     (tmp_path / "empty.jsonl").write_text("\n\n")
     write_jsonl(tmp_path / "good.jsonl", [GOOD])
     write_jsonl(tmp_path / "useless.jsonl", [{"messages": chat("x")}, {"text": "y"}, {"messages": chat("z")}])
@@ -144,7 +145,7 @@ def test_unusable_files_are_refused_by_name(tok, tmp_path):
         ("none.jsonl", r"none\.jsonl"),
         ("*.txt", r"\*\.txt"),
         ("", r"folder.*\*\.jsonl"),
-        ("data.csv", r"data\.csv.*\.parquet"),
+        ("data.xlsx", r"data\.xlsx.*\.parquet"),
         ("empty.jsonl", r"empty\.jsonl"),
         ("useless.jsonl", r"3 records of .*useless\.jsonl .* no assistant turn \(lines 1, 3\)"),
         ("*.jsonl", r"3 records of .*useless\.jsonl"),

@@ -58,13 +58,13 @@ def test_rows_of_real_conversations_are_full_and_the_base_reads_each_once(base, 
         batch.context_tokens.size + batch.targets.size for batch in read
     )
     passes = []
-    prefill = Decoder.prefill
+    stored = Decoder.stored
 
-    def counted(self, tokens, positions, attend, kv):
-        passes.append(tokens.shape)
-        return prefill(self, tokens, positions, attend, kv)
+    def counted(self, x, positions, attend, kv):
+        passes.append(positions.shape)
+        return stored(self, x, positions, attend, kv)
 
-    monkeypatch.setattr(Decoder, "prefill", counted)
+    monkeypatch.setattr(Decoder, "stored", counted)
     module = trainable_module(base, "prefillshare", ModuleConfig(), "float32")
     jax.eval_shape(
         lambda params: nll(module.objective, params, module.frozen, base.params, read[0], None), module.trainable_shapes

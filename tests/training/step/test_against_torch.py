@@ -9,7 +9,7 @@ import pshare_jax as ps
 from pshare_jax.training.config import OptimizerConfig
 from pshare_jax.training.data.batches import one_stream
 from pshare_jax.training.step.objective import decode_module
-from pshare_jax.training.step.optimizer import make_optimizer, make_schedule
+from pshare_jax.training.step.optimizer import update_rule
 from pshare_jax.training.step.steps import train_steps
 
 RATE, DECAY, EPS = 1e-2, 0.1, 1e-3
@@ -40,7 +40,7 @@ def test_a_step_of_full_fine_tuning_equals_torch(tmp_path):
     found = samples(12)
     module = fresh(models.base, "full_ft", shape_of("full"), "float32")
     config = OptimizerConfig(RATE, "constant", warmup_steps=0, eps=EPS, weight_decay=DECAY, clip_norm=None)
-    steps = train_steps(module.objective, make_optimizer(config, 1), make_schedule(config, 1), 0)
+    steps = train_steps(module.objective, update_rule(config, 1), 0)
     # Two micro-batches with different numbers of tokens.
     state, sums = steps.init(module.trainable), steps.no_sums()
     for number, rows in enumerate(([found[:2], []], [[found[2]], [found[3]]])):

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from pshare_jax.training.config import OptimizerConfig
-from pshare_jax.training.step.optimizer import decayed, make_optimizer, make_schedule
+from pshare_jax.training.step.optimizer import decayed, make_schedule, update_rule
 
 
 def test_schedules():
@@ -41,8 +41,10 @@ def test_one_step_is_adamw_by_hand():
     )
     params = {"layers.0.attention.q.kernel": jnp.array([[2.0, -1.0]]), "final_norm.weight": jnp.array([3.0])}
     gradients = {"layers.0.attention.q.kernel": jnp.array([[3.0, 0.0]]), "final_norm.weight": jnp.array([4.0])}
-    optimizer = make_optimizer(config, 5)
-    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    rule = update_rule(config, 5)
+    factor = rule.clip_factor(optax.tree.norm(gradients))
+    clipped_gradients = {path: gradient * factor for path, gradient in gradients.items()}
+    updates, _ = rule.transform.update(clipped_gradients, rule.transform.init(params), params)
     after: Any = optax.apply_updates(params, updates)
     for path, decay in (("layers.0.attention.q.kernel", 0.5), ("final_norm.weight", 0.0)):
         clipped = np.asarray(gradients[path]) / 5.0

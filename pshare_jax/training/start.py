@@ -1,0 +1,70 @@
+"""The trainable parameters of a run's start: those of `module.init` (a fine-tune, an adapter, a module), else the base's.
+
+The trainer calls `initial_params`.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from pshare_jax.errors import PshareError
+from pshare_jax.model.architecture import Params, is_lora
+from pshare_jax.model.layers import LoraConfig
+from pshare_jax.share.decode_module import DecodeModule, load_module
+from pshare_jax.share.model import Model
+from pshare_jax.training.config import TrainConfig
+from pshare_jax.training.result import merged
+from pshare_jax.training.step.objective import TrainableModule, init_trainable
+from pshare_jax.weights.sources import source_folder
+
+
+def initial_params(config: TrainConfig, module: TrainableModule, base: Model) -> Params:
+    """The parameters at step 0; the step's loss is then the score that the server gives to what `module.init` names.
+
+    Raises:
+        PshareError: `module.init` cannot be read, or does not fit the module.
+    """
+    fresh = init_trainable(module, config.seed)
+    source = config.module.init
+    if source is None:
+        return fresh
+    start = load_module(_folder(source), base, prefill="own")
+    if start.boundary.invocation:
+        raise PshareError(
+            f"module.init {source} is an activated LoRA, whose first tokens the base computes; use another."
+        )
+    if not module.frozen:
+        return start.params if start.architecture.lora is None else merged(start, base).params
+    return _adapter(source, fresh, module.objective.architecture.lora, start)
+
+
+def _folder(source: str) -> Path:
+    path = Path(source).expanduser()
+    return path if path.is_dir() else source_folder(source)
+
+
+def _adapter(source: str, fresh: Params, ours: LoraConfig | None, start: DecodeModule) -> Params:
+    """The adapter of `start` in the shape of the module's: what it lacks is as in a new adapter, and without effect."""
+    theirs = start.architecture.lora
+    assert ours is not None
+    if theirs is None:
+        raise PshareError(f"module.init {source} has full weights, not an adapter; set module.kind: full.")
+    missing = [target for target in theirs.targets if target not in ours.targets]
+    if missing or theirs.rank > ours.rank:
+        raise PshareError(
+            f"module.init {source} has rank {theirs.rank} and the targets {', '.join(theirs.targets)}; set module.rank to at "
+            "least that, and module.targets to include these."
+        )
+    params = {}
+    for path, like in fresh.items():
+        values = np.array(like)
+        if path in start.params and is_lora(path):
+            given = np.asarray(start.params[path], np.float32)
+            if path.endswith("lora_b"):
+                given = given if theirs.scale == ours.scale else given * (theirs.scale / ours.scale)
+                values[: theirs.rank] = given
+            else:
+                values[:, : theirs.rank] = given
+        params[path] = jax.device_put(values, like.sharding)
+    return params

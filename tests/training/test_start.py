@@ -1,0 +1,92 @@
+"""Training from what exists: the first loss is the score that serving gives to it, whatever it is."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from peft_adapters import random_adapter
+from tiny import tiny_module
+from tiny_runs import FULL, LORA, make_base_and_data, metrics, run_config
+
+import pshare_jax as ps
+from pshare_jax.errors import PshareError
+from pshare_jax.share.decode_module import load_module, read_manifest
+from pshare_jax.share.generate import score
+from pshare_jax.training.config import EvaluationConfig, TrainConfig
+from pshare_jax.training.data.prepare import prepare
+from pshare_jax.training.run import train
+
+WIDE = replace(LORA, rank=6, alpha=6.0, targets=("q", "v", "o", "down", "up"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A base, few records, and what a user may have made of that base."""
+    root = tmp_path_factory.mktemp("start")
+    base, data = make_base_and_data(root, num_layers=1, records=4)
+    found = {
+        "fine-tune": tiny_module(base, root / "fine-tune"),
+        "module": tiny_module(base, root / "lora", kind="lora"),
+    }
+    (found["fine-tune"] / "decode_module.json").unlink()
+    random_adapter(base, root / "peft")
+    return (base, data), {**found, "adapter": root / "peft", "base": base}
+
+
+def config_of(world, output, **module) -> TrainConfig:
+    config = run_config(world[0], output, steps=1, accumulation=9, evaluation=EvaluationConfig(), **module)
+    return replace(config, data=replace(config.data, epochs=1, eval_fraction=0.0))
+
+
+def served_loss(world, config: TrainConfig, folder) -> float:
+    """The mean of -log p over all target tokens, as generation computes it from the base's KV."""
+    base = ps.load(config.base)
+    module = load_module(folder, base, prefill="own")
+    shared = ps.factorize(base)
+    shared.add_task("task", module)
+    data = prepare(config.data, base.tokenizer, base.stop_ids)
+    found = []
+    for sample in data.train.store:
+        for start, end in sample.turns:
+            found += score(shared, "task", sample.ids[:end], response_start=start)[start:]
+    return -float(np.mean(found))
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [("fine-tune", FULL), ("adapter", WIDE), ("adapter", FULL), ("module", WIDE), ("module", FULL), ("base", FULL)],
+    ids=lambda value: value if isinstance(value, str) else value.kind,
+)
+def test_the_first_loss_is_the_servers_score(world, tmp_path, source, kind):
+    folder = world[1][source]
+    config = config_of(world, tmp_path / "run", module=replace(kind, init=str(folder)))
+    train(config)
+    assert metrics(config.output)[0]["loss"] == pytest.approx(served_loss(world, config, folder), rel=2e-5)
+    manifest = read_manifest(tmp_path / "run" / "module")
+    assert manifest.training["module"]["init"] == str(folder)
+
+
+def test_the_base_as_start_changes_nothing(world, tmp_path):
+    for name, init in (("plain", None), ("base", str(world[1]["base"]))):
+        train(config_of(world, tmp_path / name, module=replace(FULL, init=init)))
+    ours, theirs = (metrics(tmp_path / name)[0] for name in ("plain", "base"))
+    assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
+    files = [sorted((tmp_path / name / "module").glob("*.safetensors")) for name in ("plain", "base")]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+
+
+def test_what_does_not_fit_is_refused_with_the_key(world, tmp_path):
+    found = world[1]
+    settings = json.loads((found["adapter"] / "adapter_config.json").read_text())
+    for number, (source, kind, words) in enumerate(
+        [
+            (found["fine-tune"], LORA, "module.kind: full"),
+            (found["adapter"], LORA, rf"rank {settings['r']} .* set module.rank"),
+            (found["adapter"], replace(WIDE, targets=("q", "v")), "module.targets to include"),
+            (tmp_path / "none", FULL, "there is no folder"),
+        ]
+    ):
+        config = config_of(world, tmp_path / f"run{number}", module=replace(kind, init=str(source)))
+        with pytest.raises(PshareError, match=words):
+            train(config)
