@@ -19,7 +19,7 @@ from typing import Any
 from openai import OpenAI
 from rich.progress import track
 
-from pshare_jax.evaluation.evaluate import wilson
+from pshare_jax.evaluation.intervals import wilson
 from pshare_jax.text.tool_format import FORMATS
 from pshare_jax.training.data.bfcl import BfclVerifier, fetch_wheel, read_questions
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from experiments.held_out import held_out, training_task
 from pshare_jax.compilation_cache import cache_folder, keep_programs
-from pshare_jax.evaluation.evaluate import Answer, EvalResult, evaluate, load_any_module, wilson
+from pshare_jax.evaluation.evaluate import Answer, EvalResult, evaluate, load_any_module
+from pshare_jax.evaluation.intervals import wilson
 from pshare_jax.evaluation.tasks import Task, open_task
 from pshare_jax.settings import load_settings
 from pshare_jax.share.model import Model, load

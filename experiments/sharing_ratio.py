@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 
 from experiments.held_out import held_out
 from pshare_jax.compilation_cache import cache_folder, keep_programs
-from pshare_jax.evaluation.evaluate import evaluate, load_any_module, wilson
+from pshare_jax.evaluation.evaluate import evaluate, load_any_module
+from pshare_jax.evaluation.intervals import Interval, accuracy, difference
 from pshare_jax.evaluation.tasks import Task
 from pshare_jax.settings import load_settings
 from pshare_jax.share.model import Model, load
@@ -54,6 +55,14 @@ LORA = Trained(
     seeds=(0,),
     overrides=("module.kind=lora", "module.rank=16", "module.alpha=32", "optimizer.learning_rate=1e-3"),
 )
+COMPARED = (
+    ((SHARED.name, 1.0), (FULL_FT.name, 0.0)),
+    ((FULL_FT.name, 1.0), (FULL_FT.name, 0.0)),
+    ((FULL_FT.name, 0.75), (FULL_FT.name, 0.0)),
+    ((SHARED.name, 0.0), (SHARED.name, 1.0)),
+    ((LORA.name, 1.0), (SHARED.name, 1.0)),
+)
+"""What is compared: (model, ratio) with (model, ratio)."""
 # Ordered by seed, so that an interrupted experiment has every model.
 MODELS = [(model, seed) for seed in (0, 1, 2) for model in (SHARED, FULL_FT, LORA) if seed in model.seeds]
 
@@ -163,14 +172,36 @@ def _answer(
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table: a line per model and ratio, with the mean over seeds, its 95 % interval, and each seed's accuracy."""
+    """The tables: a line per model and ratio, with the mean over seeds, its 95 % interval, and each seed's accuracy; and the
+    differences that the experiment is for.
+    """
     lines = ["| model | KV of the prompt | accuracy | 95 % interval | each seed |", "|---|---|---|---|---|"]
-    for (model, ratio), accuracies in _grouped(rows).items():
-        mean = statistics.fmean(accuracies)
-        low, high = wilson(mean * NUM_QUESTIONS, NUM_QUESTIONS)
-        each = ", ".join(f"{accuracy:.1%}" for accuracy in accuracies)
-        lines.append(f"| {model} | {_kv_of_prompt(ratio)} | {mean:.1%} | {low:.1%} to {high:.1%} | {each} |")
+    for (model, ratio), runs in _runs(rows).items():
+        found, each = accuracy(runs), ", ".join(f"{statistics.fmean(run):.1%}" for run in runs)
+        among = "" if len(runs) > 1 else ", of this module"
+        lines.append(f"| {model} | {_kv_of_prompt(ratio)} | {found.estimate:.1%} | {_ends(found)}{among} | {each} |")
+    lines += ["", "| difference, points | | 95 % interval |", "|---|---|---|"]
+    for (ours, our_ratio), (theirs, their_ratio) in COMPARED:
+        runs = _runs(rows)
+        if (ours, our_ratio) in runs and (theirs, their_ratio) in runs:
+            found = difference(runs[ours, our_ratio], runs[theirs, their_ratio], same_trainings=ours == theirs)
+            named = f"{ours} on {_kv_of_prompt(our_ratio)} KV - {theirs} on {_kv_of_prompt(their_ratio)} KV"
+            single = min(len(runs[ours, our_ratio]), len(runs[theirs, their_ratio])) == 1
+            ends = f"{100 * found.low:+.1f} to {100 * found.high:+.1f}" + (", of this module" if single else "")
+            lines.append(f"| {named} | {100 * found.estimate:+.1f} | {ends} |")
     return "\n".join(lines)
+
+
+def _ends(interval: Interval) -> str:
+    return f"{interval.low:.1%} to {interval.high:.1%}"
+
+
+def _runs(rows: list[dict[str, Any]]) -> dict[tuple[str, float], list[list[float]]]:
+    """(model, ratio) -> for each seed, whether it answered each question right."""
+    groups: dict[tuple[str, float], list[list[float]]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], float(row["ratio"])), []).append([float(right) for right in row["right"]])
+    return groups
 
 
 def draw(rows: list[dict[str, Any]], picture: Path) -> None:

@@ -26,6 +26,7 @@ from pshare_jax.engine.handle import Result
 from pshare_jax.engine.request import Request, check_request
 from pshare_jax.engine.shapes import pages_for
 from pshare_jax.errors import PshareError
+from pshare_jax.evaluation.intervals import wilson
 from pshare_jax.evaluation.tasks import Item, Task, open_task
 from pshare_jax.evaluation.verifiers import Verifier
 from pshare_jax.model.kv.dense import bucket
@@ -33,9 +34,6 @@ from pshare_jax.share.boundary import response_start_at
 from pshare_jax.share.decode_module import DecodeModule, load_module, read_manifest
 from pshare_jax.share.model import DTYPES, Model, load
 from pshare_jax.training.model_card import Reader, add_accuracy
-
-Z95 = 1.959964
-"""Standard normal quantile of a two-sided 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -183,15 +181,6 @@ def _engine(
             limits=LimitsConfig(max_requests=rows, stall_seconds=math.inf),
         ),
     )
-
-
-def wilson(num_right: float | int, num_items: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927, the score interval without continuity correction)."""
-    share, weight = num_right / num_items, Z95**2 / num_items
-    centre = (share + weight / 2) / (1 + weight)
-    half = math.sqrt(weight * (share * (1 - share) + weight / 4)) / (1 + weight)
-    # Rounding must not exclude the share itself.
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def _scored(base: Model, item: Item, answer: Result, verifier: Verifier) -> Answer:

@@ -12,7 +12,8 @@ from training_data import chat, write_jsonl
 import pshare_jax as ps
 from pshare_jax.errors import PshareError
 from pshare_jax.evaluation import tasks as eval_tasks
-from pshare_jax.evaluation.evaluate import evaluate, load_any_module, main, wilson
+from pshare_jax.evaluation.evaluate import evaluate, load_any_module, main
+from pshare_jax.evaluation.intervals import wilson
 from pshare_jax.evaluation.tasks import Item, open_task
 from pshare_jax.evaluation.verifiers import exact_match
 from pshare_jax.share.decode_module import MANIFEST, DecodeModule, save_module

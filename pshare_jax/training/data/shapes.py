@@ -130,11 +130,12 @@ def _sharegpt(record: Fields) -> dict[str, Any]:
 def _sharegpt_message(turn: Fields) -> dict[str, Any]:
     role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
     kept = {name: turn[name] for name in ("train", "weight") if name in turn}
-    if role in _CALLS:
+    if isinstance(role, str) and role in _CALLS:
         calls = _json(content, "the value of a function call") if isinstance(content, str) else content
         return {**answer_message([_call(call) for call in (calls if isinstance(calls, list) else [calls])]), **kept}
-    lowered = role.lower() if isinstance(role, str) else role
-    return {"role": _SHAREGPT_ROLES.get(lowered, lowered), "content": content, **kept}
+    if isinstance(role, str):
+        role = _SHAREGPT_ROLES.get(role.lower(), role.lower())
+    return {"role": role, "content": content, **kept}
 
 
 def _xlam(record: Fields) -> dict[str, Any]:
