@@ -11,8 +11,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,13 +148,37 @@ class Server:
 
 def started(make: Callable[[], Server], seconds: float) -> Server:
     """A server that is ready; it is stopped if it does not become so."""
-    server = make()
+    server = None
     try:
+        # A signal between the process and the name for it would leave the process running.
+        with signals_held_back():
+            server = make()
         server.wait(seconds)
     except BaseException:
-        server.stop()
+        if server is not None:
+            server.stop()
         raise
     return server
+
+
+@contextlib.contextmanager
+def signals_held_back() -> Iterator[None]:
+    """SIGINT and SIGTERM take effect at the end of the `with`; only in the main thread, which alone handles signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _: arrived.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for number in arrived[:1]:
+        signal.raise_signal(number)
 
 
 def empty_cache(urls: Sequence[str]) -> bool:

@@ -10,6 +10,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from fake_server import serving
@@ -95,7 +96,8 @@ def test_every_failure_is_named_and_ends_its_session():
     calls = {model: Call(model, (1, 2, 3), 2) for model in FAILURES}
     sessions = [Session(model, (call, calls["good"])) for model, call in calls.items()]
     with scripted() as url:
-        run = played(url, sessions, call_seconds=1.0)
+        # `silent` takes all of it, the others milliseconds, also on a busy machine.
+        run = played(url, sessions, call_seconds=8.0)
     first = {}
     for record in run.calls:
         first.setdefault(record.session, record)
@@ -305,6 +307,27 @@ def test_a_stop_ends_the_servers(tmp_path, monkeypatch):
         thread.join()
     assert (status, errors) == (130, "agents: stopped; results.json has the runs that ended\n")
     assert not alive(int(log.read_text()))
+
+
+def test_a_stop_while_a_process_begins_ends_it_too():
+    """The signal arrives when the process runs and nobody knows it yet."""
+    ended = []
+
+    class Begun:
+        def __init__(self):
+            signal.raise_signal(signal.SIGINT)
+
+        def wait(self, seconds):
+            raise AssertionError("the stop was lost")
+
+        def stop(self):
+            ended.append(self)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        started(cast(Any, Begun), 1)
+    assert len(ended) == 1
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 class FakeServer:
