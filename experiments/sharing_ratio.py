@@ -181,8 +181,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         among = "" if len(runs) > 1 else ", of this module"
         lines.append(f"| {model} | {_kv_of_prompt(ratio)} | {found.estimate:.1%} | {_ends(found)}{among} | {each} |")
     lines += ["", "| difference, points | | 95 % interval |", "|---|---|---|"]
+    runs = _runs(rows)
     for (ours, our_ratio), (theirs, their_ratio) in COMPARED:
-        runs = _runs(rows)
         if (ours, our_ratio) in runs and (theirs, their_ratio) in runs:
             found = difference(runs[ours, our_ratio], runs[theirs, their_ratio], same_trainings=ours == theirs)
             named = f"{ours} on {_kv_of_prompt(our_ratio)} KV - {theirs} on {_kv_of_prompt(their_ratio)} KV"
@@ -209,7 +209,9 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for index, model in enumerate((FULL_FT.name, SHARED.name, LORA.name, "base")):
-        points = sorted((ratio, accuracies) for (name, ratio), accuracies in _grouped(rows).items() if name == model)
+        points = sorted(
+            (ratio, list(map(statistics.fmean, runs))) for (name, ratio), runs in _runs(rows).items() if name == model
+        )
         if not points:
             continue
         ratios = [ratio for ratio, _ in points]
@@ -223,14 +225,6 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture, dpi=150)
-
-
-def _grouped(rows: list[dict[str, Any]]) -> dict[tuple[str, float], list[float]]:
-    """(model, ratio) -> accuracies of the seeds."""
-    groups: dict[tuple[str, float], list[float]] = {}
-    for row in rows:
-        groups.setdefault((row["model"], float(row["ratio"])), []).append(row["accuracy"])
-    return groups
 
 
 def _kv_of_prompt(ratio: float) -> str:
