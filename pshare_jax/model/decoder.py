@@ -96,19 +96,19 @@ class Decoder(nnx.Module):
         self.head = None if config.tied else nnx.Param(jnp.zeros((config.hidden_size, config.vocab_size), build.dtype))
 
     def __call__(
-        self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        attend: Attend,
-        kv: Any,
-        *,
-        remat: bool = False,
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend, kv: Any
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Final hidden states (normalised, the input of `logits`) and the new kv.
+        """Final hidden states (normalised, the input of `logits`) and the new kv."""
+        return self.hidden(self.embedding(tokens), positions, attend, kv)
+
+    def hidden(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attend: Attend, kv: Any, *, remat: bool = False
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The final hidden states of the embedded tokens `x`, and the new kv.
 
         With `remat` a backward pass keeps only each layer's input and recomputes the rest.
         """
-        x, kv = self.through_layers(len(self.layers), self.embedding(tokens), positions, attend, kv, remat=remat)
+        x, kv = self.through_layers(len(self.layers), x, positions, attend, kv, remat=remat)
         return self.final_norm(x), kv
 
     def prefill(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend, kv: Any) -> Any:

@@ -201,8 +201,7 @@ def _one_stream(objective: Objective, decoder: Decoder, batch: OneStreamBatch) -
 
 def _hidden(objective: Objective, decoder: Decoder, tokens: Any, positions: Array, attend: Attend) -> Array:
     x = _embedded(objective, decoder, tokens)
-    x, _ = decoder.through_layers(len(decoder.layers), x, positions, attend, (), remat=objective.remat)
-    return decoder.final_norm(x)
+    return decoder.hidden(x, positions, attend, (), remat=objective.remat)[0]
 
 
 def _embedded(objective: Objective, decoder: Decoder, tokens: Any) -> Float[Array, "B T size"]:
