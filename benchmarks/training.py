@@ -69,7 +69,7 @@ class Ours:
         self._steps = train_steps(module.objective, rule, 0)
         self._state = self._steps.init(init_trainable(module, 0))
         # As in a training run, the base is freed if no step reads it.
-        self._fixed = module.frozen, base.params if module.layout == "two_stream" else {}
+        self._fixed = module.frozen, module.base_params if module.layout == "two_stream" else {}
 
     def step(self) -> float:
         """One step; the loss before it."""

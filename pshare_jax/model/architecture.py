@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pshare_jax.model.adapters import LoraStack
-from pshare_jax.model.config import ModelConfig
-from pshare_jax.model.decoder import Decoder, prefill_reads
+from pshare_jax.model.config import LayerConfig, ModelConfig
+from pshare_jax.model.decoder import Decoder, DecoderLayer, prefill_reads
 from pshare_jax.model.layers import Build, LoraConfig, Projection
 
 Params = dict[str, jax.Array]
@@ -61,6 +61,16 @@ class Architecture:
         """Path -> shape and dtype of every parameter."""
         return {_path(keys): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for keys, leaf in self._skeleton[1]}
 
+    @property
+    def without_layers(self) -> "Architecture":
+        """The same decoder with embedding, final norm and head alone."""
+        return replace(self, config=replace(self.config, layers=()))
+
+    def bind_layer(self, layer: int, params: Mapping[str, jax.Array]) -> DecoderLayer:
+        """The decoder's layer with these parameters ("attention.q.kernel"), as `bind`."""
+        graph, leaves = _layer_skeleton(self.config, self.config.layers[layer], self.build)
+        return nnx.merge(graph, nnx.from_flat_state([(keys, x.replace(params[_path(keys)])) for keys, x in leaves]))
+
     def bind(self, params: Mapping[str, jax.Array], slots: Any = None) -> Decoder:
         """The decoder with these parameters, without a copy; for use inside a traced function. Where a parameter is missing
         that prefill does not read, only `prefill` can be used.
@@ -75,6 +85,12 @@ class Architecture:
         if self.build.stack is not None and slots is not None:
             _set_slots(decoder, jnp.asarray(slots))
         return decoder
+
+
+@functools.cache
+def _layer_skeleton(config: ModelConfig, layer: LayerConfig, build: Build) -> tuple[nnx.GraphDef, list]:
+    graph, state = nnx.split(nnx.eval_shape(lambda: DecoderLayer(config, layer, build)))
+    return graph, list(nnx.to_flat_state(state))
 
 
 def _set_slots(decoder: Decoder, slots: jax.Array) -> None:

@@ -4,18 +4,16 @@ It knows no cache layout: the caller passes `attend` (dense, paged or two-stream
 attention output. Layers are unrolled, which decodes 2-3x faster on CPU than a scan over stacked weights.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pshare_jax.model.config import LayerConfig, ModelConfig
 from pshare_jax.model.layers import MLP, AttentionProjections, Build, norm, soft_cap
-from pshare_jax.model.rope import rope_tables, rotate
+from pshare_jax.model.rope import RopeConfig, rope_tables, rotate
 
 Attend = Callable[[int, Array | None, Array, Array, Any], tuple[Array | None, Any]]
 """attend(layer, q[B,T,N,H] | None, k[B,T,K,H], v[B,T,K,H], kv) -> (out[B,T,N,H] | None, kv); no q: only store k, v."""
@@ -77,6 +75,12 @@ class DecoderLayer(nnx.Module):
         return rotate(self.attention.key(normed), *rope), self.attention.value(normed)
 
 
+def ropes_of(config: ModelConfig, positions: Int[Array, "B T"]) -> dict[RopeConfig, tuple[Array, Array]]:
+    """The tables of all rotations that layers have."""
+    ropes = {layer.rope: None for layer in config.layers}
+    return {rope: rope_tables(rope, config.head_dim, positions) for rope in ropes}
+
+
 def prefill_reads(path: str, config: ModelConfig) -> bool:
     """Whether `Decoder.prefill` uses the parameter: in the last layer only norm, k and v, and no head."""
     last = f"layers.{config.num_layers - 1}."
@@ -99,16 +103,7 @@ class Decoder(nnx.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend, kv: Any
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Final hidden states (normalised, the input of `logits`) and the new kv."""
-        return self.hidden(self.embedding(tokens), positions, attend, kv)
-
-    def hidden(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attend: Attend, kv: Any, *, remat: bool = False
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """The final hidden states of the embedded tokens `x`, and the new kv.
-
-        With `remat` a backward pass keeps only each layer's input and recomputes the rest.
-        """
-        x, kv = self.through_layers(len(self.layers), x, positions, attend, kv, remat=remat)
+        x, kv = self.through_layers(len(self.layers), self.embedding(tokens), positions, attend, kv)
         return self.final_norm(x), kv
 
     def prefill(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend, kv: Any) -> Any:
@@ -116,21 +111,13 @@ class Decoder(nnx.Module):
         return self.stored(self.embedding(tokens), positions, attend, kv)
 
     def through_layers(
-        self,
-        num_layers: int,
-        x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        attend: Attend,
-        kv: Any,
-        *,
-        remat: bool = False,
+        self, num_layers: int, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attend: Attend, kv: Any
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The embedded tokens `x` after the first layers, and the new kv."""
         ropes = self._ropes(positions)
         for index in range(num_layers):
             layer = self.layers[index]
-            run = functools.partial(layer, index, rope=ropes[layer.rope], attend=attend, kv=kv)
-            x, kv = jax.checkpoint(run)(x) if remat else run(x)
+            x, kv = layer(index, x, ropes[layer.rope], attend, kv)
         return x, kv
 
     def stored(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], attend: Attend, kv: Any) -> Any:
@@ -152,5 +139,4 @@ class Decoder(nnx.Module):
         return self.embedding.weight[...].astype(self.embedding.dtype) if self.head is None else self.head[...]
 
     def _ropes(self, positions: Array) -> dict:
-        ropes = {layer.rope: None for layer in self.config.layers}
-        return {rope: rope_tables(rope, self.config.head_dim, positions) for rope in ropes}
+        return ropes_of(self.config, positions)

@@ -14,6 +14,7 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 _TIED = ("embedding", "embed_tokens", "head", "lm_head")
 
 Method = Literal["prefillshare", "full_ft"]
+Remat = Literal["none", "layer", "dots"]
 
 # Keys that a resumed run may change: they do not affect a step, except that the schedule depends on the length.
 CHANGEABLE = (
@@ -23,6 +24,7 @@ CHANGEABLE = (
     "evaluation",
     "max_bad_steps",
     "output",
+    "remat",
     "data.epochs",
     "data.num_workers",
 )
@@ -125,6 +127,7 @@ class TrainConfig:
     steps: int | None = None
     accumulation: int = 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: Remat = "layer"
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

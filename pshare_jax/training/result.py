@@ -18,7 +18,8 @@ from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.data.config import paths_of
 from pshare_jax.training.model_card import write_model_card
 from pshare_jax.training.run_folder import RunFolder
-from pshare_jax.training.step.objective import decode_module, trainable_module
+from pshare_jax.training.step.objective import decode_module
+from pshare_jax.training.step.static import make_objective
 
 
 def export(
@@ -49,10 +50,10 @@ def export(
             raise PshareError(
                 f"The base {config.base} has other weights than the run in {root} was trained on; restore that base."
             )
-        # The trainable module keeps those weights of the base that it needs; the others would only take memory.
-        trained = trainable_module(base, config.method, config.module, base.architecture.dtype).without_base()
-        base = trained.base
-        module = decode_module(trained, checkpoints.restore_trainable(chosen, trained.trainable_shapes))
+        objective = make_objective(base.architecture, config.module, base.mesh, base.architecture.dtype)
+        module = decode_module(
+            objective, checkpoints.restore_trainable(chosen, objective.trainable_shapes), base.params
+        )
     evaluation = {} if progress.eval_loss is None else {"eval_loss": progress.eval_loss}
     info = training_info(config, chosen, applied, progress.tokens, evaluation, merged=merge)
     folder = output or root / ("module-merged" if merge else run.module.name)

@@ -70,7 +70,9 @@ def _train_in(run: RunFolder, config: TrainConfig, evaluate_module: ModuleEvalua
     say("reading the data")
     data = read_data(config, base.tokenizer, base.stop_ids, base.config)
     say(f"data:\n{data.report}")
-    trained = trainable_module(base, config.method, config.module, base.architecture.dtype)
+    trained = trainable_module(
+        base, config.method, config.module, base.architecture.dtype, remat=config.remat, take=True
+    )
     with (
         training_batches(data.train, config.data, config.layout) as batches,
         Checkpoints(run.checkpoints, config.checkpoint) as checkpoints,
@@ -80,7 +82,7 @@ def _train_in(run: RunFolder, config: TrainConfig, evaluate_module: ModuleEvalua
             trained,
             batches,
             checkpoints,
-            start=functools.partial(initial_params, config, trained, base),
+            start=functools.partial(initial_params, config, trained),
             evaluation=_held_out(config, data),
             evaluate_module=evaluate_module,
         )
@@ -99,7 +101,7 @@ def _train_in(run: RunFolder, config: TrainConfig, evaluate_module: ModuleEvalua
                 info = training_info(
                     config, outcome.step, int(outcome.state.applied), outcome.tokens, outcome.evaluation
                 )
-                save_result(run.module, decode_module(trained, outcome.state.trainable), base, config, info)
+                save_result(run.module, decode_module(trained.objective, outcome.state.trainable), base, config, info)
                 say(f"the decode module is in {run.module}")
             else:
                 say(f"stopped after step {outcome.step} of {trainer.num_steps}; continue with --resume")

@@ -3,40 +3,49 @@
 The trainer calls `initial_params`.
 """
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 
 from pshare_jax.errors import PshareError
 from pshare_jax.model.architecture import Params, is_lora
+from pshare_jax.model.layer_stack import stack_layers, unstack_layers
 from pshare_jax.model.layers import LoraConfig
 from pshare_jax.share.decode_module import DecodeModule, load_module
-from pshare_jax.share.model import Model
 from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.result import merged
-from pshare_jax.training.step.objective import TrainableModule, init_trainable
+from pshare_jax.training.step.objective import TrainableModule, drawn_adapter, init_trainable
 from pshare_jax.weights.sources import source_folder
 
 
-def initial_params(config: TrainConfig, module: TrainableModule, base: Model) -> Params:
+def initial_params(config: TrainConfig, module: TrainableModule) -> Params:
     """The parameters at step 0; the step's loss is then the score that the server gives to what `module.init` names.
 
     Raises:
         PshareError: `module.init` cannot be read, or does not fit the module.
     """
-    fresh = init_trainable(module, config.seed)
-    source = config.module.init
+    source, base = config.module.init, module.base
     if source is None:
-        return fresh
+        return init_trainable(module, config.seed)
     start = load_module(_folder(source), base, prefill="own")
     if start.boundary.invocation:
         raise PshareError(
             f"module.init {source} is an activated LoRA, whose first tokens the base computes; use another."
         )
-    if not module.frozen:
-        return start.params if start.architecture.lora is None else merged(start, base).params
-    return _adapter(source, fresh, module.objective.architecture.lora, start)
+    return stack_layers(_unstacked(config, module, start), base.config, base.mesh)
+
+
+def _unstacked(config: TrainConfig, module: TrainableModule, start: DecodeModule) -> Params:
+    """The parameters of each layer."""
+    if module.frozen:
+        fresh = drawn_adapter(module.objective, config.seed)
+        return _adapter(str(config.module.init), fresh, module.objective.architecture.lora, start)
+    if start.architecture.lora is None:
+        return dict(start.params)
+    whole = unstack_layers(module.base_params, module.base.config, module.base.mesh)
+    return merged(replace(start, params={**whole, **start.params}), module.base).params
 
 
 def _folder(source: str) -> Path:
@@ -44,7 +53,7 @@ def _folder(source: str) -> Path:
     return path if path.is_dir() else source_folder(source)
 
 
-def _adapter(source: str, fresh: Params, ours: LoraConfig | None, start: DecodeModule) -> Params:
+def _adapter(source: str, fresh: dict[str, np.ndarray], ours: LoraConfig | None, start: DecodeModule) -> dict[str, Any]:
     """The adapter of `start` in the shape of the module's: what it lacks is as in a new adapter, and without effect."""
     theirs = start.architecture.lora
     assert ours is not None
@@ -56,9 +65,7 @@ def _adapter(source: str, fresh: Params, ours: LoraConfig | None, start: DecodeM
             f"module.init {source} has rank {theirs.rank} and the targets {', '.join(theirs.targets)}; set module.rank to at "
             "least that, and module.targets to include these."
         )
-    params = {}
-    for path, like in fresh.items():
-        values = np.array(like)
+    for path, values in fresh.items():
         if path in start.params and is_lora(path):
             given = np.asarray(start.params[path], np.float32)
             if path.endswith("lora_b"):
@@ -66,5 +73,4 @@ def _adapter(source: str, fresh: Params, ours: LoraConfig | None, start: DecodeM
                 values[: theirs.rank] = given
             else:
                 values[:, : theirs.rank] = given
-        params[path] = jax.device_put(values, like.sharding)
-    return params
+    return fresh

@@ -287,7 +287,7 @@ class Trainer:
         return state
 
     def _fixed_params(self) -> tuple[Params, Params]:
-        return self.module.frozen, self.module.base.params
+        return self.module.frozen, self.module.base_params
 
     def _sharded(self, batch: Batch) -> Any:
         return shard_batch(batch.arrays, self.module.base.mesh)

@@ -16,10 +16,12 @@ from tiny import VOCAB, tiny_folder, tiny_module
 import pshare_jax as ps
 from pshare_jax.model.architecture import Params, is_lora
 from pshare_jax.model.attention.dense import cached_attend, fresh_attend
+from pshare_jax.model.layer_stack import stack_layers, unstack_layers
 from pshare_jax.training.config import ModuleConfig
 from pshare_jax.training.data.batches import one_stream, two_stream
 from pshare_jax.training.data.samples import Sample
-from pshare_jax.training.step.objective import Objective, TrainableModule, init_trainable, trainable_module
+from pshare_jax.training.step.objective import TrainableModule, init_trainable, trainable_module
+from pshare_jax.training.step.static import Objective
 
 SMALL: dict[str, dict[str, Any]] = {
     "llama": {"num_hidden_layers": 2},
@@ -65,9 +67,13 @@ class BaseWithModules:
         module = self.shared.task_modules.module(kind)
         whole = kind == "full"
         trainable = {path: x for path, x in module.params.items() if whole or is_lora(path)}
-        frozen = {} if whole else self.base.params
         objective = Objective(self.base.architecture, module.architecture, self.base.mesh, "float32", **fields)
-        return InTraining(self.base, objective, method, frozen, trainable)
+        base = self.stacked(self.base.params)
+        return InTraining(self.base, objective, method, base, {} if whole else base, self.stacked(trainable))
+
+    def stacked(self, params: Params) -> Params:
+        """The arrays in stacks."""
+        return stack_layers(dict(params), self.base.config, self.base.mesh)
 
 
 def samples(seed: int = 0) -> list[Sample]:
@@ -84,15 +90,20 @@ def packed(layout: str, rows: list[list[Sample]]) -> Any:
     return two_stream(rows, 48, 24) if layout == "two_stream" else one_stream(rows, 64, 24)
 
 
+def by_layer(module: TrainableModule, params: Params) -> Params:
+    """The arrays of each layer."""
+    return unstack_layers(params, module.objective.config, module.base.mesh)
+
+
 def reference_nll(module: InTraining, trainable: Any, sample: Sample) -> jax.Array:
     """-log p of all answers of a sample, turn by turn."""
     config = module.base.config
-    decoder = module.objective.architecture.bind({**module.frozen, **trainable})
+    decoder = module.objective.architecture.bind(by_layer(module, {**module.frozen, **trainable}))
     ids, total = np.array(sample.ids, np.int32)[None], jnp.float32(0)
     for start, end in sample.turns:
         kv: Any = ()
         if module.method == "prefillshare" and start > 1:
-            base = module.base.architecture.bind(module.base.params)
+            base = module.base.architecture.bind(by_layer(module, module.base_params))
             positions = np.arange(start - 1, dtype=np.int32)[None]
             kv = base.prefill(jnp.asarray(ids[:, : start - 1]), jnp.asarray(positions), fresh_attend(config), ())
             # Free slots for the decode steps.

@@ -31,8 +31,8 @@ from pshare_jax.training.plan.memory import (
 from pshare_jax.training.plan.short_models import Pair, ShortModel, extrapolate, free_memory, short_models
 from pshare_jax.training.run import read_data
 from pshare_jax.training.step.mesh import abstract_mesh, training_mesh
-from pshare_jax.training.step.objective import Objective, module_architecture
 from pshare_jax.training.step.optimizer import update_rule
+from pshare_jax.training.step.static import Objective, make_objective
 from pshare_jax.training.trainer import num_steps
 
 Lines = list[tuple[str, str]]
@@ -63,7 +63,7 @@ def dry_run(config: TrainConfig) -> None:
     dtype = default_dtype(make_mesh([0])) if config.dtype == "auto" else config.dtype
     base = Architecture(outline.config, Build(dtype))
     mesh = training_mesh(config.mesh) if enough else abstract_mesh(config.mesh)
-    objective = Objective(base, module_architecture(base, config.module), mesh, dtype, config.module.dropout)
+    objective = make_objective(base, config.module, mesh, dtype, config.remat)
     _show("model", _model(objective, config))
     planned = _planned(config, outline)
     _show("data", planned.lines)

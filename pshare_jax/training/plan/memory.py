@@ -14,13 +14,13 @@ import optax
 from jax.sharding import NamedSharding
 
 from pshare_jax.mesh import FSDP, MODEL, replicated
-from pshare_jax.model.attention.dense import QUERY_BLOCK
-from pshare_jax.model.sharding import parameter_sharding
+from pshare_jax.model.attention.flash import KEY_BLOCK, QUERY_BLOCK
+from pshare_jax.model.layer_stack import is_stack
 from pshare_jax.training.data.batches import Layout, OneStreamBatch, TwoStreamBatch, one_stream, two_stream
 from pshare_jax.training.data.samples import Sample
 from pshare_jax.training.step.cross_entropy import chunk_tokens
 from pshare_jax.training.step.mesh import DATA, batch_sharding
-from pshare_jax.training.step.objective import EMBEDDING, Objective
+from pshare_jax.training.step.static import EMBEDDING, Objective
 from pshare_jax.training.step.steps import Sums, TrainState, in_layer_order, state_shapes
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
@@ -70,7 +70,7 @@ def step_shapes(
     """The arrays of a step on the objective's mesh, as `train_steps` takes them."""
     mesh, config = objective.mesh, objective.config
     number = jax.ShapeDtypeStruct((), jnp.float32)
-    base = {path: _placed(x, parameter_sharding(path, config, mesh)) for path, x in objective.base.shapes.items()}
+    base = objective.base_shapes
     state = state_shapes(objective, optimizer)
     arrays = batch.arrays(config.vocab_size)
     return StepShapes(
@@ -108,8 +108,10 @@ def estimate_temporaries(objective: Objective, shapes: StepShapes, batch: BatchS
     # Logits, their exponentials and their gradients exist at once.
     logits = 3 * chunk * config.vocab_size * 4 // (tp if config.vocab_size % tp == 0 else 1)
     masters = shapes.state.trainable
-    # The embedding is cast row by row after the lookup, but as a whole if it is also the head.
-    cast = device_bytes({path: x for path, x in masters.items() if config.tied or path != EMBEDDING}) * item // 4
+    # The embedding is cast row by row after the lookup, but as a whole if it is also the head; a layer's weights in its turn.
+    outside = {path: x for path, x in masters.items() if not is_stack(path) and (config.tied or path != EMBEDDING)}
+    in_layers = device_bytes({path: x for path, x in masters.items() if is_stack(path)}) // config.num_layers
+    cast = (device_bytes(outside) + in_layers) * item // 4
     return {
         "gradients before summation": 0 if shapes.single_batch else device_bytes(masters),
         f"trained weights in {objective.compute_dtype}": 0 if item == 4 else cast,
@@ -138,6 +140,7 @@ def _layer_working_set(objective: Objective, batch: BatchShape, rows: int, item:
     heads, sizes = config.num_heads // tp, config.head_dim
     wide = 4 * config.hidden_size + (2 * heads * sizes + 2 * config.num_kv_heads * sizes) + 3 * config.ffn_size // tp
     keys = batch.context_len + (batch.answer_len if batch.layout == "two_stream" else 0)
+    keys = min(KEY_BLOCK, keys)
     scores = rows * heads * min(QUERY_BLOCK, batch.stream_len) * keys * 4
     decode = 2 * (rows * batch.stream_len * wide * item + scores)
     base = rows * batch.context_len * wide * item + rows * heads * min(QUERY_BLOCK, batch.context_len) * keys * 4

@@ -21,8 +21,8 @@ from pshare_jax.host_memory import free_host_memory
 from pshare_jax.model.architecture import Architecture
 from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.plan.memory import BatchShape, StepShapes, held_memory, step_shapes
-from pshare_jax.training.step.objective import Objective
 from pshare_jax.training.step.optimizer import update_rule
+from pshare_jax.training.step.static import Objective
 from pshare_jax.training.step.steps import Sums, TrainState, train_steps
 
 NUM_LAYERS = 2, 6

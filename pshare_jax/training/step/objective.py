@@ -2,10 +2,10 @@
 (`full_ft`).
 
 `nll` is pure and jittable: the sum of negative log-likelihoods of a batch's answers, each given the base's KV of the
-tokens before it (two streams; PrefillShare, arXiv 2602.12029). Only the trainable parameters have gradients.
+tokens before it (two streams; PrefillShare, arXiv 2602.12029). Only the trainable parameters have gradients. Layers are
+stacked in all parameters of training (model/layer_stack.py).
 """
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -13,25 +13,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from pshare_jax.errors import PshareError
-from pshare_jax.model.architecture import Architecture, Params, is_lora
-from pshare_jax.model.attention.two_stream import ContextStream, DecodeStream, packed_attend, two_stream_attend
-from pshare_jax.model.config import ModelConfig
-from pshare_jax.model.decoder import Attend, Decoder
-from pshare_jax.model.layers import LoraConfig, Projection
-from pshare_jax.model.sharding import parameter_sharding
+from pshare_jax.model.architecture import Params, is_lora
+from pshare_jax.model.layer_stack import stack_layers, unstack_layers
 from pshare_jax.share.decode_module import DecodeModule
 from pshare_jax.share.model import Model
-from pshare_jax.training.config import TARGETS, Method, ModuleConfig
+from pshare_jax.training.config import Method, ModuleConfig, Remat
 from pshare_jax.training.data.batches import Layout, OneStreamBatch, TwoStreamBatch
 from pshare_jax.training.step.cross_entropy import rows_nll
-from pshare_jax.training.step.embedding import embedding_rows
-
-EMBEDDING, HEAD = "embedding.weight", "head"
+from pshare_jax.training.step.static import EMBEDDING, HEAD, Objective, make_objective
+from pshare_jax.training.step.streams import hidden_states
 
 
 class Tallies(NamedTuple):
@@ -42,41 +35,17 @@ class Tallies(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Objective:
-    """The loss without weights: the architectures of base and module on one mesh (abstract if nothing is computed)."""
-
-    base: Architecture
-    architecture: Architecture
-    mesh: Mesh | AbstractMesh
-    compute_dtype: str
-    dropout: float = 0.0
-    remat: bool = True
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model's config, which base and module share."""
-        return self.base.config
-
-    @property
-    def trainable_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Path -> shape and sharding of the float32 master weights: all parameters (full), or only A and B (lora)."""
-        whole = self.architecture.lora is None
-        return {
-            path: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=parameter_sharding(path, self.config, self.mesh))
-            for path, x in self.architecture.shapes.items()
-            if whole or is_lora(path)
-        }
-
-
-@dataclass(frozen=True)
 class TrainableModule:
-    """A decode module in training: everything but the trainable parameters. `base` is in the compute dtype; `frozen`
-    are the arrays of the base that the module reads beside the trainable parameters.
+    """A decode module in training: everything but the trainable parameters.
+
+    `base` is the base in the compute dtype without its weights; these are `base_params`. `frozen` are those that the module
+    reads beside the trainable parameters.
     """
 
     base: Model
     objective: Objective
     method: Method
+    base_params: Params
     frozen: Params
 
     @property
@@ -91,54 +60,41 @@ class TrainableModule:
 
     def without_base(self) -> "TrainableModule":
         """The same without the base's weights, except those in `frozen`."""
-        return replace(self, base=replace(self.base, params={}))
-
-
-def module_architecture(base: Architecture, module: ModuleConfig) -> Architecture:
-    """The architecture of the decode module: the base's, for LoRA with an adapter.
-
-    Raises:
-        PshareError: no projection of the model is among the adapter's targets.
-    """
-    if module.kind == "full":
-        return base
-    architecture = base.with_lora(LoraConfig(module.rank, module.alpha / module.rank, tuple(module.targets)))
-    if not any(map(is_lora, architecture.shapes)):
-        raise PshareError(
-            f"module.targets {module.targets} matches no projection of the model; use some of {', '.join(TARGETS)}."
-        )
-    return architecture
+        return replace(self, base_params={})
 
 
 def trainable_module(
-    base: Model, method: Method, module: ModuleConfig, compute_dtype: str, *, remat: bool = True
+    base: Model, method: Method, module: ModuleConfig, compute_dtype: str, *, remat: Remat = "layer", take: bool = False
 ) -> TrainableModule:
     """A decode module of `base` to train: all weights, or an adapter.
+
+    With `take` the arrays leave `base.params`, so that weights and their stacks are not held at once.
 
     Raises:
         PshareError: no projection of the model is among the adapter's targets.
     """
-    base = replace(
-        base, params=_cast(base.params, compute_dtype), architecture=_typed(base.architecture, compute_dtype)
-    )
-    architecture = module_architecture(base.architecture, module)
-    objective = Objective(base.architecture, architecture, base.mesh, compute_dtype, module.dropout, remat)
-    return TrainableModule(base, objective, method, {} if module.kind == "full" else base.params)
+    objective = make_objective(base.architecture, module, base.mesh, compute_dtype, remat)
+    arrays = base.params if take else dict(base.params)
+    params = _cast(stack_layers(arrays, base.config, base.mesh), compute_dtype)
+    hollow = replace(base, params={}, architecture=objective.base)
+    return TrainableModule(hollow, objective, method, params, {} if module.kind == "full" else params)
 
 
 def init_trainable(module: TrainableModule, seed: int) -> Params:
-    """Initial trainable parameters: the base's arrays in the compute dtype (full), or an adapter without effect (lora).
-
-    A is drawn as in PEFT (Kaiming uniform with a = sqrt 5: bound 1 / sqrt(in)); B is zero.
-    """
+    """Initial trainable parameters: the base's arrays in the compute dtype (full), or an adapter without effect (lora)."""
     if not module.frozen:
-        return module.base.params
+        return module.base_params
+    return stack_layers(drawn_adapter(module.objective, seed), module.objective.config, module.base.mesh)
+
+
+def drawn_adapter(objective: Objective, seed: int) -> dict[str, Any]:
+    """A new adapter's NumPy arrays in float32, drawn as in PEFT: A Kaiming uniform with a = sqrt 5 (bound 1 / sqrt(in)), B zero."""
     draw = np.random.default_rng(seed)
     values = {}
-    for path, like in module.trainable_shapes.items():
-        bound = like.shape[0] ** -0.5 if path.endswith("lora_a") else 0.0
-        drawn = draw.uniform(-bound, bound, like.shape).astype(np.float32)
-        values[path] = jax.device_put(drawn, like.sharding)
+    for path, like in objective.architecture.shapes.items():
+        if is_lora(path):
+            bound = like.shape[0] ** -0.5 if path.endswith("lora_a") else 0.0
+            values[path] = draw.uniform(-bound, bound, like.shape).astype(np.float32)
     return values
 
 
@@ -151,23 +107,13 @@ def nll(
     key: PRNGKeyArray | None,
 ) -> tuple[Float[Array, ""], Tallies]:
     """The sum of -log p over the batch's target tokens, in float32. Dropout is applied only with a `key`."""
-    params = {**frozen, **_cast(trainable, objective.compute_dtype)}
-    if EMBEDDING in trainable:
-        # Rows are cast after the lookup, so that the gradients of repeated tokens are summed in float32.
-        params[EMBEDDING] = trainable[EMBEDDING]
-    decoder = objective.architecture.bind(params)
-    if key is not None and objective.dropout:
-        _set_dropout(decoder, objective.dropout, key)
-    if isinstance(batch, TwoStreamBatch):
-        hidden = _decode_stream(objective, decoder, base_params, batch)
-    else:
-        hidden = _one_stream(objective, decoder, batch)
+    hidden = hidden_states(objective, trainable, frozen, base_params, batch, key)
     real, config = jnp.asarray(batch.weights), objective.config
-    head = EMBEDDING if config.tied else HEAD
+    # The master weight, if the head is trained: its gradient is summed over devices in its own dtype.
+    head = (trainable if not frozen else frozen)[EMBEDDING if config.tied else HEAD]
     total, correct = rows_nll(
         hidden,
-        # The master weight, if it is trained: its gradient is summed over devices in its own dtype.
-        trainable.get(head, params[head]),
+        head,
         jnp.asarray(batch.targets),
         real,
         mesh=objective.mesh,
@@ -178,64 +124,17 @@ def nll(
     return total, Tallies(real.sum(), correct)
 
 
-def _decode_stream(
-    objective: Objective, decoder: Decoder, base_params: Params, batch: TwoStreamBatch
-) -> Float[Array, "B D size"]:
-    config = objective.config
-    segments, positions = jnp.asarray(batch.context_segments), jnp.asarray(batch.context_positions)
-    base = objective.base.bind(jax.lax.stop_gradient(base_params))
-    x = _embedded(objective, base, batch.context_tokens)
-    kv = base.stored(x, positions, packed_attend(config, segments, keep_kv=True), ())
-    context = ContextStream(positions, segments, jax.lax.stop_gradient(kv))
-    streams = (batch.decode_positions, batch.decode_segments, batch.decode_turns, batch.decode_prefix)
-    decode = DecodeStream(*(jnp.asarray(part) for part in streams))
-    attend = two_stream_attend(config, decode, context)
-    return _hidden(objective, decoder, batch.decode_tokens, decode.positions, attend)
+def decode_module(
+    objective: Objective, trainable: Params, base_params: Mapping[str, Array] | None = None
+) -> DecodeModule:
+    """The decode module with these parameters in the compute dtype, for evaluation and saving.
 
-
-def _one_stream(objective: Objective, decoder: Decoder, batch: OneStreamBatch) -> Float[Array, "B R size"]:
-    attend = packed_attend(objective.config, jnp.asarray(batch.segments), keep_kv=False)
-    hidden = _hidden(objective, decoder, batch.tokens, jnp.asarray(batch.positions), attend)
-    return jnp.take_along_axis(hidden, jnp.asarray(batch.picks)[:, :, None], axis=1)
-
-
-def _hidden(objective: Objective, decoder: Decoder, tokens: Any, positions: Array, attend: Attend) -> Array:
-    x = _embedded(objective, decoder, tokens)
-    return decoder.hidden(x, positions, attend, (), remat=objective.remat)[0]
-
-
-def _embedded(objective: Objective, decoder: Decoder, tokens: Any) -> Float[Array, "B T size"]:
-    """The embedded tokens, split by rows as the batch is."""
-    embedding = decoder.embedding
-    rows = embedding_rows(embedding.weight[...], jnp.asarray(tokens), objective.mesh, embedding.dtype)
-    return embedding.scaled(rows)
-
-
-def decode_module(module: TrainableModule, trainable: Params) -> DecodeModule:
-    """The decode module with these parameters in the base's dtype and sharding, for evaluation and saving."""
-    dtype, mesh = module.base.architecture.dtype, module.base.mesh
-    shardings = {path: like.sharding for path, like in module.trainable_shapes.items()}
-    params = {**module.frozen, **jax.device_put(_cast(trainable, dtype), shardings)}
-    return DecodeModule(_typed(module.objective.architecture, dtype), params, mesh)
-
-
-# --- parts -----------------------------------------------------------------------------------------------------------
-
-
-def _set_dropout(decoder: Decoder, rate: float, key: PRNGKeyArray) -> None:
-    """LoRA's dropout, as in PEFT: applied to the input of A only, with a separate mask for each adapter."""
-    nodes = [node for _, node in nnx.iter_modules(decoder)]
-    adapted = [node for node in nodes if isinstance(node, Projection) and node.lora_a is not None]
-    for index, projection in enumerate(adapted):
-        projection.drop = functools.partial(_dropout, jax.random.fold_in(key, index), rate)
-
-
-def _dropout(key: PRNGKeyArray, rate: float, x: Array) -> Array:
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
-
-
-def _typed(architecture: Architecture, dtype: str) -> Architecture:
-    return replace(architecture, build=replace(architecture.build, dtype=dtype))
+    An adapter's module has, beside the adapter, `base_params`, the base's arrays of each layer.
+    """
+    mesh = objective.mesh
+    assert isinstance(mesh, Mesh), "an abstract mesh has no arrays"
+    trained = _cast(unstack_layers(trainable, objective.config, mesh), objective.compute_dtype)
+    return DecodeModule(objective.architecture, {**(base_params or {}), **trained}, mesh)
 
 
 def _cast(params: Mapping[str, Array], dtype: str) -> Params:

@@ -20,8 +20,9 @@ from jaxtyping import Array, Bool, Float, Int
 from pshare_jax.mesh import replicated
 from pshare_jax.model.architecture import Params
 from pshare_jax.training.step.mesh import step_compiler_options
-from pshare_jax.training.step.objective import Objective, Tallies, nll
+from pshare_jax.training.step.objective import Tallies, nll
 from pshare_jax.training.step.optimizer import UpdateRule
+from pshare_jax.training.step.static import Objective
 
 
 class TrainState(NamedTuple):

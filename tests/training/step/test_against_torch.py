@@ -45,13 +45,13 @@ def test_a_step_of_full_fine_tuning_equals_torch(tmp_path):
     state, sums = steps.init(module.trainable), steps.no_sums()
     for number, rows in enumerate(([found[:2], []], [[found[2]], [found[3]]])):
         batch = one_stream(rows, 64, 24)
-        sums = steps.accumulate(sums, state.trainable, module.frozen, module.base.params, batch, number)
+        sums = steps.accumulate(sums, state.trainable, module.frozen, module.base_params, batch, number)
     state, result = steps.apply(state, sums)
 
     theirs = load_hf(models.folder)
     loss = torch_step(theirs, found)
     np.testing.assert_allclose(float(result.loss), loss, rtol=1e-5)
-    ps.save_module(tmp_path / "after", decode_module(module, state.trainable), models.base)
+    ps.save_module(tmp_path / "after", decode_module(module.objective, state.trainable, models.base.params), models.base)
     ours = load_hf(tmp_path / "after").state_dict()
     before = load_hf(models.folder).state_dict()
     for name, expected in theirs.state_dict().items():

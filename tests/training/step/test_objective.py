@@ -23,15 +23,16 @@ from objective_models import (
 from tiny import FAMILIES, tiny_folder
 
 import pshare_jax as ps
-from pshare_jax.model.attention import dense as attention
+from pshare_jax.model.attention import flash as attention
+from pshare_jax.model.layer_stack import stacked_sharding
 from pshare_jax.model.layers import Projection
-from pshare_jax.model.sharding import parameter_sharding
 from pshare_jax.training.config import MeshConfig
 from pshare_jax.training.data.batches import two_stream
 from pshare_jax.training.data.samples import Sample
 from pshare_jax.training.step import cross_entropy
 from pshare_jax.training.step.mesh import shard_batch, training_mesh
-from pshare_jax.training.step.objective import _set_dropout, decode_module, nll, trainable_module
+from pshare_jax.training.step.objective import decode_module, nll, trainable_module
+from pshare_jax.training.step.streams import set_dropout
 
 KINDS = ("full", "lora")
 
@@ -56,7 +57,7 @@ def quick_jit(function):
 
 def compiled(module):
     """(forward, forward and backward), compiled once per objective."""
-    blocks = attention.QUERY_BLOCK, cross_entropy.CHUNK_LOGITS
+    blocks = attention.QUERY_BLOCK, attention.KEY_BLOCK, cross_entropy.CHUNK_LOGITS
     key = (module.objective, module.method, bool(module.frozen), *blocks)
     if key not in STEPS:
 
@@ -68,13 +69,13 @@ def compiled(module):
 
 
 def loss(module, trainable, batch, key=None):
-    return float(compiled(module)[0](trainable, module.frozen, module.base.params, batch, key)[0])
+    return float(compiled(module)[0](trainable, module.frozen, module.base_params, batch, key)[0])
 
 
 def both(module, batch):
     """Loss, tallies and gradients."""
     step = compiled(module)[1]
-    (total, tallies), slopes = step(module.trainable, module.frozen, module.base.params, batch, None)
+    (total, tallies), slopes = step(module.trainable, module.frozen, module.base_params, batch, None)
     return float(total), tallies, slopes
 
 
@@ -88,7 +89,7 @@ def test_the_loss_is_the_servers_score(models, kind):
     """Invariant 4: the sum over the turns, each scored as an answer on the base's KV of everything before it."""
     module, found = models.module(kind), samples(1)
     batch = packed("two_stream", rows_of(found))
-    total, tallies = compiled(module)[0](module.trainable, module.frozen, module.base.params, batch, None)
+    total, tallies = compiled(module)[0](module.trainable, module.frozen, module.base_params, batch, None)
     expected, count, correct = 0.0, 0, 0
     for sample in found:
         for start, end in sample.turns:
@@ -104,7 +105,8 @@ def test_the_loss_is_the_servers_score(models, kind):
 
 def check_gradients(module, monkeypatch):
     # Small enough for several blocks of queries and several chunks of logits.
-    monkeypatch.setattr("pshare_jax.model.attention.dense.QUERY_BLOCK", 16)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
+    monkeypatch.setattr(attention, "KEY_BLOCK", 8)
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 7 * 320)
     first, second = samples(2)[:2]
     found = [first, replace(second, turns=second.turns[:1])]
@@ -132,7 +134,7 @@ def test_turns_are_independent_and_the_base_is_constant(llama):
     module, (sample, *_) = llama.module("full"), samples(3)
     batch = packed("two_stream", [[sample], [], []])
     grad_of_base = jax.grad(lambda base: nll(module.objective, module.trainable, {}, base, batch, None)[0])
-    slope = quick_jit(grad_of_base)(module.base.params)
+    slope = quick_jit(grad_of_base)(module.base_params)
     assert all(float(jnp.abs(grad).max()) == 0 for grad in slope.values())
     # Other tokens in the first turn's decode stream leave the second turn's loss unchanged.
     second = batch._replace(weights=batch.weights * (batch.decode_turns == 2))
@@ -144,16 +146,20 @@ def test_turns_are_independent_and_the_base_is_constant(llama):
 
 
 def test_rematerialisation_changes_nothing(llama):
-    batch = packed("two_stream", rows_of(samples(6)))
-    kept = both(llama.module("lora", remat=False), batch)
-    again = both(llama.module("lora", remat=True), batch)
-    assert kept[0] == pytest.approx(again[0], rel=1e-6)
-    assert_gradients_agree(again[2], kept[2], 1e-6)
-    for remat, layers in ((True, llama.base.config.num_layers), (False, 0)):
-        module = llama.module("lora", remat=remat)
-        arrays = module.trainable, module.frozen, module.base.params, batch, None
-        jaxpr = jax.make_jaxpr(lambda *arrays, objective=module.objective: nll(objective, *arrays))(*arrays)
-        assert str(jaxpr).count("remat2[") == layers
+    batch, remats = packed("two_stream", rows_of(samples(6))), ("none", "layer", "dots")
+    modules = {remat: llama.module("lora", remat=remat) for remat in remats}
+    kept = both(modules["none"], batch)
+    kept_bytes = {}
+    for remat, module in modules.items():
+        again = both(module, batch)
+        assert kept[0] == pytest.approx(again[0], rel=1e-6)
+        assert_gradients_agree(again[2], kept[2], 1e-6)
+        arrays = module.frozen, module.base_params, batch, None
+        _, pullback = jax.vjp(
+            lambda trainable, m=module, a=arrays: nll(m.objective, trainable, *a)[0], module.trainable
+        )
+        kept_bytes[remat] = sum(x.nbytes for x in jax.tree.leaves(pullback))
+    assert kept_bytes["layer"] < kept_bytes["dots"] < kept_bytes["none"]
 
 
 def test_bfloat16_computes_with_float32_masters(llama):
@@ -164,7 +170,7 @@ def test_bfloat16_computes_with_float32_masters(llama):
     batch = two_stream([[answer] for answer in answers * 2], 4, 100)
     (total, _, slopes), (expected, _, wanted) = both(module, batch), both(exact, batch)
     assert {str(x.dtype) for x in (*slopes.values(), *module.trainable.values())} == {"float32"}
-    assert {str(x.dtype) for x in module.base.params.values()} == {"bfloat16"}
+    assert {str(x.dtype) for x in module.base_params.values()} == {"bfloat16"}
     assert total == pytest.approx(expected, rel=0.02)
     difference = np.linalg.norm(slopes["embedding.weight"] - wanted["embedding.weight"])
     assert difference < 0.01 * np.linalg.norm(wanted["embedding.weight"])
@@ -180,12 +186,12 @@ def test_a_fresh_module_is_the_base(llama):
     assert all((float(jnp.abs(x).max()) > 0) == path.endswith("lora_b") for path, x in second[2].items())
     again = fresh(llama.base, "prefillshare", shape_of("lora"), "float32", 0)
     other = fresh(llama.base, "prefillshare", shape_of("lora"), "float32", 1)
-    path = "layers.0.attention.q.lora_a"
+    path = "layers.0:2:1.attention.q.lora_a"
     assert (again.trainable[path] == lora.trainable[path]).all()
     assert (other.trainable[path] != lora.trainable[path]).any()
     # A tied base has no separate head.
     assert ("head" in full.trainable) is not llama.base.config.tied
-    module = decode_module(lora, lora.trainable)
+    module = decode_module(lora.objective, lora.trainable, llama.base.params)
     assert module.architecture.lora is not None
     assert module.architecture.lora.scale == 1.5
 
@@ -204,14 +210,18 @@ def test_dropout_is_a_function_of_the_key(llama):
     silent = {path: x * (not path.endswith("lora_b")) for path, x in module.trainable.items()}
     assert loss(module, silent, batch, jax.random.key(1)) == pytest.approx(loss(module, silent, batch), rel=1e-6)
     # Half the inputs are 0 and the others doubled, with a separate mask for each adapter.
-    decoder = module.objective.architecture.bind({**module.frozen, **module.trainable})
-    _set_dropout(decoder, 0.5, jax.random.key(0))
-    adapters = [
-        node for _, node in nnx.iter_modules(decoder) if isinstance(node, Projection) and node.lora_a is not None
-    ]
+    layer = module.objective.architecture.bind_layer(
+        0, {path: x[0] for path, x in over_prefix({**module.frozen, **module.trainable}, "layers.0:2:1.").items()}
+    )
+    set_dropout(layer, 0.5, jax.random.key(0))
+    adapters = [node for _, node in nnx.iter_modules(layer) if isinstance(node, Projection) and node.lora_a is not None]
     dropped = [np.asarray(node.drop(jnp.ones((4, 50, 50)))) for node in adapters if node.drop]
-    assert len({node.tobytes() for node in dropped}) == len(adapters) == 4 * llama.base.config.num_layers
+    assert len({node.tobytes() for node in dropped}) == len(adapters) == 4
     assert all(set(np.unique(node)) == {0.0, 2.0} and abs(node.mean() - 1) < 0.05 for node in dropped)
+
+
+def over_prefix(params, prefix):
+    return {path.removeprefix(prefix): x for path, x in params.items() if path.startswith(prefix)}
 
 
 def test_a_mesh_gives_the_same_loss_and_gradients(llama):
@@ -221,12 +231,10 @@ def test_a_mesh_gives_the_same_loss_and_gradients(llama):
     mesh = training_mesh(MeshConfig(2, 2, 2))
 
     def placed(params):
-        return {
-            path: jax.device_put(x, parameter_sharding(path, module.base.config, mesh)) for path, x in params.items()
-        }
+        return {path: jax.device_put(x, stacked_sharding(path, module.base.config, mesh)) for path, x in params.items()}
 
-    trainable, frozen, base = placed(module.trainable), placed(module.frozen), placed(module.base.params)
-    on_mesh = replace(module, base=replace(module.base, params=base, mesh=mesh))
+    trainable, frozen, base = placed(module.trainable), placed(module.frozen), placed(module.base_params)
+    on_mesh = replace(module, objective=replace(module.objective, mesh=mesh))
     whole = sum(x.nbytes for x in trainable.values())
     one_device = sum(x.addressable_shards[0].data.nbytes for x in trainable.values())
     assert one_device < 0.3 * whole
@@ -246,7 +254,7 @@ def test_the_logits_of_all_tokens_never_exist(llama, monkeypatch):
     module = llama.module("full")
 
     def total(trainable, batch):
-        return nll(module.objective, trainable, {}, module.base.params, batch, None)[0]
+        return nll(module.objective, trainable, {}, module.base_params, batch, None)[0]
 
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 32 * config.vocab_size)
     text = jax.jit(jax.grad(total)).lower(module.trainable, batch).compile().as_text()

@@ -78,7 +78,7 @@ class Step:
         batch = shard_batch(make(rows, length, ANSWER), base.mesh)
         steps = train_steps(module.objective, update_rule(OptimizerConfig(warmup_steps=0), 9), 0)
         state = steps.init(init_trainable(module, 0))
-        arguments = (None, state.trainable, module.frozen, base.params, batch, np.int32(0))
+        arguments = (None, state.trainable, module.frozen, module.base_params, batch, np.int32(0))
         self.program = cast(Any, steps.accumulate).lower(*arguments).compile()
         self.widest = base.config.ffn_size
         self.lengths = (CONTEXT, ANSWER) if module.layout == "two_stream" else (length,)
