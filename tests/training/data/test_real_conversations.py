@@ -67,6 +67,7 @@ def test_rows_of_real_conversations_are_full_and_the_base_reads_each_once(base, 
     monkeypatch.setattr(Decoder, "stored", counted)
     module = trainable_module(base, "prefillshare", ModuleConfig(), "float32")
     jax.eval_shape(
-        lambda params: nll(module.objective, params, module.frozen, module.base_params, read[0], None), module.trainable_shapes
+        lambda params: nll(module.objective, params, module.frozen, module.base_params, read[0], None),
+        module.trainable_shapes,
     )
     assert passes == [read[0].context_tokens.shape]

@@ -51,7 +51,9 @@ def test_a_step_of_full_fine_tuning_equals_torch(tmp_path):
     theirs = load_hf(models.folder)
     loss = torch_step(theirs, found)
     np.testing.assert_allclose(float(result.loss), loss, rtol=1e-5)
-    ps.save_module(tmp_path / "after", decode_module(module.objective, state.trainable, models.base.params), models.base)
+    ps.save_module(
+        tmp_path / "after", decode_module(module.objective, state.trainable, models.base.params), models.base
+    )
     ours = load_hf(tmp_path / "after").state_dict()
     before = load_hf(models.folder).state_dict()
     for name, expected in theirs.state_dict().items():
