@@ -85,11 +85,7 @@ def sample_items(samples: SampleSet, tokenizer: Tokenizer) -> list[Item]:
 
 def gym_item(name: str, index: int, entry: Mapping[str, Any], tokenizer: Tokenizer, style: ChatStyle) -> Item:
     """An item of a reasoning-gym task, in the form that training on that source uses."""
-    question = entry["question"]
-    if tokenizer.chat_template is None:
-        ids = tokenizer.encode(question)
-    else:
-        ids = tokenizer.encode_chat([{"role": "user", "content": question}], style=style)
+    ids = tokenizer.encode_question(entry["question"], style)
     return Item(f"{name}:{index + 1}", tuple(ids), str(entry["answer"]), entry)
 
 

@@ -212,7 +212,7 @@ class ChatTemplate:
 
 
 def _not_jinja(error: TemplateError) -> PshareError:
-    return PshareError(f"The model's chat template is not valid Jinja: {error.message}")
+    return PshareError(f"The chat template is not valid Jinja: {error.message}")
 
 
 class _Generation(Extension):

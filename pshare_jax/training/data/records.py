@@ -10,11 +10,12 @@ from typing import Any
 
 from pshare_jax.errors import PshareError
 from pshare_jax.text.chat_style import ChatStyle
-from pshare_jax.text.chat_template import ROLES
+from pshare_jax.text.chat_template import ROLES, checked_messages
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.training.data.samples import Limits, Sample, Turn, join_turns
 
 _MARKS = ("train", "weight")
+_EXCLUDED = "excluded by train or weight"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -27,7 +28,7 @@ class Dropped(Exception):
 
 
 class RecordReader:
-    """Makes samples from records. `stop_ids` end generation with the model; chats are written in the module's `style`."""
+    """Makes samples from records. `stop_ids` end generation with the module; prompts are written in its `style`."""
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class RecordReader:
         if not isinstance(record, dict):
             raise Dropped("not an object", f"A record must be a JSON object, not {type(record).__name__}.")
         left_out: dict[str, int] = {}
-        turns = list(self._chat_turns(record, left_out) if self._chat else self._text_turns(record))
+        turns = list(self._chat_turns(record, left_out) if self._chat else self._text_turns(record, left_out))
         samples, too_long = join_turns(turns, self._limits, source, line)
         if too_long:
             left_out["too long"] = too_long
@@ -70,20 +71,28 @@ class RecordReader:
                 f"The tokenizer encodes {text!r} as token {largest}, but the model has tokens 0 to {size - 1}.",
             )
 
-    def _text_turns(self, record: Mapping[str, Any]) -> Iterator[Turn]:
-        prompt, completion = record.get("prompt"), record.get("completion")
-        if not isinstance(prompt, str) or not isinstance(completion, str):
-            raise Dropped("wrong type", "With format: text, prompt and completion must be strings.")
-        if not completion:
-            raise Dropped("empty answer")
+    def _text_turns(self, record: Mapping[str, Any], left_out: dict[str, int]) -> Iterator[Turn]:
+        messages = _messages(record)
+        if [message["role"] for message in messages] != ["user", "assistant"]:
+            raise Dropped(
+                "more than a question",
+                "Without chats a record is one user's message and its answer, but this has the roles "
+                f"{', '.join(message['role'] for message in messages)}; set module.chat_template, such as plain.",
+            )
+        if not _is_trained(messages[1], 1):
+            left_out[_EXCLUDED] = 1
+            return
         eos = self._eos()
         try:
-            ids, answer = self._tokenizer.encode_completion(prompt, completion)
+            question, answer = (message.get("content", "") for message in checked_messages(messages))
+            if not answer:
+                raise Dropped("empty answer")
+            prompt, completion = self._tokenizer.encode_completion(self._style.text(question), answer)
         except PshareError as error:
             raise Dropped("wrong text", str(error)) from None
-        if not ids:
+        if not prompt:
             raise Dropped("empty prompt")
-        yield Turn(ids, [*answer, eos])
+        yield Turn(prompt, [*completion, eos])
 
     def _chat_turns(self, record: Mapping[str, Any], left_out: dict[str, int]) -> Iterator[Turn]:
         messages = _messages(record)
@@ -94,7 +103,7 @@ class RecordReader:
             raise Dropped("no assistant turn")
         for index in answers:
             if not _is_trained(messages[index], index):
-                reason = "excluded by train or weight"
+                reason = _EXCLUDED
             elif index == 0:
                 reason = "no message before the answer"
             elif turn := self._turn(chat, index, tools or None, kwargs):
