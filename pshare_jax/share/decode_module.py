@@ -201,7 +201,8 @@ def _check_manifest(manifest: Manifest, folder: Path, base: Model, prefill: Pref
         "tokenizer": (base.tokenizer.fingerprint, "a base with another tokenizer"),
         "chat_template": (base.tokenizer.template_fingerprint, "another chat template"),
     }
-    if manifest.template is not None:
+    if manifest.template is not None or manifest.text_prompt is not None:
+        # The base's template has no part in its prompts.
         del expected["chat_template"]
     for name, (ours, what) in expected.items():
         theirs = getattr(manifest, name)
