@@ -20,6 +20,7 @@ from pshare_jax.training.data.config import DataConfig, SourceConfig
 from pshare_jax.training.data.prepare import SampleSet, prepare
 from pshare_jax.training.data.report import Report
 from pshare_jax.training.data.sources import GYM, open_reasoning_gym
+from pshare_jax.training.data.unread import EVERY
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def open_task(name: str, base: Model, style: ChatStyle | None = None) -> Iterato
         with BfclVerifier(wheel, form) as verifier:
             yield Task(items, verifier)
     else:
-        config = DataConfig([SourceConfig(name)], max_len=base.config.max_len)
+        config = DataConfig([SourceConfig(name, ignore=[EVERY])], max_len=base.config.max_len)
         data = prepare(config, tokenizer, base.stop_ids, vocab_size=base.config.vocab_size, style=style)
         yield Task(sample_items(data.train, tokenizer), exact_match, data.report)
 

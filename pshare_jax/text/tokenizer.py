@@ -212,6 +212,24 @@ class Tokenizer:
         except RecursionError as error:
             raise _too_deep() from error
 
+    def turn_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        answer: Mapping[str, Any],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        style: ChatStyle = PLAIN,
+    ) -> tuple[str, str]:
+        """The texts whose ids `encode_turn` gives: the prompt, and the chat up to the answer. PshareError: as `encode_chat`."""
+        prompt = self._fitted(messages, tools, template_kwargs, style)
+        whole = self._fitted([*messages, answer], tools, template_kwargs, style, num_last=1)
+        return self._rendered(prompt, prompt.strings, True), self._rendered(whole, whole.strings, False)
+
+    def reads_variable(self, name: str, style: ChatStyle = PLAIN) -> bool:
+        """Whether a chat template of this style reads a variable, such as one of `template_kwargs`."""
+        return any(name in self._template(tools, style).variables for tools in (None, []))
+
     def encode_begun(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -61,6 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         self.hub.paths.append(path)
         parts = [unquote(part) for part in path.strip("/").split("/")]
+        file: list[str] = []
         if parts[:2] == ["api", "datasets"]:
             _, _, org, name, what, revision = parts
         elif parts[0] == "datasets":

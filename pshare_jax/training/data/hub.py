@@ -40,7 +40,7 @@ class _Part(NamedTuple):
     split: str
     files: list[str]
     patterns: list[str]
-    count: int | None
+    total: int | None
 
 
 def hub_files(path: str) -> list[tuple[str, Path]]:
@@ -56,9 +56,9 @@ def hub_files(path: str) -> list[tuple[str, Path]]:
         part = _chosen(path, source, parts, cached)
         # By pattern: of a file that a cache lacks, only the library may know.
         folder = fetch_dataset(source.name, revision, part.patterns)
-    if part.count is not None and part.count > len(part.files):
+    if part.total is not None and part.total > len(part.files):
         raise PshareError(
-            f"{path} has {part.count} files, but only {len(part.files)} of them are cached; run it once with a network."
+            f"{path} has {part.total} files, but only {len(part.files)} of them are cached; run it once with a network."
         )
     # The cache's folder is named by the commit.
     return [(f"{HUB}{source.name}@{folder.name[:8]}/{file}", folder / file) for file in part.files]

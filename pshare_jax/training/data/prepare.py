@@ -21,6 +21,7 @@ from pshare_jax.training.data.samples import Limits, Sample
 from pshare_jax.training.data.shapes import shaped
 from pshare_jax.training.data.sources import read_source
 from pshare_jax.training.data.store import SampleStore
+from pshare_jax.training.data.unread import unread_fields
 
 
 @dataclass(frozen=True)
@@ -135,19 +136,24 @@ class _Reading:
                 report.drop(line, dropped.reason, dropped.detail)
                 continue
             report.keep(line, samples, left_out, self.stop_ids)
+            report.skip(line, *unread_fields(content, record, config, self.reader))
             yield from samples
         if len(self.reports) == first:
             raise PshareError(f"{path} contains no records; remove the source or fill it.")
         self._check(self.reports[first:])
 
     def _check(self, reports: list[SourceReport]) -> None:
-        """A file without a usable record ends the run: most likely it is not the file that the user intended."""
+        """A file without a usable record ends the run: most likely it is not the file that the user intended. So does one
+        with fields that would be lost.
+        """
         if reports and not reports[-1].kept:
             last = reports[-1]
             raise PshareError(
                 f"None of the {last.read} records of {last.name} can be used; fix or remove the source. Main reason: "
                 f"{last.main_reason.removesuffix('.')}."
             )
+        if reports:
+            reports[-1].check_lost()
 
 
 # --- the split -------------------------------------------------------------------------------------------------------
