@@ -5,10 +5,15 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+ROOT = Path(__file__).parents[2]
 Repositories = dict[str, dict[str, dict[str, bytes]]]
 
 
@@ -48,6 +53,24 @@ class FakeHub:
     def _commit(self, name: str, revision: str) -> str:
         files = sorted(self.repositories[name][revision].items())
         return hashlib.sha1(repr((name, revision, files)).encode()).hexdigest()
+
+
+def run_on_hub(hub: FakeHub, home: Path, code: str, *arguments: str, **environment: str) -> list:
+    """What Python code with these arguments prints, JSON by lines, in a process that knows no other hub."""
+    settings = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONPATH": str(ROOT),
+        **environment,
+    }
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+        if name not in environment:
+            settings.pop(name, None)
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=100, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -161,7 +161,11 @@ def messages_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         if role is None:
             raise Dropped("no role", f"Message {index} has no role.")
         if role not in ROLES:
-            raise Dropped("unknown role", f"Message {index} has the role {role!r}; allowed are {', '.join(ROLES)}.")
+            raise Dropped(
+                "unknown role",
+                f"Message {index} has the role {role!r}; allowed are {', '.join(ROLES)}, and names such as human and gpt with "
+                "shape: sharegpt, columns: {conversations: messages} in the source.",
+            )
     return messages
 
 

@@ -205,12 +205,24 @@ def _schema_type(written: Any) -> dict[str, Any]:
 
 
 def _chosen(record: Fields) -> dict[str, Any]:
-    """The preferred answer of a pair; where it is a whole conversation, its last message."""
+    """The preferred answer of a pair; where it is a whole conversation, maybe as JSON text, its last message."""
     chosen = record["chosen"]
+    if isinstance(chosen, str):
+        chosen = _conversation(chosen) or chosen
     if isinstance(chosen, list):
         asked = chosen[:-1] or record.get("prompt")
         return {"prompt": asked, "completion": chosen[-1:]}
     return {"prompt": record.get("prompt"), "completion": chosen}
+
+
+def _conversation(text: str) -> list[Any] | None:
+    """The messages of a JSON text; None for any other text."""
+    try:
+        parsed = json.loads(text) if text.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        return None
+    is_chat = isinstance(parsed, list) and all(isinstance(message, dict) and "role" in message for message in parsed)
+    return parsed if is_chat else None
 
 
 def _json(text: str, name: str) -> Any:

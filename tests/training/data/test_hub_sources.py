@@ -4,22 +4,17 @@ Each reading is a process of its own, since the hub's library reads its settings
 """
 
 import io
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from fake_hub import FakeHub
+from fake_hub import FakeHub, run_on_hub
 from training_data import chat
 
 pytestmark = pytest.mark.host
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-ROOT = Path(__file__).parents[3]
 READ = """
 import json, sys
 from pshare_jax.errors import PshareError
@@ -81,26 +76,9 @@ def hub():
         yield running
 
 
-def run(hub: FakeHub, home: Path, code: str, *arguments: str, **environment: str) -> list:
-    settings = {
-        **os.environ,
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "PYTHONPATH": str(ROOT),
-        **environment,
-    }
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
-        if name not in environment:
-            settings.pop(name, None)
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=100, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 def read(hub: FakeHub, home: Path, *sources: str, **environment: str) -> list:
     """For each source the texts of its records, or the error."""
-    found = run(hub, home, READ, *sources, **environment)
+    found = run_on_hub(hub, home, READ, *sources, **environment)
     assert len(found) == len(sources)
     return [x if isinstance(x, str) else [record[2]["text"] for record in x] for x in found]
 
@@ -133,13 +111,13 @@ def test_splits_are_read_in_the_order_of_their_files_and_again_from_the_cache(hu
 
 
 def test_a_record_names_the_commit_the_file_and_its_row(hub, tmp_path):
-    [records] = run(hub, tmp_path, READ, "hf:org/sharded?split=train")
+    [records] = run_on_hub(hub, tmp_path, READ, "hf:org/sharded?split=train")
     commit = hub.commit("org/sharded", "main")
     names = ["train-00000-of-00002.parquet"] * 2 + ["train-00001-of-00002-0a1b.parquet"]
     assert [(source, line) for source, line, _ in records] == [
         (f"hf:org/sharded@{commit[:8]}/data/{name}", line) for name, line in zip(names, (1, 2, 1), strict=True)
     ]
-    [records] = run(hub, tmp_path, READ, "hf:org/chats?split=train")
+    [records] = run_on_hub(hub, tmp_path, READ, "hf:org/chats?split=train")
     assert [content for _, _, content in records] == [
         {"messages": chat("q", "a")},
         {"messages": chat("r", "b", "s", "c")},
