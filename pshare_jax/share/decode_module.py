@@ -210,6 +210,10 @@ def _check_manifest(manifest: Manifest, folder: Path, base: Model, prefill: Pref
             raise PshareError(
                 f"{folder} was made for {what}: its {name} is {theirs[:12]}, but this base has {ours[:12]}."
             )
+    try:
+        base.tokenizer.turn_ends(manifest.style)
+    except PshareError as error:
+        raise PshareError(f"{folder} does not fit this base: {error}") from None
     if manifest.prefill == "own" and prefill == "base":
         raise PshareError(
             f"{folder} was trained with prefill 'own' and answers wrongly on the base's KV; use sharing: isolated."

@@ -61,8 +61,8 @@ def parse_style(
         PshareError: naming the setting, below `key`.
     """
     form = None if tool_format is None else parse_format(tool_format, f"{key}tool_format")
-    if template is not None and not isinstance(template, str):
-        raise PshareError(f"{key}template must be the text of a chat template, not {template!r}.")
+    if template is not None:
+        _check_template(template, key)
     if text_prompt is not None and (not isinstance(text_prompt, str) or text_prompt.count(PROMPT) != 1):
         raise PshareError(f"{key}text_prompt must be text with {PROMPT} in it once, not {text_prompt!r}.")
     if text_prompt is not None and template is not None:
@@ -70,6 +70,16 @@ def parse_style(
             f"{key}text_prompt is for modules that read no chats; leave out either it or the chat template."
         )
     return ChatStyle(form, _system(layout, key), template, text_prompt)
+
+
+def _check_template(template: Any, key: str) -> None:
+    if not isinstance(template, str):
+        raise PshareError(f"{key}template must be the text of a chat template, not {template!r}.")
+    try:
+        # Parses it.
+        _ = ChatTemplate(template).words
+    except PshareError as error:
+        raise PshareError(f"{key}chat_template: {error}") from None
 
 
 def _system(layout: Any, key: str) -> System:
@@ -126,17 +136,11 @@ def read_template(value: str | None, key: str) -> str | None:
     """The source of a setting: a name of `TEMPLATES`, a file, or the source itself, which contains {{ or {%.
 
     Raises:
-        PshareError: naming `key`: no such file, or a template that is not valid Jinja.
+        PshareError: naming `key`, there is no such file.
     """
     if value is None:
         return None
-    source = TEMPLATES.get(value) or (value if "{{" in value or "{%" in value else _file(value, key))
-    try:
-        # Parses it.
-        _ = ChatTemplate(source).words
-    except PshareError as error:
-        raise PshareError(f"{key}: {error}") from None
-    return source
+    return TEMPLATES.get(value) or (value if "{{" in value or "{%" in value else _file(value, key))
 
 
 def _file(value: str, key: str) -> str:

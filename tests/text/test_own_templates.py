@@ -104,7 +104,6 @@ def test_settings(tmp_path):
         ("", "k must be"),
         (str(tmp_path), "directory"),
         (str(tmp_path / "latin.jinja"), "latin"),
-        (str(tmp_path / "bad.jinja"), "k: The chat template is not valid Jinja"),
     ):
         with pytest.raises(PshareError, match=rf"^[^\n]*{words}"):
             read_template(value, "k")
@@ -115,6 +114,10 @@ def test_settings(tmp_path):
         ({"text_prompt": "{prompt}{prompt}"}, "once"),
         ({"text_prompt": 3}, "text_prompt"),
         ({"template": 3}, "m.template"),
+        (
+            {"template": read_template(str(tmp_path / "bad.jinja"), "k")},
+            "m.chat_template: The chat template is not valid Jinja",
+        ),
         ({"template": "x", "text_prompt": "{prompt}"}, "leave out either"),
     ):
         with pytest.raises(PshareError, match=words):

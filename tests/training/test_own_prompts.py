@@ -1,6 +1,7 @@
 """A base without a chat template: a module's own template, or text prompt, is one in training, evaluation and serving."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,19 @@ def test_such_a_module_does_not_depend_on_the_bases_template(world, name):
     later = dataclasses.replace(model, tokenizer=model.tokenizer.with_template(TEMPLATES["chatml"]))
     module = load_module(Path(configs[name].output) / "module", later)
     assert module.style == load_module(Path(configs[name].output) / "module", model).style
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [("{% for %}", "manifest .* not valid Jinja"), (TEMPLATES["chatml"], "does not fit this base.*no control token")],
+)
+def test_a_template_that_cannot_be_served_is_refused_when_it_is_loaded(world, tmp_path, template, words):
+    base, configs = world
+    folder = tmp_path / "module"
+    shutil.copytree(Path(configs["plain"].output) / "module", folder)
+    edit_json(folder / "decode_module.json", template=template)
+    with pytest.raises(PshareError, match=rf"^[^\n]*{words}"):
+        load_module(folder, ps.load(base))
 
 
 @pytest.mark.parametrize(
