@@ -133,11 +133,11 @@ def evaluate(
             task,
             item.prompt_ids,
             max_new_tokens,
-            stop_ids=base.stop_ids,
+            stop_ids=base.stop_ids | base.tokenizer.turn_ends(module.style),
             response_start=response_start_at(len(item.prompt_ids), sharing_ratio) if sharing_ratio else None,
         )
         for index, item in enumerate(items)
-        for task in modules
+        for task, module in modules.items()
     ]
     for request in requests:
         # Before the pools are made, whose size follows from the longest prompt.

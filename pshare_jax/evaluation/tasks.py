@@ -20,6 +20,7 @@ from pshare_jax.training.data.config import DataConfig, SourceConfig
 from pshare_jax.training.data.prepare import SampleSet, prepare
 from pshare_jax.training.data.report import Report
 from pshare_jax.training.data.sources import GYM, open_reasoning_gym
+from pshare_jax.training.data.unread import EVERY
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def open_task(name: str, base: Model, style: ChatStyle | None = None) -> Iterato
         with BfclVerifier(wheel, form) as verifier:
             yield Task(items, verifier)
     else:
-        config = DataConfig([SourceConfig(name)], max_len=base.config.max_len)
+        config = DataConfig([SourceConfig(name, ignore=[EVERY])], max_len=base.config.max_len)
         data = prepare(config, tokenizer, base.stop_ids, vocab_size=base.config.vocab_size, style=style)
         yield Task(sample_items(data.train, tokenizer), exact_match, data.report)
 
@@ -85,11 +86,7 @@ def sample_items(samples: SampleSet, tokenizer: Tokenizer) -> list[Item]:
 
 def gym_item(name: str, index: int, entry: Mapping[str, Any], tokenizer: Tokenizer, style: ChatStyle) -> Item:
     """An item of a reasoning-gym task, in the form that training on that source uses."""
-    question = entry["question"]
-    if tokenizer.chat_template is None:
-        ids = tokenizer.encode(question)
-    else:
-        ids = tokenizer.encode_chat([{"role": "user", "content": question}], style=style)
+    ids = tokenizer.encode_question(entry["question"], style)
     return Item(f"{name}:{index + 1}", tuple(ids), str(entry["answer"]), entry)
 
 

@@ -91,7 +91,8 @@ def _add_models(app: FastAPI, context: AppContext) -> None:
         card = {"id": name, "object": "model", "created": created, "owned_by": "pshare_jax", "max_model_len": length}
         style = context.style_of(name)
         form = context.tokenizer.tool_format(style)
-        return {**card, "tool_format": form and format_value(form), "layout": {"system": style.system}}
+        text = {} if style.text_prompt is None else {"text_prompt": style.text_prompt}
+        return {**card, "tool_format": form and format_value(form), "layout": {"system": style.system}, **text}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -8,6 +8,7 @@ import asyncio
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request, Response
@@ -98,7 +99,7 @@ class Completions:
         form, constraint = self._tool_format(body), constraint_of(body)
         grammar = await self._grammar(body, constraint, form)
         requests = await maybe_threaded(
-            size, lambda: make_requests(body, request_id, self._encode(body), self._limits, session, grammar)
+            size, lambda: make_requests(body, request_id, self._encode(body), self._limits_of(body), session, grammar)
         )
         call = _Call(EventQueue(self._engine, requests, self._mailbox()), http.state.log_fields, self._count_calls)
         try:
@@ -146,6 +147,11 @@ class Completions:
         except BadGrammar as error:
             # It does not go with the begun answer.
             raise refused(constraint.field if constraint else "tools", error) from None
+
+    def _limits_of(self, body: Body) -> Limits:
+        """The limits, with what ends the answers of the body's task."""
+        ends = self._tokenizer.turn_ends(self._style_of(body.model))
+        return replace(self._limits, stop_ids=self._limits.stop_ids | ends) if ends else self._limits
 
     def _tool_format(self, body: Body) -> ToolFormat | None:
         """How the answer writes calls; None if it has none to write."""

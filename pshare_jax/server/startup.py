@@ -147,7 +147,9 @@ def warm_up(served: AppContext, programs: list[Variant], full: bool, report: Rep
         shapes.limit(program.shape for program in now if program.shape is not None)
     # Part of the tokenizer is built on first use, which must not stall other requests' streams.
     served.tokenizer.encode("", allow_special=False, refuse_from=served.limits.max_len)
-    served.tokenizer.tool_format()
+    # The name of no task has the style of those that are loaded later.
+    for task in ("", *served.tasks):
+        served.tokenizer.tool_format(served.style_of(task))
     if engine.facts.grammars is not None:
         engine.facts.grammars.check(Grammar.any_object())
     first_answers(served)

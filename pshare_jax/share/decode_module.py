@@ -27,6 +27,7 @@ from pshare_jax.weights.load import read_parameters, settle_tying
 from pshare_jax.weights.safetensors import SafetensorsFolder
 
 MANIFEST = "decode_module.json"
+_STYLE = ("tool_format", "layout", "template", "text_prompt")
 Kind = Literal["full", "lora"]
 Prefill = Literal["base", "own"]
 
@@ -54,7 +55,8 @@ class DecodeModule(Weights):
 class Manifest:
     """decode_module.json. `prefill` is the KV that the module was trained on; `training` is free-form information.
 
-    `tool_format` and `layout` are the module's chat style (text/chat_style.py); manifests of plain modules lack them.
+    `tool_format`, `layout`, `template` and `text_prompt` are the module's style (text/chat_style.py); manifests of plain
+    modules lack them. `chat_template` is the hash of the base's template.
     """
 
     kind: Kind
@@ -66,11 +68,13 @@ class Manifest:
     version: int = 1
     tool_format: str | Mapping[str, str] | None = None
     layout: Mapping[str, str] | None = None
+    template: str | None = None
+    text_prompt: str | None = None
 
     @property
     def style(self) -> ChatStyle:
         """How the module reads and writes chats."""
-        return parse_style(self.tool_format, self.layout)
+        return parse_style(self.tool_format, self.layout, template=self.template, text_prompt=self.text_prompt)
 
     def write(self, folder: Path) -> None:
         """Writes decode_module.json into the folder."""
@@ -95,9 +99,11 @@ def save_module(
     folder.mkdir(parents=True, exist_ok=True)
     # An older manifest must not describe weights that are half written.
     (folder / MANIFEST).unlink(missing_ok=True)
+    style = style or (module.style if isinstance(module, DecodeModule) else ChatStyle())
     lora = module.architecture.lora
     if lora is None:
-        save_folder(folder, replace(base, architecture=module.architecture, params=module.params, mesh=module.mesh))
+        whole = replace(base, architecture=module.architecture, params=module.params, mesh=module.mesh)
+        save_folder(folder, _with_own_template(whole, style))
     else:
         invocation = module.boundary.invocation if isinstance(module, DecodeModule) else ()
         write_adapter(folder, lora, module.params, base.config, base.class_prefix, invocation)
@@ -108,9 +114,17 @@ def save_module(
         base.tokenizer.template_fingerprint,
         prefill,
         training or {},
-        **style_values(style or (module.style if isinstance(module, DecodeModule) else ChatStyle())),
+        **style_values(style),
     )
     manifest.write(folder)
+
+
+def _with_own_template(model: Model, style: ChatStyle) -> Model:
+    """The model with the style's template, as programs that know no manifest need it."""
+    if style.template is None:
+        return model
+    tokenizer = model.tokenizer.with_template(style.template)
+    return replace(model, tokenizer=tokenizer, stop_ids=model.stop_ids | tokenizer.turn_ends(style))
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -146,10 +160,11 @@ def _manifest_faults(content: Mapping[str, Any]) -> list[str]:
             faults.append(f"{name} must be a string, not {value!r}")
         elif name == "training" and not isinstance(value, dict):
             faults.append(f"{name} must be an object, not {value!r}")
-        elif name not in (*choices, *texts, "training", "tool_format", "layout"):
+        elif name not in (*choices, *texts, "training", *_STYLE):
             faults.append(f"{name} is an unknown field")
     try:
-        parse_style(content.get("tool_format"), content.get("layout"))
+        form, layout, template, text_prompt = map(content.get, _STYLE)
+        parse_style(form, layout, template=template, text_prompt=text_prompt)
     except PshareError as error:
         faults.append(str(error).removesuffix("."))
     return faults
@@ -186,12 +201,19 @@ def _check_manifest(manifest: Manifest, folder: Path, base: Model, prefill: Pref
         "tokenizer": (base.tokenizer.fingerprint, "a base with another tokenizer"),
         "chat_template": (base.tokenizer.template_fingerprint, "another chat template"),
     }
+    if manifest.template is not None or manifest.text_prompt is not None:
+        # The base's template has no part in its prompts.
+        del expected["chat_template"]
     for name, (ours, what) in expected.items():
         theirs = getattr(manifest, name)
         if theirs != ours:
             raise PshareError(
                 f"{folder} was made for {what}: its {name} is {theirs[:12]}, but this base has {ours[:12]}."
             )
+    try:
+        base.tokenizer.turn_ends(manifest.style)
+    except PshareError as error:
+        raise PshareError(f"{folder} does not fit this base: {error}") from None
     if manifest.prefill == "own" and prefill == "base":
         raise PshareError(
             f"{folder} was trained with prefill 'own' and answers wrongly on the base's KV; use sharing: isolated."

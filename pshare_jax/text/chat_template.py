@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -196,12 +196,20 @@ class ChatTemplate:
     @cached_property
     def words(self) -> frozenset[str]:
         """Strings and field names in the template's source, which it may compare with or look up."""
+        constants = {node.value for node in self._tree.find_all(nodes.Const) if isinstance(node.value, str)}
+        return frozenset(constants | {node.attr for node in self._tree.find_all(nodes.Getattr)})
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names of the variables that the template reads."""
+        return frozenset(meta.find_undeclared_variables(self._tree))
+
+    @cached_property
+    def _tree(self) -> nodes.Template:
         try:
-            tree = self._environment.parse(self.source)
+            return self._environment.parse(self.source)
         except TemplateError as error:
             raise _not_jinja(error) from error
-        constants = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-        return frozenset(constants | {node.attr for node in tree.find_all(nodes.Getattr)})
 
     @cached_property
     def _compiled(self) -> Template:
@@ -212,7 +220,7 @@ class ChatTemplate:
 
 
 def _not_jinja(error: TemplateError) -> PshareError:
-    return PshareError(f"The model's chat template is not valid Jinja: {error.message}")
+    return PshareError(f"The chat template is not valid Jinja: {error.message}")
 
 
 class _Generation(Extension):

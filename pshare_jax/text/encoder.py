@@ -79,3 +79,7 @@ class Encoder(Protocol):
     def tool_format(self, style: ChatStyle = PLAIN) -> ToolFormat | None:
         """How answers of this style write calls."""
         ...
+
+    def turn_ends(self, style: ChatStyle = PLAIN) -> frozenset[int]:
+        """Tokens that end answers of this style, besides the model's."""
+        ...

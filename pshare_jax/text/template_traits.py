@@ -27,7 +27,8 @@ class TemplateTraits:
     `call_format` is how it writes an assistant's tool_calls, None if it writes none or in a way that no `ToolFormat`
     describes. With `text_arguments` it wants a call's arguments as JSON text. `shows_tool`: whether it shows a message of role
     tool behind its own calls, and behind calls in an assistant's text. `late_system`: whether a system message may be the
-    last. `alternates`: it refuses two user messages in a row. `has_developer`: it knows the role.
+    last. `alternates`: it refuses two user messages in a row. `has_developer`: it knows the role. `closing` is what it writes
+    behind an answer.
     """
 
     writes_tools: bool
@@ -40,6 +41,7 @@ class TemplateTraits:
     late_system: bool
     has_developer: bool
     alternates: bool
+    closing: str
 
 
 def probe(template: ChatTemplate, variables: Mapping[str, Any], control: Collection[str]) -> TemplateTraits:
@@ -67,6 +69,7 @@ def probe(template: ChatTemplate, variables: Mapping[str, Any], control: Collect
         has_developer=probed.shows([{"role": "developer", "content": _MARK}, _user("a")])
         and "developer" in template.words,
         alternates=probed.text([_user("a"), _user("b")]) is None,
+        closing=probed.closing(),
     )
 
 
@@ -111,9 +114,9 @@ class _Probe:
         written = next((text for turn in turns if (text := self.text(turn, prompt=False)) and _NAME in text), None)
         if before is None or written is None or not written.startswith(before):
             return None
-        return _read_format(written[len(before) :], self._closing(), control)
+        return _read_format(written[len(before) :], self.closing(), control)
 
-    def _closing(self) -> str:
+    def closing(self) -> str:
         """What the template writes behind an answer."""
         text = self.text([_user("a"), _assistant(_MARK)], prompt=False) or ""
         return text.partition(_MARK)[2]

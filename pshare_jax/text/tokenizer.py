@@ -66,7 +66,8 @@ class Tokenizer:
     ) -> None:
         """`config` is tokenizer_config.json's content; `templates` are chat templates by name ("default" first)."""
         self._backend, self._config, self._sources = backend, dict(config), dict(templates)
-        self._templates = {name: ChatTemplate(source) for name, source in templates.items()}
+        self._clock: datetime | None = None
+        self._compiled: dict[str, ChatTemplate] = {}
         self._probed: dict[str, TemplateTraits] = {}
         added = backend.get_added_tokens_decoder()
         self._special = {index: token.content for index, token in added.items() if token.special}
@@ -97,8 +98,12 @@ class Tokenizer:
     def at(self, clock: datetime) -> "Tokenizer":
         """The same tokenizer, whose chat templates tell this time instead of that of the rendering."""
         other = copy.copy(self)
-        other._templates = {name: ChatTemplate(source, clock) for name, source in self._sources.items()}
+        other._clock, other._compiled = clock, {}
         return other
+
+    def with_template(self, source: str) -> "Tokenizer":
+        """The same tokenizer with this chat template."""
+        return Tokenizer(self._backend, self._config, {"default": source}, self.eos_ids)
 
     @property
     def chat_template(self) -> str | None:
@@ -207,6 +212,24 @@ class Tokenizer:
         except RecursionError as error:
             raise _too_deep() from error
 
+    def turn_text(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        answer: Mapping[str, Any],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        style: ChatStyle = PLAIN,
+    ) -> tuple[str, str]:
+        """The texts whose ids `encode_turn` gives: the prompt, and the chat up to the answer. PshareError: as `encode_chat`."""
+        prompt = self._fitted(messages, tools, template_kwargs, style)
+        whole = self._fitted([*messages, answer], tools, template_kwargs, style, num_last=1)
+        return self._rendered(prompt, prompt.strings, True), self._rendered(whole, whole.strings, False)
+
+    def reads_variable(self, name: str, style: ChatStyle = PLAIN) -> bool:
+        """Whether a chat template of this style reads a variable, such as one of `template_kwargs`."""
+        return any(name in self._template(tools, style).variables for tools in (None, []))
+
     def encode_begun(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -248,9 +271,38 @@ class Tokenizer:
 
         None if there is no template, or it writes calls in a way that no `ToolFormat` describes.
         """
-        if style.tool_format is not None or not {"default", "tool_use"} & self._templates.keys():
+        if style.tool_format is not None or not (style.template or {"default", "tool_use"} & self._sources.keys()):
             return style.tool_format
-        return self._traits(self._template([])).default_format
+        return self._traits(self._template([], style)).default_format
+
+    def reads_chats(self, style: ChatStyle = PLAIN) -> bool:
+        """Whether prompts of this style are chats rather than texts."""
+        return style.text_prompt is None and (style.template is not None or self.chat_template is not None)
+
+    def encode_question(self, question: str, style: ChatStyle = PLAIN) -> list[int]:
+        """Ids of a prompt that is one question: a user's message, or a text."""
+        if self.reads_chats(style):
+            return self.encode_chat([{"role": "user", "content": question}], style=style)
+        return self.encode(style.text(question))
+
+    def turn_ends(self, style: ChatStyle = PLAIN) -> frozenset[int]:
+        """The control token with which the style's own template ends answers; none for the base's template, whose end tokens
+        are the model's.
+
+        Raises:
+            PshareError: that end is text, which would be part of every answer.
+        """
+        if style.template is None:
+            return frozenset()
+        closing = self._traits(self._template(None, style)).closing
+        ids = self._encode(closing)
+        ends = self._control_ids(ids)[:1]
+        if closing.strip() and not ends:
+            raise PshareError(
+                f"The chat template ends answers with {closing.strip()!r}, which is no control token of this base; write "
+                "{{ eos_token }} there, or use the template plain."
+            )
+        return frozenset(ends)
 
     def _fitted(
         self,
@@ -262,7 +314,7 @@ class Tokenizer:
     ) -> _Chat:
         """The checked chat in the style; its last `num_last` messages are an answer."""
         checked, plain_tools = checked_messages(messages), plain_data(tools)
-        template = self._template(plain_tools)
+        template = self._template(plain_tools, style)
         form, markers = self.tool_format(style), {}
         if form is not None and self._control.inside([form.start, form.end]):
             stand_ins = free_characters([checked, plain_tools, kwargs], len(self._special))
@@ -325,11 +377,14 @@ class Tokenizer:
         spans = [(start, end, index) for index, (start, end) in tokens if index in self._control_set]
         return self._plain.encode(text, spans, placeholders.restored)
 
-    def _template(self, tools: list | None) -> ChatTemplate:
-        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
-        if name not in self._templates:
+    def _template(self, tools: list | None, style: ChatStyle = PLAIN) -> ChatTemplate:
+        name = "tool_use" if tools is not None and "tool_use" in self._sources else "default"
+        source = style.template or self._sources.get(name)
+        if source is None:
             raise PshareError("The model has no chat template; send a text prompt to /v1/completions instead.")
-        return self._templates[name]
+        if source not in self._compiled:
+            self._compiled[source] = ChatTemplate(source, self._clock)
+        return self._compiled[source]
 
     def save(self, folder: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and the chat templates; transformers loads the folder."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pshare_jax.errors import PshareError
 from pshare_jax.settings import check_least
-from pshare_jax.text.chat_style import ChatLayout, ChatStyle, parse_style
+from pshare_jax.text.chat_style import ChatLayout, ChatStyle, parse_style, read_template
 from pshare_jax.training.data.batches import Layout
 from pshare_jax.training.data.config import MAX_SEED, DataConfig, check_data
 
@@ -36,6 +36,7 @@ class ModuleConfig:
 
     LoRA adds alpha / rank * x A B to the projections `targets`, with `dropout` on its input. The module's manifest records
     `tool_format`, how it writes function calls (null: as the chat template does), and the chats' `layout`.
+    Its `chat_template` is a name or a Jinja file (null: the base's). With a `text_prompt`, such as "{prompt}\\n", it reads texts.
 
     Training starts from `init`: a folder or hub name of a fine-tune, an adapter or an earlier module (null: the base).
     """
@@ -48,11 +49,16 @@ class ModuleConfig:
     tool_format: str | dict[str, str] | None = None
     layout: ChatLayout = field(default_factory=ChatLayout)
     init: str | None = None
+    chat_template: str | None = None
+    text_prompt: str | None = None
 
     @property
     def style(self) -> ChatStyle:
         """How the module reads and writes chats."""
-        return parse_style(self.tool_format, asdict(self.layout), "module.")
+        template = read_template(self.chat_template, "module.chat_template")
+        return parse_style(
+            self.tool_format, asdict(self.layout), "module.", template=template, text_prompt=self.text_prompt
+        )
 
 
 @dataclass(frozen=True)
@@ -182,7 +188,8 @@ def _differences(ours: Any, theirs: Any, key: str) -> list[str]:
 
 
 def _check_module(module: ModuleConfig) -> None:
-    parse_style(module.tool_format, asdict(module.layout), "module.")
+    # Reads it.
+    _ = module.style
     if module.kind == "full":
         if module.dropout:
             raise PshareError("module.dropout needs LoRA; set it to 0, or module.kind to lora.")

@@ -51,7 +51,8 @@ class RunFolder:
 
 
 def claim(config: TrainConfig, resume: bool) -> tuple[RunFolder, TrainConfig]:
-    """The run folder of `config`, checked and not modified, and the config with the run's clock: that of its start.
+    """The run folder of `config`, checked and not modified, and the config with the run's clock and chat template: those
+    of its start.
 
     Raises:
         PshareError: without `resume`, the folder contains a run; with it, no run or a run with another config.
@@ -61,7 +62,7 @@ def claim(config: TrainConfig, resume: bool) -> tuple[RunFolder, TrainConfig]:
         if not run.config.is_file():
             raise PshareError(f"{run.root} contains no run to resume; start without --resume.")
         before = run.read_config()
-        config = _at(config, before.data.clock)
+        config = _fixed(config, before.data.clock)
         changed = changed_keys(config, before)
         if changed:
             raise PshareError(
@@ -71,13 +72,14 @@ def claim(config: TrainConfig, resume: bool) -> tuple[RunFolder, TrainConfig]:
     elif run.config.exists():
         raise PshareError(f"{run.root} already contains a run; add --resume, or give another output.")
     else:
-        config = _at(config, datetime.now().isoformat(timespec="seconds"))
+        config = _fixed(config, datetime.now().isoformat(timespec="seconds"))
     return run, config
 
 
-def _at(config: TrainConfig, clock: str | None) -> TrainConfig:
-    """`config` with this clock, unless it has one."""
-    return config if config.data.clock else replace(config, data=replace(config.data, clock=clock))
+def _fixed(config: TrainConfig, clock: str | None) -> TrainConfig:
+    """`config` with this clock, unless it has one, and with the text of its chat template, whose file may change."""
+    module = replace(config.module, chat_template=config.module.style.template)
+    return replace(config, module=module, data=replace(config.data, clock=config.data.clock or clock))
 
 
 @contextmanager

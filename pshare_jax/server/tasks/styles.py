@@ -4,6 +4,7 @@ startup.py makes it and adds the first modules, table.py changes it; completions
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from pshare_jax.server.config import ServeConfig, TaskConfig
 from pshare_jax.text.chat_style import ChatStyle
@@ -25,7 +26,7 @@ class TaskStyles:
         if isinstance(own, TaskConfig):
             form = form if own.tool_format is None else parse_format(own.tool_format, f"tasks.{task}.tool_format")
             system = system if own.layout is None else own.layout.system
-        self._styles[task] = ChatStyle(form, system)
+        self._styles[task] = replace(module, tool_format=form, system=system)
 
     def of(self, task: str) -> ChatStyle:
         """The task's style."""

@@ -25,9 +25,10 @@ ShapeName = Literal[
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """A source. `path` is a file, a glob, `reasoning_gym:<task>?seed=1&size=1000`, `bfcl:<category>`, or a list. `shape` is
-    that of its records if they have neither messages nor prompt and completion (shapes.py); `columns` maps such a field to
-    the name that it has in the source.
+    """A source. `path` is a file, a glob, `hf:org/name[/config]?split=train[&revision=...]`,
+    `reasoning_gym:<task>?seed=1&size=1000`, `bfcl:<category>`, or a list. `shape` is that of its records if they have neither
+    messages nor prompt and completion (shapes.py); `columns` maps such a field to the name that it has in the source. Fields
+    in `ignore` may be without effect (unread.py); "*" stands for all.
 
     `weight` is the number of passes over the source in an epoch: 1 uses every sample once, 2 twice, 0.5 half of them
     (and the other half in the next epoch).
@@ -37,6 +38,7 @@ class SourceConfig:
     weight: float = 1.0
     shape: ShapeName | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    ignore: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ def paths_of(source: SourceConfig) -> list[str]:
 def _check_source(key: str, source: SourceConfig) -> None:
     if not all(paths_of(source)) or not paths_of(source):
         raise PshareError(
-            f"{key}.path must not be empty; give a file, a glob, reasoning_gym:<task> or bfcl:<category>."
+            f"{key}.path must not be empty; give a file, a glob, hf:org/name?split=train, reasoning_gym:<task> or "
+            "bfcl:<category>."
         )
     if not 0 < source.weight < math.inf:
         raise PshareError(f"{key}.weight must be positive and finite, not {source.weight}.")

@@ -21,6 +21,7 @@ from pshare_jax.training.data.samples import Limits, Sample
 from pshare_jax.training.data.shapes import shaped
 from pshare_jax.training.data.sources import read_source
 from pshare_jax.training.data.store import SampleStore
+from pshare_jax.training.data.unread import unread_fields
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ def prepare(
         PshareError: a wrong setting, an unreadable source, or a source without a usable record.
     """
     check_data(config)
-    if config.format == "chat" and tokenizer.chat_template is None:
-        raise PshareError("data.format: chat needs a chat template, which the model lacks; set data.format: text.")
-    chat = tokenizer.chat_template is not None if config.format is None else config.format == "chat"
+    style = style or ChatStyle()
+    chat = _reads_chats(config, tokenizer, style)
+    stop_ids |= tokenizer.turn_ends(style)
     limits = replace(_limits(config, layout), vocab_size=vocab_size)
     reading = _Reading(RecordReader(tokenizer, stop_ids, chat, limits, style), stop_ids)
     store = SampleStore(reading.samples([*config.sources, *config.eval_sources]))
@@ -77,6 +78,19 @@ def prepare(
     return PreparedData(
         SampleSet(store, tuple(train), weights), SampleSet(store, tuple(evaluation), (1.0,) * len(evaluation)), report
     )
+
+
+def _reads_chats(config: DataConfig, tokenizer: Tokenizer, style: ChatStyle) -> bool:
+    chat = tokenizer.reads_chats(style)
+    if config.format == "chat" and style.text_prompt is not None:
+        raise PshareError("data.format: chat and module.text_prompt exclude each other; leave out one of them.")
+    if config.format == "chat" and not chat:
+        raise PshareError(
+            "data.format: chat needs a chat template, which the base lacks; set module.chat_template, such as plain."
+        )
+    if config.format == "text" and style.template is not None:
+        raise PshareError("data.format: text and module.chat_template exclude each other; leave out one of them.")
+    return chat and config.format != "text"
 
 
 def _limits(config: DataConfig, layout: Layout) -> Limits:
@@ -122,19 +136,24 @@ class _Reading:
                 report.drop(line, dropped.reason, dropped.detail)
                 continue
             report.keep(line, samples, left_out, self.stop_ids)
+            report.skip(line, *unread_fields(content, record, config, self.reader))
             yield from samples
         if len(self.reports) == first:
             raise PshareError(f"{path} contains no records; remove the source or fill it.")
         self._check(self.reports[first:])
 
     def _check(self, reports: list[SourceReport]) -> None:
-        """A file without a usable record ends the run: most likely it is not the file that the user intended."""
+        """A file without a usable record ends the run: most likely it is not the file that the user intended. So does one
+        with fields that would be lost.
+        """
         if reports and not reports[-1].kept:
             last = reports[-1]
             raise PshareError(
                 f"None of the {last.read} records of {last.name} can be used; fix or remove the source. Main reason: "
                 f"{last.main_reason.removesuffix('.')}."
             )
+        if reports:
+            reports[-1].check_lost()
 
 
 # --- the split -------------------------------------------------------------------------------------------------------

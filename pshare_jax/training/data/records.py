@@ -10,11 +10,12 @@ from typing import Any
 
 from pshare_jax.errors import PshareError
 from pshare_jax.text.chat_style import ChatStyle
-from pshare_jax.text.chat_template import ROLES
+from pshare_jax.text.chat_template import ROLES, checked_messages
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.training.data.samples import Limits, Sample, Turn, join_turns
 
-_MARKS = ("train", "weight")
+MARKS = ("train", "weight")
+_EXCLUDED = "excluded by train or weight"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -27,7 +28,7 @@ class Dropped(Exception):
 
 
 class RecordReader:
-    """Makes samples from records. `stop_ids` end generation with the model; chats are written in the module's `style`."""
+    """Makes samples from records. `stop_ids` end generation with the module; prompts are written in its `style`."""
 
     def __init__(
         self,
@@ -37,8 +38,8 @@ class RecordReader:
         limits: Limits,
         style: ChatStyle | None = None,
     ) -> None:
-        self._tokenizer, self._chat, self._limits = tokenizer, chat, limits
-        self._style = style or ChatStyle()
+        self.tokenizer, self.reads_chats, self._limits = tokenizer, chat, limits
+        self.style = style or ChatStyle()
         self._ends = stop_ids & tokenizer.special_ids
 
     def samples(self, record: Any, source: str, line: int) -> tuple[list[Sample], dict[str, int]]:
@@ -50,7 +51,7 @@ class RecordReader:
         if not isinstance(record, dict):
             raise Dropped("not an object", f"A record must be a JSON object, not {type(record).__name__}.")
         left_out: dict[str, int] = {}
-        turns = list(self._chat_turns(record, left_out) if self._chat else self._text_turns(record))
+        turns = list(self._chat_turns(record, left_out) if self.reads_chats else self._text_turns(record, left_out))
         samples, too_long = join_turns(turns, self._limits, source, line)
         if too_long:
             left_out["too long"] = too_long
@@ -64,37 +65,45 @@ class RecordReader:
         """For an id without an embedding XLA would read the last row."""
         size = self._limits.vocab_size
         if size is not None and largest >= size:
-            text = self._tokenizer.decode([largest], skip_special_tokens=False)
+            text = self.tokenizer.decode([largest], skip_special_tokens=False)
             raise Dropped(
                 "token without an embedding",
                 f"The tokenizer encodes {text!r} as token {largest}, but the model has tokens 0 to {size - 1}.",
             )
 
-    def _text_turns(self, record: Mapping[str, Any]) -> Iterator[Turn]:
-        prompt, completion = record.get("prompt"), record.get("completion")
-        if not isinstance(prompt, str) or not isinstance(completion, str):
-            raise Dropped("wrong type", "With format: text, prompt and completion must be strings.")
-        if not completion:
-            raise Dropped("empty answer")
+    def _text_turns(self, record: Mapping[str, Any], left_out: dict[str, int]) -> Iterator[Turn]:
+        messages = messages_of(record)
+        if [message["role"] for message in messages] != ["user", "assistant"]:
+            raise Dropped(
+                "more than a question",
+                "Without chats a record is one user's message and its answer, but this has the roles "
+                f"{', '.join(message['role'] for message in messages)}; set module.chat_template, such as plain.",
+            )
+        if not is_trained(messages[1], 1):
+            left_out[_EXCLUDED] = 1
+            return
         eos = self._eos()
         try:
-            ids, answer = self._tokenizer.encode_completion(prompt, completion)
+            question, answer = (message.get("content", "") for message in checked_messages(messages))
+            if not answer:
+                raise Dropped("empty answer")
+            prompt, completion = self.tokenizer.encode_completion(self.style.text(question), answer)
         except PshareError as error:
             raise Dropped("wrong text", str(error)) from None
-        if not ids:
+        if not prompt:
             raise Dropped("empty prompt")
-        yield Turn(ids, [*answer, eos])
+        yield Turn(prompt, [*completion, eos])
 
     def _chat_turns(self, record: Mapping[str, Any], left_out: dict[str, int]) -> Iterator[Turn]:
-        messages = _messages(record)
-        tools, kwargs = _json_field(record, "tools", list), _json_field(record, "chat_template_kwargs", dict)
-        chat = [{key: value for key, value in message.items() if key not in _MARKS} for message in messages]
+        messages = messages_of(record)
+        tools, kwargs = json_field(record, "tools", list), json_field(record, "chat_template_kwargs", dict)
+        chat = [{key: value for key, value in message.items() if key not in MARKS} for message in messages]
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers:
             raise Dropped("no assistant turn")
         for index in answers:
-            if not _is_trained(messages[index], index):
-                reason = "excluded by train or weight"
+            if not is_trained(messages[index], index):
+                reason = _EXCLUDED
             elif index == 0:
                 reason = "no message before the answer"
             elif turn := self._turn(chat, index, tools or None, kwargs):
@@ -109,8 +118,8 @@ class RecordReader:
         if _is_empty(chat[index]):
             return None
         try:
-            prompt, tail = self._tokenizer.encode_turn(
-                chat[:index], chat[index], tools=tools, template_kwargs=kwargs, style=self._style
+            prompt, tail = self.tokenizer.encode_turn(
+                chat[:index], chat[index], tools=tools, template_kwargs=kwargs, style=self.style
             )
         except (PshareError, RecursionError) as error:
             raise Dropped("refused by the chat template", str(error)) from None
@@ -124,21 +133,21 @@ class RecordReader:
         for index, token in enumerate(tail):
             if token in self._ends:
                 return tail[: index + 1]
-        controls = [index for index, token in enumerate(tail) if token in self._tokenizer.special_ids]
-        if controls and not self._tokenizer.decode(tail[controls[-1] + 1 :]).strip():
+        controls = [index for index, token in enumerate(tail) if token in self.tokenizer.special_ids]
+        if controls and not self.tokenizer.decode(tail[controls[-1] + 1 :]).strip():
             return tail[: controls[-1] + 1]
         return [*tail, self._eos()]
 
     def _eos(self) -> int:
-        if self._tokenizer.eos_id is None:
+        if self.tokenizer.eos_id is None:
             raise PshareError("The tokenizer needs an eos token to end answers; set eos_token in its config.")
-        return self._tokenizer.eos_id
+        return self.tokenizer.eos_id
 
 
-def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The record's conversation, with valid roles."""
+def messages_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The record's conversation, with valid roles; a faulty one is `Dropped`."""
     if record.get("messages") is not None:
-        messages = _json_field(record, "messages", list)
+        messages = json_field(record, "messages", list)
     elif record.get("prompt") is not None and record.get("completion") is not None:
         messages = [*_as_messages(record, "prompt", "user"), *_as_messages(record, "completion", "assistant")]
     else:
@@ -152,7 +161,11 @@ def _messages(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         if role is None:
             raise Dropped("no role", f"Message {index} has no role.")
         if role not in ROLES:
-            raise Dropped("unknown role", f"Message {index} has the role {role!r}; allowed are {', '.join(ROLES)}.")
+            raise Dropped(
+                "unknown role",
+                f"Message {index} has the role {role!r}; allowed are {', '.join(ROLES)}, and names such as human and gpt with "
+                "shape: sharegpt, columns: {conversations: messages} in the source.",
+            )
     return messages
 
 
@@ -170,7 +183,7 @@ def _as_messages(record: Mapping[str, Any], field: str, role: str) -> list[Any]:
     return value
 
 
-def _json_field(record: Mapping[str, Any], field: str, kind: type) -> Any:
+def json_field(record: Mapping[str, Any], field: str, kind: type) -> Any:
     """A field such as `tools` or `messages`, which table formats store as JSON text."""
     value = record.get(field)
     if isinstance(value, str):
@@ -183,7 +196,8 @@ def _json_field(record: Mapping[str, Any], field: str, kind: type) -> Any:
     return value
 
 
-def _is_trained(message: Mapping[str, Any], index: int) -> bool:
+def is_trained(message: Mapping[str, Any], index: int) -> bool:
+    """Whether an assistant's message is a target; `Dropped` if its marks are not valid."""
     train, weight = message.get("train"), message.get("weight")
     if train is not None and not isinstance(train, bool):
         raise Dropped("wrong type", f"Message {index}: train must be true or false, not {train!r}.")

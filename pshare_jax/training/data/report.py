@@ -1,11 +1,15 @@
 """The data report: used and dropped records of each source, with counts and first lines for each reason."""
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pshare_jax.errors import PshareError
 from pshare_jax.training.data.samples import Sample
 
 _SHOWN_LINES = 5
+MAX_LOST = 0.01
+"""The share of a file's used records in which a field that is meant for the model may be without effect."""
 
 
 @dataclass
@@ -33,7 +37,8 @@ class Reason:
 class SourceReport:
     """A source. Of `read` records, `kept` were used and the others dropped. They gave `samples` samples, `split` of
     them beyond a record's first, with `turns` answers of `answer_tokens` tokens. `left_out` are single omitted answers;
-    `unstopped` answers end with a token that does not stop generation.
+    `unstopped` answers end with a token that does not stop generation. `lost` are fields that were meant for the model but
+    change nothing, `unread` those that only describe a record (unread.py).
     """
 
     name: str
@@ -47,6 +52,8 @@ class SourceReport:
     dropped: dict[str, Reason] = field(default_factory=dict)
     left_out: dict[str, Reason] = field(default_factory=dict)
     unstopped: Reason = field(default_factory=Reason)
+    lost: dict[str, Reason] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
 
     def drop(self, line: int, reason: str, detail: str = "") -> None:
         """Counts a dropped record."""
@@ -70,6 +77,28 @@ class SourceReport:
         for reason, count in left_out.items():
             self.left_out.setdefault(reason, Reason()).add(line, "", count)
 
+    def skip(self, line: int, lost: Sequence[str], unread: Sequence[str]) -> None:
+        """Counts fields without effect of a used record."""
+        for name in lost:
+            self.lost.setdefault(name, Reason()).add(line, "")
+        self.unread.update(unread)
+
+    def check_lost(self) -> None:
+        """Refuses the file if more than `MAX_LOST` of its used records have a field that is meant for the model in vain.
+
+        Raises:
+            PshareError: naming the fields, their records, and what to set.
+        """
+        lost = {name: reason for name, reason in self.lost.items() if reason.count > MAX_LOST * self.kept}
+        if not lost:
+            return
+        named = ", ".join(f"{name} ({reason.count}, {reason.count / self.kept:.1%})" for name, reason in lost.items())
+        ways = "".join(dict.fromkeys(map(_way_out, lost)))
+        raise PshareError(
+            f"{self.name} has fields whose removal changes nothing of its {self.kept} records' texts: {named}; "
+            f"{ways}or leave them out by setting ignore: [{', '.join(lost)}] in the source."
+        )
+
     @property
     def main_reason(self) -> str:
         """The most frequent reason of dropped records, with its first lines."""
@@ -85,7 +114,20 @@ class SourceReport:
         lines += [f"  answers omitted: {item.count} x {name} {item}" for name, item in self.left_out.items()]
         if self.unstopped.count:
             lines.append(f"  answers whose last token does not stop the model: {self.unstopped.count} {self.unstopped}")
+        lines += [f"  without effect: {item.count} x {name} {item}" for name, item in self.lost.items()]
+        if self.unread:
+            named = ", ".join(f"{name} ({count})" for name, count in self.unread.items())
+            lines.append(f"  fields that are not read: {named}")
         return "\n".join(lines)
+
+
+def _way_out(field: str) -> str:
+    """What makes training read a field, for the refusal."""
+    if field == "tools":
+        return "set module.tool_format, "
+    if field.startswith(("messages.", "chat_template_kwargs")):
+        return "give a template that reads them as module.chat_template, "
+    return "set a shape or columns that read them, "
 
 
 @dataclass

@@ -15,10 +15,11 @@ Fields = Mapping[str, Any]
 
 
 class Shape(NamedTuple):
-    """The fields that a record must have, and the record that training reads."""
+    """The fields that a record must have, the record that training reads, and the fields that it may have."""
 
     needs: tuple[str, ...]
     convert: Callable[[Fields], dict[str, Any]]
+    maybe: tuple[str, ...] = ()
 
 
 def shaped(record: Any, shape: str | None, columns: Mapping[str, str]) -> Any:
@@ -29,13 +30,7 @@ def shaped(record: Any, shape: str | None, columns: Mapping[str, str]) -> Any:
     """
     if not isinstance(record, dict):
         return record
-    missing = [theirs for theirs in columns.values() if theirs not in record]
-    if missing:
-        raise Dropped("no such column", f"The record has no field {missing[0]!r}; it has {_listed(record)}.")
-    taken = set(columns.values())
-    record = {name: value for name, value in record.items() if name not in taken} | {
-        ours: record[theirs] for ours, theirs in columns.items()
-    }
+    record = renamed(record, columns)
     if shape is None:
         _check_plain(record)
         return record
@@ -45,6 +40,21 @@ def shaped(record: Any, shape: str | None, columns: Mapping[str, str]) -> Any:
             "not of the shape", f"A record of shape {shape} needs {' and '.join(lacking)}; this has {_listed(record)}."
         )
     return SHAPES[shape].convert(record)
+
+
+def renamed(record: Fields, columns: Mapping[str, str]) -> dict[str, Any]:
+    """The record with the names that `columns` gives to its fields.
+
+    Raises:
+        Dropped: it lacks one of them.
+    """
+    missing = [theirs for theirs in columns.values() if theirs not in record]
+    if missing:
+        raise Dropped("no such column", f"The record has no field {missing[0]!r}; it has {_listed(record)}.")
+    taken = set(columns.values())
+    return {name: value for name, value in record.items() if name not in taken} | {
+        ours: record[theirs] for ours, theirs in columns.items()
+    }
 
 
 def _check_plain(record: Fields) -> None:
@@ -195,12 +205,24 @@ def _schema_type(written: Any) -> dict[str, Any]:
 
 
 def _chosen(record: Fields) -> dict[str, Any]:
-    """The preferred answer of a pair; where it is a whole conversation, its last message."""
+    """The preferred answer of a pair; where it is a whole conversation, maybe as JSON text, its last message."""
     chosen = record["chosen"]
+    if isinstance(chosen, str):
+        chosen = _conversation(chosen) or chosen
     if isinstance(chosen, list):
         asked = chosen[:-1] or record.get("prompt")
         return {"prompt": asked, "completion": chosen[-1:]}
     return {"prompt": record.get("prompt"), "completion": chosen}
+
+
+def _conversation(text: str) -> list[Any] | None:
+    """The messages of a JSON text; None for any other text."""
+    try:
+        parsed = json.loads(text) if text.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        return None
+    is_chat = isinstance(parsed, list) and all(isinstance(message, dict) and "role" in message for message in parsed)
+    return parsed if is_chat else None
 
 
 def _json(text: str, name: str) -> Any:
@@ -211,15 +233,15 @@ def _json(text: str, name: str) -> Any:
 
 
 SHAPES: dict[str, Shape] = {
-    "alpaca": Shape(("instruction", "output"), _with_input("input", "output")),
-    "dolly": Shape(("instruction", "response"), _with_input("context", "response")),
-    "sharegpt": Shape(("conversations",), _sharegpt),
+    "alpaca": Shape(("instruction", "output"), _with_input("input", "output"), ("input", "system")),
+    "dolly": Shape(("instruction", "response"), _with_input("context", "response"), ("context", "system")),
+    "sharegpt": Shape(("conversations",), _sharegpt, ("system", "tools")),
     "xlam": Shape(("query", "tools", "answers"), _xlam),
     "metamath": Shape(("query", "response"), _pair("query", "response")),
     "openorca": Shape(("system_prompt", "question", "response"), _pair("question", "response", "system_prompt")),
     "question_answer": Shape(("question", "answer"), _pair("question", "answer")),
-    "prompt_response": Shape(("prompt", "response"), _pair("prompt", "response", "system")),
-    "input_output": Shape(("input", "output"), _pair("input", "output", "system")),
-    "preference": Shape(("chosen", "rejected"), _chosen),
+    "prompt_response": Shape(("prompt", "response"), _pair("prompt", "response", "system"), ("system",)),
+    "input_output": Shape(("input", "output"), _pair("input", "output", "system"), ("system",)),
+    "preference": Shape(("chosen", "rejected"), _chosen, ("prompt",)),
 }
 """Shapes by name."""

@@ -1,4 +1,4 @@
-"""Data sources, read record by record: files (files.py), globs, reasoning-gym and BFCL.
+"""Data sources, read record by record: files (files.py), globs, data sets of the hub (hub.py), reasoning-gym and BFCL.
 
 `read_source` yields each record with its number in the file or task, from 1; an unreadable record is `Broken`.
 """
@@ -22,12 +22,13 @@ from pshare_jax.training.data.bfcl import (
     right_calls,
 )
 from pshare_jax.training.data.files import Broken, read_file
+from pshare_jax.training.data.hub import HUB, hub_files
 
 GYM = "reasoning_gym:"
 
 
 class Record(NamedTuple):
-    """A record: its source (a file, a reasoning-gym task, a BFCL category), its number in it, its content."""
+    """A record: its source (a file, also of the hub, a reasoning-gym task, a BFCL category), its number in it, its content."""
 
     source: str
     line: int
@@ -35,7 +36,8 @@ class Record(NamedTuple):
 
 
 def read_source(path: str) -> Iterator[Record]:
-    """All records of a file, a glob (files sorted by name), `reasoning_gym:<task>?key=value&...` or `bfcl:<category>`.
+    """All records of a file, a glob (files sorted by name), `hf:org/name?split=train`, `reasoning_gym:<task>?key=value&...`
+    or `bfcl:<category>`.
 
     Raises:
         PshareError: no such file, an unsupported format, or a file that is unreadable as a whole.
@@ -46,9 +48,18 @@ def read_source(path: str) -> Iterator[Record]:
     if path.startswith(BFCL):
         yield from _read_bfcl(path)
         return
-    for file in _files(path):
+    for name, file in source_files(path):
         for line, content in read_file(file):
-            yield Record(str(file), line, content)
+            yield Record(name, line, content)
+
+
+def source_files(path: str) -> list[tuple[str, Path]]:
+    """The files of a source that consists of files, in order, with their names in reports.
+
+    Raises:
+        PshareError: there is none, or the hub does not provide it.
+    """
+    return hub_files(path) if path.startswith(HUB) else [(str(file), file) for file in _files(path)]
 
 
 def _files(path: str) -> list[Path]:
@@ -59,7 +70,8 @@ def _files(path: str) -> list[Path]:
     files = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
     if not files:
         raise PshareError(
-            f"There is no data file {path}; give a file, a glob, reasoning_gym:<task> or bfcl:<category>."
+            f"There is no data file {path}; give a file, a glob, hf:org/name?split=train, reasoning_gym:<task> or "
+            "bfcl:<category>."
         )
     return files
 

@@ -1,10 +1,13 @@
 """Records and files of data sets that people have: the ids of the hand-made twin, or a sentence with the key to set."""
 
+import csv
 import gzip
 import json
+from pathlib import Path
 from typing import get_args
 
 import pytest
+from fake_hub import FakeHub, run_on_hub
 from training_data import chat, tokenizers, write_jsonl
 
 from pshare_jax.errors import PshareError
@@ -132,6 +135,104 @@ def test_a_shape_gives_the_ids_of_its_twin(tok, tmp_path, shape, record, twin):
 def test_without_the_key_a_sentence_names_it(tok, tmp_path, shape, record):
     with pytest.raises(PshareError, match=rf"set shape: {shape} in this source"):
         samples(tok, SourceConfig(write_jsonl(tmp_path / "a.jsonl", [record])))
+
+
+def as_text(value):
+    """What CSV can hold."""
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+
+
+def write_gzip(path: Path, record: dict) -> None:
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def write_csv(path: Path, record: dict) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(record))
+        writer.writeheader()
+        writer.writerow({name: as_text(value) for name, value in record.items()})
+
+
+def write_parquet(path: Path, record: dict) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist([record]), path)
+
+
+def write_arrow(path: Path, record: dict) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.Table.from_pylist([record])
+    with arrow.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
+WRITERS = {".jsonl.gz": write_gzip, ".csv": write_csv, ".parquet": write_parquet, ".arrow": write_arrow}
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+@pytest.mark.parametrize(("shape", "record", "twin"), TWINS)
+def test_a_shape_gives_the_same_ids_from_every_kind_of_file(tok, tmp_path, ending, shape, record, twin):
+    """Tables have a null for each missing field, CSV has texts only; without the key the sentence names it too."""
+    path = tmp_path / f"a{ending}"
+    WRITERS[ending](path, record)
+    want = samples(tok, SourceConfig(write_jsonl(tmp_path / "b.jsonl", [twin])))
+    assert samples(tok, SourceConfig(str(path), shape=shape)) == want
+    with pytest.raises(PshareError, match=rf"set shape: {shape} in this source"):
+        samples(tok, SourceConfig(str(path)))
+
+
+PREPARE = """
+import json, sys
+from pshare_jax.text.tokenizer import Tokenizer
+from pshare_jax.training.data.config import DataConfig, SourceConfig
+from pshare_jax.training.data.prepare import prepare
+tok = Tokenizer.from_folder(sys.argv[1])
+for source in sys.argv[2:]:
+    path, shape = source.split("=", 1)[::-1]
+    found = prepare(DataConfig([SourceConfig(path, shape=shape)]), tok, tok.eos_ids)
+    print(json.dumps([[sample.ids, sample.turns] for sample in found.train.store]))
+"""
+
+
+def test_a_shape_gives_the_same_ids_from_the_hub(tok, tmp_path):
+    """All shapes from a local stand-in for the hub."""
+    repositories, sources, want = {}, [], []
+    for number, (shape, record, twin) in enumerate(TWINS):
+        write_parquet(tmp_path / "a.parquet", record)
+        files = {"data/train-00000-of-00001.parquet": (tmp_path / "a.parquet").read_bytes()}
+        repositories[f"org/set{number}"] = {"main": files}
+        sources.append(f"{shape}=hf:org/set{number}?split=train")
+        found = samples(tok, SourceConfig(write_jsonl(tmp_path / "b.jsonl", [twin])))
+        want.append([[list(ids), [list(turn) for turn in turns]] for ids, turns in found])
+    tok.save(tmp_path / "tokenizer")
+    with FakeHub(repositories) as hub:
+        assert run_on_hub(hub, tmp_path / "home", PREPARE, str(tmp_path / "tokenizer"), *sources) == want
+
+
+def test_roles_of_other_names(tok, tmp_path):
+    """Case N4-01: human and gpt, User and Assistant, under messages: the sentence says what to set, and then they are read."""
+    want = samples(tok, SourceConfig(write_jsonl(tmp_path / "b.jsonl", [{"messages": chat("q", "a")}])))
+    for names in (("human", "gpt"), ("User", "Assistant")):
+        messages = [{"role": role, "content": text} for role, text in zip(names, "qa", strict=True)]
+        path = write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}])
+        with pytest.raises(PshareError, match=r"shape: sharegpt, columns: \{conversations: messages\}"):
+            samples(tok, SourceConfig(path))
+        found = samples(tok, SourceConfig(path, shape="sharegpt", columns={"conversations": "messages"}))
+        assert found == want
+
+
+def test_messages_and_tools_as_json_text(tok, tmp_path):
+    """Case N4-04, and N1-02: arguments as text inside messages as text."""
+    called = {
+        **CALLING,
+        "tool_calls": [{"type": "function", "function": {**CALL, "arguments": json.dumps(CALL["arguments"])}}],
+    }
+    whole = {"messages": [{"role": "user", "content": "q"}, CALLING], "tools": [OPENAI_TOOL]}
+    as_json = {"messages": json.dumps([{"role": "user", "content": "q"}, called]), "tools": json.dumps([OPENAI_TOOL])}
+    want = samples(tok, SourceConfig(write_jsonl(tmp_path / "b.jsonl", [whole])))
+    for ending, write in WRITERS.items():
+        write(tmp_path / f"a{ending}", as_json)
+        assert samples(tok, SourceConfig(str(tmp_path / f"a{ending}"))) == want, ending
 
 
 def test_columns_rename_fields(tok, tmp_path):

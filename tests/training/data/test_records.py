@@ -353,7 +353,10 @@ def test_unusable_records_are_dropped_by_reason(toks, record, reason):
 
 def test_unusable_texts_are_dropped_by_reason(toks):
     for record, reason in (
-        ({"messages": chat("x", "y")}, "wrong type"),
+        ({"messages": chat("x", "y", "z", "w")}, "more than a question"),
+        ({"messages": chat("x", "y", system="z")}, "more than a question"),
+        ({"text": "x"}, "no messages"),
+        ({"messages": [*chat("x"), {"role": "assistant", "tool_calls": [CALL]}]}, "empty answer"),
         ({"prompt": "x", "completion": ""}, "empty answer"),
         ({"prompt": "", "completion": "x"}, "empty prompt"),
         ({"prompt": "x", "completion": "\ud800"}, "wrong text"),
