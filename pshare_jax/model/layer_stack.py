@@ -71,8 +71,8 @@ def _repeats(layers: Sequence[LayerConfig], period: int) -> int:
 
 
 def stack_layers(params: dict[str, Any], config: ModelConfig, mesh: Mesh) -> Params:
-    """`params` (of JAX or NumPy), or a part of them that has an array for each layer, in stacks. Each array leaves `params` once it is stacked,
-    so that all exist only once where nobody else holds them.
+    """`params` (of JAX or NumPy), or a part of them that has an array for each layer, in stacks. Each array leaves
+    `params` once it is stacked, so that all exist only once where nobody else holds them.
     """
     stacked = {}
     for path, members in stacked_paths(params, config).items():

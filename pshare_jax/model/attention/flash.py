@@ -20,7 +20,7 @@ _NONE = jnp.iinfo(jnp.int32).max
 
 
 class Queries(NamedTuple):
-    """What queries see: keys of their own group (0: of none), of an order up to their limit, in the window before their position."""
+    """What queries see: keys of their group (0: of none), of an order up to their limit, in the window up to their position."""
 
     groups: Int[Array, "B T"]
     limits: Int[Array, "B T"]

@@ -88,7 +88,9 @@ def init_trainable(module: TrainableModule, seed: int) -> Params:
 
 
 def drawn_adapter(objective: Objective, seed: int) -> dict[str, Any]:
-    """A new adapter's NumPy arrays in float32, drawn as in PEFT: A Kaiming uniform with a = sqrt 5 (bound 1 / sqrt(in)), B zero."""
+    """A new adapter's NumPy arrays in float32, drawn as in PEFT: A is Kaiming uniform with a = sqrt 5, of bound
+    1 / sqrt(in), and B zero.
+    """
     draw = np.random.default_rng(seed)
     values = {}
     for path, like in objective.architecture.shapes.items():
@@ -110,7 +112,7 @@ def nll(
     hidden = hidden_states(objective, trainable, frozen, base_params, batch, key)
     real, config = jnp.asarray(batch.weights), objective.config
     # The master weight, if the head is trained: its gradient is summed over devices in its own dtype.
-    head = (trainable if not frozen else frozen)[EMBEDDING if config.tied else HEAD]
+    head = (frozen or trainable)[EMBEDDING if config.tied else HEAD]
     total, correct = rows_nll(
         hidden,
         head,
