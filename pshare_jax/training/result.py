@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +51,9 @@ def export(
             raise PshareError(
                 f"The base {config.base} has other weights than the run in {root} was trained on; restore that base."
             )
+        if config.module.kind == "full":
+            # Its weights are of no use beside the restored ones.
+            base = replace(base, params={})
         objective = make_objective(base.architecture, config.module, base.mesh, base.architecture.dtype)
         module = decode_module(
             objective, checkpoints.restore_trainable(chosen, objective.trainable_shapes), base.params

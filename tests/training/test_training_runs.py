@@ -327,9 +327,9 @@ def test_a_run_resumes_on_another_mesh(straight, tmp_path):
         )
     # A of q is sharded over fsdp, A of down over tensor.
     for path, parts in (
-        ("layers.0.attention.q.lora_a", 2),
-        ("layers.0.mlp.down.lora_a", 2),
-        ("layers.0.mlp.down.lora_b", 2),
+        ("layers.0:1:1.attention.q.lora_a", 2),
+        ("layers.0:1:1.mlp.down.lora_a", 2),
+        ("layers.0:1:1.mlp.down.lora_b", 2),
     ):
         array = outcome.state.trainable[path]
         moment = moments(outcome.state).mu[path]
