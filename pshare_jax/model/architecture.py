@@ -76,6 +76,11 @@ class Architecture:
             _set_slots(decoder, jnp.asarray(slots))
         return decoder
 
+    def holding(self, variables: Mapping[str, nnx.Variable]) -> Decoder:
+        """The decoder that holds these variables themselves, by path; decoders may have variables in common."""
+        graph, leaves = self._skeleton
+        return nnx.merge(graph, nnx.from_flat_state([(keys, variables[_path(keys)]) for keys, _ in leaves]))
+
 
 def _set_slots(decoder: Decoder, slots: jax.Array) -> None:
     for _, node in nnx.iter_modules(decoder):
