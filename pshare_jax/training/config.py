@@ -23,6 +23,7 @@ CHANGEABLE = (
     "evaluation",
     "max_bad_steps",
     "output",
+    "tracker",
     "data.epochs",
     "data.num_workers",
 )
@@ -130,6 +131,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     max_bad_steps: int = 10
     seed: int = 0
+    tracker: Literal["none", "wandb", "trackio"] = "none"
 
     @property
     def layout(self) -> Layout:
