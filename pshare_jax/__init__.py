@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pshare_jax.share.factorize import PrefillModule, SharedModel, TaskModules, factorize
     from pshare_jax.share.generate import continue_from, generate, rollout, score
     from pshare_jax.share.model import Model, load
+    from pshare_jax.share.nnx_view import TRAINABLE, nnx_view
     from pshare_jax.share.save import save_folder
 
 _HOMES = {
@@ -29,6 +30,7 @@ _HOMES = {
     "share.factorize": ("TaskModules", "PrefillModule", "SharedModel", "factorize"),
     "share.generate": ("continue_from", "generate", "rollout", "score"),
     "share.model": ("Model", "load"),
+    "share.nnx_view": ("TRAINABLE", "nnx_view"),
     "share.save": ("save_folder",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -43,12 +45,14 @@ __all__ = [
     "PshareError",
     "SamplingParams",
     "SharedModel",
+    "TRAINABLE",
     "continue_from",
     "factorize",
     "generate",
     "load",
     "load_module",
     "make_mesh",
+    "nnx_view",
     "rollout",
     "save_folder",
     "save_module",

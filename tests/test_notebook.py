@@ -64,6 +64,13 @@ def test_kv_is_made_on_one_device_and_read_on_another(cells):
     assert number(r"KV of one token: ([\d,]+) bytes", printed(cells["memory"])) == 30 * 2 * 3 * 64 * 4
 
 
+def test_flax_shows_the_split_with_every_array_of_the_base_once(cells):
+    text, loaded = printed(cells["flax"]), number(r"(\d+) weight arrays", printed(cells["load"]))
+    # One projection of each of the 30 MLPs.
+    assert (number(r"(\d+) arrays", text), number(r"(\d+) of them", text)) == (loaded + 30, 30)
+    assert any("treescope" in output.get("data", {}).get("text/html", "") for output in cells["flax"].outputs)
+
+
 def test_two_modules_give_two_answers_from_one_kv(cells):
     text = printed(cells["answers"])
     base, noisy = re.search(r"base: (.+)", text), re.search(r"noisy: (.+)", text)

@@ -212,7 +212,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--task",
         required=True,
-        help="reasoning_gym:<task>?size=500&seed=7, bfcl:simple, bfcl:multiple, or a data file such as data.jsonl",
+        help="reasoning_gym:<task>?size=500&seed=7, bfcl:simple, bfcl:multiple, a data file such as data.jsonl, or a YAML file "
+        "with path and verifier",
+    )
+    parser.add_argument(
+        "--run-code", action="store_true", help="allow a task with verifier: code to run programs that the model writes"
     )
     parser.add_argument("--sharing-ratio", type=float, default=1.0, help="share that the base encodes (default 1)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default 256)")
@@ -231,9 +235,10 @@ def _run(options: argparse.Namespace) -> None:
     keep_programs(cache_folder())
     base = load(options.base, dtype=options.dtype)
     module = load_any_module(options.module, base)
-    with open_task(options.task, base, module.style) as task:
+    with open_task(options.task, base, module.style, run_code=options.run_code) as task:
         if task.report and any(source.dropped or source.left_out for source in task.report.sources):
             print("\n".join(map(str, task.report.sources)), file=sys.stderr)
+        print(*task.notes, sep="\n", end="\n" if task.notes else "", file=sys.stderr)
         result = _shown(base, module, task, options)
     low, high = result.interval
     print(
@@ -241,7 +246,7 @@ def _run(options: argparse.Namespace) -> None:
         f"95 % interval {low:.1%} to {high:.1%}), {result.seconds:.1f} s"
     )
     if options.output:
-        settings = {key: value for key, value in vars(options).items() if key not in ("output", "card")}
+        settings = {key: value for key, value in vars(options).items() if key not in ("output", "card", "run_code")}
         dtype = base.architecture.dtype
         content = {**settings, "dtype": dtype, "device": base.mesh.devices.flat[0].device_kind, **result.summary()}
         options.output.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -86,6 +86,11 @@ class Architecture:
             _set_slots(decoder, jnp.asarray(slots))
         return decoder
 
+    def holding(self, variables: Mapping[str, nnx.Variable]) -> Decoder:
+        """The decoder that holds these variables themselves, by path; decoders may have variables in common."""
+        graph, leaves = self._skeleton
+        return nnx.merge(graph, nnx.from_flat_state([(keys, variables[_path(keys)]) for keys, _ in leaves]))
+
 
 @functools.cache
 def _layer_skeleton(config: ModelConfig, layer: LayerConfig, build: Build) -> tuple[nnx.GraphDef, list]:

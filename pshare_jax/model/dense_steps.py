@@ -49,18 +49,18 @@ def steps(architecture: Architecture, mesh: Mesh) -> Steps:
 
     def forward(params: Params, tokens: Array) -> Array:
         decoder = exact.bind(params)
-        return decoder.logits(decoder(tokens, _positions(tokens, 0), fresh_attend(config), ())[0])
+        return decoder.logits(decoder(tokens, positions(tokens, 0), fresh_attend(config), ())[0])
 
     def prefill(params: Params, tokens: Array) -> KVLayers:
-        return architecture.bind(params).prefill(tokens, _positions(tokens, 0), fresh_attend(config), ())
+        return architecture.bind(params).prefill(tokens, positions(tokens, 0), fresh_attend(config), ())
 
     def extend(params: Params, tokens: Array, start: Array, kv: KVLayers) -> KVLayers:
         attend = cached_attend(config, start)
-        return architecture.bind(params).prefill(tokens, _positions(tokens, start), attend, kv)
+        return architecture.bind(params).prefill(tokens, positions(tokens, start), attend, kv)
 
     def decode(params: Params, tokens: Array, start: Array, kv: KVLayers) -> tuple[Array, KVLayers]:
         decoder = decode_architecture(architecture, mesh, tokens.size).bind(params)
-        hidden, kv = decoder(tokens, _positions(tokens, start), cached_attend(config, start), kv)
+        hidden, kv = decoder(tokens, positions(tokens, start), cached_attend(config, start), kv)
         return decoder.logits(hidden), kv
 
     return Steps(
@@ -78,5 +78,6 @@ def decode_architecture(architecture: Architecture, mesh: Mesh, num_tokens: int)
     return architecture.summing_in(ONE_ROW_PARTS) if one_cpu and num_tokens == 1 else architecture
 
 
-def _positions(tokens: Array, start: Array | int) -> Int[Array, "B T"]:
+def positions(tokens: Tokens, start: Array | int) -> Int[Array, "B T"]:
+    """The absolute positions of tokens `[B, T]` whose first is at `start`."""
     return jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)

@@ -25,6 +25,7 @@ from pshare_jax.text.chat_style import ChatStyle, parse_style, style_values
 from pshare_jax.weights.fingerprint import model_fingerprint
 from pshare_jax.weights.load import read_parameters, settle_tying
 from pshare_jax.weights.safetensors import SafetensorsFolder
+from pshare_jax.weights.sources import hub_name
 
 MANIFEST = "decode_module.json"
 _STYLE = ("tool_format", "layout", "template", "text_prompt")
@@ -93,7 +94,7 @@ def save_module(
 ) -> None:
     """Write a decode module of `base` (or `base` itself) into `folder`, created if missing: weights, then manifest.
 
-    `style` None is the module's own.
+    `style` None is the module's own. Of `training`, an adapter's files name the `base`, if it is on the hub.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,8 @@ def save_module(
         save_folder(folder, _with_own_template(whole, style))
     else:
         invocation = module.boundary.invocation if isinstance(module, DecodeModule) else ()
-        write_adapter(folder, lora, module.params, base.config, base.class_prefix, invocation)
+        base_name = hub_name(str((training or {}).get("base", "")))
+        write_adapter(folder, lora, module.params, base.config, base.class_prefix, invocation, base_name)
     manifest = Manifest(
         "full" if lora is None else "lora",
         base.fingerprint,

@@ -115,16 +115,18 @@ def write_adapter(
     config: ModelConfig,
     class_prefix: str = PLAIN_PREFIX,
     invocation: Sequence[int] = (),
+    base_name: str | None = None,
 ) -> None:
     """Write A and B of all targets in PEFT's format; alpha is stored as scale times rank.
 
-    `class_prefix` is that of the base's modules in transformers, `invocation` that of an activated LoRA.
+    `class_prefix` is that of the base's modules in transformers, `invocation` that of an activated LoRA, `base_name` the
+    base's name on the hub, by which PEFT loads it.
     """
     names = sorted(PROJECTIONS[path].split(".")[1] for path in PROJECTIONS if _short(path) in lora.targets)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base_name,
         "r": lora.rank,
         "lora_alpha": lora.scale * lora.rank,
         "lora_dropout": 0.0,

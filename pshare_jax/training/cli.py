@@ -44,16 +44,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def export_main(arguments: Sequence[str] | None = None) -> int:
-    """Writes a run's decode module and returns the exit status."""
+    """Writes a run's decode module, pushes it if that is asked for, and returns the exit status."""
     options = _export_parser().parse_args(arguments)
+    from pshare_jax.training import push
     from pshare_jax.training.result import export
 
     try:
+        if options.push is not None:
+            push.check_name(options.push)
+        elif options.private:
+            raise PshareError("--private says how --push creates a model; give --push ORG/MODEL, or omit --private.")
         folder = export(options.run, step=options.step, output=options.output, merge=options.merge, dtype=options.dtype)
+        print(f"the decode module is in {folder}", flush=True)
+        if options.push is not None:
+            print(f"pushed to {push.push(folder, options.push, private=options.private)}")
     except PshareError as error:
         print(f"pshare-export: {error}", file=sys.stderr)
         return 2
-    print(f"the decode module is in {folder}")
     return 0
 
 
@@ -116,6 +123,8 @@ def _export_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--merge", action="store_true", help="merge LoRA into full weights")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="dtype of the files; default: the run's")
+    parser.add_argument("--push", metavar="ORG/MODEL", help="then upload the folder to the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="with --push: the model is private")
     return parser
 
 

@@ -25,6 +25,7 @@ CHANGEABLE = (
     "max_bad_steps",
     "output",
     "remat",
+    "tracker",
     "data.epochs",
     "data.num_workers",
 )
@@ -139,6 +140,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     max_bad_steps: int = 10
     seed: int = 0
+    tracker: Literal["none", "wandb", "trackio"] = "none"
 
     @property
     def layout(self) -> Layout:

@@ -9,12 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from pshare_jax.share.decode_module import MANIFEST, Manifest, read_manifest
+from pshare_jax.weights.sources import hub_name
 
 CARD_TEXT = "README.md"
 RUN_ALONE = "run_alone"
 """Key of the manifest's evaluation: task -> accuracy of the module on its own KV, printed in the card's first line."""
 
+_HUB_DATA = "hf:"
+_LICENSE = ("license", "license_name", "license_link")
 _PLACES = {"last": "behind the history", "drop": "nowhere: it is left out"}
 
 Reader = Literal["module", "alone", "base"]
@@ -41,6 +46,7 @@ def write_model_card(folder: Path) -> None:
     alone = evaluation.pop(RUN_ALONE, None)
     kind = "LoRA adapter in PEFT's format" if manifest.kind == "lora" else "full weights as a Hugging Face checkpoint"
     lines = [
+        *("---", _metadata(manifest), "---", ""),
         _purpose(manifest, alone),
         "",
         "# Decode module",
@@ -69,6 +75,43 @@ def write_model_card(folder: Path) -> None:
         ]
         lines += serve
     (folder / CARD_TEXT).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def base_license(source: str) -> dict[str, str]:
+    """The licence that the base's card gives, as the fields of a card; empty if it gives none or there is no card.
+
+    Of a hub model it is the card that was downloaded with the weights.
+    """
+    from huggingface_hub import ModelCard, errors, try_to_load_from_cache
+
+    cached = (
+        try_to_load_from_cache(name, CARD_TEXT) if (name := hub_name(source)) else Path(source).expanduser() / CARD_TEXT
+    )
+    if not isinstance(cached, str | Path) or not Path(cached).is_file():
+        return {}
+    try:
+        fields = ModelCard.load(cached, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, OSError, yaml.YAMLError, errors.HFValidationError):
+        return {}
+    return {field: value for field in _LICENSE if isinstance(value := fields.get(field), str)}
+
+
+def _metadata(manifest: Manifest) -> str:
+    """The card's head, which the hub reads: YAML without its marks."""
+    from huggingface_hub import ModelCardData
+
+    training, adapter = manifest.training, manifest.kind == "lora"
+    base = hub_name(training["base"])
+    fields = {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune"} if base else {}
+    names = [path.removeprefix(_HUB_DATA).partition("?")[0] for path in training["data"] if path.startswith(_HUB_DATA)]
+    return ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["pshare_jax", *(["prefillshare"] if manifest.prefill == "base" else []), *(["lora"] if adapter else [])],
+        datasets=list(dict.fromkeys(names)) or None,
+        **fields,
+        **training.get("base_license", {}),
+    ).to_yaml()
 
 
 def _purpose(manifest: Manifest, alone: Mapping[str, Any] | None) -> str:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tensorboardX import SummaryWriter
 
 from pshare_jax.training.run_folder import RunFolder
+from pshare_jax.training.trackers import Tracker
 
 LINE_SECONDS = 10.0
 """Minimum time between two step lines without a terminal; the first and last step always have one."""
@@ -48,12 +49,13 @@ class StepReport:
 class Reporter:
     """Writes to the run's folder and to the console. Close it, or use it in a `with`."""
 
-    def __init__(self, run: RunFolder, num_steps: int, done: int, console: Console) -> None:
+    def __init__(self, run: RunFolder, num_steps: int, done: int, console: Console, tracker: Tracker) -> None:
         """The run continues after step `done` of `num_steps`."""
         self._file = run.metrics.open("a", encoding="utf-8")
         # Discards the events that a killed run wrote after its last checkpoint.
         self._board = SummaryWriter(str(run.tensorboard), purge_step=done + 1)
         self._console, self._num_steps, self._first = console, num_steps, done + 1
+        self._tracker = tracker
         self._first_done = self._last_line = time.monotonic()
         self._bar = Progress(
             TextColumn("step"),
@@ -102,6 +104,7 @@ class Reporter:
         self._bar.stop()
         self._file.close()
         self._board.close()
+        self._tracker.close()
 
     def __enter__(self) -> "Reporter":
         return self
@@ -127,6 +130,7 @@ class Reporter:
     def _plot(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._board.add_scalar(name, float(value), step)
+        self._tracker.log(step, {name: float(value) for name, value in values.items()})
 
 
 def draw_loss(metrics: Path, picture: Path) -> None:

