@@ -1,4 +1,4 @@
-"""A fake of the Hugging Face hub on this machine that is written to: the few requests by which a folder becomes a model, kept in memory.
+"""A fake of the Hugging Face hub on this machine for writing: the few requests by which a folder becomes a model, kept in memory.
 
 It is no measure of the real hub; the requests are those of the real client, `huggingface_hub`.
 """

@@ -154,7 +154,7 @@ def test_no_visible_key_lies_outside_a_span():
                 padded = flash._padded(sets)
                 sight = flash._Sight(flash._in_blocks(sets.queries, 13), padded.keys)
                 size = flash._block_size(padded.k.shape[2], flash.KEY_BLOCK)
-                seen = np.asarray(visible(sets, window)).any(0)
+                seen = np.any(np.asarray(visible(sets, window)), axis=0)
                 for number, (first, stop) in enumerate(flash._spans(sight, window).tolist()):
                     keys = np.flatnonzero(seen[number * 13 : (number + 1) * 13].any(0)) // size
                     assert not len(keys) or (first <= keys.min() and keys.max() < stop)
@@ -163,7 +163,8 @@ def test_no_visible_key_lies_outside_a_span():
 def test_a_program_does_not_grow_with_the_lengths():
     def lines(length):
         groups, index = jnp.ones((1, length), jnp.int32), jnp.arange(length, dtype=jnp.int32)[None]
-        own = KeySet(*[jnp.zeros((1, K, length, H))] * 2, Keys(groups, index, index), Queries(groups, index, index))
+        zeros = jnp.zeros((1, K, length, H))
+        own = KeySet(zeros, zeros, Keys(groups, index, index), Queries(groups, index, index))
 
         def total(q):
             return flash_attention(q, (), (own,), Scoring(1.0, None, None), make_mesh([0]), ()).sum()
