@@ -110,6 +110,7 @@ def training_info(
         "base": config.base,
         "method": config.method,
         "module": module,
+        "objective": config.objective.described(),
         "data": [path for source in config.data.sources for path in paths_of(source)],
         "clock": config.data.clock,
         "steps": step,

@@ -29,7 +29,7 @@ def initial_params(config: TrainConfig, module: TrainableModule, base: Model) ->
     source = config.module.init
     if source is None:
         return fresh
-    start = load_module(_folder(source), base, prefill="own")
+    start = load_module(source_path(source), base, prefill="own")
     if start.boundary.invocation:
         raise PshareError(
             f"module.init {source} is an activated LoRA, whose first tokens the base computes; use another."
@@ -39,7 +39,12 @@ def initial_params(config: TrainConfig, module: TrainableModule, base: Model) ->
     return _adapter(source, fresh, module.objective.architecture.lora, start)
 
 
-def _folder(source: str) -> Path:
+def source_path(source: str) -> Path:
+    """The folder that a config names, of a hub name the downloaded one.
+
+    Raises:
+        PshareError: there is none.
+    """
     path = Path(source).expanduser()
     return path if path.is_dir() else source_folder(source)
 

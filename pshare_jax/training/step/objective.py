@@ -1,14 +1,14 @@
 """The training objective: a decode module on the frozen base's KV (`prefillshare`), or ordinary fine-tuning
 (`full_ft`).
 
-`nll` is pure and jittable: the sum of negative log-likelihoods of a batch's answers, each given the base's KV of the
-tokens before it (two streams; PrefillShare, arXiv 2602.12029). Only the trainable parameters have gradients.
+`batch_loss` is pure and jittable: the loss (losses.py) of a batch's answers, each given the base's KV of the tokens before it
+(two streams; PrefillShare, arXiv 2602.12029). Only the trainable parameters have gradients.
 """
 
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,22 +28,17 @@ from pshare_jax.share.decode_module import DecodeModule
 from pshare_jax.share.model import Model
 from pshare_jax.training.config import TARGETS, Method, ModuleConfig
 from pshare_jax.training.data.batches import Layout, OneStreamBatch, TwoStreamBatch
-from pshare_jax.training.step.cross_entropy import rows_nll
+from pshare_jax.training.step.chunks import Head
+from pshare_jax.training.step.cross_entropy import Sft
 from pshare_jax.training.step.embedding import embedding_rows
+from pshare_jax.training.step.losses import Batch, Guided, Loss, Tallies
 
 EMBEDDING, HEAD = "embedding.weight", "head"
 
 
-class Tallies(NamedTuple):
-    """Target tokens of a batch, and how many of them have the largest logit."""
-
-    tokens: Float[Array, ""]
-    correct: Float[Array, ""]
-
-
 @dataclass(frozen=True)
 class Objective:
-    """The loss without weights: the architectures of base and module on one mesh (abstract if nothing is computed)."""
+    """The loss and the architectures of base and module on one mesh (abstract if nothing is computed), without weights."""
 
     base: Architecture
     architecture: Architecture
@@ -51,6 +46,7 @@ class Objective:
     compute_dtype: str
     dropout: float = 0.0
     remat: bool = True
+    loss: Loss = Sft()
 
     @property
     def config(self) -> ModelConfig:
@@ -81,7 +77,7 @@ class TrainableModule:
 
     @property
     def layout(self) -> Layout:
-        """The layout of the batches that `nll` takes."""
+        """The layout of the batches that `batch_loss` takes."""
         return "two_stream" if self.method == "prefillshare" else "one_stream"
 
     @property
@@ -111,9 +107,15 @@ def module_architecture(base: Architecture, module: ModuleConfig) -> Architectur
 
 
 def trainable_module(
-    base: Model, method: Method, module: ModuleConfig, compute_dtype: str, *, remat: bool = True
+    base: Model,
+    method: Method,
+    module: ModuleConfig,
+    compute_dtype: str,
+    *,
+    remat: bool = True,
+    loss: Loss | None = None,
 ) -> TrainableModule:
-    """A decode module of `base` to train: all weights, or an adapter.
+    """A decode module of `base` to train, all weights or an adapter, with this loss (None: supervised fine-tuning).
 
     Raises:
         PshareError: no projection of the model is among the adapter's targets.
@@ -122,7 +124,9 @@ def trainable_module(
         base, params=_cast(base.params, compute_dtype), architecture=_typed(base.architecture, compute_dtype)
     )
     architecture = module_architecture(base.architecture, module)
-    objective = Objective(base.architecture, architecture, base.mesh, compute_dtype, module.dropout, remat)
+    objective = Objective(
+        base.architecture, architecture, base.mesh, compute_dtype, module.dropout, remat, loss or Sft()
+    )
     return TrainableModule(base, objective, method, {} if module.kind == "full" else base.params)
 
 
@@ -142,40 +146,43 @@ def init_trainable(module: TrainableModule, seed: int) -> Params:
     return values
 
 
-def nll(
+def batch_loss(
     objective: Objective,
     trainable: Params,
     frozen: Params,
     base_params: Params,
-    batch: TwoStreamBatch | OneStreamBatch,
+    batch: Batch | Guided,
     key: PRNGKeyArray | None,
 ) -> tuple[Float[Array, ""], Tallies]:
-    """The sum of -log p over the batch's target tokens, in float32. Dropout is applied only with a `key`."""
+    """The sum of the batch's losses, in float32. Dropout is applied only with a `key`."""
+    guided = batch if isinstance(batch, Guided) else None
+    read = batch.batch if isinstance(batch, Guided) else batch
     params = {**frozen, **_cast(trainable, objective.compute_dtype)}
     if EMBEDDING in trainable:
         # Rows are cast after the lookup, so that the gradients of repeated tokens are summed in float32.
         params[EMBEDDING] = trainable[EMBEDDING]
+    hidden = hidden_states(objective, params, base_params, read, key)
+    # The master weight, if it is trained: its gradient is summed over devices in its own dtype.
+    head = head_of(objective, {**params, **trainable})._replace(trained=not frozen)
+    return objective.loss(head, hidden, read, guided)
+
+
+def head_of(objective: Objective, params: Params) -> Head:
+    """The LM head among `params`, not trained."""
+    config = objective.config
+    return Head(params[EMBEDDING if config.tied else HEAD], objective.mesh, config.tied, config.final_softcap, False)
+
+
+def hidden_states(
+    objective: Objective, params: Params, base_params: Params, batch: Batch, key: PRNGKeyArray | None
+) -> Float[Array, "B D size"]:
+    """The module's hidden states at the targets, from all its parameters; two streams also read the base's."""
     decoder = objective.architecture.bind(params)
     if key is not None and objective.dropout:
         _set_dropout(decoder, objective.dropout, key)
     if isinstance(batch, TwoStreamBatch):
-        hidden = _decode_stream(objective, decoder, base_params, batch)
-    else:
-        hidden = _one_stream(objective, decoder, batch)
-    real, config = jnp.asarray(batch.weights), objective.config
-    head = EMBEDDING if config.tied else HEAD
-    total, correct = rows_nll(
-        hidden,
-        # The master weight, if it is trained: its gradient is summed over devices in its own dtype.
-        trainable.get(head, params[head]),
-        jnp.asarray(batch.targets),
-        real,
-        mesh=objective.mesh,
-        tied=config.tied,
-        softcap=config.final_softcap,
-        weight_grad=not frozen,
-    )
-    return total, Tallies(real.sum(), correct)
+        return _decode_stream(objective, decoder, base_params, batch)
+    return _one_stream(objective, decoder, batch)
 
 
 def _decode_stream(

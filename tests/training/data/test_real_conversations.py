@@ -14,7 +14,7 @@ from pshare_jax.training.data.bfcl import fetch_wheel, read_lines
 from pshare_jax.training.data.config import DataConfig, RowsConfig, SourceConfig
 from pshare_jax.training.data.loader import training_batches
 from pshare_jax.training.data.prepare import prepare
-from pshare_jax.training.step.objective import nll, trainable_module
+from pshare_jax.training.step.objective import batch_loss, trainable_module
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,7 @@ def test_rows_of_real_conversations_are_full_and_the_base_reads_each_once(base, 
     monkeypatch.setattr(Decoder, "stored", counted)
     module = trainable_module(base, "prefillshare", ModuleConfig(), "float32")
     jax.eval_shape(
-        lambda params: nll(module.objective, params, module.frozen, base.params, read[0], None), module.trainable_shapes
+        lambda params: batch_loss(module.objective, params, module.frozen, base.params, read[0], None),
+        module.trainable_shapes,
     )
     assert passes == [read[0].context_tokens.shape]
