@@ -121,7 +121,7 @@ def as_one_stream(batch: TwoStreamBatch) -> OneStreamBatch:
     tokens = np.concatenate([batch.context_tokens, batch.decode_tokens], axis=1)
     order = np.lexsort((positions, segments, segments == 0))
     tokens, positions, stream = (np.where(segments > 0, part, 0)[row, order] for part in (tokens, positions, segments))
-    np.add.at(counts, (row, segments), segments > 0)
+    np.add.at(counts, (row, batch.decode_segments), is_last)
     starts = np.cumsum(counts, axis=1) - counts
     picks = np.where(batch.weights > 0, starts[row, batch.decode_segments] + batch.decode_positions, 0)
     return OneStreamBatch(tokens, positions, stream, picks.astype(np.int32), batch.targets, batch.weights)
