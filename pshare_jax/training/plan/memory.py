@@ -170,10 +170,10 @@ def _guided(objective: Objective, batch: Any, base: Mapping[str, Any]) -> Guided
     one = AbstractMesh((1,), (MODEL,))
     hidden = jax.ShapeDtypeStruct((*batch.targets.shape, config.hidden_size), objective.compute_dtype)
 
-    def signal(weight: Any, hidden: Any) -> Any:
+    def signal(weight: Any, hidden: Any, batch: Any) -> Any:
         return loss.signal(Head(weight, one, config.tied, config.final_softcap, False), hidden, batch)
 
-    found = jax.eval_shape(signal, jax.ShapeDtypeStruct(weight.shape, weight.dtype), hidden)
+    found = jax.eval_shape(signal, jax.ShapeDtypeStruct(weight.shape, weight.dtype), hidden, batch)
     placed = jax.tree.map(lambda x: _placed(x, batch_sharding(objective.mesh)), found)
     return Guided(batch, placed, weight)
 

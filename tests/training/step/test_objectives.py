@@ -108,21 +108,20 @@ def test_distillation_equals_the_formula(worlds, kind, teacher_kind, method, fam
 
 def test_all_tokens_as_best_are_all_tokens(worlds):
     """And fewer tokens give a smaller divergence, never less than 0."""
-    world, batch = worlds["qwen3"], packed("two_stream", [samples(2), [], []])
+    world, batch = worlds["qwen3"], packed("two_stream", [samples(2)[:2], [], []])
     teacher, found = world.module("full", "full_ft"), {}
-    for top_k in (None, 320, 10_000, 20, 1):
+    for top_k in (None, 320, 20, 1):
         module = with_loss(world.module("lora"), Distillation(1.0, 1.5, top_k))
         found[top_k] = slopes_of(module, guide_of(module, teacher)(batch))
-    for top_k in (320, 10_000):
-        assert found[top_k][0] == pytest.approx(found[None][0], rel=1e-5)
-        assert_gradients_agree(found[top_k][2], found[None][2], 1e-4)
+    assert found[320][0] == pytest.approx(found[None][0], rel=1e-5)
+    assert_gradients_agree(found[320][2], found[None][2], 1e-4)
     assert 0 < found[1][0] < found[20][0] < found[None][0]
 
 
 @pytest.mark.parametrize("top_k", [None, 7])
 def test_a_module_that_is_its_teacher_has_nothing_to_learn(worlds, top_k):
     """On one KV the divergence and its gradient are 0; on the base's KV a module differs from itself on its own."""
-    world, found = worlds["gemma3"], samples(3)
+    world, found = worlds["gemma3"], samples(3)[:3]
     same = with_loss(world.module("full", "full_ft"), Distillation(1.0, 1.0, top_k))
     total, _, slopes = slopes_of(same, guide_of(same, same)(packed("one_stream", [found, []])))
     tokens = sum(sample.answer_len for sample in found)
