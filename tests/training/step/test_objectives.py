@@ -3,6 +3,7 @@ those that the server gives.
 """
 
 import math
+import re
 from typing import Any
 
 import jax
@@ -130,7 +131,7 @@ def test_a_module_that_is_its_teacher_has_nothing_to_learn(worlds, top_k):
     scale = max(float(jnp.abs(x).max()) for x in plain.values())
     assert max(float(jnp.abs(x).max()) for x in slopes.values()) < 1e-4 * scale
     shared = with_loss(world.module("full"), Distillation(1.0, 1.0, top_k))
-    assert slopes_of(shared, guide_of(shared, shared)(packed("two_stream", [found, []])))[0] > 0.01 * tokens
+    assert slopes_of(shared, guide_of(shared, shared)(packed("two_stream", [found, []])))[0] > 1e-3 * tokens
     # The base on its own KV is the base on the base's KV, in both layouts.
     base = with_loss(world.module("full"), Distillation(1.0, 1.0, top_k))
     base.trainable.clear()
@@ -182,17 +183,17 @@ def fresh_of(world, method):
 def test_dpo_begins_at_log_2_with_the_servers_log_probabilities(worlds, kind, method):
     world, found = worlds["qwen3"], pairs(5)
     module = with_loss(world.module(kind, method), Dpo(0.1))
-    guided = guide_of(module, module)(packed(module.layout, [found, []]))
+    guided = guide_of(module, module)(packed(module.layout, [[sample] for sample in found]))
     total, tallies, _ = slopes_of(module, guided)
     assert total == pytest.approx(3 * math.log(2), rel=1e-6)
     assert float(tallies.metrics["margin"]) == pytest.approx(0, abs=1e-4)
     if method == "full_ft":
         return
     numbers, signal = np.asarray(answer_numbers(guided.batch)), np.asarray(guided.signal)
-    answers = [(sample.ids[:start], answer) for sample in found for start, answer in sample.answers]
-    for number, (prompt, answer) in enumerate(answers, start=1):
-        expected = ps.score(world.shared, kind, (*prompt, *answer), response_start=len(prompt))[len(prompt) :]
-        np.testing.assert_allclose(signal[numbers == number], expected, atol=1e-4)
+    for row, sample in enumerate(found):
+        for number, (start, answer) in enumerate(sample.answers, start=1):
+            expected = ps.score(world.shared, kind, (*sample.ids[:start], *answer), response_start=start)[start:]
+            np.testing.assert_allclose(signal[row][numbers[row] == number], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -208,19 +209,13 @@ def test_the_logits_of_all_tokens_never_exist(worlds, loss):
     guided, limit = guide(batch), batch.targets.size * 320
     step = jax.grad(lambda trainable: batch_loss(module.objective, trainable, *_fixed(module), guided, None)[0])
     read = guide_batch(batch, guide.objective)
-    programs = (
-        jax.make_jaxpr(step)(module.trainable),
-        jax.make_jaxpr(guide.program)(guide.params, guide.base_params, read),
+    program: Any = guide.program
+    texts = (
+        str(jax.make_jaxpr(step)(module.trainable)),
+        program.lower(guide.params, guide.base_params, read).as_text(),
     )
-    for jaxpr in programs:
-        sizes = {math.prod(x.aval.shape) for x in variables(jaxpr.jaxpr)}
-        assert 11 * 320 in sizes
-        assert limit not in sizes
-
-
-def variables(jaxpr):
-    """All variables, also of inner programs."""
-    for equation in jaxpr.eqns:
-        yield from equation.outvars
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            yield from variables(inner)
+    assert "f32[11,320]" in texts[0]
+    for text in texts:
+        named = re.findall(r"(?:f32\[|tensor<)(\d[\dx,]*)", text)
+        shapes = [tuple(map(int, re.findall(r"\d+", dims))) for dims in named]
+        assert not [shape for shape in shapes if 320 in shape and math.prod(shape) >= limit]
