@@ -193,7 +193,7 @@ def test_dpo_begins_at_log_2_with_the_servers_log_probabilities(worlds, kind, me
     for row, sample in enumerate(found):
         for number, (start, answer) in enumerate(sample.answers, start=1):
             expected = ps.score(world.shared, kind, (*sample.ids[:start], *answer), response_start=start)[start:]
-            np.testing.assert_allclose(signal[row][numbers[row] == number], expected, atol=1e-4)
+            np.testing.assert_allclose(signal[row][numbers[row] == number], np.array(expected, float), atol=1e-4)
 
 
 @pytest.mark.parametrize(
