@@ -390,6 +390,11 @@ class Tokenizer:
         """Writes tokenizer.json, tokenizer_config.json and the chat templates; transformers loads the folder."""
         write_folder(Path(folder), self._backend, self._config, self._sources)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """All tokens, also added ones, and their ids."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of everything that determines the ids of a text: vocabulary, merges, normaliser, splitting, special tokens."""
@@ -418,8 +423,7 @@ class Tokenizer:
 
     @cached_property
     def _length_bound(self) -> LengthBound | None:
-        vocab = self._backend.get_vocab(with_added_tokens=True)
-        return length_bound(self._backend, map(self.token_bytes, vocab.values()))
+        return length_bound(self._backend, map(self.token_bytes, self.vocabulary.values()))
 
     def _check_length(self, text: str, refuse_from: int | None) -> None:
         bound = self._length_bound

@@ -9,6 +9,7 @@ from pshare_jax.settings import check_least
 from pshare_jax.text.chat_style import ChatLayout, ChatStyle, parse_style, read_template
 from pshare_jax.training.data.batches import Layout
 from pshare_jax.training.data.config import MAX_SEED, DataConfig, check_data
+from pshare_jax.training.objective_config import ObjectiveConfig, check_objective
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 _TIED = ("embedding", "embed_tokens", "head", "lm_head")
@@ -130,6 +131,7 @@ class TrainConfig:
     output: str
     method: Method = "prefillshare"
     module: ModuleConfig = field(default_factory=ModuleConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     steps: int | None = None
     accumulation: int = 1
@@ -146,6 +148,11 @@ class TrainConfig:
     def layout(self) -> Layout:
         """The batch layout of the method."""
         return "two_stream" if self.method == "prefillshare" else "one_stream"
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the data are pairs of answers."""
+        return self.objective.name == "dpo"
 
 
 def check_train_config(config: TrainConfig) -> None:
@@ -164,6 +171,8 @@ def check_train_config(config: TrainConfig) -> None:
     if config.steps is None and config.data.epochs is None:
         raise PshareError("steps must be set when data.epochs is null, since the data never end.")
     _check_module(config.module)
+    check_objective(config.objective)
+    _check_pairs(config)
     _check_optimizer(config.optimizer)
     _check_evaluation(config)
     split = config.mesh.data * config.mesh.fsdp
@@ -212,6 +221,12 @@ def _check_module(module: ModuleConfig) -> None:
             raise PshareError(f"module.targets contains {target!r}; allowed are {', '.join(TARGETS)}.")
     if len(set(module.targets)) < len(module.targets):
         raise PshareError("module.targets contains a projection twice; list each projection once.")
+
+
+def _check_pairs(config: TrainConfig) -> None:
+    sources = [*config.data.sources, *config.data.eval_sources]
+    if config.pairs and any(source.shape != "preference" for source in sources):
+        raise PshareError("objective.name: dpo needs records with two answers; set shape: preference in every source.")
 
 
 def _check_optimizer(optimizer: OptimizerConfig) -> None:

@@ -56,6 +56,7 @@ def write_model_card(folder: Path) -> None:
         f"- Training: method `{training['method']}`, {training['applied_steps']} steps, {training['trained_tokens']} "
         f"target tokens, learning rate {training['learning_rate']:g}",
         f"- Trained: {_module_summary(training['module'])}",
+        *_objective_lines(training.get("objective", {})),
         f"- Data: {', '.join(f'`{path}`' for path in training['data'])}",
         *_style_lines(manifest),
         "",
@@ -137,6 +138,14 @@ def _style_lines(manifest: Manifest) -> list[str]:
     if manifest.style.system != "first":
         lines.append(f"- Layout: a chat's own system message stands {_PLACES[manifest.style.system]}")
     return lines
+
+
+def _objective_lines(objective: Mapping[str, Any]) -> list[str]:
+    """Nothing for supervised fine-tuning, the default."""
+    if objective.get("name", "sft") == "sft":
+        return []
+    values = [f"{name} `{value}`" for name, value in objective.items() if name != "name" and value is not None]
+    return [f"- Objective: {objective['name']}, {', '.join(values)}"]
 
 
 def _module_summary(module: Mapping[str, Any]) -> str:

@@ -25,10 +25,10 @@ LINE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class StepReport:
-    """Metrics of a step. `step` counts from 1; `loss` is per target token; `tokens` are target tokens, `input_tokens`
-    all tokens without padding; `correct` is the share of targets with the largest logit; `grad_norm` is before
-    clipping; `epoch` counts from 0 and includes the fraction completed; `bad_steps` counts all steps not applied so
-    far; `samples` is a hash of the step's sample names in order.
+    """Metrics of a step. `step` counts from 1; `loss` is per target token, or per pair of answers; `tokens` are target
+    tokens, `input_tokens` all tokens without padding; `correct` is the share of targets with the largest logit;
+    `grad_norm` is before clipping; `epoch` counts from 0 and includes the fraction completed; `bad_steps` counts all
+    steps not applied so far; `samples` is a hash of the step's sample names in order; `metrics` are the objective's own.
     """
 
     step: int
@@ -44,6 +44,7 @@ class StepReport:
     applied: bool
     bad_steps: int
     samples: str
+    metrics: Mapping[str, float]
 
 
 class Reporter:
@@ -74,6 +75,7 @@ class Reporter:
     def step(self, report: StepReport) -> None:
         """Records a step."""
         values = asdict(report)
+        values |= values.pop("metrics")
         self._write(values)
         self._plot(report.step, {f"train/{name}": values[name] for name in values if name not in ("step", "samples")})
         summary = f"loss {report.loss:.4f}, {report.tokens_per_second:,.0f} tokens/s"
@@ -149,7 +151,7 @@ def draw_loss(metrics: Path, picture: Path) -> None:
         steps, losses = zip(*held_out, strict=True)
         axes.plot(steps, losses, "o-", color="C1", label="held out")
     axes.set_xlabel("step")
-    axes.set_ylabel("loss per target token (nats)")
+    axes.set_ylabel("loss (nats)")
     axes.grid(alpha=0.3)
     if train or held_out:
         axes.legend()

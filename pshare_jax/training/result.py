@@ -117,6 +117,7 @@ def training_info(
         **({"base_license": license_fields} if license_fields else {}),
         "method": config.method,
         "module": module,
+        "objective": config.objective.described(),
         "data": [path for source in config.data.sources for path in paths_of(source)],
         "clock": config.data.clock,
         "steps": step,

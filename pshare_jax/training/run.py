@@ -24,6 +24,7 @@ from pshare_jax.training.checkpoint import Checkpoints
 from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.data.loader import Batches, evaluation_batches, training_batches
 from pshare_jax.training.data.prepare import PreparedData, prepare
+from pshare_jax.training.guide import load_guide, loss_of
 from pshare_jax.training.progress import Reporter, draw_loss
 from pshare_jax.training.result import save_result, training_info
 from pshare_jax.training.run_folder import RunFolder
@@ -73,7 +74,13 @@ def _train_in(run: RunFolder, config: TrainConfig, evaluate_module: ModuleEvalua
     data = read_data(config, base.tokenizer, base.stop_ids, base.config)
     say(f"data:\n{data.report}")
     trained = trainable_module(
-        base, config.method, config.module, base.architecture.dtype, remat=config.remat, take=True
+        base,
+        config.method,
+        config.module,
+        base.architecture.dtype,
+        remat=config.remat,
+        loss=loss_of(config.objective),
+        take=True,
     )
     with (
         training_batches(data.train, config.data, config.layout) as batches,
@@ -85,6 +92,7 @@ def _train_in(run: RunFolder, config: TrainConfig, evaluate_module: ModuleEvalua
             batches,
             checkpoints,
             start=functools.partial(initial_params, config, trained),
+            guide=load_guide(config, trained),
             evaluation=_held_out(config, data),
             evaluate_module=evaluate_module,
         )
@@ -120,7 +128,7 @@ def read_data(config: TrainConfig, tokenizer: Tokenizer, stop_ids: frozenset[int
     # The server refuses sequences beyond the model's context, so they are not trained on either.
     data_config = replace(config.data, max_len=min(config.data.max_len, model.max_len))
     tokenizer = tokenizer if config.data.time is None else tokenizer.at(config.data.time)
-    data = prepare(data_config, tokenizer, stop_ids, config.layout, model.vocab_size, config.module.style)
+    data = prepare(data_config, tokenizer, stop_ids, config.layout, model.vocab_size, config.module.style, config.pairs)
     if config.evaluation.every is not None and not len(data.evaluation):
         raise PshareError(
             "evaluation.every needs an evaluation sample, but none is left; raise data.max_len or add data."
@@ -138,7 +146,7 @@ def _plan(config: TrainConfig, trainer: Trainer, batches: Batches) -> Iterator[s
     base = trainer.module.base
     where = f"{base.mesh.size} {base.mesh.devices.flat[0].platform} devices in {base.architecture.dtype}"
     steps = f"steps {trainer.step + 1} to {trainer.num_steps}"
-    yield f"training ({config.method}, {config.module.kind}) on {where}: {steps}"
+    yield f"training ({config.method}, {config.module.kind}, {config.objective.name}) on {where}: {steps}"
     yield f"{batches.epochs.fill():.0%} of the positions in a batch hold tokens"
     if config.steps is not None and trainer.num_steps < config.steps:
         yield f"the data end after {trainer.num_steps} of {config.steps} steps; data.epochs: null repeats them"

@@ -29,7 +29,7 @@ def initial_params(config: TrainConfig, module: TrainableModule) -> Params:
     source, base = config.module.init, module.base
     if source is None:
         return init_trainable(module, config.seed)
-    start = load_module(_folder(source), base, prefill="own")
+    start = load_module(source_path(source), base, prefill="own")
     if start.boundary.invocation:
         raise PshareError(
             f"module.init {source} is an activated LoRA, whose first tokens the base computes; use another."
@@ -48,7 +48,12 @@ def _unstacked(config: TrainConfig, module: TrainableModule, start: DecodeModule
     return merged(replace(start, params={**whole, **start.params}), module.base).params
 
 
-def _folder(source: str) -> Path:
+def source_path(source: str) -> Path:
+    """The folder that a config names, of a hub name the downloaded one.
+
+    Raises:
+        PshareError: there is none.
+    """
     path = Path(source).expanduser()
     return path if path.is_dir() else source_folder(source)
 

@@ -24,6 +24,7 @@ from pshare_jax.training.data.batches import OneStreamBatch, TwoStreamBatch
 from pshare_jax.training.data.epochs import Batch
 from pshare_jax.training.data.loader import Batches
 from pshare_jax.training.progress import Reporter, StepReport
+from pshare_jax.training.step.guide import Guide
 from pshare_jax.training.step.mesh import shard_batch
 from pshare_jax.training.step.objective import TrainableModule, init_trainable
 from pshare_jax.training.step.optimizer import update_rule
@@ -67,8 +68,8 @@ def num_steps(config: TrainConfig, num_batches: int | None, done: int = 0) -> in
 
 class Trainer:
     """A run from its start or its last checkpoint. `start` gives the parameters of a new run (None: those of
-    `init_trainable`), `evaluation` makes one pass over the held-out data, if any. The
-    attribute `module` holds no unused weights: full fine-tuning drops the base.
+    `init_trainable`), `evaluation` makes one pass over the held-out data, if any, `guide` reads each batch before the module, if
+    the objective needs it. The attribute `module` holds no unused weights: full fine-tuning drops the base.
     """
 
     def __init__(
@@ -79,12 +80,13 @@ class Trainer:
         checkpoints: Checkpoints,
         *,
         start: Callable[[], Params] | None = None,
+        guide: Guide | None = None,
         evaluation: MakeBatches | None = None,
         evaluate_module: ModuleEvaluation | None = None,
     ) -> None:
         """Raises PshareError if parameters are not finite, or the checkpoint has other data or another base."""
         self._config, self._batches, self._checkpoints = config, batches, checkpoints
-        self._evaluation, self._evaluate_module = evaluation, evaluate_module
+        self._evaluation, self._evaluate_module, self._guide = evaluation, evaluate_module, guide
         self._progress = self._restored_progress(module)
         self.num_steps = num_steps(config, batches.num_batches(), self.step)
         rule = update_rule(config.optimizer, self.num_steps)
@@ -159,9 +161,10 @@ class Trainer:
         sums = None if self._config.accumulation == 1 else self._steps.no_sums()
         for number, batch in enumerate(window, start=self.step * self._config.accumulation):
             self._wait_on_cpu(sums, self._state)
-            sums = self._steps.accumulate(
-                sums, self._state.trainable, *self._fixed_params(), self._sharded(batch), np.int32(number)
-            )
+            arrays = self._on_device(batch)
+            if self._guide is not None:
+                self._wait_on_cpu(arrays)
+            sums = self._steps.accumulate(sums, self._state.trainable, *self._fixed_params(), arrays, np.int32(number))
         assert sums is not None
         self._wait_on_cpu(sums)
         self._state, result = self._steps.apply(self._state, sums)
@@ -207,6 +210,7 @@ class Trainer:
                 applied=bool(result.applied),
                 bad_steps=int(result.all_bad),
                 samples=pending.samples,
+                metrics={name: float(value) for name, value in result.metrics.items()},
             )
         )
         if not result.finite:
@@ -240,17 +244,21 @@ class Trainer:
         self._report_pending()
         if self._evaluation is None:
             return {}
-        nll, tokens, correct = 0.0, 0.0, 0.0
+        loss, tokens, correct, terms = 0.0, 0.0, 0.0, 0.0
+        metrics = dict.fromkeys(self.module.objective.loss.metrics, 0.0)
         with self._evaluation() as batches:
             for batch in batches:
                 if self._stop:
                     return None
                 params = self._state.trainable, *self._fixed_params()
-                value, tallies = self._steps.evaluate(*params, self._sharded(batch))
-                nll += float(value)
+                value, tallies = self._steps.evaluate(*params, self._on_device(batch))
+                loss += float(value)
                 tokens += float(tallies.tokens)
                 correct += float(tallies.correct)
-        values = {"eval_loss": nll / tokens, "eval_correct": correct / tokens}
+                terms += float(tallies.terms)
+                metrics = {name: total + float(tallies.metrics[name]) for name, total in metrics.items()}
+        values = {"eval_loss": loss / terms, "eval_correct": correct / tokens}
+        values |= {f"eval_{name}": total / terms for name, total in metrics.items()}
         if self._evaluate_module is not None:
             values |= self._evaluate_module(self.module, self._state.trainable)
         self._reporter.evaluation(self.step, values)
@@ -289,8 +297,8 @@ class Trainer:
     def _fixed_params(self) -> tuple[Params, Params]:
         return self.module.frozen, self.module.base_params
 
-    def _sharded(self, batch: Batch) -> Any:
-        return shard_batch(batch.arrays, self.module.base.mesh)
+    def _on_device(self, batch: Batch) -> Any:
+        return shard_batch(batch.arrays, self.module.base.mesh) if self._guide is None else self._guide(batch.arrays)
 
     def _epoch(self, batch: Batch) -> float:
         return round(batch.epoch + (batch.number + 1) / self._batches.epochs.num_batches(batch.epoch), 4)

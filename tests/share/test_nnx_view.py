@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from objective_models import BaseWithModules, assert_gradients_agree, packed, samples
+from objective_models import BaseWithModules, assert_gradients_agree, by_layer, packed, samples
 from tiny import FAMILIES, random_tokens
 
 import pshare_jax as ps
@@ -17,7 +17,7 @@ from pshare_jax.model.architecture import is_lora
 from pshare_jax.model.dense_steps import KVLayers
 from pshare_jax.model.kv.dense import DenseKV
 from pshare_jax.share.nnx_view import TRAINABLE, BaseParam, DecodeView, PrefillView, SharedView, nnx_view
-from pshare_jax.training.step.objective import nll
+from pshare_jax.training.step.objective import batch_loss
 
 NEW = 6
 Turns = tuple[tuple[int, int], ...]
@@ -153,8 +153,9 @@ def test_the_filters_gradient_is_trainings(made, view, kind):
     _, got = loss_and_gradient(view.tasks[kind], contexts(view.prefill, ids, sample.turns), ids, sample.turns)
     ours = {".".join(map(str, path[1:])): x[...] for path, x in nnx.to_flat_state(got)}
     module, batch = made.module(kind), packed("two_stream", [[sample]])
-    loss = lambda trainable: nll(module.objective, trainable, module.frozen, made.base.params, batch, None)[0]  # noqa: E731
-    assert_gradients_agree(ours, jax.jit(jax.grad(loss))(module.trainable))
+    fixed = module.frozen, module.base_params, batch, None
+    slopes = jax.jit(jax.grad(lambda trainable: batch_loss(module.objective, trainable, *fixed)[0]))(module.trainable)
+    assert_gradients_agree(ours, by_layer(module, slopes))
 
 
 def test_an_optimizer_changes_the_task_and_nothing_else(made):

@@ -48,7 +48,7 @@ class OneStreamBatch(NamedTuple):
 
 
 def two_stream(rows: Sequence[Sequence[Sample]], context_len: int, decode_len: int) -> TwoStreamBatch:
-    """The batch of `rows`, with C = context_len and D = decode_len.
+    """The batch of `rows`, with C = context_len and D = decode_len. The answers of a pair are two turns over one context.
 
     Raises:
         ValueError: a row does not fit.
@@ -65,21 +65,22 @@ def two_stream(rows: Sequence[Sequence[Sample]], context_len: int, decode_len: i
             batch.context_tokens[b, at] = ids[: sample.context_len]
             batch.context_positions[b, at] = np.arange(sample.context_len)
             batch.context_segments[b, at] = segment
-            for start, end in sample.turns:
+            for start, answer in sample.answers:
                 turn += 1
-                at, first, num = decode_at.take(end - start), base_len(start), end - start
-                batch.decode_tokens[b, at] = ids[first : first + num]
+                at, first, num = decode_at.take(len(answer)), base_len(start), len(answer)
+                batch.decode_tokens[b, at] = (ids[first], *answer[:-1])
                 batch.decode_positions[b, at] = np.arange(first, first + num)
                 batch.decode_segments[b, at] = segment
                 batch.decode_turns[b, at] = turn
                 batch.decode_prefix[b, at] = first
-                batch.targets[b, at] = ids[start:end]
+                batch.targets[b, at] = answer
                 batch.weights[b, at] = 1
     return batch
 
 
 def one_stream(rows: Sequence[Sequence[Sample]], length: int, answers_len: int) -> OneStreamBatch:
-    """The batch of `rows`, with T = length and R = answers_len; a sample's last token is only a target.
+    """The batch of `rows`, with T = length and R = answers_len; a sample's last token is only a target. The answers of a pair
+    have a segment each.
 
     Raises:
         ValueError: a row does not fit.
@@ -89,7 +90,7 @@ def one_stream(rows: Sequence[Sequence[Sample]], length: int, answers_len: int) 
     batch = OneStreamBatch._make([*stream, *answers, np.zeros((len(rows), answers_len), np.float32)])
     for b, row in enumerate(rows):
         stream_at, answers_at = _Cursor(length), _Cursor(answers_len)
-        for segment, sample in enumerate(row, start=1):
+        for segment, sample in enumerate([part for each in row for part in each.whole], start=1):
             num_tokens = next_position(sample.turns[-1][1])
             ids = np.asarray(sample.ids, np.int32)
             at = stream_at.take(num_tokens)
@@ -102,6 +103,28 @@ def one_stream(rows: Sequence[Sequence[Sample]], length: int, answers_len: int) 
                 batch.targets[b, picked] = ids[start:end]
                 batch.weights[b, picked] = 1
     return batch
+
+
+def as_one_stream(batch: TwoStreamBatch) -> OneStreamBatch:
+    """The batch as one stream, in which a model reads all tokens itself: that of `one_stream` with length C + D, which fits, and
+    answers_len D.
+    """
+    row = np.arange(len(batch.targets))[:, None]
+    # Tokens of each segment in the context stream; segment 0 is padding.
+    counts = np.zeros((len(row), int(max(batch.context_segments.max(), batch.decode_segments.max())) + 1), np.int32)
+    np.add.at(counts, (row, batch.context_segments), 1)
+    counts[:, 0] = 0
+    # Inputs of a sample's last turn follow its context; those of earlier turns are in it.
+    is_last = (batch.decode_segments > 0) & (batch.decode_prefix == counts[row, batch.decode_segments])
+    segments = np.concatenate([batch.context_segments, np.where(is_last, batch.decode_segments, 0)], axis=1)
+    positions = np.concatenate([batch.context_positions, batch.decode_positions], axis=1)
+    tokens = np.concatenate([batch.context_tokens, batch.decode_tokens], axis=1)
+    order = np.lexsort((positions, segments, segments == 0))
+    tokens, positions, stream = (np.where(segments > 0, part, 0)[row, order] for part in (tokens, positions, segments))
+    np.add.at(counts, (row, batch.decode_segments), is_last)
+    starts = np.cumsum(counts, axis=1) - counts
+    picks = np.where(batch.weights > 0, starts[row, batch.decode_segments] + batch.decode_positions, 0)
+    return OneStreamBatch(tokens, positions, stream, picks.astype(np.int32), batch.targets, batch.weights)
 
 
 class _Cursor:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pshare_jax.share.boundary import next_position
 from pshare_jax.training.data.batches import Layout, OneStreamBatch, TwoStreamBatch, one_stream, two_stream
 from pshare_jax.training.data.packing import fill, pack, random_order
 from pshare_jax.training.data.prepare import SampleSet
@@ -121,7 +120,7 @@ class Epochs:
 def sample_lengths(samples: SampleSet, layout: Layout) -> np.ndarray:
     """For every sample of the store, its context and answer positions in a row of `layout`, [N, 2]."""
     store = samples.store
-    context = store.context_lens if layout == "two_stream" else next_position(store.lens)
+    context = store.context_lens if layout == "two_stream" else store.stream_lens
     return np.stack([context, store.answer_lens], axis=1)
 
 

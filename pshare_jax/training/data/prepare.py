@@ -52,11 +52,12 @@ def prepare(
     layout: Layout = "two_stream",
     vocab_size: int | None = None,
     style: ChatStyle | None = None,
+    pairs: bool = False,
 ) -> PreparedData:
     """Reads all sources of `config` and makes samples that fit a row of `layout`.
 
     `stop_ids` end generation with the model; `vocab_size` is the number of its embeddings (None: not checked). Chats are
-    written in the module's `style`.
+    written in the module's `style`. With `pairs` each sample has a chosen and a rejected answer.
 
     Raises:
         PshareError: a wrong setting, an unreadable source, or a source without a usable record.
@@ -66,7 +67,7 @@ def prepare(
     chat = _reads_chats(config, tokenizer, style)
     stop_ids |= tokenizer.turn_ends(style)
     limits = replace(_limits(config, layout), vocab_size=vocab_size)
-    reading = _Reading(RecordReader(tokenizer, stop_ids, chat, limits, style), stop_ids)
+    reading = _Reading(RecordReader(tokenizer, stop_ids, chat, limits, style, pairs=pairs), stop_ids)
     store = SampleStore(reading.samples([*config.sources, *config.eval_sources]))
     split_at = len(config.sources)
     groups = [np.flatnonzero(np.array(reading.groups) == index) for index in range(split_at + len(config.eval_sources))]
@@ -97,7 +98,7 @@ def _limits(config: DataConfig, layout: Layout) -> Limits:
     context_len, answer_len = config.batch.context_len, config.batch.answer_len
     if layout == "one_stream" and context_len is not None:
         # A sample's last token is only a target.
-        return Limits(min(config.max_len, context_len + 1), None, answer_len)
+        return Limits(min(config.max_len, context_len + 1), None, answer_len, stream_len=context_len)
     return Limits(config.max_len, context_len, answer_len)
 
 

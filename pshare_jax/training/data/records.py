@@ -12,7 +12,7 @@ from pshare_jax.errors import PshareError
 from pshare_jax.text.chat_style import ChatStyle
 from pshare_jax.text.chat_template import ROLES, checked_messages
 from pshare_jax.text.tokenizer import Tokenizer
-from pshare_jax.training.data.samples import Limits, Sample, Turn, join_turns
+from pshare_jax.training.data.samples import Limits, Sample, Turn, join_pair, join_turns
 
 MARKS = ("train", "weight")
 _EXCLUDED = "excluded by train or weight"
@@ -28,7 +28,9 @@ class Dropped(Exception):
 
 
 class RecordReader:
-    """Makes samples from records. `stop_ids` end generation with the module; prompts are written in its `style`."""
+    """Makes samples from records, with `pairs` samples of two answers. `stop_ids` end generation with the module; prompts are
+    written in its `style`.
+    """
 
     def __init__(
         self,
@@ -37,8 +39,10 @@ class RecordReader:
         chat: bool,
         limits: Limits,
         style: ChatStyle | None = None,
+        *,
+        pairs: bool = False,
     ) -> None:
-        self.tokenizer, self.reads_chats, self._limits = tokenizer, chat, limits
+        self.tokenizer, self.reads_chats, self._limits, self._pairs = tokenizer, chat, limits, pairs
         self.style = style or ChatStyle()
         self._ends = stop_ids & tokenizer.special_ids
 
@@ -51,15 +55,37 @@ class RecordReader:
         if not isinstance(record, dict):
             raise Dropped("not an object", f"A record must be a JSON object, not {type(record).__name__}.")
         left_out: dict[str, int] = {}
-        turns = list(self._chat_turns(record, left_out) if self.reads_chats else self._text_turns(record, left_out))
-        samples, too_long = join_turns(turns, self._limits, source, line)
+        if self._pairs:
+            samples, too_long = self._pair(record, left_out, source, line)
+        else:
+            samples, too_long = join_turns(self._turns(record, left_out), self._limits, source, line)
         if too_long:
             left_out["too long"] = too_long
         if not samples:
             reason = max(left_out, key=lambda name: left_out[name]) if left_out else "no assistant turn"
             raise Dropped(reason)
-        self._check_ids(max(max(sample.ids) for sample in samples))
+        self._check_ids(max(max(sample.ids + sample.rejected) for sample in samples))
         return samples, left_out
+
+    def _turns(self, record: Mapping[str, Any], left_out: dict[str, int]) -> list[Turn]:
+        return list(self._chat_turns(record, left_out) if self.reads_chats else self._text_turns(record, left_out))
+
+    def _pair(
+        self, record: Mapping[str, Any], left_out: dict[str, int], source: str, line: int
+    ) -> tuple[list[Sample], int]:
+        """The sample of a record's two answers, and how many are too long."""
+        if record.get("rejected") is None:
+            raise Dropped("no pair", "A pair needs two answers, chosen and rejected, to the same prompt.")
+        other: dict[str, int] = {}
+        found = self._turns(record, left_out), self._turns({**record, "completion": record["rejected"]}, other)
+        if not all(found):
+            left_out.update(other)
+            return [], 0
+        (chosen,), (rejected,) = found
+        if chosen.prompt != rejected.prompt or chosen.answer == rejected.answer:
+            raise Dropped("no pair", "The answers chosen and rejected must differ, and their prompts be the same.")
+        sample = join_pair(chosen, rejected, self._limits, source, line)
+        return ([], 1) if sample is None else ([sample], 0)
 
     def _check_ids(self, largest: int) -> None:
         """For an id without an embedding XLA would read the last row."""

@@ -205,14 +205,17 @@ def _schema_type(written: Any) -> dict[str, Any]:
 
 
 def _chosen(record: Fields) -> dict[str, Any]:
-    """The preferred answer of a pair; where it is a whole conversation, maybe as JSON text, its last message."""
-    chosen = record["chosen"]
-    if isinstance(chosen, str):
-        chosen = _conversation(chosen) or chosen
-    if isinstance(chosen, list):
-        asked = chosen[:-1] or record.get("prompt")
-        return {"prompt": asked, "completion": chosen[-1:]}
-    return {"prompt": record.get("prompt"), "completion": chosen}
+    """The preferred answer of a pair, and the other as `rejected`; where they are whole conversations, maybe as JSON text,
+    their last messages.
+    """
+    chosen, rejected = (
+        _conversation(x) or x if isinstance(x, str) else x for x in (record["chosen"], record["rejected"])
+    )
+    if not isinstance(chosen, list):
+        return {"prompt": record.get("prompt"), "completion": chosen, "rejected": rejected}
+    asked = chosen[:-1] or record.get("prompt")
+    answer = rejected[-1:] if isinstance(rejected, list) and rejected[:-1] == chosen[:-1] else None
+    return {"prompt": asked, "completion": chosen[-1:], "rejected": answer}
 
 
 def _conversation(text: str) -> list[Any] | None:

@@ -14,12 +14,14 @@ from typing import Any, overload
 
 import numpy as np
 
-from pshare_jax.share.boundary import base_len
+from pshare_jax.share.boundary import base_len, next_position
 from pshare_jax.training.data.samples import Sample
 
 
 class SampleStore(Sequence[Sample]):
-    """An immutable sequence of samples; `lens`, `context_lens`, `answer_lens` and `records` are arrays over it."""
+    """An immutable sequence of samples; `context_lens`, `stream_lens` (tokens that one stream reads), `answer_lens` and `records`
+    are arrays over it.
+    """
 
     def __init__(self, samples: Iterable[tuple[int, Sample]], folder: Path | None = None) -> None:
         """Writes `samples`, each with its record's number, below `folder` (None: the system's temporary folder)."""
@@ -27,19 +29,21 @@ class SampleStore(Sequence[Sample]):
         self._clean_up = weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
         self._path = root / "ids"
         names: dict[str, int] = {}
-        ends, num_turns, turns, sources, lines, records = [0], [0], [], [], [], []
+        ends, num_turns, turns, sources, lines, records, rejected, read = [0], [0], [], [], [], [], [], []
         digest = hashlib.blake2b(digest_size=16)
         with self._path.open("wb") as file:
             for record, sample in samples:
-                ids = np.asarray(sample.ids, np.int32)
+                ids = np.asarray(sample.ids + sample.rejected, np.int32)
                 file.write(ids.tobytes())
-                digest.update(ids.tobytes() + repr((len(ids), sample.turns)).encode())
+                digest.update(ids.tobytes() + repr((len(sample.ids), sample.turns)).encode())
                 ends.append(ends[-1] + len(ids))
                 turns.extend(sample.turns)
                 num_turns.append(len(turns))
                 sources.append(names.setdefault(sample.source, len(names)))
                 lines.append(sample.line)
                 records.append(record)
+                rejected.append(len(sample.rejected))
+                read.append(sum(next_position(len(part.ids)) for part in sample.whole))
         self._names = list(names)
         self._ends, self._turn_ends = np.array(ends, np.int64), np.array(num_turns, np.int64)
         self._turns = np.array(turns, np.int32).reshape(-1, 2)
@@ -47,8 +51,9 @@ class SampleStore(Sequence[Sample]):
         self.records = np.array(records, np.int64)
         self.digest = digest.hexdigest()
         lengths = np.concatenate([[0], np.cumsum(self._turns[:, 1] - self._turns[:, 0])])
-        self.answer_lens = np.diff(lengths[self._turn_ends])
-        self.lens = np.diff(self._ends)
+        self._rejected = np.array(rejected, np.int64)
+        self.answer_lens = np.diff(lengths[self._turn_ends]) + self._rejected
+        self.stream_lens = np.array(read, np.int64)
         self.context_lens = base_len(self._turns[self._turn_ends[1:] - 1, 0].astype(np.int64))
         self._ids = self._mapped()
 
@@ -64,10 +69,17 @@ class SampleStore(Sequence[Sample]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        ids = self._ids[self._ends[index] : self._ends[index + 1]]
+        end = int(self._ends[index + 1] - self._rejected[index])
+        ids, rejected = self._ids[self._ends[index] : end], self._ids[end : self._ends[index + 1]]
         turns = self._turns[self._turn_ends[index] : self._turn_ends[index + 1]]
         source = self._names[self._sources[index]]
-        return Sample(tuple(ids.tolist()), tuple(map(tuple, turns.tolist())), source, int(self._lines[index]))
+        return Sample(
+            tuple(ids.tolist()),
+            tuple(map(tuple, turns.tolist())),
+            source,
+            int(self._lines[index]),
+            tuple(rejected.tolist()),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_ids", "_clean_up")}

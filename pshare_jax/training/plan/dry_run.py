@@ -21,8 +21,10 @@ from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.data.epochs import sample_lengths
 from pshare_jax.training.data.loader import row_capacity, training_batches
 from pshare_jax.training.data.prepare import SampleSet
+from pshare_jax.training.guide import guide_bytes, loss_of
 from pshare_jax.training.plan.memory import (
     BatchShape,
+    device_bytes,
     estimate_temporaries,
     estimate_update,
     held_memory,
@@ -63,12 +65,14 @@ def dry_run(config: TrainConfig) -> None:
     dtype = default_dtype(make_mesh([0])) if config.dtype == "auto" else config.dtype
     base = Architecture(outline.config, Build(dtype))
     mesh = training_mesh(config.mesh) if enough else abstract_mesh(config.mesh)
-    objective = make_objective(base, config.module, mesh, dtype, config.remat)
+    objective = make_objective(base, config.module, mesh, dtype, config.remat, loss_of(config.objective))
     _show("model", _model(objective, config))
     planned = _planned(config, outline)
     _show("data", planned.lines)
     shapes = step_shapes(objective, update_rule(config.optimizer, 1).transform, planned.shape, config.accumulation)
     held = held_memory(shapes)
+    if (second := guide_bytes(config, device_bytes(objective.base_shapes))) > 0:
+        held["second model's weights"] = second
     always, num_layers = sum(held.values()), outline.config.num_layers
     temporaries = estimate_temporaries(objective, shapes, planned.shape)
     _show("memory of a device in MiB, estimated from shapes", _estimated(held, temporaries, estimate_update(shapes)))
@@ -100,6 +104,7 @@ def _model(objective: Objective, config: TrainConfig) -> Lines:
         (model.family, f"{sizes}, {heads}, vocabulary {model.vocab_size}{', tied' if model.tied else ''}"),
         ("parameters", f"{everything:,}"),
         ("trained", f"{trained:,} ({config.method}, {config.module.kind})"),
+        *([] if config.objective.name == "sft" else [("objective", config.objective.name)]),
     ]
 
 

@@ -5,23 +5,25 @@ layer's intermediates as rematerialisation intends; `short_models.py` has what X
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 
 from pshare_jax.mesh import FSDP, MODEL, replicated
 from pshare_jax.model.attention.flash import KEY_BLOCK, QUERY_BLOCK
 from pshare_jax.model.layer_stack import is_stack
 from pshare_jax.training.data.batches import Layout, OneStreamBatch, TwoStreamBatch, one_stream, two_stream
 from pshare_jax.training.data.samples import Sample
-from pshare_jax.training.step.cross_entropy import chunk_tokens
+from pshare_jax.training.step.chunks import Head, chunk_tokens
+from pshare_jax.training.step.losses import Guided
 from pshare_jax.training.step.mesh import DATA, batch_sharding
-from pshare_jax.training.step.static import EMBEDDING, Objective
-from pshare_jax.training.step.steps import Sums, TrainState, in_layer_order, state_shapes
+from pshare_jax.training.step.static import EMBEDDING, HEAD, Objective
+from pshare_jax.training.step.steps import Sums, TrainState, in_layer_order, scalar_sums, state_shapes
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -53,7 +55,8 @@ class BatchShape:
 @dataclass(frozen=True)
 class StepShapes:
     """All arrays of a training step, as shapes with shardings. `base` are the weights that the base reads, `frozen`
-    those that the module shares with it; either may be empty. With `single_batch` no gradients are summed.
+    those that the module shares with it; either may be empty. With `single_batch` no gradients are summed. `batch` is
+    `Guided` if a second model reads it first.
     """
 
     base: Shapes
@@ -72,14 +75,17 @@ def step_shapes(
     number = jax.ShapeDtypeStruct((), jnp.float32)
     base = objective.base_shapes
     state = state_shapes(objective, optimizer)
-    arrays = batch.arrays(config.vocab_size)
+    arrays = jax.tree.map(lambda x: _placed(x, batch_sharding(mesh)), batch.arrays(config.vocab_size))
     return StepShapes(
         base=base if batch.layout == "two_stream" else {},
         frozen={} if objective.architecture.lora is None else base,
         state=state,
-        sums=Sums._make([in_layer_order(state.trainable, objective), *[_placed(number, replicated(mesh))] * 3]),
+        sums=Sums(
+            in_layer_order(state.trainable, objective),
+            *scalar_sums(objective, lambda: _placed(number, replicated(mesh))),
+        ),
         single_batch=accumulation == 1,
-        batch=jax.tree.map(lambda x: _placed(x, batch_sharding(mesh)), arrays),
+        batch=_guided(objective, arrays, base) if objective.loss.guide_kv else arrays,
     )
 
 
@@ -91,7 +97,8 @@ def held_memory(shapes: StepShapes) -> dict[str, int]:
         "trained weights in float32": trained,
         "optimizer state, counters": device_bytes(shapes.state) - trained,
         "gradients": device_bytes(shapes.sums),
-        "batch": device_bytes(shapes.batch),
+        # The second model's head is among its weights, which the dry run counts.
+        "batch": device_bytes(shapes.batch[:2] if isinstance(shapes.batch, Guided) else shapes.batch),
     }
 
 
@@ -105,8 +112,9 @@ def estimate_temporaries(objective: Objective, shapes: StepShapes, batch: BatchS
     kv = 2 * config.num_layers * rows * batch.context_len * kv_heads * config.head_dim * item if two_streams else 0
     # Each device processes its own rows.
     chunk = chunk_tokens(rows * batch.answer_len, config.vocab_size)
-    # Logits, their exponentials and their gradients exist at once.
-    logits = 3 * chunk * config.vocab_size * 4 // (tp if config.vocab_size % tp == 0 else 1)
+    # Logits, their exponentials and their gradients exist at once; in distillation also the teacher's.
+    arrays_of_logits = 6 if objective.loss.metrics[:1] == ("kl",) else 3
+    logits = arrays_of_logits * chunk * config.vocab_size * 4 // (tp if config.vocab_size % tp == 0 else 1)
     masters = shapes.state.trainable
     # The embedding is cast row by row after the lookup, but as a whole if it is also the head; a layer's weights in its turn.
     outside = {path: x for path, x in masters.items() if not is_stack(path) and (config.tied or path != EMBEDDING)}
@@ -149,6 +157,22 @@ def _layer_working_set(objective: Objective, batch: BatchShape, rows: int, item:
         layer = [x for path, x in objective.base.shapes.items() if path.startswith("layers.0.")]
         gathered = sum(math.prod(x.shape) for x in layer) * item // tp
     return max(decode, base if batch.layout == "two_stream" else 0) + gathered
+
+
+def _guided(objective: Objective, batch: Any, base: Mapping[str, Any]) -> Guided:
+    """The batch with the shapes of a second model's signal and head."""
+    config, loss = objective.config, objective.loss
+    weight = base[EMBEDDING if config.tied else HEAD]
+    # The shapes are the same on one device, for which nothing is split.
+    one = AbstractMesh((1,), (MODEL,))
+    hidden = jax.ShapeDtypeStruct((*batch.targets.shape, config.hidden_size), objective.compute_dtype)
+
+    def signal(weight: Any, hidden: Any, batch: Any) -> Any:
+        return loss.signal(Head(weight, one, config.tied, config.final_softcap, False), hidden, batch)
+
+    found = jax.eval_shape(signal, jax.ShapeDtypeStruct(weight.shape, weight.dtype), hidden, batch)
+    placed = jax.tree.map(lambda x: _placed(x, batch_sharding(objective.mesh)), found)
+    return Guided(batch, placed, weight)
 
 
 def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from pshare_jax.host_memory import free_host_memory
 from pshare_jax.model.architecture import Architecture
 from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.plan.memory import BatchShape, StepShapes, held_memory, step_shapes
+from pshare_jax.training.step.guide import Guide, guide_batch, guide_program
+from pshare_jax.training.step.mesh import batch_sharding
 from pshare_jax.training.step.optimizer import update_rule
 from pshare_jax.training.step.static import Objective
 from pshare_jax.training.step.steps import Sums, TrainState, train_steps
@@ -49,7 +51,7 @@ class ShortModel:
             base=_first_layers(objective.base, num_layers),
             architecture=_first_layers(objective.architecture, num_layers),
         )
-        self._batch, self._vocab_size = batch, objective.config.vocab_size
+        self._batch, self._vocab_size, self._mesh = batch, objective.config.vocab_size, objective.mesh
         rule = update_rule(config.optimizer, 1)
         steps: Any = train_steps(objective, rule, config.seed)
         self._shapes: StepShapes = step_shapes(objective, rule.transform, batch, config.accumulation)
@@ -62,6 +64,8 @@ class ShortModel:
             shapes.batch,
             np.int32(0),
         )
+        # A second model has the base's architecture.
+        self._guide = replace(objective, architecture=objective.base) if objective.loss.guide_kv else None
         self._accumulate: Any = steps.accumulate.lower(*arguments).compile()
         self._apply: Any = steps.apply.lower(shapes.state, shapes.sums).compile()
         self.process = resident_memory()
@@ -69,7 +73,14 @@ class ShortModel:
 
     def temporaries(self) -> Pair:
         """Bytes on one device that the compiled steps allocate in addition to their arguments."""
-        return Pair(*(step.memory_analysis().temp_size_in_bytes for step in (self._accumulate, self._apply)))
+        programs = [self._accumulate]
+        if self._guide is not None:
+            # Its program ends before the module's begins.
+            arrays, split = guide_batch(self._batch.arrays(self._vocab_size), self._guide), batch_sharding(self._mesh)
+            inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split), arrays)
+            program, weights = cast(Any, guide_program(self._guide)), self._guide.base_shapes
+            programs.append(program.lower(weights, weights, inputs).compile())
+        return Pair(max(map(_temporaries, programs)), _temporaries(self._apply))
 
     def needs(self) -> int:
         """Bytes on one device to run the steps."""
@@ -91,16 +102,23 @@ class ShortModel:
     def _timed(self) -> Iterator[Pair]:
         shapes = self._shapes
         base = {path: _synthetic(x) for path, x in shapes.base.items()}
-        frozen = base if shapes.frozen else {}
+        # Without a base stream, the module's frozen weights are the only whole model.
+        frozen = (base or {path: _synthetic(x) for path, x in shapes.frozen.items()}) if shapes.frozen else {}
         state = TrainState._make(
             [jax.tree.map(_synthetic, shapes.state.trainable), *jax.tree.map(_zeros, shapes.state[1:])]
         )
         arrays = self._batch.arrays(self._vocab_size)
-        batch = jax.device_put(arrays, jax.tree.map(lambda x: x.sharding, shapes.batch))
+        guide = None
+        if self._guide is not None:
+            weights = base or frozen or {path: _synthetic(x) for path, x in self._guide.base_shapes.items()}
+            guide = Guide(self._guide, weights, weights)
+        batch = jax.device_put(arrays, batch_sharding(self._mesh))
         while True:
             before: Sums | None = None if shapes.single_batch else jax.tree.map(_zeros, shapes.sums)
             jax.block_until_ready(before)
             began = time.perf_counter()
+            if guide is not None:
+                batch = guide(arrays)
             sums = self._accumulate(before, state.trainable, frozen, base, batch, np.int32(0))
             jax.block_until_ready(sums)
             between = time.perf_counter()
@@ -140,6 +158,10 @@ def resident_memory() -> int | None:
 def _first_layers(architecture: Architecture, count: int) -> Architecture:
     config = architecture.config
     return replace(architecture, config=replace(config, layers=config.layers[:count]))
+
+
+def _temporaries(program: Any) -> int:
+    return program.memory_analysis().temp_size_in_bytes
 
 
 def _zeros(x: jax.ShapeDtypeStruct) -> jax.Array:

@@ -1,17 +1,16 @@
 """The training objective: a decode module on the frozen base's KV (`prefillshare`), or ordinary fine-tuning
 (`full_ft`).
 
-`nll` is pure and jittable: the sum of negative log-likelihoods of a batch's answers, each given the base's KV of the
-tokens before it (two streams; PrefillShare, arXiv 2602.12029). Only the trainable parameters have gradients. Layers are
-stacked in all parameters of training (model/layer_stack.py).
+`batch_loss` is pure and jittable: the loss (losses.py) of a batch's answers, each given the base's KV of the tokens before it
+(two streams; PrefillShare, arXiv 2602.12029). Only the trainable parameters have gradients. Layers are stacked in all parameters
+of training (model/layer_stack.py).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -21,17 +20,11 @@ from pshare_jax.model.layer_stack import stack_layers, unstack_layers
 from pshare_jax.share.decode_module import DecodeModule
 from pshare_jax.share.model import Model
 from pshare_jax.training.config import Method, ModuleConfig, Remat
-from pshare_jax.training.data.batches import Layout, OneStreamBatch, TwoStreamBatch
-from pshare_jax.training.step.cross_entropy import rows_nll
+from pshare_jax.training.data.batches import Layout
+from pshare_jax.training.step.chunks import Head
+from pshare_jax.training.step.losses import Batch, Guided, Loss, Tallies
 from pshare_jax.training.step.static import EMBEDDING, HEAD, Objective, make_objective
 from pshare_jax.training.step.streams import hidden_states
-
-
-class Tallies(NamedTuple):
-    """Target tokens of a batch, and how many of them have the largest logit."""
-
-    tokens: Float[Array, ""]
-    correct: Float[Array, ""]
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ class TrainableModule:
 
     @property
     def layout(self) -> Layout:
-        """The layout of the batches that `nll` takes."""
+        """The layout of the batches that `batch_loss` takes."""
         return "two_stream" if self.method == "prefillshare" else "one_stream"
 
     @property
@@ -64,16 +57,23 @@ class TrainableModule:
 
 
 def trainable_module(
-    base: Model, method: Method, module: ModuleConfig, compute_dtype: str, *, remat: Remat = "layer", take: bool = False
+    base: Model,
+    method: Method,
+    module: ModuleConfig,
+    compute_dtype: str,
+    *,
+    remat: Remat = "layer",
+    loss: Loss | None = None,
+    take: bool = False,
 ) -> TrainableModule:
-    """A decode module of `base` to train: all weights, or an adapter.
+    """A decode module of `base` to train, all weights or an adapter, with this loss (None: supervised fine-tuning).
 
     With `take` the arrays leave `base.params`, so that weights and their stacks are not held at once.
 
     Raises:
         PshareError: no projection of the model is among the adapter's targets.
     """
-    objective = make_objective(base.architecture, module, base.mesh, compute_dtype, remat)
+    objective = make_objective(base.architecture, module, base.mesh, compute_dtype, remat, loss)
     arrays = base.params if take else dict(base.params)
     params = _cast(stack_layers(arrays, base.config, base.mesh), compute_dtype)
     hollow = replace(base, params={}, architecture=objective.base)
@@ -100,30 +100,28 @@ def drawn_adapter(objective: Objective, seed: int) -> dict[str, Any]:
     return values
 
 
-def nll(
+def batch_loss(
     objective: Objective,
     trainable: Params,
     frozen: Params,
     base_params: Params,
-    batch: TwoStreamBatch | OneStreamBatch,
+    batch: Batch | Guided,
     key: PRNGKeyArray | None,
 ) -> tuple[Float[Array, ""], Tallies]:
-    """The sum of -log p over the batch's target tokens, in float32. Dropout is applied only with a `key`."""
-    hidden = hidden_states(objective, trainable, frozen, base_params, batch, key)
-    real, config = jnp.asarray(batch.weights), objective.config
-    # The master weight, if the head is trained: its gradient is summed over devices in its own dtype.
-    head = (frozen or trainable)[EMBEDDING if config.tied else HEAD]
-    total, correct = rows_nll(
-        hidden,
-        head,
-        jnp.asarray(batch.targets),
-        real,
-        mesh=objective.mesh,
-        tied=config.tied,
-        softcap=config.final_softcap,
-        weight_grad=not frozen,
-    )
-    return total, Tallies(real.sum(), correct)
+    """The sum of the batch's losses, in float32. Dropout is applied only with a `key`."""
+    guided = batch if isinstance(batch, Guided) else None
+    read = batch.batch if isinstance(batch, Guided) else batch
+    params = {**frozen, **trainable}
+    hidden = hidden_states(objective, params, base_params, read, key)
+    # The master weight, if it is trained: its gradient is summed over devices in its own dtype.
+    head = head_of(objective, params)._replace(trained=not frozen)
+    return objective.loss(head, hidden, read, guided)
+
+
+def head_of(objective: Objective, params: Params) -> Head:
+    """The LM head among `params`, not trained."""
+    config = objective.config
+    return Head(params[EMBEDDING if config.tied else HEAD], objective.mesh, config.tied, config.final_softcap, False)
 
 
 def decode_module(

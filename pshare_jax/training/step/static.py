@@ -13,13 +13,15 @@ from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.layer_stack import stacked_shapes, stacked_sharding
 from pshare_jax.model.layers import LoraConfig
 from pshare_jax.training.config import TARGETS, ModuleConfig, Remat
+from pshare_jax.training.step.cross_entropy import Sft
+from pshare_jax.training.step.losses import Loss
 
 EMBEDDING, HEAD = "embedding.weight", "head"
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The loss without weights: the architectures of base and module on one mesh (abstract if nothing is computed)."""
+    """The loss and the architectures of base and module on one mesh (abstract if nothing is computed), without weights."""
 
     base: Architecture
     architecture: Architecture
@@ -27,6 +29,7 @@ class Objective:
     compute_dtype: str
     dropout: float = 0.0
     remat: Remat = "layer"
+    loss: Loss = Sft()
 
     @property
     def config(self) -> ModelConfig:
@@ -53,15 +56,20 @@ class Objective:
 
 
 def make_objective(
-    base: Architecture, module: ModuleConfig, mesh: Mesh | AbstractMesh, compute_dtype: str, remat: Remat = "layer"
+    base: Architecture,
+    module: ModuleConfig,
+    mesh: Mesh | AbstractMesh,
+    compute_dtype: str,
+    remat: Remat = "layer",
+    loss: Loss | None = None,
 ) -> Objective:
-    """The objective of a module on that base, computed in `compute_dtype`.
+    """The objective of a module on that base, computed in `compute_dtype`, with this loss (None: supervised fine-tuning).
 
     Raises:
         PshareError: no projection of the model is among the adapter's targets.
     """
     base = replace(base, build=replace(base.build, dtype=compute_dtype))
-    return Objective(base, module_architecture(base, module), mesh, compute_dtype, module.dropout, remat)
+    return Objective(base, module_architecture(base, module), mesh, compute_dtype, module.dropout, remat, loss or Sft())
 
 
 def module_architecture(base: Architecture, module: ModuleConfig) -> Architecture:

@@ -1,9 +1,10 @@
 """The jitted device programs of training: accumulate a micro-batch, apply a step, evaluate. Pure functions over
 pytrees.
 
-A step's loss is the mean over its target tokens, across all its micro-batches and devices. The device decides whether
-the step is applied: if loss or gradient norm is not finite, parameters and optimizer state stay unchanged. That is known
-before the update, so that each array is updated in its place; an update that overflows is only told (`StepResult.finite`).
+A step's loss is the mean over its target tokens (or pairs of answers), across all its micro-batches and devices. The device
+decides whether the step is applied: if loss or gradient norm is not finite, parameters and optimizer state stay unchanged. That
+is known before the update, so that each array is updated in its place; an update that overflows is only told
+(`StepResult.finite`).
 """
 
 from collections import OrderedDict
@@ -19,8 +20,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pshare_jax.mesh import replicated
 from pshare_jax.model.architecture import Params
+from pshare_jax.training.step.losses import Tallies
 from pshare_jax.training.step.mesh import step_compiler_options
-from pshare_jax.training.step.objective import Tallies, nll
+from pshare_jax.training.step.objective import batch_loss
 from pshare_jax.training.step.optimizer import UpdateRule
 from pshare_jax.training.step.static import Objective
 
@@ -36,21 +38,20 @@ class TrainState(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over the micro-batches of a step: negative log-likelihood with its gradients, target tokens, argmax hits.
+    """Sums over the micro-batches of a step: the loss with its gradients, and the tallies.
 
     Gradients are in layer order, which an `OrderedDict` keeps in a JAX program, unlike a dict. XLA on CPU schedules by
     that order: with 1, 10, 2, ... it would keep the intermediates of most layers until the end.
     """
 
     gradients: OrderedDict[str, Float[Array, "..."]]
-    nll: Float[Array, ""]
-    tokens: Float[Array, ""]
-    correct: Float[Array, ""]
+    loss: Float[Array, ""]
+    tallies: Tallies
 
 
 class StepResult(NamedTuple):
-    """Metrics of a step: mean loss, target tokens, argmax hits, norm of the mean gradient before clipping, counters, and
-    whether all weights are finite after it.
+    """Metrics of a step: mean loss, target tokens, argmax hits, norm of the mean gradient before clipping, counters,
+    whether all weights are finite after it, and the means of the objective's own metrics.
     """
 
     loss: Float[Array, ""]
@@ -62,6 +63,7 @@ class StepResult(NamedTuple):
     bad: Int[Array, ""]
     all_bad: Int[Array, ""]
     finite: Bool[Array, ""]
+    metrics: dict[str, Float[Array, ""]]
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def train_steps(objective: Objective, rule: UpdateRule, seed: int) -> TrainSteps
     state = state_shapes(objective, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     whole = replicated(objective.mesh)
-    sums_out = Sums._make([in_layer_order(shardings.trainable, objective), whole, whole, whole])
+    sums_out: Any = Sums(in_layer_order(shardings.trainable, objective), *scalar_sums(objective, lambda: whole))
     options = step_compiler_options(objective.mesh)
 
     def init(trainable: Params) -> TrainState:
@@ -100,7 +102,7 @@ def train_steps(objective: Objective, rule: UpdateRule, seed: int) -> TrainSteps
 
     def no_sums() -> Sums:
         gradients = {path: jnp.zeros(x.shape, jnp.float32) for path, x in objective.trainable_shapes.items()}
-        return Sums(in_layer_order(gradients, objective), *(jnp.float32(0) for _ in range(3)))
+        return Sums(in_layer_order(gradients, objective), *scalar_sums(objective, lambda: jnp.float32(0)))
 
     def accumulate(
         sums: Sums | None, trainable: Params, frozen: Params, base_params: Params, batch: Any, number: Int[Array, ""]
@@ -108,17 +110,17 @@ def train_steps(objective: Objective, rule: UpdateRule, seed: int) -> TrainSteps
         key = jax.random.fold_in(jax.random.key(seed), number)
 
         def loss(trainable: Params) -> tuple[Array, Tallies]:
-            return nll(objective, trainable, frozen, base_params, batch, key)
+            return batch_loss(objective, trainable, frozen, base_params, batch, key)
 
         (value, tallies), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
-        new = Sums(in_layer_order(gradients, objective), value, tallies.tokens, tallies.correct)
+        new = Sums(in_layer_order(gradients, objective), value, tallies)
         return new if sums is None else jax.tree.map(jnp.add, sums, new)
 
     def apply(state: TrainState, sums: Sums) -> tuple[TrainState, StepResult]:
-        tokens = jnp.maximum(sums.tokens, 1)
-        loss, grad_norm = sums.nll / tokens, optax.tree.norm(dict(sums.gradients)) / tokens
+        terms = jnp.maximum(sums.tallies.terms, 1)
+        loss, grad_norm = sums.loss / terms, optax.tree.norm(dict(sums.gradients)) / terms
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        factor = rule.clip_factor(grad_norm) / tokens
+        factor = rule.clip_factor(grad_norm) / terms
 
         def updated(trainable: Params, optimizer_state: optax.OptState) -> tuple[Params, optax.OptState]:
             gradients = {path: gradient * factor for path, gradient in sums.gradients.items()}
@@ -139,19 +141,20 @@ def train_steps(objective: Objective, rule: UpdateRule, seed: int) -> TrainSteps
         )
         result = StepResult(
             loss,
-            sums.tokens,
-            sums.correct,
+            sums.tallies.tokens,
+            sums.tallies.correct,
             grad_norm,
             jnp.asarray(rule.schedule(state.applied), jnp.float32),
             good,
             after.bad,
             after.all_bad,
             jnp.all(jnp.stack([jnp.isfinite(x).all() for x in trainable.values()])),
+            {name: value / terms for name, value in sums.tallies.metrics.items()},
         )
         return after, result
 
     def evaluate(trainable: Params, frozen: Params, base_params: Params, batch: Any) -> tuple[Array, Tallies]:
-        return nll(objective, trainable, frozen, base_params, batch, None)
+        return batch_loss(objective, trainable, frozen, base_params, batch, None)
 
     return TrainSteps(
         state=state,
@@ -186,6 +189,12 @@ def state_shapes(objective: Objective, optimizer: optax.GradientTransformation) 
     )
     counter = whole(jax.ShapeDtypeStruct((), np.int32))
     return TrainState._make([shapes, moments, counter, counter, counter])
+
+
+def scalar_sums(objective: Objective, scalar: Callable[[], Any]) -> tuple[Any, Tallies]:
+    """A new `scalar` in each place of a `Sums` but the gradients."""
+    metrics = {name: scalar() for name in objective.loss.metrics}
+    return scalar(), Tallies(scalar(), scalar(), scalar(), metrics)
 
 
 def in_layer_order(table: Mapping[str, Any], objective: Objective) -> OrderedDict[str, Any]:

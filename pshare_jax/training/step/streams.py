@@ -24,8 +24,9 @@ from pshare_jax.model.decoder import Attend, Decoder, DecoderLayer, ropes_of
 from pshare_jax.model.layer_stack import Place, is_stack, over_layers
 from pshare_jax.model.layers import Projection
 from pshare_jax.training.config import Remat
-from pshare_jax.training.data.batches import OneStreamBatch, TwoStreamBatch
+from pshare_jax.training.data.batches import OneStreamBatch
 from pshare_jax.training.step.embedding import embedding_rows
+from pshare_jax.training.step.losses import Batch
 from pshare_jax.training.step.mesh import row_axes
 from pshare_jax.training.step.static import EMBEDDING, Objective
 
@@ -37,15 +38,11 @@ KEPT: dict[Remat, Any] = {
 
 
 def hidden_states(
-    objective: Objective,
-    trainable: Params,
-    frozen: Params,
-    base_params: Params,
-    batch: TwoStreamBatch | OneStreamBatch,
-    key: PRNGKeyArray | None,
+    objective: Objective, params: Params, base_params: Params, batch: Batch, key: PRNGKeyArray | None
 ) -> Float[Array, "B R size"]:
-    """The final hidden states that predict the batch's targets, in the compute dtype. Dropout only with a `key`."""
-    params = {**frozen, **trainable}
+    """The module's final hidden states that predict the batch's targets, in the compute dtype, from all its parameters; two
+    streams also read the base's. Dropout only with a `key`.
+    """
     if isinstance(batch, OneStreamBatch):
         hidden = _one_stream(objective, params, batch, key)
         return jnp.take_along_axis(hidden, jnp.asarray(batch.picks)[:, :, None], axis=1)

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_data import random_samples
 
-from pshare_jax.training.data.batches import one_stream, two_stream
+from pshare_jax.training.data.batches import OneStreamBatch, as_one_stream, one_stream, two_stream
 from pshare_jax.training.data.packing import WINDOW, choose_capacity, fill, pack
 from pshare_jax.training.data.samples import Sample
+from pshare_jax.training.data.store import SampleStore
 
 pytestmark = pytest.mark.host
 
@@ -198,3 +199,32 @@ def test_given_lengths_are_kept():
     assert answers == 5000
     assert context >= lengths[:, 0].max()
     assert choose_capacity(np.array([[0, 2]]), None, None) == (32, 32)
+
+
+@given(SHAPES, st.integers(0, 3), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_two_streams_as_one_are_the_batch_of_one_stream(shape, spare_context, spare_answers):
+    rows = rows_of(shape)
+    context, answers = (max(1, need) for need in needs(rows, "two_stream"))
+    context, answers = context + spare_context, answers + spare_answers
+    ours, expected = as_one_stream(two_stream(rows, context, answers)), one_stream(rows, context + answers, answers)
+    for name, x, y in zip(OneStreamBatch._fields, ours, expected, strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+def test_the_answers_of_a_pair_share_a_context_or_have_a_stream_each():
+    pair = Sample((1, 2, 3, 4, 5), ((3, 5),), "test", 1, (6, 7, 8))
+    two = two_stream([[pair]], 4, 6)
+    assert two.context_tokens.tolist() == [[1, 2, 0, 0]]
+    assert two.decode_tokens.tolist() == [[3, 4, 3, 6, 7, 0]]
+    assert two.decode_positions.tolist() == [[2, 3, 2, 3, 4, 0]]
+    assert two.decode_turns.tolist() == [[1, 1, 2, 2, 2, 0]]
+    assert two.decode_prefix.tolist() == [[2, 2, 2, 2, 2, 0]]
+    one = one_stream([[pair]], 10, 6)
+    assert one.tokens.tolist() == [[1, 2, 3, 4, 1, 2, 3, 6, 7, 0]]
+    assert one.segments.tolist() == [[1, 1, 1, 1, 2, 2, 2, 2, 2, 0]]
+    assert two.targets.tolist() == one.targets.tolist() == [[4, 5, 6, 7, 8, 0]]
+    assert (pair.context_len, pair.answer_len) == (2, 5)
+    store = SampleStore(enumerate([pair]))
+    assert (list(store), store.stream_lens.tolist(), store.answer_lens.tolist()) == ([pair], [9], [5])

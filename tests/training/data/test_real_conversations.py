@@ -7,14 +7,14 @@ from training_data import write_jsonl
 
 import pshare_jax as ps
 from pshare_jax.errors import PshareError
-from pshare_jax.model.decoder import Decoder
 from pshare_jax.training.config import ModuleConfig
 from pshare_jax.training.data.batches import TwoStreamBatch
 from pshare_jax.training.data.bfcl import fetch_wheel, read_lines
 from pshare_jax.training.data.config import DataConfig, RowsConfig, SourceConfig
 from pshare_jax.training.data.loader import training_batches
 from pshare_jax.training.data.prepare import prepare
-from pshare_jax.training.step.objective import nll, trainable_module
+from pshare_jax.training.step import streams
+from pshare_jax.training.step.objective import batch_loss, trainable_module
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +58,16 @@ def test_rows_of_real_conversations_are_full_and_the_base_reads_each_once(base, 
         batch.context_tokens.size + batch.targets.size for batch in read
     )
     passes = []
-    stored = Decoder.stored
+    base_kv = streams._base_kv
 
-    def counted(self, x, positions, attend, kv):
-        passes.append(positions.shape)
-        return stored(self, x, positions, attend, kv)
+    def counted(objective, params, tokens, context):
+        passes.append(tokens.shape)
+        return base_kv(objective, params, tokens, context)
 
-    monkeypatch.setattr(Decoder, "stored", counted)
+    monkeypatch.setattr(streams, "_base_kv", counted)
     module = trainable_module(base, "prefillshare", ModuleConfig(), "float32")
     jax.eval_shape(
-        lambda params: nll(module.objective, params, module.frozen, module.base_params, read[0], None),
+        lambda params: batch_loss(module.objective, params, module.frozen, module.base_params, read[0], None),
         module.trainable_shapes,
     )
     assert passes == [read[0].context_tokens.shape]

@@ -19,6 +19,7 @@ from pshare_jax.training.config import EvaluationConfig, MeshConfig, TrainConfig
 from pshare_jax.training.data.batches import TwoStreamBatch
 from pshare_jax.training.data.config import DataConfig, RowsConfig
 from pshare_jax.training.data.loader import training_batches
+from pshare_jax.training.objective_config import ObjectiveConfig
 from pshare_jax.training.plan import short_models
 from pshare_jax.training.plan.memory import BatchShape, held_memory, step_shapes
 from pshare_jax.training.plan.short_models import Pair, extrapolate
@@ -276,3 +277,29 @@ def test_a_dry_run_cannot_resume(base_and_data, tmp_path, capsys):
     status, out, error = dry(config, tmp_path, capsys, "--resume")
     assert (status, out) == (2, "")
     assert "--resume" in error
+
+
+@pytest.mark.parametrize(
+    ("objective", "method", "kind", "second"),
+    [
+        (ObjectiveConfig("distillation", "a fine-tune"), "prefillshare", LORA, True),
+        (ObjectiveConfig("distillation", "a fine-tune", top_k=4), "full_ft", FULL, True),
+        (ObjectiveConfig("dpo"), "prefillshare", FULL, False),
+    ],
+    ids=["distillation", "best", "dpo"],
+)
+def test_the_plan_counts_the_second_model(base_and_data, tmp_path, capsys, objective, method, kind, second):
+    """Not one that is the base, which is there already. Its program is compiled and timed, too."""
+    base = without_weights(base_and_data[0], tmp_path / "base")
+    for file in base.glob("tokenizer*"):
+        file.unlink()
+    config = planned_config(base, objective=objective, method=method, module=kind)
+    source = replace(config.data.sources[0], shape="preference" if objective.name == "dpo" else None)
+    status, out, error = dry(replace(config, data=replace(config.data, sources=[source])), tmp_path, capsys)
+    assert (status, error) == (0, "")
+    assert f"objective                         {objective.name}\n" in out
+    assert ("second model's weights" in out) is second
+    if second:
+        parameters = float(re.findall(r"^  parameters +([\d,]+)", out, re.MULTILINE)[0].replace(",", ""))
+        assert mib(out, "second model's weights") == pytest.approx(4 * parameters / 2**20, abs=0.1)
+    assert re.search(r"a step +[\d.e-]+ s: 2 x [\d.e-]+ s .* [\d.e-]+ s for the update", out)

@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pshare_jax.training.config import MeshConfig
-from pshare_jax.training.step import cross_entropy
-from pshare_jax.training.step.cross_entropy import chunk_tokens, head_nll, rows_nll
+from pshare_jax.training.step import chunks
+from pshare_jax.training.step.chunks import Head, chunk_tokens
+from pshare_jax.training.step.cross_entropy import rows_nll, token_logprobs
 from pshare_jax.training.step.mesh import training_mesh
 
 
@@ -19,7 +20,7 @@ from pshare_jax.training.step.mesh import training_mesh
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize(("num_tokens", "most"), [(1, 1), (7, 3), (8, 4), (9, 100)])
 def test_chunks_of_the_head_equal_the_whole(tied, softcap, num_tokens, most, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", most * 33)
+    monkeypatch.setattr(chunks, "CHUNK_LOGITS", most * 33)
     draw = np.random.default_rng(num_tokens)
     hidden, weight = draw.normal(size=(num_tokens, 6)), draw.normal(size=(33, 6) if tied else (6, 33)) * 2
     targets, real = draw.integers(0, 33, num_tokens), draw.integers(0, 2, num_tokens)
@@ -33,7 +34,8 @@ def test_chunks_of_the_head_equal_the_whole(tied, softcap, num_tokens, most, mon
 
     def ours(hidden, weight, weight_grad=True):
         integers, mask = jnp.asarray(targets, jnp.int32), jnp.asarray(real, jnp.float32)
-        return head_nll(hidden, weight, integers, mask, tied=tied, softcap=softcap, weight_grad=weight_grad)
+        head = Head(weight, training_mesh(MeshConfig()), tied, softcap, weight_grad)
+        return rows_nll(head, hidden[None], integers[None], mask[None])
 
     whole, ours = jax.jit(whole), jax.jit(ours, static_argnums=2)
     (total, correct), slopes = jax.value_and_grad(ours, argnums=(0, 1), has_aux=True)(*arrays)
@@ -44,6 +46,35 @@ def test_chunks_of_the_head_equal_the_whole(tied, softcap, num_tokens, most, mon
         np.testing.assert_allclose(ours_slope, wanted_slope, atol=1e-5)
     frozen = jax.grad(lambda hidden: 3 * ours(hidden, arrays[1], False)[0])(arrays[0])
     np.testing.assert_allclose(frozen, 3 * wanted[0], atol=3e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("shape", [(), (2, 2, 1)], ids=["one", "rows"])
+def test_single_log_probabilities_equal_the_whole(tied, softcap, shape, monkeypatch):
+    """Also with weights of any sign, by which an objective combines them."""
+    monkeypatch.setattr(chunks, "CHUNK_LOGITS", 5 * 33)
+    draw = np.random.default_rng(3)
+    hidden, weight = draw.normal(size=(4, 9, 6)), draw.normal(size=(33, 6) if tied else (6, 33)) * 2
+    targets, factors = draw.integers(0, 33, (4, 9)), jnp.asarray(draw.normal(size=(4, 9)), jnp.float32)
+    arrays = [jnp.asarray(x, jnp.float32) for x in (hidden, weight)]
+    mesh = training_mesh(MeshConfig(*shape))
+
+    def whole(hidden, weight):
+        logits = hidden @ (weight.T if tied else weight)
+        logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+        logprobs = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(targets)[..., None], axis=2)[..., 0]
+        return jnp.sum(jnp.sin(logprobs) * factors), (logprobs, logits.argmax(-1) == targets)
+
+    def ours(hidden, weight, trained=True):
+        logprobs, hits = token_logprobs(Head(weight, mesh, tied, softcap, trained), hidden, jnp.asarray(targets))
+        return jnp.sum(jnp.sin(logprobs) * factors), (logprobs, hits)
+
+    found, expected = (jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))(*arrays) for f in (ours, whole))
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-5)
+    frozen = jax.jit(jax.grad(lambda hidden: ours(hidden, arrays[1], False)[0]))(arrays[0])
+    np.testing.assert_allclose(frozen, expected[1][0], atol=2e-5)
 
 
 def test_chunks_are_even():
@@ -67,7 +98,7 @@ def at_head(mesh, tied: bool, vocab: int) -> tuple[Any, str]:
     real = draw.integers(0, 2, (ROWS, TOKENS)).astype(np.float32)
 
     def loss(hidden, weight, targets, real):
-        return rows_nll(hidden, weight, targets, real, mesh=mesh, tied=tied, softcap=None, weight_grad=True)
+        return rows_nll(Head(weight, mesh, tied, None, True), hidden, targets, real)
 
     slope = jax.jit(
         jax.value_and_grad(loss, argnums=(0, 1), has_aux=True),
@@ -84,7 +115,7 @@ def at_head(mesh, tied: bool, vocab: int) -> tuple[Any, str]:
 )
 def test_devices_process_their_own_rows(tied, vocab, shape, monkeypatch):
     """No device gathers hidden states or targets, and each has its share of the chunks; an odd vocabulary is replicated."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 8 * vocab)
+    monkeypatch.setattr(chunks, "CHUNK_LOGITS", 8 * vocab)
     alone, single = at_head(training_mesh(MeshConfig()), tied, vocab)
     shared, text = at_head(training_mesh(MeshConfig(*shape)), tied, vocab)
     for ours, theirs in zip(jax.tree.leaves(shared), jax.tree.leaves(alone), strict=True):

@@ -29,9 +29,9 @@ from pshare_jax.model.layers import Projection
 from pshare_jax.training.config import MeshConfig
 from pshare_jax.training.data.batches import two_stream
 from pshare_jax.training.data.samples import Sample
-from pshare_jax.training.step import cross_entropy
+from pshare_jax.training.step import chunks
 from pshare_jax.training.step.mesh import shard_batch, training_mesh
-from pshare_jax.training.step.objective import decode_module, nll, trainable_module
+from pshare_jax.training.step.objective import batch_loss, decode_module, trainable_module
 from pshare_jax.training.step.streams import set_dropout
 
 KINDS = ("full", "lora")
@@ -57,12 +57,12 @@ def quick_jit(function):
 
 def compiled(module):
     """(forward, forward and backward), compiled once per objective."""
-    blocks = attention.QUERY_BLOCK, attention.KEY_BLOCK, cross_entropy.CHUNK_LOGITS
+    blocks = attention.QUERY_BLOCK, attention.KEY_BLOCK, chunks.CHUNK_LOGITS
     key = (module.objective, module.method, bool(module.frozen), *blocks)
     if key not in STEPS:
 
         def step(trainable, frozen, base, batch, key):
-            return nll(module.objective, trainable, frozen, base, batch, key)
+            return batch_loss(module.objective, trainable, frozen, base, batch, key)
 
         STEPS[key] = quick_jit(step), quick_jit(jax.value_and_grad(step, has_aux=True))
     return STEPS[key]
@@ -107,7 +107,7 @@ def check_gradients(module, monkeypatch):
     # Small enough for several blocks of queries and several chunks of logits.
     monkeypatch.setattr(attention, "QUERY_BLOCK", 16)
     monkeypatch.setattr(attention, "KEY_BLOCK", 8)
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 7 * 320)
+    monkeypatch.setattr(chunks, "CHUNK_LOGITS", 7 * 320)
     first, second = samples(2)[:2]
     found = [first, replace(second, turns=second.turns[:1])]
     total, _, slopes = both(module, packed(module.layout, [found, [], []]))
@@ -133,7 +133,7 @@ def test_turns_are_independent_and_the_base_is_constant(llama):
     """An earlier answer affects a later turn only through the base's KV, and no gradient reaches the base."""
     module, (sample, *_) = llama.module("full"), samples(3)
     batch = packed("two_stream", [[sample], [], []])
-    grad_of_base = jax.grad(lambda base: nll(module.objective, module.trainable, {}, base, batch, None)[0])
+    grad_of_base = jax.grad(lambda base: batch_loss(module.objective, module.trainable, {}, base, batch, None)[0])
     slope = quick_jit(grad_of_base)(module.base_params)
     assert all(float(jnp.abs(grad).max()) == 0 for grad in slope.values())
     # Other tokens in the first turn's decode stream leave the second turn's loss unchanged.
@@ -156,7 +156,7 @@ def test_rematerialisation_changes_nothing(llama):
         assert_gradients_agree(again[2], kept[2], 1e-6)
         arrays = module.frozen, module.base_params, batch, None
         _, pullback = jax.vjp(
-            lambda trainable, m=module, a=arrays: nll(m.objective, trainable, *a)[0], module.trainable
+            lambda trainable, m=module, a=arrays: batch_loss(m.objective, trainable, *a)[0], module.trainable
         )
         kept_bytes[remat] = sum(x.nbytes for x in jax.tree.leaves(pullback))
     assert kept_bytes["layer"] < kept_bytes["dots"] < kept_bytes["none"]
@@ -254,9 +254,9 @@ def test_the_logits_of_all_tokens_never_exist(llama, monkeypatch):
     module = llama.module("full")
 
     def total(trainable, batch):
-        return nll(module.objective, trainable, {}, module.base_params, batch, None)[0]
+        return batch_loss(module.objective, trainable, {}, module.base_params, batch, None)[0]
 
-    monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 32 * config.vocab_size)
+    monkeypatch.setattr(chunks, "CHUNK_LOGITS", 32 * config.vocab_size)
     text = jax.jit(jax.grad(total)).lower(module.trainable, batch).compile().as_text()
     assert text is not None
     shapes = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\w\[([\d,]+)\]", text)}

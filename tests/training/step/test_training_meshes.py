@@ -1,6 +1,7 @@
 """Training steps on meshes: the loss of one device, rows that stay split, and collectives of weights and gradients only."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,9 @@ import pshare_jax as ps
 from pshare_jax.training.config import MeshConfig, OptimizerConfig
 from pshare_jax.training.data.batches import one_stream, two_stream
 from pshare_jax.training.data.samples import Sample
+from pshare_jax.training.step.distillation import Distillation
+from pshare_jax.training.step.dpo import Dpo
+from pshare_jax.training.step.guide import Guide
 from pshare_jax.training.step.mesh import shard_batch, training_mesh
 from pshare_jax.training.step.objective import init_trainable, trainable_module
 from pshare_jax.training.step.optimizer import update_rule
@@ -67,15 +71,26 @@ def samples() -> list[Sample]:
 
 
 class Step:
-    """A module's first step on a mesh, and its compiled gradient program."""
+    """A module's first step on a mesh, and its compiled gradient program; the base is the second model of an objective that has
+    one.
+    """
 
-    def __init__(self, folder: Path, dtype: str, kind: Any, method: Any, mesh: MeshConfig):
+    def __init__(self, folder: Path, dtype: str, kind: Any, method: Any, mesh: MeshConfig, loss: Any = None):
         base = ps.load(folder, dtype=dtype, mesh=training_mesh(mesh))
-        module = trainable_module(base, method, kind, dtype)
-        rows = [[sample] for sample in samples()]
+        module = trainable_module(base, method, kind, dtype, loss=loss)
+        drawn = samples()
+        if isinstance(loss, Dpo):
+            # The module's answer is divided into a chosen and a rejected one.
+            drawn = [
+                replace(x, ids=x.ids[:-2], turns=((CONTEXT + 1, len(x.ids) - 2),), rejected=x.ids[-2:]) for x in drawn
+            ]
+        rows = [[sample] for sample in drawn]
         make = two_stream if module.layout == "two_stream" else one_stream
         length = CONTEXT if module.layout == "two_stream" else CONTEXT + ANSWER
-        batch = shard_batch(make(rows, length, ANSWER), base.mesh)
+        batch: Any = shard_batch(make(rows, length, ANSWER), base.mesh)
+        if loss is not None:
+            objective = replace(module.objective, architecture=base.architecture)
+            batch = Guide(objective, module.base_params, module.base_params)(make(rows, length, ANSWER))
         steps = train_steps(module.objective, update_rule(OptimizerConfig(warmup_steps=0), 9), 0)
         state = steps.init(init_trainable(module, 0))
         arguments = (None, state.trainable, module.frozen, module.base_params, batch, np.int32(0))
@@ -85,6 +100,32 @@ class Step:
         sums = steps.accumulate(*arguments)
         self.gradients = jax.device_get(dict(sums.gradients))
         self.state, self.result = steps.apply(state, sums)
+
+
+# Beside the cases above, which are of supervised fine-tuning.
+OBJECTIVES = [
+    (Distillation(0.5, 2.0, None), "bfloat16", FULL, "all", True),
+    (Distillation(0.5, 2.0, 4), "float32", LORA, "fsdp", False),
+    (Dpo(0.5), "float32", FULL, "all", True),
+]
+
+
+@pytest.mark.parametrize(("loss", "dtype", "kind", "mesh", "tied"), OBJECTIVES, ids=["all", "best", "dpo"])
+def test_an_objective_on_a_mesh(folders, loss, dtype, kind, mesh, tied):
+    """As on one device, and no device gets hidden states, logits or signals of others' rows."""
+    arguments = (folders[tied], dtype, kind, "prefillshare")
+    expected, step = (Step(*arguments, each, loss) for each in (MeshConfig(), MESHES[mesh]))
+    tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+    assert float(step.result.loss) == pytest.approx(float(expected.result.loss), rel=tolerance)
+    largest = max(np.abs(x).max() for x in expected.gradients.values())
+    for path, gradient in expected.gradients.items():
+        assert np.abs(step.gradients[path] - gradient).max() <= 10 * tolerance * largest, path
+    if MESHES[mesh].tensor == 1:
+        lines = [
+            x for x in step.program.as_text().splitlines() if re.search(r" (all-gather|all-reduce|reduce-scatter)\(", x)
+        ]
+        assert lines
+        assert not [shape for line in lines for shape in shapes(line) if {CONTEXT, ANSWER} & set(shape)]
 
 
 def shapes(text: str) -> list[tuple[int, ...]]:

@@ -152,11 +152,11 @@ def test_the_base_is_unchanged_and_the_optimizer_has_only_trainable_parameters(b
 
 
 def poisoned(kind: str):
-    """`nll` that is not finite if the batch contains the target NAN_TARGET."""
-    nll = steps_module.nll
+    """A loss that is not finite if the batch contains the target NAN_TARGET."""
+    loss = steps_module.batch_loss
 
     def spoiled(objective, trainable, frozen, base_params, batch, key):
-        value, tallies = nll(objective, trainable, frozen, base_params, batch, key)
+        value, tallies = loss(objective, trainable, frozen, base_params, batch, key)
         bad = (batch.targets == NAN_TARGET).any()
         if kind == "gradient":
             # Its value is 0, its gradient infinite.
@@ -174,7 +174,7 @@ def poison(samples: list[Sample]) -> list[Sample]:
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
 def test_a_step_that_is_not_finite_changes_only_the_counters(base_and_data, monkeypatch, kind):
-    monkeypatch.setattr(steps_module, "nll", poisoned(kind))
+    monkeypatch.setattr(steps_module, "batch_loss", poisoned(kind))
     rig = Rig(base_and_data, LORA)
     good = two_stream([drawn_samples(3)], 8, 32)
     bad = two_stream([poison(drawn_samples(4))], 8, 32)
@@ -235,15 +235,15 @@ def test_every_optimizer_learns_and_keeps_what_it_says(base_and_data, name, mesh
 
 
 def test_a_run_counts_bad_steps_and_ends_after_too_many(base_and_data, tmp_path, monkeypatch):
-    nll = steps_module.nll
+    loss = steps_module.batch_loss
 
     def ever_more(objective, trainable, frozen, base_params, batch, key):
         """NaN once B is not 0, so after the first applied step."""
-        value, tallies = nll(objective, trainable, frozen, base_params, batch, key)
+        value, tallies = loss(objective, trainable, frozen, base_params, batch, key)
         moved = jnp.abs(trainable["layers.0:1:1.attention.q.lora_b"]).sum() > 0
         return value * jnp.where(moved, jnp.nan, 1.0), tallies
 
-    monkeypatch.setattr(steps_module, "nll", ever_more)
+    monkeypatch.setattr(steps_module, "batch_loss", ever_more)
     config = run_config(
         base_and_data,
         tmp_path / "run",
