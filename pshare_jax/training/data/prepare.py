@@ -15,6 +15,7 @@ from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.training.data.batches import Layout
 from pshare_jax.training.data.config import DataConfig, SourceConfig, check_data, paths_of
 from pshare_jax.training.data.files import Broken
+from pshare_jax.training.data.overlap import Asked, asked, joined
 from pshare_jax.training.data.records import Dropped, RecordReader
 from pshare_jax.training.data.report import Report, SourceReport
 from pshare_jax.training.data.samples import Limits, Sample
@@ -65,7 +66,7 @@ def prepare(
         raise PshareError("data.format: chat needs a chat template, which the model lacks; set data.format: text.")
     chat = tokenizer.chat_template is not None if config.format is None else config.format == "chat"
     limits = replace(_limits(config, layout), vocab_size=vocab_size)
-    reading = _Reading(RecordReader(tokenizer, stop_ids, chat, limits, style), stop_ids)
+    reading = _Reading(RecordReader(tokenizer, stop_ids, chat, limits, style), stop_ids, config.has_evaluation)
     store = SampleStore(reading.samples([*config.sources, *config.eval_sources]))
     split_at = len(config.sources)
     groups = [np.flatnonzero(np.array(reading.groups) == index) for index in range(split_at + len(config.eval_sources))]
@@ -73,7 +74,10 @@ def prepare(
     if config.eval_fraction:
         train, evaluation = _split(store, train, config)
     weights = tuple(source.weight for source in config.sources)
-    report = Report(reading.reports, sum(map(len, train)), sum(map(len, evaluation)), _leaked(store, train, evaluation))
+    leaked = (0, 0)
+    if config.has_evaluation:
+        leaked = _leaked(*([reading.asked[at] for at in _records(store, groups)] for groups in (train, evaluation)))
+    report = Report(reading.reports, sum(map(len, train)), sum(map(len, evaluation)), *leaked)
     return PreparedData(
         SampleSet(store, tuple(train), weights), SampleSet(store, tuple(evaluation), (1.0,) * len(evaluation)), report
     )
@@ -89,12 +93,16 @@ def _limits(config: DataConfig, layout: Layout) -> Limits:
 
 @dataclass
 class _Reading:
-    """Reads sources in order; `groups` holds for each sample the index of its source in the config."""
+    """Reads sources in order; `groups` holds for each sample the index of its source in the config, `asked` for each record
+    what it asks, if there is an evaluation to compare with.
+    """
 
     reader: RecordReader
     stop_ids: frozenset[int]
+    compares: bool
     reports: list[SourceReport] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
+    asked: dict[int, Asked] = field(default_factory=dict)
     num_records: int = 0
 
     def samples(self, sources: Sequence[SourceConfig]) -> Iterator[tuple[int, Sample]]:
@@ -122,6 +130,8 @@ class _Reading:
                 report.drop(line, dropped.reason, dropped.detail)
                 continue
             report.keep(line, samples, left_out, self.stop_ids)
+            if self.compares:
+                self.asked[self.num_records] = asked(record)
             yield from samples
         if len(self.reports) == first:
             raise PshareError(f"{path} contains no records; remove the source or fill it.")
@@ -171,15 +181,15 @@ def _record_marks(store: SampleStore, group: np.ndarray, seed: int) -> dict[int,
     return {record: mark.digest() for record, mark in hashes.items()}
 
 
-def _leaked(store: SampleStore, train: list[np.ndarray], evaluation: list[np.ndarray]) -> int:
-    """Number of evaluation answers that are also in the training data, with the same prompt."""
-    if not any(map(len, evaluation)):
-        return 0
-    known = {mark for group in train for index in group.tolist() for mark in _turn_marks(store[index])}
-    return sum(mark in known for group in evaluation for index in group.tolist() for mark in _turn_marks(store[index]))
+def _records(store: SampleStore, groups: list[np.ndarray]) -> list[int]:
+    """The numbers of the groups' records."""
+    return sorted({record for group in groups for record in store.records[group].tolist()})
 
 
-def _turn_marks(sample: Sample) -> Iterator[bytes]:
-    ids = np.asarray(sample.ids, np.int32)
-    for start, end in sample.turns:
-        yield hashlib.blake2b(ids[:end].tobytes() + start.to_bytes(4, "little"), digest_size=16).digest()
+def _leaked(train: list[Asked], evaluation: list[Asked]) -> tuple[int, int]:
+    """Number of evaluation records whose last user message, and with a function that, is also in the training data."""
+    known = joined(train)
+    return (
+        sum(bool(known.messages & record.last) for record in evaluation),
+        sum(bool(known.functions & record.functions) for record in evaluation),
+    )

@@ -90,16 +90,21 @@ class SourceReport:
 
 @dataclass
 class Report:
-    """All sources, and the split. `leaked` counts evaluation answers that training also has after the same prompt."""
+    """All sources, and the split. `leaked` counts evaluation records whose last user message training has too, and
+    `shared_functions` those with a function that training has too, both compared as in overlap.py.
+    """
 
     sources: list[SourceReport] = field(default_factory=list)
     train_samples: int = 0
     eval_samples: int = 0
     leaked: int = 0
+    shared_functions: int = 0
 
     def __str__(self) -> str:
         lines = [str(source) for source in self.sources]
         lines.append(f"training samples: {self.train_samples}, evaluation samples: {self.eval_samples}")
         if self.leaked:
-            lines.append(f"  {self.leaked} evaluation answers are also in training after the same prompt")
+            lines.append(f"  the last user message of {self.leaked} evaluation records is also in training")
+        if self.shared_functions:
+            lines.append(f"  {self.shared_functions} evaluation records list a function that training lists too")
         return "\n".join(lines)
