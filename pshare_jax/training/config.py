@@ -15,7 +15,8 @@ _TIED = ("embedding", "embed_tokens", "head", "lm_head")
 
 Method = Literal["prefillshare", "full_ft"]
 
-# Keys that a resumed run may change: they do not affect a step, except that the schedule depends on the length.
+# Keys that a resumed run may change: they do not affect a step, except that the schedule depends on the length, and rows only
+# between two epochs, which the loader checks.
 CHANGEABLE = (
     "steps",
     "mesh",
@@ -23,6 +24,7 @@ CHANGEABLE = (
     "evaluation",
     "max_bad_steps",
     "output",
+    "data.batch.rows",
     "data.epochs",
     "data.num_workers",
 )

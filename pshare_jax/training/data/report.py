@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, get_type_hints
 
 from pshare_jax.training.data.samples import Sample
 
@@ -108,3 +109,19 @@ class Report:
         if self.shared_functions:
             lines.append(f"  {self.shared_functions} evaluation records list a function that training lists too")
         return "\n".join(lines)
+
+
+def read_report(plain: Mapping[str, Any]) -> Report:
+    """The report of `dataclasses.asdict(report)`."""
+    return Report(**{**plain, "sources": [SourceReport(**_reasons(source)) for source in plain["sources"]]})
+
+
+def _reasons(source: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = get_type_hints(SourceReport)
+    made = dict(source)
+    for name, value in source.items():
+        if kinds[name] is Reason:
+            made[name] = Reason(**value)
+        elif kinds[name] == dict[str, Reason]:
+            made[name] = {reason: Reason(**counts) for reason, counts in value.items()}
+    return made

@@ -51,9 +51,18 @@ def read_source(path: str) -> Iterator[Record]:
     if path.startswith(BFCL):
         yield from _read_bfcl(path)
         return
-    for file in _files(path):
+    for name, file in source_files(path):
         for line, content in read_file(file):
-            yield Record(str(file), line, content)
+            yield Record(name, line, content)
+
+
+def source_files(path: str) -> list[tuple[str, Path]]:
+    """The files of a source that consists of files, in order, with their names in reports.
+
+    Raises:
+        PshareError: there is none.
+    """
+    return [(str(file), file) for file in _files(path)]
 
 
 def _files(path: str) -> list[Path]:

@@ -17,7 +17,7 @@ def tok(tmp_path_factory):
     return tokenizers(tmp_path_factory.mktemp("tokenizers"))["llama"]
 
 
-def test_a_store_reads_the_same_in_another_process_and_cleans_up():
+def test_a_store_reads_the_same_in_another_process():
     samples = random_samples(3, 30)
     data = sample_set(samples)
     copy = pickle.loads(pickle.dumps(data.store))
@@ -26,11 +26,7 @@ def test_a_store_reads_the_same_in_another_process_and_cleans_up():
     for index in (-1, 30):
         with pytest.raises(IndexError):
             copy[index]
-    assert len(pickle.dumps(sample_set(random_samples(3, 30, longest=4000)).store)) < 5000
-    path = data.store._path
-    assert path.exists()
-    del data
-    assert not path.parent.exists()
+    assert len(pickle.dumps(data.store)) < 1000
 
 
 # --- the split -------------------------------------------------------------------------------------------------------
