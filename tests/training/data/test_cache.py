@@ -239,7 +239,7 @@ def test_the_last_used_sets_are_kept_and_those_that_are_read(tok, tmp_path, fold
     def add(key: str) -> None:
         with sets.new(key) as part:
             (part / "file").write_text(key)
-        os.utime(folder / key, ns=(len(added),) * 2)
+        os.utime(folder / key, ns=(len(added), len(added)))
         added.append(key)
 
     added: list[str] = []
