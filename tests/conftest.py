@@ -73,6 +73,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
+@pytest.fixture(scope="session", autouse=True)
+def data_folder(tmp_path_factory: pytest.TempPathFactory):
+    """The cache of prepared data, not the user's."""
+    from pshare_jax.training.data import cache
+
+    folder = tmp_path_factory.mktemp("data-cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "data_folder", lambda: folder)
+        yield folder
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs(request: pytest.FixtureRequest):
     """How a module's programs are compiled; they do not pile up over the modules of a run."""

@@ -413,6 +413,20 @@ class Tokenizer:
         sources = {name: source.replace("\r\n", "\n").removesuffix("\n") for name, source in self._sources.items()}
         return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def template_sources(self) -> list[str]:
+        """The sources of all chat templates."""
+        return list(self._sources.values())
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """The variables that the tokenizer's files give to chat templates."""
+        return dict(self._variables)
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[Any, ...]]:
+        """Another process builds it again; its templates tell the time of the rendering."""
+        return Tokenizer, (self._backend, self._config, self._sources, self.eos_ids)
+
     @cached_property
     def _plain(self) -> PlainEncoder:
         return PlainEncoder(self._backend, self._special, secrets.token_hex(8))

@@ -103,7 +103,7 @@ def _train_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print model size, tokens, memory and time of the run and exit; writes nothing",
+        help="print model size, tokens, memory and time of the run and exit; writes only prepared data",
     )
     parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint in output")
     parser.add_argument(

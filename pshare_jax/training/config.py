@@ -17,7 +17,8 @@ _TIED = ("embedding", "embed_tokens", "head", "lm_head")
 Method = Literal["prefillshare", "full_ft"]
 Remat = Literal["none", "layer", "dots"]
 
-# Keys that a resumed run may change: they do not affect a step, except that the schedule depends on the length.
+# Keys that a resumed run may change: they do not affect a step, except that the schedule depends on the length, and rows only
+# between two epochs, which the loader checks.
 CHANGEABLE = (
     "steps",
     "mesh",
@@ -27,6 +28,7 @@ CHANGEABLE = (
     "output",
     "remat",
     "tracker",
+    "data.batch.rows",
     "data.epochs",
     "data.num_workers",
 )

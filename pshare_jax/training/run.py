@@ -127,7 +127,6 @@ def read_data(config: TrainConfig, tokenizer: Tokenizer, stop_ids: frozenset[int
     """
     # The server refuses sequences beyond the model's context, so they are not trained on either.
     data_config = replace(config.data, max_len=min(config.data.max_len, model.max_len))
-    tokenizer = tokenizer if config.data.time is None else tokenizer.at(config.data.time)
     data = prepare(data_config, tokenizer, stop_ids, config.layout, model.vocab_size, config.module.style, config.pairs)
     if config.evaluation.every is not None and not len(data.evaluation):
         raise PshareError(

@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
+import tempfile
+import weakref
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.training.data.epochs import Epochs
 from pshare_jax.training.data.prepare import SampleSet
 from pshare_jax.training.data.samples import Limits, Sample
-from pshare_jax.training.data.store import SampleStore
+from pshare_jax.training.data.store import SampleStore, write_samples
 
 FAMILIES = ("llama", "smollm", "qwen3", "gemma3")
 NO_LIMITS = Limits(100_000)
@@ -64,7 +67,11 @@ def sample_set(*groups: list[Sample], weights: tuple[float, ...] | None = None) 
     flat = [sample for group in groups for sample in group]
     ends = np.cumsum([0, *map(len, groups)])
     members = tuple(np.arange(a, b) for a, b in pairwise(ends))
-    return SampleSet(SampleStore(enumerate(flat)), members, weights or (1.0,) * len(groups))
+    folder = Path(tempfile.mkdtemp(prefix="samples-"))
+    write_samples(folder, enumerate(flat))
+    found = SampleSet(SampleStore(folder), members, weights or (1.0,) * len(groups))
+    weakref.finalize(found.store, shutil.rmtree, folder, ignore_errors=True)
+    return found
 
 
 class WatchedEpochs(Epochs):

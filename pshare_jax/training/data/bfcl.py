@@ -18,6 +18,7 @@ from pshare_jax.errors import PshareError
 from pshare_jax.text.tool_calls import CallPiece, ToolCallParser
 from pshare_jax.text.tool_format import ToolFormat
 from pshare_jax.training.data import bfcl_process
+from pshare_jax.training.data.overlap import Asked, asked, joined
 from pshare_jax.weights.pypi import download_wheel
 from pshare_jax.weights.sources import default_cache_dir
 
@@ -88,6 +89,31 @@ def read_questions(category: str, wheel: Path) -> list[dict[str, Any]]:
         }
         for line in read_lines(wheel, f"BFCL_v4_{name}.json")
     ]
+
+
+def parse_source(path: str) -> tuple[str, str | None]:
+    """The category of `bfcl:<category>?without=bfcl:<category>`, and the category to leave out (None: nothing).
+
+    Raises:
+        PshareError: another setting, or one without a value.
+    """
+    category, mark, query = path.removeprefix(BFCL).partition("?")
+    key, _, value = query.partition("=")
+    if mark and (key != "without" or not value.startswith(BFCL) or "&" in value):
+        raise PshareError(
+            f"In {path}, {query!r} is not a setting of BFCL; the only one is without={BFCL}<category>, which leaves out what "
+            "that category asks."
+        )
+    return category, value.removeprefix(BFCL) if mark else None
+
+
+def asked_in(category: str, wheel: Path) -> Asked:
+    """What the questions of a category ask, as a test that training must not overlap with.
+
+    Raises:
+        PshareError: an unknown category.
+    """
+    return joined(map(asked, read_questions(category, wheel)))
 
 
 def read_lines(wheel: Path, name: str) -> list[dict[str, Any]]:

@@ -26,9 +26,10 @@ ShapeName = Literal[
 @dataclass(frozen=True)
 class SourceConfig:
     """A source. `path` is a file, a glob, `hf:org/name[/config]?split=train[&revision=...]`,
-    `reasoning_gym:<task>?seed=1&size=1000`, `bfcl:<category>`, or a list. `shape` is that of its records if they have neither
-    messages nor prompt and completion (shapes.py); `columns` maps such a field to the name that it has in the source. Fields
-    in `ignore` may be without effect (unread.py); "*" stands for all.
+    `reasoning_gym:<task>?seed=1&size=1000`, `bfcl:<category>`, the same without what another category asks as
+    `bfcl:<category>?without=bfcl:<other>`, or a list. `shape` is that of its records if they have neither messages nor prompt
+    and completion (shapes.py); `columns` maps such a field to the name that it has in the source. Fields in `ignore` may be
+    without effect (unread.py); "*" stands for all.
 
     `weight` is the number of passes over the source in an epoch: 1 uses every sample once, 2 twice, 0.5 half of them
     (and the other half in the next epoch).
@@ -79,6 +80,11 @@ class DataConfig:
     def time(self) -> datetime | None:
         """The clock's time."""
         return None if self.clock is None else datetime.fromisoformat(self.clock)
+
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether some data are for evaluation."""
+        return bool(self.eval_fraction or self.eval_sources)
 
 
 def check_data(config: DataConfig, key: str = "data") -> None:

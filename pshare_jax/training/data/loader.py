@@ -4,10 +4,6 @@ The trainer has one `Batches` for training and one for each evaluation, and save
 batch is a function of its position (`epochs.py`), so a run may resume with another number of workers.
 """
 
-import multiprocessing
-import os
-import signal
-import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +17,7 @@ from pshare_jax.training.data.config import DataConfig
 from pshare_jax.training.data.epochs import Batch, Epochs, members_of, sample_lengths
 from pshare_jax.training.data.packing import choose_capacity
 from pshare_jax.training.data.prepare import SampleSet
+from pshare_jax.training.processes import exit_with_parent
 
 # grain needs a length; no run is that long.
 _ENDLESS = 2**62
@@ -84,7 +81,14 @@ class Batches(Iterator[Batch]):
             PshareError: the data, or a setting that determines the batches, differ from that run's.
         """
         for name, value in self.epochs.identity.items():
-            if state.get(name) != value:
+            if state.get(name) == value:
+                continue
+            if name == "rows" and state["batch"]:
+                raise PshareError(
+                    f"data.batch.rows can change only between two epochs, but the checkpoint is after batch {state['batch']} "
+                    f"of epoch {state['epoch'] + 1}; resume with data.batch.rows={state[name]}."
+                )
+            if name != "rows":
                 values = "" if name == "samples" else f" ({state.get(name)}, now {value})"
                 raise PshareError(
                     f"The checkpoint was made with other data: {name} differ{values}; resume with the same data and "
@@ -123,21 +127,6 @@ def _end(running: list[Any]) -> None:
         running.pop().close()
 
 
-def _exit_with_parent() -> None:
-    """In a worker process: exits after the training process, and ignores Ctrl-C, which a terminal sends to both."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 class _OpaqueBatch:
     """Hides the arrays from grain, which would put them into shared memory, of which containers have little."""
 
@@ -155,7 +144,7 @@ class _BatchSource:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _exit_with_parent()
+        exit_with_parent()
 
     def __len__(self) -> int:
         if self._num_epochs is None:

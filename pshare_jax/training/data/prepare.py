@@ -1,27 +1,35 @@
-"""Preparation of the data before training: reads, renders, checks, counts, splits and stores the samples.
+"""Preparation of the data before training: reads, renders, checks, counts, splits and stores the samples, once.
 
-`prepare` is the entry point; `run.py` prints its report and passes the two sets to `loader.py`.
+`prepare` is the entry point; `run.py` prints its report and passes the two sets to `loader.py`. What was prepared before is
+read from the cache (`cache.py`), and no source.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import itertools
+import json
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 
 from pshare_jax.errors import PshareError
 from pshare_jax.text.chat_style import ChatStyle
 from pshare_jax.text.tokenizer import Tokenizer
+from pshare_jax.training.data import cache
 from pshare_jax.training.data.batches import Layout
 from pshare_jax.training.data.config import DataConfig, SourceConfig, check_data, paths_of
-from pshare_jax.training.data.files import Broken
-from pshare_jax.training.data.records import Dropped, RecordReader
-from pshare_jax.training.data.report import Report, SourceReport
+from pshare_jax.training.data.overlap import Asked, joined
+from pshare_jax.training.data.rendering import Rendered, Rendering, read_items
+from pshare_jax.training.data.report import Report, SourceReport, read_report
 from pshare_jax.training.data.samples import Limits, Sample
-from pshare_jax.training.data.shapes import shaped
-from pshare_jax.training.data.sources import read_source
-from pshare_jax.training.data.store import SampleStore
-from pshare_jax.training.data.unread import unread_fields
+from pshare_jax.training.data.store import SampleStore, write_samples
+from pshare_jax.training.processes import ordered_map
+
+_MEMBERS, _REPORT = "members.npz", "report.json"
 
 
 @dataclass(frozen=True)
@@ -54,30 +62,83 @@ def prepare(
     style: ChatStyle | None = None,
     pairs: bool = False,
 ) -> PreparedData:
-    """Reads all sources of `config` and makes samples that fit a row of `layout`.
+    """The samples of all sources of `config` that fit a row of `layout`, from the cache if they have been prepared before.
 
     `stop_ids` end generation with the model; `vocab_size` is the number of its embeddings (None: not checked). Chats are
-    written in the module's `style`. With `pairs` each sample has a chosen and a rejected answer.
+    written in the module's `style`, and tell the config's clock (None: this time). With `pairs` each sample has a chosen and a
+    rejected answer.
 
     Raises:
-        PshareError: a wrong setting, an unreadable source, or a source without a usable record.
+        PshareError: a wrong setting, an unreadable source, a source without a usable record, or a cache folder that cannot
+            be written.
     """
     check_data(config)
     style = style or ChatStyle()
     chat = _reads_chats(config, tokenizer, style)
     stop_ids |= tokenizer.turn_ends(style)
     limits = replace(_limits(config, layout), vocab_size=vocab_size)
-    reading = _Reading(RecordReader(tokenizer, stop_ids, chat, limits, style, pairs=pairs), stop_ids)
-    store = SampleStore(reading.samples([*config.sources, *config.eval_sources]))
+    rendering = Rendering(
+        tokenizer, config.time or datetime.now(), stop_ids, chat, limits, style, config.has_evaluation, pairs
+    )
+    sets = cache.PreparedSets(cache.data_folder())
+    key = _key(config, rendering)
+    data = _opened(sets, key, config)
+    if data is None:
+        with sets.new(key) as folder:
+            _write(folder, config, rendering)
+            if _key(config, rendering) != key:
+                raise PshareError("A source changed while it was read; start again when its files are complete.")
+        data = _opened(sets, key, config)
+    if data is None:
+        raise PshareError(f"The prepared data vanished from the cache folder {sets.root}; start again.")
+    return data
+
+
+def _key(config: DataConfig, rendering: Rendering) -> str:
+    sources = [(source, path) for source in [*config.sources, *config.eval_sources] for path in paths_of(source)]
+    settings = {
+        "records": [[source.shape, source.columns, source.ignore] for source, _ in sources],
+        "groups": [len(paths_of(source)) for source in config.sources],
+        "evaluation": [config.eval_fraction, config.seed if config.eval_fraction else None],
+        **rendering.settings,
+    }
+    return cache.set_key([path for _, path in sources], rendering.tokenizer, rendering.clock, settings)
+
+
+def _write(folder: Path, config: DataConfig, rendering: Rendering) -> None:
+    reading = _Reading(rendering, config.num_workers)
+    write_samples(folder, reading.samples([*config.sources, *config.eval_sources]))
+    store = SampleStore(folder)
     split_at = len(config.sources)
     groups = [np.flatnonzero(np.array(reading.groups) == index) for index in range(split_at + len(config.eval_sources))]
     train, evaluation = groups[:split_at], groups[split_at:]
     if config.eval_fraction:
         train, evaluation = _split(store, train, config)
+    leaked = (0, 0)
+    if config.has_evaluation:
+        leaked = _leaked(*([reading.asked[at] for at in _records(store, groups)] for groups in (train, evaluation)))
+    report = Report(reading.reports, sum(map(len, train)), sum(map(len, evaluation)), *leaked)
+    np.savez(folder / _MEMBERS, *train, *evaluation)
+    (folder / _REPORT).write_text(json.dumps(asdict(report)))
+
+
+def _opened(sets: cache.PreparedSets, key: str, config: DataConfig) -> PreparedData | None:
+    """The set of that key; None if there is none, or its files are damaged."""
+    folder = sets.find(key)
+    if folder is None:
+        return None
+    try:
+        store = SampleStore(folder)
+        report = read_report(json.loads((folder / _REPORT).read_text()))
+        with (folder / _MEMBERS).open("rb") as file, np.load(file) as members:
+            groups = tuple(members[name] for name in members.files)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        sets.remove(key)
+        return None
     weights = tuple(source.weight for source in config.sources)
-    report = Report(reading.reports, sum(map(len, train)), sum(map(len, evaluation)), _leaked(store, train, evaluation))
+    train, evaluation = groups[: len(weights)], groups[len(weights) :]
     return PreparedData(
-        SampleSet(store, tuple(train), weights), SampleSet(store, tuple(evaluation), (1.0,) * len(evaluation)), report
+        SampleSet(store, train, weights), SampleSet(store, evaluation, (1.0,) * len(evaluation)), report
     )
 
 
@@ -104,43 +165,46 @@ def _limits(config: DataConfig, layout: Layout) -> Limits:
 
 @dataclass
 class _Reading:
-    """Reads sources in order; `groups` holds for each sample the index of its source in the config."""
+    """Reads sources in order; `groups` holds for each sample the index of its source in the config, `asked` for each record
+    what it asks, if there is an evaluation to compare with.
+    """
 
-    reader: RecordReader
-    stop_ids: frozenset[int]
+    rendering: Rendering
+    num_workers: int
     reports: list[SourceReport] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
+    asked: dict[int, Asked] = field(default_factory=dict)
     num_records: int = 0
 
     def samples(self, sources: Sequence[SourceConfig]) -> Iterator[tuple[int, Sample]]:
-        for group, source in enumerate(sources):
-            for path in paths_of(source):
-                for sample in self._read(path, source):
-                    self.groups.append(group)
+        """All samples, each with the number of its record."""
+        groups = [(group, path) for group, source in enumerate(sources) for path in paths_of(source)]
+        items = read_items([(path, sources[group]) for group, path in groups])
+        with contextlib.closing(ordered_map(self.rendering, items, self.num_workers)) as found:
+            for at, rendered in itertools.groupby(found, key=lambda one: one.at):
+                for sample in self._counted(rendered):
+                    self.groups.append(groups[at][0])
                     yield self.num_records, sample
 
-    def _read(self, path: str, config: SourceConfig) -> Iterator[Sample]:
+    def _counted(self, rendered: Iterable[Rendered]) -> Iterator[Sample]:
+        """The samples of one path."""
         first = len(self.reports)
-        for source, line, content in read_source(path):
-            if len(self.reports) == first or self.reports[-1].name != source:
+        for one in rendered:
+            if one.error is not None:
+                raise one.error
+            if len(self.reports) == first or self.reports[-1].name != one.name:
                 self._check(self.reports[first:])
-                self.reports.append(SourceReport(source))
+                self.reports.append(SourceReport(one.name))
             report = self.reports[-1]
             self.num_records += 1
-            if isinstance(content, Broken):
-                report.drop(line, content.reason, content.detail)
+            if one.dropped is not None:
+                report.drop(one.line, *one.dropped)
                 continue
-            try:
-                record = shaped(content, config.shape, config.columns)
-                samples, left_out = self.reader.samples(record, source, line)
-            except Dropped as dropped:
-                report.drop(line, dropped.reason, dropped.detail)
-                continue
-            report.keep(line, samples, left_out, self.stop_ids)
-            report.skip(line, *unread_fields(content, record, config, self.reader))
-            yield from samples
-        if len(self.reports) == first:
-            raise PshareError(f"{path} contains no records; remove the source or fill it.")
+            report.keep(one.line, one.samples, one.left_out or {}, self.rendering.stop_ids)
+            report.skip(one.line, *one.unread)
+            if one.asked is not None:
+                self.asked[self.num_records] = one.asked
+            yield from one.samples
         self._check(self.reports[first:])
 
     def _check(self, reports: list[SourceReport]) -> None:
@@ -191,15 +255,15 @@ def _record_marks(store: SampleStore, group: np.ndarray, seed: int) -> dict[int,
     return {record: mark.digest() for record, mark in hashes.items()}
 
 
-def _leaked(store: SampleStore, train: list[np.ndarray], evaluation: list[np.ndarray]) -> int:
-    """Number of evaluation answers that are also in the training data, with the same prompt."""
-    if not any(map(len, evaluation)):
-        return 0
-    known = {mark for group in train for index in group.tolist() for mark in _turn_marks(store[index])}
-    return sum(mark in known for group in evaluation for index in group.tolist() for mark in _turn_marks(store[index]))
+def _records(store: SampleStore, groups: list[np.ndarray]) -> list[int]:
+    """The numbers of the groups' records."""
+    return sorted({record for group in groups for record in store.records[group].tolist()})
 
 
-def _turn_marks(sample: Sample) -> Iterator[bytes]:
-    ids = np.asarray(sample.ids, np.int32)
-    for start, end in sample.turns:
-        yield hashlib.blake2b(ids[:end].tobytes() + start.to_bytes(4, "little"), digest_size=16).digest()
+def _leaked(train: list[Asked], evaluation: list[Asked]) -> tuple[int, int]:
+    """Number of evaluation records whose last user message, and with a function that, is also in the training data."""
+    known = joined(train)
+    return (
+        sum(bool(known.messages & record.last) for record in evaluation),
+        sum(bool(known.functions & record.functions) for record in evaluation),
+    )

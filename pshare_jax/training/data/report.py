@@ -1,8 +1,8 @@
 """The data report: used and dropped records of each source, with counts and first lines for each reason."""
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, get_type_hints
 
 from pshare_jax.errors import PshareError
 from pshare_jax.training.data.samples import Sample
@@ -53,7 +53,7 @@ class SourceReport:
     left_out: dict[str, Reason] = field(default_factory=dict)
     unstopped: Reason = field(default_factory=Reason)
     lost: dict[str, Reason] = field(default_factory=dict)
-    unread: Counter[str] = field(default_factory=Counter)
+    unread: dict[str, int] = field(default_factory=dict)
 
     def drop(self, line: int, reason: str, detail: str = "") -> None:
         """Counts a dropped record."""
@@ -81,7 +81,8 @@ class SourceReport:
         """Counts fields without effect of a used record."""
         for name in lost:
             self.lost.setdefault(name, Reason()).add(line, "")
-        self.unread.update(unread)
+        for name in unread:
+            self.unread[name] = self.unread.get(name, 0) + 1
 
     def check_lost(self) -> None:
         """Refuses the file if more than `MAX_LOST` of its used records have a field that is meant for the model in vain.
@@ -132,16 +133,37 @@ def _way_out(field: str) -> str:
 
 @dataclass
 class Report:
-    """All sources, and the split. `leaked` counts evaluation answers that training also has after the same prompt."""
+    """All sources, and the split. `leaked` counts evaluation records whose last user message training has too, and
+    `shared_functions` those with a function that training has too, both compared as in overlap.py.
+    """
 
     sources: list[SourceReport] = field(default_factory=list)
     train_samples: int = 0
     eval_samples: int = 0
     leaked: int = 0
+    shared_functions: int = 0
 
     def __str__(self) -> str:
         lines = [str(source) for source in self.sources]
         lines.append(f"training samples: {self.train_samples}, evaluation samples: {self.eval_samples}")
         if self.leaked:
-            lines.append(f"  {self.leaked} evaluation answers are also in training after the same prompt")
+            lines.append(f"  the last user message of {self.leaked} evaluation records is also in training")
+        if self.shared_functions:
+            lines.append(f"  {self.shared_functions} evaluation records list a function that training lists too")
         return "\n".join(lines)
+
+
+def read_report(plain: Mapping[str, Any]) -> Report:
+    """The report of `dataclasses.asdict(report)`."""
+    return Report(**{**plain, "sources": [SourceReport(**_reasons(source)) for source in plain["sources"]]})
+
+
+def _reasons(source: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = get_type_hints(SourceReport)
+    made = dict(source)
+    for name, value in source.items():
+        if kinds[name] is Reason:
+            made[name] = Reason(**value)
+        elif kinds[name] == dict[str, Reason]:
+            made[name] = {reason: Reason(**counts) for reason, counts in value.items()}
+    return made

@@ -17,12 +17,15 @@ from pshare_jax.training.data.bfcl import (
     BFCL,
     BfclVerifier,
     answer_message,
+    asked_in,
     fetch_wheel,
+    parse_source,
     read_questions,
     right_calls,
 )
 from pshare_jax.training.data.files import Broken, read_file
 from pshare_jax.training.data.hub import HUB, hub_files
+from pshare_jax.training.data.overlap import asked
 
 GYM = "reasoning_gym:"
 
@@ -38,6 +41,8 @@ class Record(NamedTuple):
 def read_source(path: str) -> Iterator[Record]:
     """All records of a file, a glob (files sorted by name), `hf:org/name?split=train`, `reasoning_gym:<task>?key=value&...`
     or `bfcl:<category>`.
+
+    `bfcl:<category>?without=bfcl:<other>` leaves out what the other category asks (overlap.py).
 
     Raises:
         PshareError: no such file, an unsupported format, or a file that is unreadable as a whole.
@@ -142,9 +147,14 @@ def _gym_value(text: str) -> Any:
 
 def _read_bfcl(path: str) -> Iterator[Record]:
     """The category's questions as `pshare-evaluate` asks them, each with calls that the checker accepts."""
+    category, without = parse_source(path)
     wheel = fetch_wheel()
+    left_out = None if without is None else asked_in(without, wheel)
     with BfclVerifier(wheel, FORMATS["json_list"]) as verifier:
-        for number, question in enumerate(read_questions(path.removeprefix(BFCL), wheel), start=1):
+        for number, question in enumerate(read_questions(category, wheel), start=1):
+            if left_out is not None and asked(question).answers(left_out):
+                yield Record(path, number, Broken(f"asked by {BFCL}{without}", question["id"]))
+                continue
             calls = right_calls(question["ground_truth"])
             content = Broken("no answer that BFCL accepts", question["id"])
             if verifier.check([{call["name"]: call["arguments"]} for call in calls], question)["valid"]:

@@ -1,61 +1,84 @@
-"""Prepared samples on disk: token ids are in a memory-mapped file, so that memory stays small.
+"""Prepared samples on disk: token ids are memory-mapped, so that memory stays small.
 
-`prepare.py` writes a store, the loader and its worker processes read it at random. A pickled store opens the same files
-in another process; the store that wrote them deletes its folder when it is collected.
+`prepare.py` writes them into a folder of its cache; the loader and its worker processes read them at random. A store holds
+its folder, so that the cache does not remove it.
 """
 
 import hashlib
-import shutil
-import tempfile
+import json
+import os
 import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 
 from pshare_jax.share.boundary import base_len, next_position
+from pshare_jax.training.data.cache import hold
 from pshare_jax.training.data.samples import Sample
+
+_IDS, _NAMES = "ids", "names.json"
+_TABLES = ("ends", "turn_ends", "turns", "sources", "lines", "records", "rejected", "stream_lens")
+"""Arrays over samples: where ids and turns of a sample end, the turns, source, line and number of its record, the tokens of its
+rejected answer, and those that one stream reads.
+"""
+
+
+def write_samples(folder: Path, samples: Iterable[tuple[int, Sample]]) -> None:
+    """Writes samples, each with its record's number, into an existing folder, for `SampleStore`."""
+    names: dict[str, int] = {}
+    ends, turn_ends, turns, sources, lines, records, rejected, streams = [0], [0], [], [], [], [], [], []
+    digest = hashlib.blake2b(digest_size=16)
+    with (folder / _IDS).open("wb") as file:
+        for record, sample in samples:
+            ids = np.asarray(sample.ids + sample.rejected, np.int32)
+            file.write(ids.tobytes())
+            digest.update(ids.tobytes() + repr((len(sample.ids), sample.turns)).encode())
+            ends.append(ends[-1] + len(ids))
+            turns.extend(sample.turns)
+            turn_ends.append(len(turns))
+            sources.append(names.setdefault(sample.source, len(names)))
+            lines.append(sample.line)
+            records.append(record)
+            rejected.append(len(sample.rejected))
+            streams.append(sum(next_position(len(part.ids)) for part in sample.whole))
+    columns = (ends, turn_ends, np.array(turns).reshape(-1, 2), sources, lines, records, rejected, streams)
+    for name, values in zip(_TABLES, columns, strict=True):
+        np.save(folder / f"{name}.npy", np.asarray(values, np.int32 if name in ("turns", "sources") else np.int64))
+    (folder / _NAMES).write_text(json.dumps({"sources": list(names), "digest": digest.hexdigest()}))
 
 
 class SampleStore(Sequence[Sample]):
     """An immutable sequence of samples; `context_lens`, `stream_lens` (tokens that one stream reads), `answer_lens` and `records`
     are arrays over it.
+
+    A pickled store opens the same folder in another process.
     """
 
-    def __init__(self, samples: Iterable[tuple[int, Sample]], folder: Path | None = None) -> None:
-        """Writes `samples`, each with its record's number, below `folder` (None: the system's temporary folder)."""
-        root = Path(tempfile.mkdtemp(prefix="pshare-data-", dir=folder))
-        self._clean_up = weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
-        self._path = root / "ids"
-        names: dict[str, int] = {}
-        ends, num_turns, turns, sources, lines, records, rejected, read = [0], [0], [], [], [], [], [], []
-        digest = hashlib.blake2b(digest_size=16)
-        with self._path.open("wb") as file:
-            for record, sample in samples:
-                ids = np.asarray(sample.ids + sample.rejected, np.int32)
-                file.write(ids.tobytes())
-                digest.update(ids.tobytes() + repr((len(sample.ids), sample.turns)).encode())
-                ends.append(ends[-1] + len(ids))
-                turns.extend(sample.turns)
-                num_turns.append(len(turns))
-                sources.append(names.setdefault(sample.source, len(names)))
-                lines.append(sample.line)
-                records.append(record)
-                rejected.append(len(sample.rejected))
-                read.append(sum(next_position(len(part.ids)) for part in sample.whole))
-        self._names = list(names)
-        self._ends, self._turn_ends = np.array(ends, np.int64), np.array(num_turns, np.int64)
-        self._turns = np.array(turns, np.int32).reshape(-1, 2)
-        self._sources, self._lines = np.array(sources, np.int32), np.array(lines, np.int64)
-        self.records = np.array(records, np.int64)
-        self.digest = digest.hexdigest()
+    def __init__(self, folder: Path) -> None:
+        """The samples that `write_samples` wrote.
+
+        Raises:
+            OSError: the folder does not exist or has been removed.
+            ValueError: its files are not whole.
+        """
+        self.folder = folder
+        self._release = weakref.finalize(self, os.close, hold(folder))
+        names = json.loads((folder / _NAMES).read_text())
+        self._names: list[str] = names["sources"]
+        self.digest: str = names["digest"]
+        tables = {name: np.load(folder / f"{name}.npy") for name in _TABLES}
+        self._ends, self._turn_ends, self._turns = (tables[name] for name in ("ends", "turn_ends", "turns"))
+        self._sources, self._lines, self.records = (tables[name] for name in ("sources", "lines", "records"))
+        self._rejected, self.stream_lens = tables["rejected"], tables["stream_lens"]
+        # An empty file cannot be memory-mapped.
+        self._ids = np.memmap(folder / _IDS, np.int32, "r") if self._ends[-1] else np.empty(0, np.int32)
+        if len(self._ids) != self._ends[-1]:
+            raise ValueError(f"{folder} has {len(self._ids)} ids, not {self._ends[-1]}")
         lengths = np.concatenate([[0], np.cumsum(self._turns[:, 1] - self._turns[:, 0])])
-        self._rejected = np.array(rejected, np.int64)
         self.answer_lens = np.diff(lengths[self._turn_ends]) + self._rejected
-        self.stream_lens = np.array(read, np.int64)
         self.context_lens = base_len(self._turns[self._turn_ends[1:] - 1, 0].astype(np.int64))
-        self._ids = self._mapped()
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -81,13 +104,5 @@ class SampleStore(Sequence[Sample]):
             tuple(rejected.tolist()),
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_ids", "_clean_up")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._ids = self._mapped()
-
-    def _mapped(self) -> np.ndarray:
-        # An empty file cannot be memory-mapped.
-        return np.memmap(self._path, np.int32, "r") if self._ends[-1] else np.empty(0, np.int32)
+    def __reduce__(self) -> tuple[type["SampleStore"], tuple[Path]]:
+        return SampleStore, (self.folder,)

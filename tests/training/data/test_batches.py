@@ -9,7 +9,7 @@ from training_data import random_samples
 from pshare_jax.training.data.batches import OneStreamBatch, as_one_stream, one_stream, two_stream
 from pshare_jax.training.data.packing import WINDOW, choose_capacity, fill, pack
 from pshare_jax.training.data.samples import Sample
-from pshare_jax.training.data.store import SampleStore
+from pshare_jax.training.data.store import SampleStore, write_samples
 
 pytestmark = pytest.mark.host
 
@@ -213,7 +213,7 @@ def test_two_streams_as_one_are_the_batch_of_one_stream(shape, spare_context, sp
         np.testing.assert_array_equal(x, y, err_msg=name)
 
 
-def test_the_answers_of_a_pair_share_a_context_or_have_a_stream_each():
+def test_the_answers_of_a_pair_share_a_context_or_have_a_stream_each(tmp_path):
     pair = Sample((1, 2, 3, 4, 5), ((3, 5),), "test", 1, (6, 7, 8))
     two = two_stream([[pair]], 4, 6)
     assert two.context_tokens.tolist() == [[1, 2, 0, 0]]
@@ -226,5 +226,6 @@ def test_the_answers_of_a_pair_share_a_context_or_have_a_stream_each():
     assert one.segments.tolist() == [[1, 1, 1, 1, 2, 2, 2, 2, 2, 0]]
     assert two.targets.tolist() == one.targets.tolist() == [[4, 5, 6, 7, 8, 0]]
     assert (pair.context_len, pair.answer_len) == (2, 5)
-    store = SampleStore(enumerate([pair]))
+    write_samples(tmp_path, enumerate([pair]))
+    store = SampleStore(tmp_path)
     assert (list(store), store.stream_lens.tolist(), store.answer_lens.tolist()) == ([pair], [9], [5])

@@ -172,12 +172,32 @@ def test_more_workers_than_batches_and_none_left():
         assert list(loader) == []
 
 
+def test_rows_may_change_between_two_epochs_only(data):
+    """From there on, the batches are those of a run that had the new number of rows all along."""
+    with Batches(epochs_of(data), 3, 0) as loader:
+        states, is_last = [], []
+        for batch in loader:
+            states.append(loader.get_state())
+            is_last.append(batch.is_last)
+    whole = list(Batches(epochs_of(data, rows=3), 3, 0))
+    for state, at_border in zip(states, is_last, strict=True):
+        with Batches(epochs_of(data, rows=3), 3, 0) as loader:
+            if not at_border:
+                with pytest.raises(PshareError, match=rf"between two epochs.*data\.batch\.rows={ROWS}\."):
+                    loader.set_state(state)
+                continue
+            loader.set_state(state)
+            rest = list(loader)
+        expected = [batch for batch in whole if batch.epoch >= state["epoch"]]
+        assert [batch.samples for batch in rest] == [batch.samples for batch in expected]
+    assert is_last.count(True) == 3
+
+
 def test_other_data_or_settings_are_refused(data):
     state = Batches(epochs_of(data), 3, 0).get_state()
     other = sample_set(random_samples(1, 23), random_samples(3, 9))
     for epochs, name in (
         (epochs_of(data, seed=6), r"seed.*\(5, now 6\)"),
-        (epochs_of(data, rows=3), "rows"),
         (epochs_of(data, capacity=(97, 48)), "lengths"),
         (epochs_of(data, "one_stream"), "layout"),
         (epochs_of(data, shuffle=False), "shuffle"),
