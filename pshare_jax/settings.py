@@ -41,6 +41,18 @@ def load_settings(cls: type[T], path: str | Path, overrides: Sequence[str] = ())
     return _build(cls, data, "")
 
 
+def with_values(settings: T, values: Mapping[str, Any]) -> T:
+    """The settings with other values at dotted keys.
+
+    Raises:
+        PshareError: a key or type is wrong.
+    """
+    data = _plain(settings)
+    for key, value in values.items():
+        data = _assign(type(settings), data, key.split("."), value, "")
+    return _build(type(settings), data, "")
+
+
 def check_least(values: Iterable[tuple[str, int | None, int]]) -> None:
     """Check numbers given as (key, value, minimum); None is accepted.
 

@@ -23,7 +23,7 @@ DEVICE = (
     r"sampling\.(sample|row_state|step_rows)",
     r"engine\.(build|kv\.device_pages|sampler|warmup)",
     r"server\.(startup|tasks\.loader)",
-    r"training\.(checkpoint|guide|model_card|result|run$|start|trainer|data\.loader|plan\.|step\.)",
+    r"training\.(checkpoint|guide|model_card|result|run$|start|sweep|trainer|data\.loader|plan\.|step\.)",
     r"evaluation\.(evaluate|tasks)",
 )
 """Modules that need JAX, as patterns; all others are host code."""

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             _dry_run(config, options.resume)
         elif not options.print_config:
-            _train(config, options.resume)
+            _sweep(config, options.resume) if config.sweep else _train(config, options.resume)
     except PshareError as error:
         print(f"pshare-train: {error}", file=sys.stderr)
         return 2
@@ -88,7 +88,18 @@ def _train(config: TrainConfig, resume: bool) -> None:
     run.train(config, resume=resume)
 
 
+def _sweep(config: TrainConfig, resume: bool) -> None:
+    from pshare_jax.training import run, sweep
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sweep.points_of(config)
+    run.prepare_jax(config)
+    sweep.sweep(config, resume=resume)
+
+
 def _dry_run(config: TrainConfig, resume: bool) -> None:
+    if config.sweep:
+        raise PshareError("--dry-run describes one run; leave out sweep.")
     if resume:
         raise PshareError("--dry-run describes a whole run from its start; omit --resume.")
     from pshare_jax.training.plan.dry_run import dry_run

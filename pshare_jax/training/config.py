@@ -126,6 +126,10 @@ class TrainConfig:
     The run ends after `steps` steps or at the end of the data, whichever is first. A step accumulates the gradients of
     `accumulation` batches. `dtype` is the compute dtype; trainable weights and optimizer state are float32. The run
     fails after `max_bad_steps` consecutive steps whose loss or gradient is not finite.
+
+    `remat` is what the backward pass computes again of a layer: all but its input (layer), all but the products with weights,
+    which takes more memory and less time (dots), or nothing (none). `sweep` maps keys of optimizer and module to lists of
+    values: each combination is a run in a folder below `output` (sweep.py).
     """
 
     base: str
@@ -144,7 +148,9 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     max_bad_steps: int = 10
     seed: int = 0
+    sweep: dict[str, list[bool | int | float | str | None]] = field(default_factory=dict)
     tracker: Literal["none", "wandb", "trackio"] = "none"
+    sweep: dict[str, list[bool | int | float | str | None]] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:

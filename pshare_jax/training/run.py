@@ -7,7 +7,7 @@ import functools
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -30,7 +30,9 @@ from pshare_jax.training.result import save_result, training_info
 from pshare_jax.training.run_folder import RunFolder
 from pshare_jax.training.start import initial_params
 from pshare_jax.training.step.mesh import training_mesh
-from pshare_jax.training.step.objective import decode_module, trainable_module
+from pshare_jax.training.step.objective import StackedBase, decode_module, module_on, stacked_base
+from pshare_jax.training.step.static import Objective
+from pshare_jax.training.step.steps import LossSteps, loss_steps
 from pshare_jax.training.trackers import Tracker, check_tracker
 from pshare_jax.training.trainer import MakeBatches, ModuleEvaluation, Outcome, Trainer
 
@@ -43,13 +45,47 @@ def prepare_jax(config: TrainConfig) -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
+class Session:
+    """What runs of one process share (`keep`): the base in stacks, and compiled programs. One run keeps nothing, so that full
+    fine-tuning can free the base.
+    """
+
+    def __init__(self, keep: bool = False) -> None:
+        self._keep = keep
+        self._base: StackedBase | None = None
+        self._programs: dict[tuple[Objective, int], LossSteps] = {}
+
+    def base(self, config: TrainConfig, say: Callable[[str], None]) -> StackedBase:
+        """The base of `config`, whose mesh and dtype are those of the session's first run."""
+        if self._base is not None:
+            return self._base
+        say(f"opening and loading the base {config.base}")
+        dtype = None if config.dtype == "auto" else config.dtype
+        model = load(config.base, dtype=dtype, mesh=training_mesh(config.mesh))
+        base = stacked_base(model, model.architecture.dtype, take=True)
+        self._base = base if self._keep else None
+        return base
+
+    def programs(self, objective: Objective, seed: int) -> LossSteps:
+        """The programs of losses and gradients."""
+        if not self._keep:
+            return loss_steps(objective, seed)
+        if (objective, seed) not in self._programs:
+            self._programs[objective, seed] = loss_steps(objective, seed)
+        return self._programs[objective, seed]
+
+
 def train(
-    config: TrainConfig, *, resume: bool = False, evaluate_module: ModuleEvaluation | None = None
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    evaluate_module: ModuleEvaluation | None = None,
+    session: Session | None = None,
 ) -> tuple[RunFolder, Outcome]:
     """Trains by `config`, or with `resume` continues the run, and writes the decode module if the run is complete.
 
     SIGTERM and SIGINT stop it with a checkpoint, after the current step or within an evaluation; a result that is being
-    written is completed. `evaluate_module` adds metrics to each evaluation.
+    written is completed. `evaluate_module` adds metrics to each evaluation; runs of a `session` share the base.
 
     Raises:
         PshareError: an error in config, base, data or run folder.
@@ -57,31 +93,25 @@ def train(
     check_tracker(config)
     run, config = run_folder.claim(config, resume)
     with run_folder.locked(run):
-        return run, _train_in(run, config, evaluate_module)
+        return run, _train_in(run, config, evaluate_module, session or Session())
 
 
-def _train_in(run: RunFolder, config: TrainConfig, evaluate_module: ModuleEvaluation | None) -> Outcome:
+def _train_in(
+    run: RunFolder, config: TrainConfig, evaluate_module: ModuleEvaluation | None, session: Session
+) -> Outcome:
     started = time.monotonic()
     console = Console()
 
     def say(line: str) -> None:
         console.print(f"[{time.monotonic() - started:5.1f} s] {line}", markup=False, highlight=False, soft_wrap=True)
 
-    mesh = training_mesh(config.mesh)
-    say(f"opening and loading the base {config.base}")
-    base = load(config.base, dtype=None if config.dtype == "auto" else config.dtype, mesh=mesh)
+    stacked = session.base(config, say)
+    base = stacked.model
     say("reading the data")
     data = read_data(config, base.tokenizer, base.stop_ids, base.config)
     say(f"data:\n{data.report}")
-    trained = trainable_module(
-        base,
-        config.method,
-        config.module,
-        base.architecture.dtype,
-        remat=config.remat,
-        loss=loss_of(config.objective),
-        take=True,
-    )
+    trained = module_on(stacked, config.method, config.module, remat=config.remat, loss=loss_of(config.objective))
+    del stacked
     with (
         training_batches(data.train, config.data, config.layout) as batches,
         Checkpoints(run.checkpoints, config.checkpoint) as checkpoints,
@@ -93,12 +123,12 @@ def _train_in(run: RunFolder, config: TrainConfig, evaluate_module: ModuleEvalua
             checkpoints,
             start=functools.partial(initial_params, config, trained),
             guide=load_guide(config, trained),
+            programs=session.programs(trained.objective, config.seed),
             evaluation=_held_out(config, data),
             evaluate_module=evaluate_module,
         )
         # Full fine-tuning does not read the base's weights again, so no reference to them may remain.
         trained = trainer.module
-        base = trained.base
         run_folder.start(run, config, f"{data.report}\n", trainer.step)
         for line in _plan(config, trainer, batches):
             say(line)

@@ -28,7 +28,7 @@ from pshare_jax.training.step.guide import Guide
 from pshare_jax.training.step.mesh import shard_batch
 from pshare_jax.training.step.objective import TrainableModule, init_trainable
 from pshare_jax.training.step.optimizer import update_rule
-from pshare_jax.training.step.steps import StepResult, TrainState, TrainSteps, train_steps
+from pshare_jax.training.step.steps import LossSteps, StepResult, TrainState, TrainSteps, train_steps
 
 MakeBatches = Callable[[], Batches]
 ModuleEvaluation = Callable[[TrainableModule, Params], Mapping[str, float]]
@@ -69,7 +69,8 @@ def num_steps(config: TrainConfig, num_batches: int | None, done: int = 0) -> in
 class Trainer:
     """A run from its start or its last checkpoint. `start` gives the parameters of a new run (None: those of
     `init_trainable`), `evaluation` makes one pass over the held-out data, if any, `guide` reads each batch before the module, if
-    the objective needs it. The attribute `module` holds no unused weights: full fine-tuning drops the base.
+    the objective needs it; `programs` None are those of the objective. The attribute `module` holds no unused weights: full
+    fine-tuning drops the base.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Trainer:
         *,
         start: Callable[[], Params] | None = None,
         guide: Guide | None = None,
+        programs: LossSteps | None = None,
         evaluation: MakeBatches | None = None,
         evaluate_module: ModuleEvaluation | None = None,
     ) -> None:
@@ -90,7 +92,7 @@ class Trainer:
         self._progress = self._restored_progress(module)
         self.num_steps = num_steps(config, batches.num_batches(), self.step)
         rule = update_rule(config.optimizer, self.num_steps)
-        self._steps: TrainSteps = train_steps(module.objective, rule, config.seed)
+        self._steps: TrainSteps = train_steps(module.objective, rule, config.seed, programs)
         self._state = self._initial_state(module, start)
         self.module = module.without_base() if config.method == "full_ft" else module
         self._on_cpu = module.base.mesh.devices.flat[0].platform == "cpu"

@@ -23,7 +23,7 @@ from pshare_jax.training.step.chunks import Head, chunk_tokens
 from pshare_jax.training.step.losses import Guided
 from pshare_jax.training.step.mesh import DATA, batch_sharding
 from pshare_jax.training.step.static import EMBEDDING, HEAD, Objective
-from pshare_jax.training.step.steps import Sums, TrainState, in_layer_order, scalar_sums, state_shapes
+from pshare_jax.training.step.steps import Sums, TrainState, scalar_sums, state_shapes
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -81,7 +81,7 @@ def step_shapes(
         frozen={} if objective.architecture.lora is None else base,
         state=state,
         sums=Sums(
-            in_layer_order(state.trainable, objective),
+            state.trainable,
             *scalar_sums(objective, lambda: _placed(number, replicated(mesh))),
         ),
         single_batch=accumulation == 1,

@@ -8,7 +8,7 @@ of training (model/layer_stack.py).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -56,28 +56,42 @@ class TrainableModule:
         return replace(self, base_params={})
 
 
-def trainable_module(
-    base: Model,
-    method: Method,
-    module: ModuleConfig,
-    compute_dtype: str,
-    *,
-    remat: Remat = "layer",
-    loss: Loss | None = None,
-    take: bool = False,
-) -> TrainableModule:
-    """A decode module of `base` to train, all weights or an adapter, with this loss (None: supervised fine-tuning).
+class StackedBase(NamedTuple):
+    """A base in the compute dtype without its weights, and these in stacks."""
+
+    model: Model
+    params: Params
+
+
+def stacked_base(base: Model, compute_dtype: str, *, take: bool = False) -> StackedBase:
+    """The base for training.
 
     With `take` the arrays leave `base.params`, so that weights and their stacks are not held at once.
+    """
+    arrays = base.params if take else dict(base.params)
+    params = _cast(stack_layers(arrays, base.config, base.mesh), compute_dtype)
+    build = replace(base.architecture.build, dtype=compute_dtype)
+    return StackedBase(replace(base, params={}, architecture=replace(base.architecture, build=build)), params)
+
+
+def module_on(
+    base: StackedBase, method: Method, module: ModuleConfig, *, remat: Remat = "layer", loss: Loss | None = None
+) -> TrainableModule:
+    """A decode module of `base` to train, all weights or an adapter, with this loss (None: supervised fine-tuning).
 
     Raises:
         PshareError: no projection of the model is among the adapter's targets.
     """
-    objective = make_objective(base.architecture, module, base.mesh, compute_dtype, remat, loss)
-    arrays = base.params if take else dict(base.params)
-    params = _cast(stack_layers(arrays, base.config, base.mesh), compute_dtype)
-    hollow = replace(base, params={}, architecture=objective.base)
-    return TrainableModule(hollow, objective, method, params, {} if module.kind == "full" else params)
+    model = base.model
+    objective = make_objective(model.architecture, module, model.mesh, model.architecture.dtype, remat, loss)
+    return TrainableModule(model, objective, method, base.params, {} if module.kind == "full" else base.params)
+
+
+def trainable_module(
+    base: Model, method: Method, module: ModuleConfig, compute_dtype: str, *, loss: Loss | None = None
+) -> TrainableModule:
+    """`module_on` a base that stays as it is."""
+    return module_on(stacked_base(base, compute_dtype), method, module, loss=loss)
 
 
 def init_trainable(module: TrainableModule, seed: int) -> Params:

@@ -7,8 +7,7 @@ is known before the update, so that each array is updated in its place; an updat
 (`StepResult.finite`).
 """
 
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -38,13 +37,9 @@ class TrainState(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over the micro-batches of a step: the loss with its gradients, and the tallies.
+    """Sums over the micro-batches of a step: the loss with its gradients, and the tallies."""
 
-    Gradients are in layer order, which an `OrderedDict` keeps in a JAX program, unlike a dict. XLA on CPU schedules by
-    that order: with 1, 10, 2, ... it would keep the intermediates of most layers until the end.
-    """
-
-    gradients: OrderedDict[str, Float[Array, "..."]]
+    gradients: Params
     loss: Float[Array, ""]
     tallies: Tallies
 
@@ -82,17 +77,22 @@ class TrainSteps:
     evaluate: Callable[[Params, Params, Params, Any], tuple[Array, Tallies]]
 
 
-def train_steps(objective: Objective, rule: UpdateRule, seed: int) -> TrainSteps:
-    """The programs for an objective on its mesh; results keep the sharding of the parameter table.
+class LossSteps(NamedTuple):
+    """The programs of `TrainSteps` that do not depend on the optimizer, so that runs of one process can share them."""
 
-    `accumulate` takes the number of the micro-batch within the run, which with `seed` determines dropout.
+    no_sums: Callable[[], Sums]
+    accumulate: Callable[[Sums | None, Params, Params, Params, Any, int | np.int32], Sums]
+    evaluate: Callable[[Params, Params, Params, Any], tuple[Array, Tallies]]
+
+
+def train_steps(objective: Objective, rule: UpdateRule, seed: int, loss: LossSteps | None = None) -> TrainSteps:
+    """The programs for an objective on its mesh; results keep the sharding of the parameter table. `loss` None is that of
+    `loss_steps`.
     """
     optimizer = rule.transform
     state = state_shapes(objective, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     whole = replicated(objective.mesh)
-    sums_out: Any = Sums(in_layer_order(shardings.trainable, objective), *scalar_sums(objective, lambda: whole))
-    options = step_compiler_options(objective.mesh)
 
     def init(trainable: Params) -> TrainState:
         zero = jnp.int32(0)
@@ -100,25 +100,9 @@ def train_steps(objective: Objective, rule: UpdateRule, seed: int) -> TrainSteps
         masters = jax.tree.map(lambda x: jnp.copy(x).astype(jnp.float32), trainable)
         return TrainState(masters, optimizer.init(masters), zero, zero, zero)
 
-    def no_sums() -> Sums:
-        gradients = {path: jnp.zeros(x.shape, jnp.float32) for path, x in objective.trainable_shapes.items()}
-        return Sums(in_layer_order(gradients, objective), *scalar_sums(objective, lambda: jnp.float32(0)))
-
-    def accumulate(
-        sums: Sums | None, trainable: Params, frozen: Params, base_params: Params, batch: Any, number: Int[Array, ""]
-    ) -> Sums:
-        key = jax.random.fold_in(jax.random.key(seed), number)
-
-        def loss(trainable: Params) -> tuple[Array, Tallies]:
-            return batch_loss(objective, trainable, frozen, base_params, batch, key)
-
-        (value, tallies), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
-        new = Sums(in_layer_order(gradients, objective), value, tallies)
-        return new if sums is None else jax.tree.map(jnp.add, sums, new)
-
     def apply(state: TrainState, sums: Sums) -> tuple[TrainState, StepResult]:
         terms = jnp.maximum(sums.tallies.terms, 1)
-        loss, grad_norm = sums.loss / terms, optax.tree.norm(dict(sums.gradients)) / terms
+        loss, grad_norm = sums.loss / terms, optax.tree.norm(sums.gradients) / terms
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         factor = rule.clip_factor(grad_norm) / terms
 
@@ -153,15 +137,49 @@ def train_steps(objective: Objective, rule: UpdateRule, seed: int) -> TrainSteps
         )
         return after, result
 
-    def evaluate(trainable: Params, frozen: Params, base_params: Params, batch: Any) -> tuple[Array, Tallies]:
-        return batch_loss(objective, trainable, frozen, base_params, batch, None)
-
+    shared = loss_steps(objective, seed) if loss is None else loss
+    options = step_compiler_options(objective.mesh)
     return TrainSteps(
         state=state,
         init=jax.jit(init, out_shardings=shardings),
+        no_sums=shared.no_sums,
+        accumulate=shared.accumulate,
+        apply=jax.jit(apply, donate_argnums=0, out_shardings=(shardings, whole), compiler_options=options),
+        evaluate=shared.evaluate,
+    )
+
+
+def loss_steps(objective: Objective, seed: int) -> LossSteps:
+    """The programs of losses and gradients. `accumulate` takes the number of the micro-batch within the run, which with `seed`
+    determines dropout.
+    """
+    whole = replicated(objective.mesh)
+    shardings = {path: x.sharding for path, x in objective.trainable_shapes.items()}
+    sums_out: Any = Sums(cast(Any, shardings), *scalar_sums(objective, lambda: whole))
+    options = step_compiler_options(objective.mesh)
+
+    def no_sums() -> Sums:
+        gradients = {path: jnp.zeros(x.shape, jnp.float32) for path, x in objective.trainable_shapes.items()}
+        return Sums(gradients, *scalar_sums(objective, lambda: jnp.float32(0)))
+
+    def accumulate(
+        sums: Sums | None, trainable: Params, frozen: Params, base_params: Params, batch: Any, number: Int[Array, ""]
+    ) -> Sums:
+        key = jax.random.fold_in(jax.random.key(seed), number)
+
+        def loss(trainable: Params) -> tuple[Array, Tallies]:
+            return batch_loss(objective, trainable, frozen, base_params, batch, key)
+
+        (value, tallies), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
+        new = Sums(gradients, value, tallies)
+        return new if sums is None else jax.tree.map(jnp.add, sums, new)
+
+    def evaluate(trainable: Params, frozen: Params, base_params: Params, batch: Any) -> tuple[Array, Tallies]:
+        return batch_loss(objective, trainable, frozen, base_params, batch, None)
+
+    return LossSteps(
         no_sums=jax.jit(no_sums, out_shardings=sums_out),
         accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=sums_out, compiler_options=options),
-        apply=jax.jit(apply, donate_argnums=0, out_shardings=(shardings, whole), compiler_options=options),
         evaluate=jax.jit(evaluate, out_shardings=whole),
     )
 
@@ -195,8 +213,3 @@ def scalar_sums(objective: Objective, scalar: Callable[[], Any]) -> tuple[Any, T
     """A new `scalar` in each place of a `Sums` but the gradients."""
     metrics = {name: scalar() for name in objective.loss.metrics}
     return scalar(), Tallies(scalar(), scalar(), scalar(), metrics)
-
-
-def in_layer_order(table: Mapping[str, Any], objective: Objective) -> OrderedDict[str, Any]:
-    """The entries of `table` in the order of `objective.trainable_shapes`, which is that of the layers."""
-    return OrderedDict((path, table[path]) for path in objective.trainable_shapes)
