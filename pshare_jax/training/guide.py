@@ -47,8 +47,7 @@ def load_guide(config: TrainConfig, module: TrainableModule) -> Guide | None:
         return Guide(replace(module.objective, architecture=base.architecture), module.base_params, {})
     teacher = _teacher(config.objective.teacher, base)
     own = stack_layers(dict(teacher.params), base.config, base.mesh)
-    params = own if teacher.architecture.lora is None else {**module.base_params, **own}
-    return Guide(replace(module.objective, architecture=teacher.architecture), params, {})
+    return Guide(replace(module.objective, architecture=teacher.architecture), {**module.base_params, **own}, {})
 
 
 def guide_bytes(config: TrainConfig, base_bytes: int) -> int:
@@ -63,7 +62,7 @@ def guide_bytes(config: TrainConfig, base_bytes: int) -> int:
 
 
 def _teacher(source: str, base: Model) -> DecodeModule:
-    """The teacher's module; of an adapter only its own arrays, since `base` has no weights."""
+    """The teacher's module. As `base` has no weights, an adapter has only its own, and the base itself none."""
     folder = source_path(source)
     if (folder / MANIFEST).is_file() and read_manifest(folder).prefill == "base":
         raise PshareError(

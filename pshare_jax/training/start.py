@@ -37,15 +37,15 @@ def initial_params(config: TrainConfig, module: TrainableModule) -> Params:
     return stack_layers(_unstacked(config, module, start), base.config, base.mesh)
 
 
-def _unstacked(config: TrainConfig, module: TrainableModule, start: DecodeModule) -> Params:
+def _unstacked(config: TrainConfig, module: TrainableModule, start: DecodeModule) -> dict[str, Any]:
     """The parameters of each layer."""
     if module.frozen:
         fresh = drawn_adapter(module.objective, config.seed)
         return _adapter(str(config.module.init), fresh, module.objective.architecture.lora, start)
-    if start.architecture.lora is None:
-        return dict(start.params)
-    whole = unstack_layers(module.base_params, module.base.config, module.base.mesh)
-    return merged(replace(start, params={**whole, **start.params}), module.base).params
+    # `module.base` has no weights, so an adapter has only its own here, and the base itself none.
+    whole = start.architecture.lora is None and start.params
+    params = {**({} if whole else unstack_layers(module.base_params, start.config, start.mesh)), **start.params}
+    return params if start.architecture.lora is None else merged(replace(start, params=params), module.base).params
 
 
 def source_path(source: str) -> Path:

@@ -195,6 +195,7 @@ def test_decode_module_json_describes_the_training(lora):
             "dropout": 0.0,
             "merged": False,
         },
+        "objective": {"name": "sft"},
         "data": [config.data.sources[0].path],
         "clock": load_settings(TrainConfig, Path(config.output) / "config.yaml").data.clock,
         "steps": 4,
