@@ -1,12 +1,13 @@
 """How a step changes the trainable parameters: clipping, the optimizer and the schedule of its learning rate."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
 from pshare_jax.model.architecture import Params
+from pshare_jax.model.layer_stack import is_stack
 from pshare_jax.training.config import OptimizerConfig
 
 
@@ -42,10 +43,20 @@ def _transform(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gradi
     # Not optax.adafactor, whose weight decay ignores the learning rate.
     return optax.chain(
         optax.scale_by_factored_rms(),
-        optax.clip_by_block_rms(1.0),
+        optax.stateless(_clipped_by_layer),
         optax.add_decayed_weights(**decay),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def _clipped_by_layer(updates: Any, _: Any) -> Params:
+    """Adafactor's clipping of updates to a root mean square of 1 (arXiv 1804.04235, alg. 4), by layer in stacks."""
+    return {path: _clipped(path, update) for path, update in updates.items()}
+
+
+def _clipped(path: str, update: Float[Array, "..."]) -> Float[Array, "..."]:
+    axes = tuple(range(1 if is_stack(path) else 0, update.ndim))
+    return update / jnp.maximum(1, jnp.sqrt(jnp.mean(jnp.square(update), axes, keepdims=True)))
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:

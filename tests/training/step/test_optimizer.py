@@ -62,3 +62,22 @@ def test_matrices_decay_and_norms_and_biases_do_not():
         "layers.1.mlp.up.kernel",
     ]
     assert list(decayed(dict.fromkeys(paths, jnp.zeros(1))).values()) == [False] * 3 + [True] * 5
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
+def test_a_stack_is_updated_as_its_layers_are(name):
+    """Also by Adafactor, which keeps means of rows and columns and clips an update by its root mean square."""
+    rule = update_rule(OptimizerConfig(name=name, learning_rate=0.1, warmup_steps=0, schedule="constant"), 9)
+    draw = np.random.default_rng(0)
+    # Layers of very different scales; large enough to be factored.
+    params, slopes = (draw.normal(size=(2, 3, 128, 160)) * [[[[1.0]], [[9.0]], [[0.1]]]]).astype(np.float32)
+
+    def updated(split) -> Any:
+        weights, gradients = split(params), split(slopes)
+        return rule.transform.update(gradients, rule.transform.init(weights), weights)[0]
+
+    (whole,) = updated(lambda values: {"layers.0:3:1.mlp.up.kernel": jnp.asarray(values)}).values()
+    parts = updated(lambda values: {f"layers.{n}.mlp.up.kernel": jnp.asarray(values[n]) for n in range(3)})
+    for number in range(3):
+        # Absolute, where step and decay nearly cancel.
+        np.testing.assert_allclose(whole[number], parts[f"layers.{number}.mlp.up.kernel"], rtol=1e-5, atol=1e-6)
