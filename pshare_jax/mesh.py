@@ -1,7 +1,8 @@
 """Meshes with the axes `model` (tensor parallelism) and, in training, `fsdp`; model/sharding.py shards over them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +35,17 @@ def make_mesh(device_ids: Sequence[int]) -> Mesh:
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of tokens, positions and logits: whole on every device."""
     return NamedSharding(mesh, REPLICATED)
+
+
+def by_rows(
+    function: Callable, mesh: Mesh | AbstractMesh, axes: tuple[str, ...], in_specs: Any, out_specs: Any
+) -> Callable:
+    """`function` on each device's own part along `axes`; without axes, as it is. Other axes are left to the partitioner."""
+    if not axes:
+        return function
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False
+    )
 
 
 def same_devices(first: Mesh, second: Mesh) -> bool:

@@ -42,6 +42,10 @@ class Architecture:
         """The same decoder with an adapter."""
         return replace(self, build=replace(self.build, lora=lora))
 
+    def with_dtype(self, dtype: str) -> "Architecture":
+        """The same decoder with parameters of another dtype."""
+        return replace(self, build=replace(self.build, dtype=dtype))
+
     def with_stack(self, stack: LoraStack | None) -> "Architecture":
         """The same decoder with stacked adapters."""
         return replace(self, build=replace(self.build, stack=stack))

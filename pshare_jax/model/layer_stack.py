@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
@@ -78,24 +77,16 @@ def stack_layers(params: dict[str, Any], config: ModelConfig, mesh: Mesh) -> Par
     for path, members in stacked_paths(params, config).items():
         arrays = [params.pop(member) for member in members]
         sharding = stacked_sharding(path, config, mesh)
-        if members == (path,):
-            stacked[path] = jax.device_put(arrays[0], sharding)
-        elif isinstance(arrays[0], np.ndarray):
-            stacked[path] = jax.device_put(np.stack(arrays), sharding)
-        else:
-            stacked[path] = _stack(sharding)(arrays)
+        stacked[path] = _stack(sharding)(arrays) if is_stack(path) else jax.device_put(arrays[0], sharding)
     return stacked
 
 
 def unstack_layers(params: Mapping[str, Array], config: ModelConfig, mesh: Mesh) -> Params:
     """The arrays of each layer, from stacks."""
-    params, layers = dict(params), {}
+    layers = {}
     for path, array in params.items():
         members = member_paths(path)
-        if members == (path,):
-            layers[path] = array
-            continue
-        parts = _unstack(parameter_sharding(path, config, mesh), len(members))(array)
+        parts = _unstack(parameter_sharding(path, config, mesh), len(members))(array) if is_stack(path) else (array,)
         layers |= zip(members, parts, strict=True)
     return {path: layers[path] for path in sorted(layers, key=_layer_order)}
 

@@ -78,23 +78,28 @@ def unmap_freed_arrays() -> None:
 
 
 def _train(config: TrainConfig, resume: bool) -> None:
+    # Checked before JAX is imported, so that errors appear at once.
     run_folder.claim(config, resume)
-    # Imported late, so that config errors appear at once.
+    from pshare_jax.training import run
+
+    _prepare(config)
+    run.train(config, resume=resume)
+
+
+def _sweep(config: TrainConfig, resume: bool) -> None:
+    from pshare_jax.training import sweep
+
+    sweep.claim(config, resume)
+    _prepare(config)
+    sweep.sweep(config, resume=resume)
+
+
+def _prepare(config: TrainConfig) -> None:
     from pshare_jax.training import run
 
     # Until training begins, SIGTERM acts like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run.prepare_jax(config)
-    run.train(config, resume=resume)
-
-
-def _sweep(config: TrainConfig, resume: bool) -> None:
-    from pshare_jax.training import run, sweep
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sweep.points_of(config)
-    run.prepare_jax(config)
-    sweep.sweep(config, resume=resume)
 
 
 def _dry_run(config: TrainConfig, resume: bool) -> None:

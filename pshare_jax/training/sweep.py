@@ -34,9 +34,14 @@ class Point:
     config: TrainConfig
 
     @property
+    def run(self) -> RunFolder:
+        """The run's folder."""
+        return RunFolder(Path(self.config.output))
+
+    @property
     def name(self) -> str:
         """The run's folder in the sweep's."""
-        return Path(self.config.output).name
+        return self.run.root.name
 
 
 def points_of(config: TrainConfig) -> list[Point]:
@@ -74,7 +79,7 @@ def claim(config: TrainConfig, resume: bool) -> list[Point]:
     """
     points = points_of(config)
     for point in points:
-        run_folder.claim(point.config, resume and RunFolder(Path(point.config.output)).config.is_file())
+        run_folder.claim(point.config, resume and point.run.config.is_file())
     return points
 
 
@@ -86,14 +91,13 @@ def sweep(config: TrainConfig, *, resume: bool = False) -> list[dict[str, Any]]:
     """
     points, session, console = claim(config, resume), Session(keep=True), Console()
     for number, point in enumerate(points, start=1):
-        run = RunFolder(Path(point.config.output))
-        if not run.module.is_dir():
+        if not point.run.module.is_dir():
             console.print(f"run {number} of {len(points)}: {point.name}", markup=False, highlight=False)
-            _, outcome = train(point.config, resume=resume and run.config.is_file(), session=session)
+            _, outcome = train(point.config, resume=resume and point.run.config.is_file(), session=session)
             if not outcome.finished:
                 break
     root = Path(config.output)
-    complete = [point for point in points if RunFolder(Path(point.config.output)).module.is_dir()]
+    complete = [point for point in points if point.run.module.is_dir()]
     rows = [_row(point) for point in complete]
     (root / "sweep.json").write_text(json.dumps(rows, indent=2) + "\n")
     if rows:
@@ -113,12 +117,12 @@ def _row(point: Point) -> dict[str, Any]:
         "training loss, mean of the last tenth": sum(last) / len(last) if last else None,
         "held-out loss": held_out[-1] if held_out else None,
         "seconds": round(sum(line["seconds"] for line in lines if "seconds" in line), 1),
-        "module": str(RunFolder(Path(point.config.output)).module),
+        "module": str(point.run.module),
     }
 
 
 def _metrics(point: Point) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RunFolder(Path(point.config.output)).metrics.read_text().splitlines()]
+    return [json.loads(line) for line in point.run.metrics.read_text().splitlines()]
 
 
 def _table(rows: list[dict[str, Any]], keys: list[str]) -> Table:

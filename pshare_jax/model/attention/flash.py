@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from pshare_jax.mesh import by_rows
 from pshare_jax.model.layers import soft_cap
 
 QUERY_BLOCK, KEY_BLOCK = 128, 256
@@ -64,19 +65,17 @@ def flash_attention(
 
     No gradient reaches the keys and values of the `constant` sets. Each device of the mesh's `row_axes` has loops of its own.
     """
-    run = functools.partial(_flash, scoring)
-    if row_axes:
-        rows = PartitionSpec(row_axes)
-        run = jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=rows, axis_names=set(row_axes), check_vma=False)
+    rows = PartitionSpec(row_axes)
+    run = by_rows(functools.partial(_flash, scoring), mesh, row_axes, rows, rows)
     return run(q, constant, trained)
 
 
 def _flash(scoring: Scoring, q: Array, constant: tuple[KeySet, ...], trained: tuple[KeySet, ...]) -> Array:
-    sets = (*constant, *trained)
+    sets = tuple(map(_padded, (*constant, *trained)))
     T, num_trained = q.shape[1], len(trained)
     size = _block_size(T, QUERY_BLOCK)
-    pairs = tuple((x.k, x.v) for x in map(_padded, sets))
-    seen = tuple(_Sight(_in_blocks(x.queries, size), _padded(x).keys) for x in sets)
+    pairs = tuple((x.k, x.v) for x in sets)
+    seen = tuple(_Sight(_in_blocks(x.queries, size), x.keys) for x in sets)
     spans = tuple(_spans(sight, scoring.window) for sight in seen)
     blocks = _queries_first(q, size, sets[0].k.shape[1])
     out: Array = _attend(scoring, num_trained, blocks, pairs, seen, spans)

@@ -113,8 +113,7 @@ def estimate_temporaries(objective: Objective, shapes: StepShapes, batch: BatchS
     # Each device processes its own rows.
     chunk = chunk_tokens(rows * batch.answer_len, config.vocab_size)
     # Logits, their exponentials and their gradients exist at once; in distillation also the teacher's.
-    arrays_of_logits = 6 if objective.loss.metrics[:1] == ("kl",) else 3
-    logits = arrays_of_logits * chunk * config.vocab_size * 4 // (tp if config.vocab_size % tp == 0 else 1)
+    logits = objective.loss.logits_arrays * chunk * config.vocab_size * 4 // (tp if config.vocab_size % tp == 0 else 1)
     masters = shapes.state.trainable
     # The embedding is cast row by row after the lookup, but as a whole if it is also the head; a layer's weights in its turn.
     outside = {path: x for path, x in masters.items() if not is_stack(path) and (config.tied or path != EMBEDDING)}

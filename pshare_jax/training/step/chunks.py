@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from pshare_jax.mesh import by_rows
 from pshare_jax.model.layers import soft_cap
 from pshare_jax.training.step.mesh import row_axes
 
@@ -62,13 +63,14 @@ def sums_over_tokens(
 
     def local_rows(hidden: Array, weight: Array, inputs: Any, constant: Any) -> tuple[Array, ...]:
         # Cast here, so that the sum of its gradients over devices, which is part of the backward pass, is in float32.
-        fixed = (loss, head.tied, head.softcap, head.trained)
+        summing = _Summing(loss, head.tied, head.softcap, head.trained)
         flat = jax.tree.map(_flat, (hidden, inputs))
-        sums: Any = _sums(*fixed, *_chunks(flat, head, weight), weight.astype(hidden.dtype), constant)
+        sums: Any = _sums(summing, *_chunks(flat, head, weight), weight.astype(hidden.dtype), constant)
         return jax.lax.psum(sums, axes) if axes else sums
 
-    axes, (rows, whole) = row_axes(head.mesh), _specs(head.mesh)
-    split = _by_rows(local_rows, head.mesh, (rows, whole, rows, whole), whole)
+    axes = row_axes(head.mesh)
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+    split = by_rows(local_rows, head.mesh, axes, (rows, whole, rows, whole), whole)
     return split(hidden, head.weight, inputs, constant)
 
 
@@ -87,25 +89,13 @@ def each_token(
         count, shape = flat[0].shape[0], hidden.shape[:2]
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count].reshape(*shape, *x.shape[2:]), found)
 
-    rows, whole = _specs(head.mesh)
-    split = _by_rows(local_rows, head.mesh, (rows, whole, rows), rows)
+    axes = row_axes(head.mesh)
+    rows, whole = PartitionSpec(axes), PartitionSpec()
+    split = by_rows(local_rows, head.mesh, axes, (rows, whole, rows), rows)
     return split(hidden, head.weight, inputs)
 
 
 # --- a device's rows -------------------------------------------------------------------------------------------------
-
-
-def _specs(mesh: Mesh | AbstractMesh) -> tuple[PartitionSpec, PartitionSpec]:
-    return PartitionSpec(row_axes(mesh)), PartitionSpec()
-
-
-def _by_rows(function: Callable, mesh: Mesh | AbstractMesh, in_specs: Any, out_specs: Any) -> Callable:
-    axes = row_axes(mesh)
-    if not axes:
-        return function
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes), check_vma=False
-    )
 
 
 def _flat(x: Array) -> Array:
@@ -127,19 +117,19 @@ def _chunks(flat: Any, head: Head, weight: Array) -> Any:
 # --- value and gradients in one pass ---------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _sums(
-    loss: TokenLoss,
-    tied: bool,
-    softcap: float | None,
-    weight_grad: bool,
-    hidden: Array,
-    inputs: Any,
-    weight: Array,
-    constant: Any,
-) -> tuple[Array, ...]:
+class _Summing(NamedTuple):
+    """What is known when the program is compiled: the loss, and of the head all but its weight."""
+
+    loss: TokenLoss
+    tied: bool
+    softcap: float | None
+    weight_grad: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(how: _Summing, hidden: Array, inputs: Any, weight: Array, constant: Any) -> tuple[Array, ...]:
     def found(x: Array, given: Any) -> tuple[Array, ...]:
-        return loss(logits_of(x, weight, tied, softcap), given, constant)[0]
+        return how.loss(logits_of(x, weight, how.tied, how.softcap), given, constant)[0]
 
     def step(sums: tuple[Array, ...], chunk: tuple[Array, Any]) -> tuple[tuple[Array, ...], None]:
         return jax.tree.map(jnp.add, sums, found(*chunk)), None
@@ -148,15 +138,10 @@ def _sums(
 
 
 def _forward(
-    loss: TokenLoss,
-    tied: bool,
-    softcap: float | None,
-    weight_grad: bool,
-    hidden: Array,
-    inputs: Any,
-    weight: Array,
-    constant: Any,
+    how: _Summing, hidden: Array, inputs: Any, weight: Array, constant: Any
 ) -> tuple[tuple[Array, ...], tuple[Array, Array | None]]:
+    loss, tied, softcap, weight_grad = how
+
     def found(x: Array, given: Any) -> tuple[Array, tuple[Array, ...], Array]:
         logits = logits_of(x, weight, tied, softcap)
         return logits, *loss(logits, given, constant)
@@ -182,12 +167,7 @@ def _forward(
 
 
 def _backward(
-    loss: TokenLoss,
-    tied: bool,
-    softcap: float | None,
-    weight_grad: bool,
-    saved: tuple[Array, Array | None],
-    grads: tuple[Array, ...],
+    how: _Summing, saved: tuple[Array, Array | None], grads: tuple[Array, ...]
 ) -> tuple[Array, None, Array | None, None]:
     dx, dw = saved
     # Only the first sum is a loss.

@@ -17,6 +17,7 @@ class Sft:
     """The sum of -log p over the target tokens."""
 
     metrics: ClassVar[tuple[str, ...]] = ()
+    logits_arrays: ClassVar[int] = 3
     guide_kv: ClassVar[Literal["own", "same"] | None] = None
 
     def signal(self, head: Head, hidden: Float[Array, "B D size"], batch: Batch) -> Any:

@@ -37,6 +37,7 @@ class Distillation:
     temperature: float
     top_k: int | None
     metrics: ClassVar[tuple[str, ...]] = ("kl", "nll")
+    logits_arrays: ClassVar[int] = 6
     guide_kv: ClassVar[Literal["own", "same"] | None] = "own"
 
     def signal(self, head: Head, hidden: Float[Array, "B D size"], batch: Batch) -> Any:

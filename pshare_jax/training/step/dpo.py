@@ -25,6 +25,7 @@ class Dpo:
 
     beta: float
     metrics: ClassVar[tuple[str, ...]] = ("preferred", "margin")
+    logits_arrays: ClassVar[int] = 3
     guide_kv: ClassVar[Literal["own", "same"] | None] = "same"
 
     def signal(self, head: Head, hidden: Float[Array, "B D size"], batch: Batch) -> Any:

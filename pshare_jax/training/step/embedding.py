@@ -8,7 +8,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from pshare_jax.mesh import FSDP
+from pshare_jax.mesh import FSDP, by_rows
 from pshare_jax.training.step.mesh import row_axes
 
 
@@ -22,8 +22,6 @@ def embedding_rows(
     repeated tokens are summed in the weight's own dtype.
     """
     axes = row_axes(mesh)
-    if not axes:
-        return weight[tokens].astype(dtype)
     split = FSDP in axes and weight.shape[1] % mesh.shape[FSDP] == 0
 
     def lookup(weight: Array, tokens: Array) -> Array:
@@ -34,7 +32,4 @@ def embedding_rows(
         return jax.lax.all_to_all(columns, FSDP, split_axis=0, concat_axis=2, tiled=True)
 
     specs = (PartitionSpec(None, FSDP) if split else PartitionSpec(), PartitionSpec(axes))
-    mapped = jax.shard_map(
-        lookup, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(axes), axis_names=set(axes), check_vma=False
-    )
-    return mapped(weight, tokens)
+    return by_rows(lookup, mesh, axes, specs, PartitionSpec(axes))(weight, tokens)

@@ -45,6 +45,8 @@ class Loss(Protocol):
 
     metrics: ClassVar[tuple[str, ...]]
     """Names of the tallies' metrics."""
+    logits_arrays: ClassVar[int]
+    """Arrays of a chunk's logits, or of their size, that exist at once; for the memory plan."""
     guide_kv: ClassVar[Literal["own", "same"] | None]
     """The KV on which a second model reads each batch first: its own, or the same as the module; None: there is no such model."""
 

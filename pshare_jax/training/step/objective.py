@@ -24,7 +24,7 @@ from pshare_jax.training.data.batches import Layout
 from pshare_jax.training.step.chunks import Head
 from pshare_jax.training.step.losses import Batch, Guided, Loss, Tallies
 from pshare_jax.training.step.static import EMBEDDING, HEAD, Objective, make_objective
-from pshare_jax.training.step.streams import hidden_states
+from pshare_jax.training.step.streams import cast_params, hidden_states
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,8 @@ def stacked_base(base: Model, compute_dtype: str, *, take: bool = False) -> Stac
     With `take` the arrays leave `base.params`, so that weights and their stacks are not held at once.
     """
     arrays = base.params if take else dict(base.params)
-    params = _cast(stack_layers(arrays, base.config, base.mesh), compute_dtype)
-    build = replace(base.architecture.build, dtype=compute_dtype)
-    return StackedBase(replace(base, params={}, architecture=replace(base.architecture, build=build)), params)
+    params = cast_params(stack_layers(arrays, base.config, base.mesh), compute_dtype)
+    return StackedBase(replace(base, params={}, architecture=base.architecture.with_dtype(compute_dtype)), params)
 
 
 def module_on(
@@ -147,9 +146,5 @@ def decode_module(
     """
     mesh = objective.mesh
     assert isinstance(mesh, Mesh), "an abstract mesh has no arrays"
-    trained = _cast(unstack_layers(trainable, objective.config, mesh), objective.compute_dtype)
+    trained = cast_params(unstack_layers(trainable, objective.config, mesh), objective.compute_dtype)
     return DecodeModule(objective.architecture, {**(base_params or {}), **trained}, mesh)
-
-
-def _cast(params: Mapping[str, Array], dtype: str) -> Params:
-    return {path: array.astype(dtype) for path, array in params.items()}

@@ -1,6 +1,6 @@
 """What a training step is compiled for: the architectures of base and module on a mesh, without weights."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -68,7 +68,7 @@ def make_objective(
     Raises:
         PshareError: no projection of the model is among the adapter's targets.
     """
-    base = replace(base, build=replace(base.build, dtype=compute_dtype))
+    base = base.with_dtype(compute_dtype)
     return Objective(base, module_architecture(base, module), mesh, compute_dtype, module.dropout, remat, loss or Sft())
 
 

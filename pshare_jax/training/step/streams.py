@@ -97,7 +97,7 @@ def _through(
     def step(place: Place, weights: Params, x: Array, kv: Any) -> tuple[Array, None]:
         def run(weights: Params, x: Array, kv: Any, number: Array) -> Array:
             # Cast here, so that a step holds one layer's weights in the compute dtype.
-            layer = architecture.bind_layer(place.like, _cast(weights, objective.compute_dtype))
+            layer = architecture.bind_layer(place.like, cast_params(weights, objective.compute_dtype))
             if dropout and key is not None:
                 set_dropout(layer, dropout, jax.random.fold_in(key, number))
             return layer(place.like, x, ropes[layer.rope], attend, kv)[0]
@@ -117,7 +117,7 @@ def _outer(objective: Objective, params: Params) -> Decoder:
     tokens are summed in float32.
     """
     outside = {path: x for path, x in params.items() if not is_stack(path)}
-    cast = {**_cast(outside, objective.compute_dtype), EMBEDDING: outside[EMBEDDING]}
+    cast = {**cast_params(outside, objective.compute_dtype), EMBEDDING: outside[EMBEDDING]}
     return objective.architecture.without_layers.bind(cast)
 
 
@@ -144,5 +144,6 @@ def _split(objective: Objective) -> Split:
     return Split(objective.mesh, row_axes(objective.mesh))
 
 
-def _cast(params: Params, dtype: str) -> Params:
+def cast_params(params: Params, dtype: str) -> Params:
+    """The arrays in another dtype; those that have it already are themselves."""
     return {path: array.astype(dtype) for path, array in params.items()}
