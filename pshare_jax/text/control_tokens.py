@@ -8,17 +8,24 @@ the rendering with control tokens at exactly these places.
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from itertools import islice
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import islice, pairwise
 from typing import Any
 
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from pshare_jax.text.chat_template import ROLES, map_strings
-from pshare_jax.text.native import encode_ids
+from pshare_jax.text.native import encode_ids, encode_offsets
 
 # Private-use planes 15 and 16: in no control token, unchanged by normalisers, rare in real text.
 _PRIVATE_USE = range(0xF0000, 0x10FFFD)
+
+KEPT_CHARACTERS = 1 << 22
+"""Characters of the pieces whose ids a `PieceEncoder` keeps; with their ids they take about 40 MB at most."""
 
 # Field names and values of the chat format that templates branch on; disguising them would only change the branch.
 _FORMAT_WORDS = frozenset(
@@ -111,11 +118,92 @@ class PlainEncoder:
         return [self._id_of.get(index, index) for index in ids]
 
 
-def control_finder(backend: Backend) -> Backend:
-    """`backend` for control tokens alone: the same rules find them, all text between two of them is one unknown token.
+class ControlFinder:
+    """Finds the control tokens of texts by the tokenizer's own rules, much faster than the full tokenizer.
 
-    It is much faster than the full tokenizer.
+    A text that goes on as the one before did is searched from there.
     """
+
+    def __init__(self, backend: Backend) -> None:
+        added = backend.get_added_tokens_decoder()
+        self._backend = _finding(backend)
+        self._ids = frozenset(added)
+        self._fixed = frozenset(index for index, token in added.items() if _cuts(token))
+        self._longest = max((len(token.content) for token in added.values()), default=0)
+        self._before: tuple[str, list[tuple[int, int]]] = ("", [])
+
+    def find(self, text: str) -> list[tuple[int, int]]:
+        """Start and id of each added token in valid Unicode, in order."""
+        kept = self._known(text)
+        at = kept.pop()[0] if kept else 0
+        encoding = encode_offsets(self._backend, text[at:])
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        found = kept + [(at + start, index) for index, (start, _) in spans if index in self._ids]
+        self._before = text, found
+        return found
+
+    def _known(self, text: str) -> list[tuple[int, int]]:
+        """Tokens that `text` shares with the text before; the search may begin at the last one."""
+        before, found = self._before
+        # Up to there no other token can be found, whatever follows.
+        ends = (count for count in range(len(found), 0, -1) if found[count - 1][1] in self._fixed)
+        known = next((count for count in ends if found[count - 1][0] + self._longest <= len(before)), 0)
+        shared = bool(known) and text.startswith(before[: found[known - 1][0] + self._longest])
+        return found[:known] if shared else []
+
+    def pieces(self, text: str) -> Iterator[str]:
+        """What is before the first control token, then each piece with the token at its start."""
+        starts = [start for start, index in self.find(text) if index in self._fixed]
+        yield from (text[start:end] for start, end in pairwise([0, *starts, len(text)]))
+
+
+class PieceEncoder:
+    """Encodes a text by its pieces, each from one control token to the next, and keeps the ids of recent pieces.
+
+    The library finds added tokens before anything else and encodes what lies between two of them alone, so the ids are those of
+    the whole text. Of a conversation that has grown only the new messages are encoded.
+    """
+
+    def __init__(self, backend: Backend, keep: int = KEPT_CHARACTERS) -> None:
+        self._backend, self._finder, self._keep = backend, ControlFinder(backend), keep
+        self._ids: OrderedDict[str, array[int]] = OrderedDict()
+        self._size = 0
+        self._lock = threading.Lock()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of valid Unicode, without added special tokens."""
+        first, *others = self._finder.pieces(text)
+        ids = encode_ids(self._backend, first)
+        for piece in others:
+            ids.extend(self._ids_of(piece))
+        return ids
+
+    def _ids_of(self, piece: str) -> Sequence[int]:
+        with self._lock:
+            if piece in self._ids:
+                self._ids.move_to_end(piece)
+                return self._ids[piece]
+        ids = encode_ids(self._backend, piece)
+        with self._lock:
+            if piece not in self._ids:
+                self._ids[piece] = array("I", ids)
+                self._size += len(piece)
+            while self._size > self._keep:
+                oldest, _ = self._ids.popitem(last=False)
+                self._size -= len(oldest)
+        return ids
+
+
+def _cuts(token: AddedToken) -> bool:
+    """Whether a text may be cut before the token: normalising what is beside it does not change it, and a token before it that
+    must stand alone as a word does so with and without it.
+    """
+    first = token.content[0]
+    return token.special and not (token.normalized or first.isalnum() or first == "_")
+
+
+def _finding(backend: Backend) -> Backend:
+    """`backend` for added tokens alone: the same rules find them, all text between two of them is one unknown token."""
     state = json.loads(backend.to_str())
     vocab = {token["content"]: token["id"] for token in state["added_tokens"]}
     unknown = "\U00100000unknown\U00100001"

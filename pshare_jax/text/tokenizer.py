@@ -8,7 +8,7 @@ import copy
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -21,13 +21,13 @@ from pshare_jax.errors import PshareError
 from pshare_jax.text.chat_fitting import ChatFitting, FittedChat, check_shown
 from pshare_jax.text.chat_style import ChatStyle
 from pshare_jax.text.chat_template import ChatTemplate, checked_messages, free_characters, plain_data, until_mark
-from pshare_jax.text.control_tokens import ControlText, Placeholders, PlainEncoder, control_finder
+from pshare_jax.text.control_tokens import ControlFinder, ControlText, PieceEncoder, Placeholders, PlainEncoder
 from pshare_jax.text.detokenizer import Detokenizer, token_bytes_for
 from pshare_jax.text.encoder import PLAIN, PromptTooLong
 from pshare_jax.text.gguf_tokenizer import read_gguf
 from pshare_jax.text.hf_files import SPECIAL_NAMES, read_folder, write_folder
 from pshare_jax.text.length_bound import LengthBound, length_bound
-from pshare_jax.text.native import decode, encode_ids, encode_offsets
+from pshare_jax.text.native import decode, encode_offsets
 from pshare_jax.text.template_traits import TemplateTraits, probe
 from pshare_jax.text.tool_format import ToolFormat, as_shown, with_stand_ins
 
@@ -352,7 +352,7 @@ class Tokenizer:
         check_shown(chat.fitted.parts, plain, lambda messages: rendered([messages, *strings[1:]]))
         placeholders = self._control.placeholders(strings, chat.template.source)
         disguised = finished(rendered(placeholders.disguised(strings, chat.template.words)))
-        own = self._control_ids(encode_ids(self._finder, _valid(disguised)))
+        own = self._control_ids(index for _, index in self._finder.find(_valid(disguised)))
         if self._control.inside(strings):
             ids = self._encode_masked(finished(rendered(placeholders.masked(strings))), placeholders)
         else:
@@ -432,8 +432,12 @@ class Tokenizer:
         return PlainEncoder(self._backend, self._special, secrets.token_hex(8))
 
     @cached_property
-    def _finder(self) -> Backend:
-        return control_finder(self._backend)
+    def _finder(self) -> ControlFinder:
+        return ControlFinder(self._backend)
+
+    @cached_property
+    def _pieces(self) -> PieceEncoder:
+        return PieceEncoder(self._backend)
 
     @cached_property
     def _length_bound(self) -> LengthBound | None:
@@ -448,9 +452,9 @@ class Tokenizer:
             raise PromptTooLong(least)
 
     def _encode(self, text: str) -> list[int]:
-        return encode_ids(self._backend, _valid(text))
+        return self._pieces.encode(_valid(text))
 
-    def _control_ids(self, ids: list[int]) -> list[int]:
+    def _control_ids(self, ids: Iterable[int]) -> list[int]:
         return [index for index in ids if index in self._control_set]
 
     def _id_of(self, name: str) -> int | None:

@@ -1,8 +1,8 @@
 """The training loop: takes batches, dispatches device steps, and calls reporter, evaluation and checkpoints.
 
-The host reports a step after it has dispatched the next, so that it makes batches while the device computes. All
-methods run in one thread; only `request_stop` may interrupt, as a signal handler. A stop takes effect between two steps
-or two evaluation batches, with a checkpoint.
+The host reports a step after it has dispatched the next, so that it makes batches while the device computes; on CPU, where it
+waits for steps anyway, right after the step, so that each has its own time. All methods run in one thread; only `request_stop`
+may interrupt, as a signal handler. A stop takes effect between two steps or two evaluation batches, with a checkpoint.
 """
 
 import hashlib
@@ -154,8 +154,11 @@ class Trainer:
             _samples_hash(window),
             sum(_num_tokens(batch.arrays) for batch in window),
         )
-        self._report_pending()
+        if not self._on_cpu:
+            self._report_pending()
         self._pending = pending
+        if self._on_cpu:
+            self._report_pending()
         return True
 
     def _dispatch(self, window: list[Batch]) -> StepResult:

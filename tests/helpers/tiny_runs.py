@@ -23,7 +23,7 @@ LORA = ModuleConfig("lora", rank=3, alpha=6.0, targets=("q", "v", "down"), dropo
 FULL = ModuleConfig("full")
 
 # pshare-train that kills itself right after the save of step argv[1] has started in the background (argv[2] True), or when the
-# next step is reported while the step after it is computed.
+# next step is reported.
 KILLED = """
 import os, signal, sys
 from pshare_jax.training import cli

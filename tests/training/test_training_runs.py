@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -132,7 +133,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_run(straight, tmp_pat
             with monkeypatch.context() as patch:
                 stop_after(patch, step)
                 assert main(["--config", str(tmp_path / "config.yaml"), *(["--resume"] if step > 1 else [])]) == 0
-            # The signal arrives while the next step is pending, which is completed first.
+            # The signal may arrive while the next step is pending, which is completed first.
             printed = capsys.readouterr().out
             assert any(f"stopped after step {at} of 11" in printed for at in (step, step + 1))
             assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
@@ -425,6 +426,28 @@ def test_on_a_cpu_a_program_waits_for_its_arguments(base_and_data, tmp_path, mon
     train(run_config(base_and_data, tmp_path / "run", steps=2, evaluation=EvaluationConfig()))
     # Two batches and an update, twice.
     assert ready == [True] * 6
+
+
+def test_each_step_is_reported_with_its_own_time(base_and_data, tmp_path, monkeypatch):
+    make_steps = trainer_module.train_steps
+
+    def slow_steps(*arguments):
+        steps = make_steps(*arguments)
+
+        def accumulate(*values):
+            time.sleep(0.05)
+            return steps.accumulate(*values)
+
+        return replace(steps, accumulate=accumulate)
+
+    monkeypatch.setattr(trainer_module, "train_steps", slow_steps)
+    config = run_config(base_and_data, tmp_path / "run", steps=3, evaluation=EvaluationConfig())
+    train(config)
+    lines = metrics(config.output)
+    # Two batches a step.
+    assert [line["seconds"] >= 0.1 for line in lines] == [True] * 3
+    for line in lines:
+        assert line["tokens_per_second"] == pytest.approx(line["input_tokens"] / line["seconds"])
 
 
 @pytest.mark.parametrize(
