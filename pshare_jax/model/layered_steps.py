@@ -1,8 +1,10 @@
 """Steps over paged KV as a chain of small programs, each of a few layers: prefill, scoring and the writing of transferred
-pages on CPU (`paged_steps`).
+pages (`paged_steps`).
 
-XLA's time to compile grows with the number of layers, and equal parts of a model share a program here. Results are
-bit-identical to one program's. The calls cost little beside a chunk of tokens; decode steps, which are short, stay whole.
+XLA's time to compile grows with the number of layers, and equal parts of a model share a program here, so what is compiled
+does not grow with depth. A scan would need the layers' weights in stacks, of which unrolled decode steps, the faster form,
+could not read a layer without a copy. Results are bit-identical to one program's. The calls are dispatched while the device
+computes and cost little beside a chunk of tokens; decode steps, which are short, stay whole.
 """
 
 import functools

@@ -21,10 +21,10 @@ from pshare_jax.model.attention.blocked import blocked
 from pshare_jax.model.attention.paged import PagedAttention, paged_attend, positions_of
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.dense_steps import decode_architecture
-from pshare_jax.model.kv.pages import KVPages, PageContent, fill_pages, gather_pages, pages_out, scatter_pages
+from pshare_jax.model.kv.pages import KVPages, PageContent, fill_pages, gather_pages, pages_out
 from pshare_jax.model.layered_steps import layered_prefill, layered_scatter, layered_score
 from pshare_jax.model.paged_batch import DecodeBatch, PagedBatch, ScoreBatch
-from pshare_jax.model.scores import Scores, scores_of
+from pshare_jax.model.scores import Scores
 from pshare_jax.model.sharding import content_sharding
 
 
@@ -59,11 +59,6 @@ def paged_steps(architecture: Architecture, mesh: Mesh, attention_fn: PagedAtten
     config, whole = architecture.config, replicated(mesh)
     out = pages_out(config, mesh)
 
-    def prefill(params: Params, tokens: Int[Array, "B T"], batch: PagedBatch, pages: KVPages) -> tuple[Array, KVPages]:
-        positions, attend = positions_of(batch, tokens.shape[1]), paged_attend(config, batch, attention_fn)
-        pages = architecture.bind(params, batch.adapters).prefill(tokens, positions, attend, pages)
-        return jnp.sum(jnp.asarray(batch.query_lens)), pages
-
     def decode(
         params: Params, rows: DecodeBatch, tables: Int[Array, "slots M"], pages: KVPages
     ) -> tuple[tuple[Array, Array], KVPages]:
@@ -76,25 +71,10 @@ def paged_steps(architecture: Architecture, mesh: Mesh, attention_fn: PagedAtten
         hidden, pages = decoder(tokens, positions_of(batch, 1), paged_attend(config, batch, attention_fn), pages)
         return (decoder.logits(hidden)[:, 0], tables), pages
 
-    def score(params: Params, tokens: Int[Array, "B T"], scored: ScoreBatch, pages: KVPages) -> tuple[Scores, KVPages]:
-        batch, independent = scored.batch, jnp.asarray(scored.independent)
-        decoder = architecture.bind(params, batch.adapters)
-        attend = paged_attend(config, batch, attention_fn, independent)
-        hidden, pages = decoder(tokens, positions_of(batch, tokens.shape[1]), attend, pages)
-        return scores_of(decoder.logits(hidden), jnp.asarray(scored.targets), mesh), pages
-
-    decode_step = jax.jit(decode, out_shardings=((whole, whole), out), donate_argnums=(2, 3))
-    if on_cpu(mesh):
-        # What they compute is the same as below.
-        return PagedSteps(
-            prefill=layered_prefill(architecture, mesh, attention_fn),
-            decode=decode_step,
-            score=layered_score(architecture, mesh, attention_fn),
-        )
     return PagedSteps(
-        prefill=jax.jit(prefill, out_shardings=(whole, out), donate_argnums=3),
-        decode=decode_step,
-        score=jax.jit(score, out_shardings=(whole, out), donate_argnums=3),
+        prefill=layered_prefill(architecture, mesh, attention_fn),
+        decode=jax.jit(decode, out_shardings=((whole, whole), out), donate_argnums=(2, 3)),
+        score=layered_score(architecture, mesh, attention_fn),
     )
 
 
@@ -104,17 +84,10 @@ def page_moves(config: ModelConfig, mesh: Mesh) -> PageMoves:
     out = pages_out(config, mesh)
     return PageMoves(
         gather=jax.jit(gather_pages, out_shardings=content_sharding(config, mesh)),
-        scatter=layered_scatter(config, mesh)
-        if on_cpu(mesh)
-        else jax.jit(scatter_pages, out_shardings=out, donate_argnums=0),
+        scatter=layered_scatter(config, mesh),
         fill=jax.jit(fill_pages, out_shardings=out, donate_argnums=0),
         put_table=jax.jit(_put_table, out_shardings=replicated(mesh), donate_argnums=0),
     )
-
-
-def on_cpu(mesh: Mesh) -> bool:
-    """Whether programs are small, since XLA's CPU compiler is slow and a call costs little."""
-    return mesh.devices.flat[0].platform == "cpu"
 
 
 def _put_table(tables: Int[Array, "slots M"], slot: Int[Array, ""], table: Int[Array, "M"]) -> Int[Array, "slots M"]:

@@ -11,6 +11,7 @@ import pytest
 from jax.interpreters import partial_eval
 from task_world import World
 from tiny import FAMILIES, tiny_folder, tiny_module
+from whole_steps import whole_prefill
 
 import pshare_jax as ps
 from pshare_jax.engine import build
@@ -20,7 +21,6 @@ from pshare_jax.engine.kv.budget import PoolNeed, Room, pages_that_fit
 from pshare_jax.engine.kv.device_pages import DevicePages
 from pshare_jax.engine.shapes import padded_batch
 from pshare_jax.engine.warmup import largest_temporaries, variants
-from pshare_jax.model import paged_steps
 from pshare_jax.model.decoder import prefill_reads
 from pshare_jax.server import startup
 from pshare_jax.server.config import ServeConfig, ServerConfig
@@ -242,14 +242,11 @@ def pool_bytes(pool):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prefill_copy_has_what_prefill_reads_and_nothing_else(tiny_folders, family, monkeypatch):
+def test_a_prefill_copy_has_what_prefill_reads_and_nothing_else(tiny_folders, family):
     model = ps.load(tiny_folders[family])
-    # The step as one program.
-    monkeypatch.setattr(paged_steps, "on_cpu", lambda mesh: False)
-    whole = paged_steps.paged_steps.__wrapped__(model.architecture, model.mesh)
     store = DevicePages(model.config, model.mesh, 8, 4, model.architecture.dtype, (2,))
     tokens, rows = padded_batch((1, 8), 4)
-    traced = jax.make_jaxpr(whole.prefill)(model.params, tokens, rows, store.pages)
+    traced = jax.make_jaxpr(whole_prefill(model))(model.params, tokens, rows, store.pages)
     [call] = traced.jaxpr.eqns
     inner = call.params["jaxpr"].jaxpr
     # The second output are the pages.

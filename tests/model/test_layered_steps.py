@@ -5,14 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from whole_steps import whole_prefill, whole_score
 
 import pshare_jax as ps
 from pshare_jax.model import layered_steps
 from pshare_jax.model.attention.blocked import blocked
-from pshare_jax.model.kv.pages import content_shape, empty_pages
+from pshare_jax.model.kv.pages import content_shape, empty_pages, scatter_pages
 from pshare_jax.model.layered_steps import layered_prefill, layered_scatter, layered_score
 from pshare_jax.model.paged_batch import PagedBatch, ScoreBatch
-from pshare_jax.model.paged_steps import page_moves, paged_steps
 from pshare_jax.server.compile_counter import count_compilations
 
 NUM_PAGES, PAGE = 9, 4
@@ -42,36 +42,36 @@ def assert_equal(one, other) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def whole_steps(model: ps.Model, monkeypatch):
-    """The steps as one program each."""
-    monkeypatch.setattr("pshare_jax.model.paged_steps.on_cpu", lambda mesh: False)
-    return paged_steps.__wrapped__(model.architecture, model.mesh), page_moves.__wrapped__(model.config, model.mesh)
-
-
-def test_the_steps_equal_whole_programs(model, monkeypatch):
-    steps, moves = whole_steps(model, monkeypatch)
+def test_the_steps_equal_whole_programs(model):
     tokens, batch = chunk()
     prefill, score = (make(model.architecture, model.mesh, blocked) for make in (layered_prefill, layered_score))
     marker, pages = prefill(model.params, tokens, batch, pages_of(model))
-    expected = steps.prefill(model.params, tokens, batch, pages_of(model))
+    expected = whole_prefill(model)(model.params, tokens, batch, pages_of(model))
     assert_equal((marker, pages), expected)
     scored = ScoreBatch(batch, tokens, np.array(False))
-    assert_equal(score(model.params, tokens, scored, pages), steps.score(model.params, tokens, scored, expected[1]))
+    assert_equal(
+        score(model.params, tokens, scored, pages), whole_score(model)(model.params, tokens, scored, expected[1])
+    )
     content = jax.numpy.asarray(np.random.default_rng(0).random(content_shape(model.config, 2, PAGE)), np.float32)
     ids = np.array([7, 3], np.int32)
     scatter = layered_scatter(model.config, model.mesh)
-    assert_equal(
-        scatter(pages_of(model), ids, content),
-        moves.scatter(pages_of(model), ids, content),
-    )
+    wanted = scatter_pages(pages_of(model), jax.numpy.asarray(ids), content)
+    assert_equal(scatter(pages_of(model), ids, content), wanted)
+
+
+def deep(base: ps.Model, num_layers: int):
+    """The base's architecture with so many of its first layers, and parameters of zeros."""
+    period = base.config.layers[: 1 + any(layer.window for layer in base.config.layers)]
+    layers = (period * num_layers)[:num_layers]
+    architecture = dataclasses.replace(base.architecture, config=dataclasses.replace(base.config, layers=layers))
+    params = {path: jax.numpy.zeros(shape.shape, shape.dtype) for path, shape in architecture.shapes.items()}
+    return architecture, params
 
 
 def test_equal_parts_share_a_program_and_the_step_compiles_nothing(tiny_folders, monkeypatch):
     monkeypatch.setattr(layered_steps, "PART_LAYERS", 2)
     base = ps.load(tiny_folders["llama"])
-    layers = base.config.layers[:1] * 8
-    architecture = dataclasses.replace(base.architecture, config=dataclasses.replace(base.config, layers=layers))
-    params = {path: jax.numpy.zeros(shape.shape, shape.dtype) for path, shape in architecture.shapes.items()}
+    architecture, params = deep(base, 8)
     pages = empty_pages(architecture.config, NUM_PAGES, PAGE, "float32", base.mesh)
     tokens, batch = chunk()
     step = layered_prefill(architecture, base.mesh, blocked)
@@ -81,3 +81,18 @@ def test_equal_parts_share_a_program_and_the_step_compiles_nothing(tiny_folders,
     before = count_compilations().count
     step(params, tokens, batch, pages)
     assert count_compilations().count == before
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("make", [layered_prefill, layered_score])
+def test_what_is_compiled_does_not_grow_with_depth(tiny_folders, family, make):
+    base = ps.load(tiny_folders[family])
+    tokens, batch = chunk()
+    rows = batch if make is layered_prefill else ScoreBatch(batch, tokens, np.array(False))
+    lines = []
+    for num_layers in (8, 32):
+        architecture, params = deep(base, num_layers)
+        pages = empty_pages(architecture.config, NUM_PAGES, PAGE, "float32", base.mesh)
+        lowered = make(architecture, base.mesh, blocked).lower(params, tokens, rows, pages)
+        lines.append(sum(program.as_text().count("\n") for program in lowered.programs))
+    assert lines[1] < 1.1 * lines[0]
