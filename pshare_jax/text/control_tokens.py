@@ -8,6 +8,7 @@ the rendering with control tokens at exactly these places.
 
 import json
 import re
+import sys
 import threading
 from array import array
 from collections import OrderedDict
@@ -24,8 +25,9 @@ from pshare_jax.text.native import encode_ids, encode_offsets
 # Private-use planes 15 and 16: in no control token, unchanged by normalisers, rare in real text.
 _PRIVATE_USE = range(0xF0000, 0x10FFFD)
 
-KEPT_CHARACTERS = 1 << 22
-"""Characters of the pieces whose ids a `PieceEncoder` keeps; with their ids they take about 40 MB at most."""
+KEPT_BYTES = 32 << 20
+"""Memory of what a `PieceEncoder` keeps: the last few million characters."""
+_ENTRY_BYTES = 200
 
 # Field names and values of the chat format that templates branch on; disguising them would only change the branch.
 _FORMAT_WORDS = frozenset(
@@ -164,10 +166,10 @@ class PieceEncoder:
     the whole text. Of a conversation that has grown only the new messages are encoded.
     """
 
-    def __init__(self, backend: Backend, keep: int = KEPT_CHARACTERS) -> None:
+    def __init__(self, backend: Backend, keep: int = KEPT_BYTES) -> None:
         self._backend, self._finder, self._keep = backend, ControlFinder(backend), keep
         self._ids: OrderedDict[str, array[int]] = OrderedDict()
-        self._size = 0
+        self._bytes = 0
         self._lock = threading.Lock()
 
     def encode(self, text: str) -> list[int]:
@@ -183,15 +185,18 @@ class PieceEncoder:
             if piece in self._ids:
                 self._ids.move_to_end(piece)
                 return self._ids[piece]
-        ids = encode_ids(self._backend, piece)
+        ids = array("I", encode_ids(self._backend, piece))
         with self._lock:
             if piece not in self._ids:
-                self._ids[piece] = array("I", ids)
-                self._size += len(piece)
-            while self._size > self._keep:
-                oldest, _ = self._ids.popitem(last=False)
-                self._size -= len(oldest)
+                self._ids[piece] = ids
+                self._bytes += _kept_bytes(piece, ids)
+            while self._bytes > self._keep:
+                self._bytes -= _kept_bytes(*self._ids.popitem(last=False))
         return ids
+
+
+def _kept_bytes(piece: str, ids: Sequence[int]) -> int:
+    return sys.getsizeof(piece) + sys.getsizeof(ids) + _ENTRY_BYTES
 
 
 def _cuts(token: AddedToken) -> bool:

@@ -62,11 +62,25 @@ def whole(backend: Backend, text: str) -> list[int]:
 @given(backends(), st.lists(st.lists(st.sampled_from(PARTS), max_size=14).map("".join), min_size=1, max_size=4))
 @settings(deadline=None, max_examples=400)
 def test_pieces_have_the_ids_of_the_whole_text(backend, texts):
-    encoder = PieceEncoder(backend, keep=12)
+    encoder = PieceEncoder(backend, keep=1200)
     # Each text also goes on as those before it: what was found in them is kept.
     for text in [*texts, *itertools.accumulate(texts)] * 2:
         ids = whole(backend, text)
         assert encoder.encode(text) == ids
+
+
+def test_what_is_kept_has_a_bound(tokenizers):
+    backend = tokenizers["smollm"]._backend
+    encoder = PieceEncoder(backend, keep=10_000)
+    texts = [f"<|im_start|>{number} is one of many" for number in range(200)]
+    for text in texts:
+        assert encoder.encode(text) == encode_ids(backend, text)
+    # At least 200 bytes each.
+    assert 10 < len(encoder._ids) < 50
+    assert texts[-1] in encoder._ids
+    encoder.encode("<|im_start|>" + "x" * 20_000)
+    assert not encoder._ids
+    assert encoder._bytes == 0
 
 
 @pytest.mark.parametrize(
