@@ -28,6 +28,7 @@ from pshare_jax.weights.load import settle_tying
 from pshare_jax.weights.names import Entry, file_name, plan, table
 from pshare_jax.weights.sources import open_source
 
+CARD = "README.md"
 Told = Callable[[float], None]
 
 
@@ -96,6 +97,9 @@ def _write(folder: Path, checkpoint: Checkpoint, config: ModelConfig, form: Weig
     write_folder(folder, content, end_set(checkpoint, tokenizer), tokenizer, tensors())
     if (checkpoint.path / MANIFEST).is_file():
         read_manifest(checkpoint.path).write(folder)
+    if (checkpoint.path / CARD).is_file():
+        # It names the licence.
+        shutil.copy(checkpoint.path / CARD, folder)
 
 
 def _stored(entry: Entry, values: np.ndarray, form: WeightForm, name: str) -> list[tuple[str, np.ndarray]]:

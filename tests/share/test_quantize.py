@@ -158,9 +158,13 @@ def test_what_cannot_be_quantised_is_refused_and_leaves_nothing(folders, tmp_pat
 
 def test_a_number_is_never_read_as_another(folders, tmp_path):
     """A config that asks for another form than the tensors have."""
-    for name, form, words in (("int8", None, "belongs to no parameter"), ("plain", "int8", "weight_scale is missing")):
+    theirs = quantization_config("int8")
+    for name, config, words in (
+        ("int8", None, "belongs to no parameter"),
+        ("plain", theirs, "weight_scale is missing"),
+    ):
         target = copied(folders / name, tmp_path / name)
-        edit_json(target / "config.json", quantization_config=form and quantization_config(form))
+        edit_json(target / "config.json", quantization_config=config)
         assert words in refusal(ps.load, target)
     target = copied(folders / "int8", tmp_path / "other")
     edit_json(target / "config.json", quantization_config=quantization_config("float8_e4m3fn"))
@@ -248,6 +252,13 @@ def test_a_module_of_another_form_of_the_base_is_refused(folders, kind):
 def test_another_base_in_the_same_form_is_refused_as_another_base(folders, tmp_path):
     quantize(tiny_folder("llama", tmp_path / "other", seed=9, **SMALL), tmp_path / "other-int8")
     assert "another base" in refusal(ps.load_module, folders / "int8-full", ps.load(tmp_path / "other-int8"))
+
+
+def test_the_card_goes_along(folders, tmp_path):
+    source = copied(folders / "plain-full", tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: mit\n---\n")
+    quantize(source, tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").read_text() == (source / "README.md").read_text()
 
 
 def test_a_quantised_module_reads_the_same_kv_as_before(folders, tmp_path):
