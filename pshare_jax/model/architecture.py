@@ -17,6 +17,7 @@ from pshare_jax.model.adapters import LoraStack
 from pshare_jax.model.config import LayerConfig, ModelConfig
 from pshare_jax.model.decoder import Decoder, DecoderLayer, prefill_reads
 from pshare_jax.model.layers import Build, LoraConfig, Projection
+from pshare_jax.model.quantization import WeightForm
 
 Params = dict[str, jax.Array]
 
@@ -30,8 +31,13 @@ class Architecture:
 
     @property
     def dtype(self) -> str:
-        """The parameters' dtype."""
+        """The parameters' dtype, except that of quantised kernels and their scales."""
         return self.build.dtype
+
+    @property
+    def weights(self) -> WeightForm | None:
+        """The form of quantised kernels; None if kernels are not quantised."""
+        return self.build.weights
 
     @property
     def lora(self) -> LoraConfig | None:
@@ -45,6 +51,10 @@ class Architecture:
     def with_dtype(self, dtype: str) -> "Architecture":
         """The same decoder with parameters of another dtype."""
         return replace(self, build=replace(self.build, dtype=dtype))
+
+    def with_weights(self, weights: WeightForm | None) -> "Architecture":
+        """The same decoder with kernels in this form."""
+        return replace(self, build=replace(self.build, weights=weights))
 
     def with_stack(self, stack: LoraStack | None) -> "Architecture":
         """The same decoder with stacked adapters."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pshare_jax.errors import PshareError
+from pshare_jax.model.quantization import weight_form
 from pshare_jax.model.rope import RopeConfig, parse_rope
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
@@ -57,7 +58,10 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """Read a config.json object; the error for a missing or wrong field names it."""
+        """Read a config.json object; the error for a missing or wrong field names it. How weights are quantised is read by
+        `weight_form`, here only to refuse what it does not know.
+        """
+        weight_form(config)
         return _Reader(find_family(config), text_config(config)).read()
 
     def layer_fields(self) -> dict[str, Any]:
@@ -200,10 +204,6 @@ class _Reader:
         return value
 
     def read(self) -> ModelConfig:
-        if self.config.get("quantization_config"):
-            raise PshareError(
-                "config.json has a quantization_config, but only unquantized Hugging Face models are supported."
-            )
         if self.family.gemma and self.config.get("use_bidirectional_attention"):
             raise PshareError("config.json has use_bidirectional_attention, but only causal models are supported.")
         hidden, num_heads = self.get("hidden_size", int), self.get("num_attention_heads", int)

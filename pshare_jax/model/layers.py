@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pshare_jax.model.adapters import LoraStack, stacked_product
 from pshare_jax.model.config import ModelConfig
+from pshare_jax.model.quantization import WeightForm
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class Build:
-    """The options of a decoder besides its config: parameter dtype, LoRA, and the number of parts of inner products.
+    """The options of a decoder besides its config: parameter dtype, form of quantised kernels (None: not quantised), LoRA, and
+    the number of parts of inner products.
 
     LoRA is one adapter (`lora`: training, the plain loop) or a stack of them (`stack`: the engine), never both.
 
@@ -36,6 +38,7 @@ class Build:
     """
 
     dtype: str = "float32"
+    weights: WeightForm | None = None
     lora: LoraConfig | None = None
     stack: LoraStack | None = None
     sum_parts: int = 1
@@ -44,12 +47,15 @@ class Build:
 class Projection(nnx.Module):
     """y = x W (+ b) (+ scale * x A B): W `[in, out]`, A `[in, rank]`, B `[rank, out]` (arXiv 2106.09685, eq. 3).
 
-    With stacked adapters A and B are those of each row's slot (model/adapters.py), and the scale is part of B.
+    A quantised W is the kernel times its scale `[1, out]` (model/quantization.py); the scale multiplies the product, so that the
+    kernel is read in eight bits. With stacked adapters A and B are those of each row's slot (model/adapters.py), and their scale
+    is part of B.
     """
 
     def __init__(self, name: str, num_in: int, num_out: int, *, bias: bool, build: Build):
         lora = build.lora if build.lora and name in build.lora.targets else None
-        self.kernel = nnx.Param(jnp.zeros((num_in, num_out), build.dtype))
+        self.kernel = nnx.Param(jnp.zeros((num_in, num_out), build.weights or build.dtype))
+        self.kernel_scale = nnx.Param(jnp.zeros((1, num_out), jnp.float32)) if build.weights else None
         self.bias = nnx.Param(jnp.zeros((num_out,), build.dtype)) if bias else None
         self.lora_a = nnx.LoRAParam(jnp.zeros((num_in, lora.rank), build.dtype)) if lora else None
         self.lora_b = nnx.LoRAParam(jnp.zeros((lora.rank, num_out), build.dtype)) if lora else None
@@ -65,7 +71,11 @@ class Projection(nnx.Module):
         """Project the last axis. Training may set `drop` to a dropout of the adapter's inputs; `Architecture.bind` sets the
         rows' `slots`.
         """
-        y = product_in_parts(x, self.kernel[...], self.sum_parts)
+        if self.kernel_scale is None:
+            y = product_in_parts(x, self.kernel[...], self.sum_parts)
+        else:
+            y = product_in_parts(x, self.kernel[...].astype(x.dtype), self.sum_parts)
+            y = (y * self.kernel_scale[...]).astype(x.dtype)
         if self.bias is not None:
             y = y + self.bias[...]
         if self.lora_a is not None and self.lora_b is not None:

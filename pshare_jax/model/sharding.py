@@ -19,11 +19,12 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embedding\.weight", ROWS),
     (r"head", COLUMNS),
     (r".*norm\.weight", REPLICATED),
-    (r".*\.(q|k|v|gate|up)\.(kernel|lora_b)", COLUMNS),
+    # The scales of quantised kernels are [1, out].
+    (r".*\.(q|k|v|gate|up)\.(kernel|kernel_scale|lora_b)", COLUMNS),
     (r".*\.(q|k|v|gate|up)\.bias", PartitionSpec(MODEL)),
     (r".*\.(q|k|v|gate|up)\.lora_a", REPLICATED),
     (r".*\.(o|down)\.(kernel|lora_a)", ROWS),
-    (r".*\.(o|down)\.(bias|lora_b)", REPLICATED),
+    (r".*\.(o|down)\.(bias|kernel_scale|lora_b)", REPLICATED),
     # Stacked adapters: A is [slots, rank, in], B [slots, rank, out].
     (r".*\.((q|k|v|gate|up)\.stack_b|(o|down)\.stack_a)", PartitionSpec(None, None, MODEL)),
     (r".*\.((q|k|v|gate|up)\.stack_a|(o|down)\.stack_b)", REPLICATED),
@@ -51,7 +52,9 @@ def parameter_sharding(path: str, config: ModelConfig, mesh: Mesh | AbstractMesh
     if spec is None:
         raise AssertionError(f"no sharding rule for parameter {path}")
     tp = mesh.shape[MODEL]
-    replicated_kv = config.num_kv_heads % tp and re.fullmatch(r".*\.(k|v)\.(kernel|lora_b|stack_b|bias)", path)
+    replicated_kv = config.num_kv_heads % tp and re.fullmatch(
+        r".*\.(k|v)\.(kernel|kernel_scale|lora_b|stack_b|bias)", path
+    )
     # An indivisible vocabulary is replicated: padding it would add tokens that the model does not have to the logits.
     odd_vocab = config.vocab_size % tp and path in ("embedding.weight", "head")
     return NamedSharding(mesh, _also_fsdp(path, config, mesh, REPLICATED if replicated_kv or odd_vocab else spec))

@@ -15,6 +15,7 @@ import jax
 
 from pshare_jax.errors import PshareError
 from pshare_jax.model.config import ModelConfig
+from pshare_jax.model.quantization import FORMS, WeightForm, weight_form
 from pshare_jax.share.adapter_settings import INVOCATION, is_activated, is_adapter, read_settings
 from pshare_jax.share.boundary import Boundary
 from pshare_jax.share.lora import read_adapter, write_adapter
@@ -57,7 +58,8 @@ class Manifest:
     """decode_module.json. `prefill` is the KV that the module was trained on; `training` is free-form information.
 
     `tool_format`, `layout`, `template` and `text_prompt` are the module's style (text/chat_style.py); manifests of plain
-    modules lack them. `chat_template` is the hash of the base's template.
+    modules lack them. `chat_template` is the hash of the base's template, `base_weights` the form of the base's kernels, if they
+    are quantised.
     """
 
     kind: Kind
@@ -71,6 +73,7 @@ class Manifest:
     layout: Mapping[str, str] | None = None
     template: str | None = None
     text_prompt: str | None = None
+    base_weights: WeightForm | None = None
 
     @property
     def style(self) -> ChatStyle:
@@ -117,6 +120,7 @@ def save_module(
         prefill,
         training or {},
         **style_values(style),
+        base_weights=base.architecture.weights,
     )
     manifest.write(folder)
 
@@ -153,7 +157,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _manifest_faults(content: Mapping[str, Any]) -> list[str]:
     texts = ("base_fingerprint", "tokenizer", "chat_template")
-    choices = {"kind": get_args(Kind), "prefill": get_args(Prefill), "version": (1,)}
+    choices = {"kind": get_args(Kind), "prefill": get_args(Prefill), "version": (1,), "base_weights": FORMS}
     faults = [f"{name} is missing" for name in ("kind", *texts) if name not in content]
     for name, value in content.items():
         if name in choices and value not in choices[name]:
@@ -206,6 +210,12 @@ def _check_manifest(manifest: Manifest, folder: Path, base: Model, prefill: Pref
     if manifest.template is not None or manifest.text_prompt is not None:
         # The base's template has no part in its prompts.
         del expected["chat_template"]
+    if manifest.base_weights != base.architecture.weights:
+        raise PshareError(
+            f"{folder} was made for a base with {_described(manifest.base_weights)} weights, but this base's are "
+            f"{_described(base.architecture.weights)}, so that its KV differs; use the base that the module was trained on, or "
+            "train the module on this base."
+        )
     for name, (ours, what) in expected.items():
         theirs = getattr(manifest, name)
         if theirs != ours:
@@ -220,6 +230,10 @@ def _check_manifest(manifest: Manifest, folder: Path, base: Model, prefill: Pref
         raise PshareError(
             f"{folder} was trained with prefill 'own' and answers wrongly on the base's KV; use sharing: isolated."
         )
+
+
+def _described(form: WeightForm | None) -> str:
+    return form or "unquantised"
 
 
 def _load_lora(folder: Path, mesh_base: MeshBase) -> DecodeModule:
@@ -242,6 +256,7 @@ def _load_full(folder: Path, mesh_base: MeshBase) -> DecodeModule:
             f"the architecture in {folder}/config.json differs from the base's; a decode module must have the same."
         )
     architecture = replace(base.architecture, config=replace(config, max_len=base.config.max_len))
+    architecture = architecture.with_weights(weight_form(checkpoint.config))
     dtype, tensors = base.architecture.dtype, mesh_base.tensors
     params, hashes = read_parameters(checkpoint, architecture.config, base.mesh, dtype, tensors=tensors)
     if model_fingerprint(config, hashes) == base.fingerprint:

@@ -18,6 +18,7 @@ from pshare_jax.model.decoder import prefill_reads
 from pshare_jax.model.dense_steps import Steps, steps
 from pshare_jax.model.layers import Build
 from pshare_jax.model.paged_steps import PagedSteps, paged_steps
+from pshare_jax.model.quantization import WeightForm, weight_form
 from pshare_jax.model.sharding import check_tensor_parallel, parameter_sharding
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.weights.checkpoint import Checkpoint
@@ -137,7 +138,7 @@ def load(
     tokenizer = checkpoint.tokenizer()
     params, hashes = read_parameters(checkpoint, config, mesh, dtype, progress, tensors)
     return Model(
-        Architecture(config, Build(dtype)),
+        Architecture(config, Build(dtype, weight_form(checkpoint.config))),
         params,
         mesh,
         tokenizer,
@@ -151,9 +152,12 @@ def load(
 
 @dataclass(frozen=True)
 class Outline:
-    """A source's model without its weights. Without a tokenizer, `tokenizer` is None and `stop_ids` is empty."""
+    """A source's model without its weights, and the form of its kernels. Without a tokenizer, `tokenizer` is None and `stop_ids`
+    is empty.
+    """
 
     config: ModelConfig
+    weights: WeightForm | None
     tokenizer: Tokenizer | None
     stop_ids: frozenset[int]
 
@@ -165,11 +169,11 @@ def read_outline(source: str | Path) -> Outline:
         PshareError: the source cannot be used.
     """
     checkpoint = open_source(source, weights=False)
-    config = ModelConfig.from_hf(checkpoint.config)
+    config, weights = ModelConfig.from_hf(checkpoint.config), weight_form(checkpoint.config)
     if not checkpoint.has_tokenizer:
-        return Outline(config, None, frozenset())
+        return Outline(config, weights, None, frozenset())
     tokenizer = checkpoint.tokenizer()
-    return Outline(config, tokenizer, end_set(checkpoint, tokenizer))
+    return Outline(config, weights, tokenizer, end_set(checkpoint, tokenizer))
 
 
 def default_dtype(mesh: Mesh) -> str:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pshare_jax.errors import PshareError
 from pshare_jax.model.architecture import is_lora
+from pshare_jax.model.quantization import dequantized
 from pshare_jax.model.sharding import parameter_sharding
 from pshare_jax.share.decode_module import MANIFEST, DecodeModule, Prefill, save_module
 from pshare_jax.share.model import Model, load
@@ -130,11 +131,12 @@ def training_info(
 
 
 def merged(module: DecodeModule, base: Model) -> DecodeModule:
-    """A LoRA module as a full module: W + scale * A B, summed in float32, in the base's dtype."""
+    """A LoRA module as a full module: W + scale * A B, summed in float32, in the base's dtype; a quantised W is dequantised."""
     lora = module.architecture.lora
     if lora is None:
         raise PshareError("The module has full weights, so there is nothing to merge; omit --merge.")
     params = {path: x for path, x in module.params.items() if not is_lora(path)}
+    params = dequantized(params, base.architecture.dtype)
     for path in [path for path in module.params if path.endswith(".lora_a")]:
         name = path.removesuffix(".lora_a")
         sharding = parameter_sharding(f"{name}.kernel", base.config, base.mesh)
@@ -142,7 +144,7 @@ def merged(module: DecodeModule, base: Model) -> DecodeModule:
         params[f"{name}.kernel"] = merge(
             params[f"{name}.kernel"], module.params[path], module.params[f"{name}.lora_b"], lora.scale
         )
-    return DecodeModule(base.architecture, params, base.mesh)
+    return DecodeModule(base.architecture.with_weights(None), params, base.mesh)
 
 
 def _merged_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:

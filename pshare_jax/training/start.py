@@ -13,6 +13,7 @@ from pshare_jax.errors import PshareError
 from pshare_jax.model.architecture import Params, is_lora
 from pshare_jax.model.layer_stack import stack_layers, unstack_layers
 from pshare_jax.model.layers import LoraConfig
+from pshare_jax.model.quantization import dequantized
 from pshare_jax.share.decode_module import DecodeModule, load_module
 from pshare_jax.training.config import TrainConfig
 from pshare_jax.training.result import merged
@@ -45,7 +46,9 @@ def _unstacked(config: TrainConfig, module: TrainableModule, start: DecodeModule
     # `module.base` has no weights, so an adapter has only its own here, and the base itself none.
     whole = start.architecture.lora is None and start.params
     params = {**({} if whole else unstack_layers(module.base_params, start.config, start.mesh)), **start.params}
-    return params if start.architecture.lora is None else merged(replace(start, params=params), module.base).params
+    if start.architecture.lora is None:
+        return dequantized(params, module.objective.compute_dtype)
+    return merged(replace(start, params=params), module.base).params
 
 
 def source_path(source: str) -> Path:

@@ -46,7 +46,9 @@ class Checkpoint(Protocol):
         ...
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as a new array: float32, float16 or bfloat16, [out, in], in Hugging Face row order."""
+        """One tensor as a new array, [out, in], in Hugging Face row order: float32, float16, bfloat16, or a quantised form
+        (model/quantization.py).
+        """
         ...
 
     def tokenizer(self) -> "Tokenizer":

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pshare_jax.model.config import ModelConfig
+from pshare_jax.model.quantization import FORMS
 
 CACHE_NAME = ".pshare_hashes.json"
 FORMAT = 1
@@ -19,7 +20,9 @@ FORMAT = 1
 
 
 def tensor_hash(values: np.ndarray) -> str:
-    """SHA-256 of a tensor's values as float32 in Hugging Face orientation."""
+    """SHA-256 of a tensor's values as float32 in Hugging Face orientation; of a quantised tensor, of its form and values."""
+    if values.dtype.name in FORMS:
+        return hashlib.sha256(values.dtype.name.encode() + values.tobytes()).hexdigest()
     return hashlib.sha256(np.ascontiguousarray(values, dtype=np.float32).data).hexdigest()
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from pshare_jax.errors import PshareError
 from pshare_jax.model.config import ModelConfig
+from pshare_jax.model.quantization import WeightForm, scale_path
 
 # Prefixes of the language model in multimodal (old and new style) and in text-only repositories.
 PREFIXES = ("language_model.model.", "model.language_model.", "model.")
@@ -35,20 +36,23 @@ PROJECTIONS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter: our path, the name (below `model.`, except the head) and shape in files, whether to transpose."""
+    """One parameter: our path, the name (below `model.`, except the head) and shape in files, whether to transpose, and its dtype
+    if that is not the model's.
+    """
 
     path: str
     name: str
     shape: tuple[int, ...]
     transpose: bool = False
+    dtype: str | None = None
 
 
-def table(config: ModelConfig) -> list[Entry]:
-    """All parameters of a model, in file order."""
+def table(config: ModelConfig, weights: WeightForm | None = None) -> list[Entry]:
+    """All parameters of a model with kernels in this form, in file order."""
     hidden = config.hidden_size
     entries = [Entry("embedding.weight", "embed_tokens.weight", (config.vocab_size, hidden))]
     for index in range(config.num_layers):
-        entries += _layer(config, index)
+        entries += _layer(config, index, weights)
     entries.append(Entry("final_norm.weight", "norm.weight", (hidden,)))
     if not config.tied:
         entries.append(Entry("head", "lm_head.weight", (config.vocab_size, hidden), transpose=True))
@@ -69,11 +73,14 @@ def projection_sizes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def _layer(config: ModelConfig, index: int) -> list[Entry]:
+def _layer(config: ModelConfig, index: int, weights: WeightForm | None) -> list[Entry]:
     layer, entries = f"layers.{index}.", []
     for path, (num_in, num_out) in projection_sizes(config).items():
-        name = PROJECTIONS[path]
-        entries.append(Entry(f"{layer}{path}.kernel", f"{layer}{name}.weight", (num_out, num_in), transpose=True))
+        name, kernel = PROJECTIONS[path], f"{layer}{path}.kernel"
+        entries.append(Entry(kernel, f"{layer}{name}.weight", (num_out, num_in), transpose=True, dtype=weights))
+        if weights is not None:
+            scale = f"{layer}{name}.weight_scale"
+            entries.append(Entry(scale_path(kernel), scale, (num_out, 1), transpose=True, dtype="float32"))
         if config.attention_bias if path.startswith("attention") else config.mlp_bias:
             entries.append(Entry(f"{layer}{path}.bias", f"{layer}{name}.bias", (num_out,)))
     if config.qk_norm:
@@ -106,8 +113,11 @@ class Plan:
     extra_head: str | None
 
 
-def plan(config: ModelConfig, shapes: dict[str, tuple[int, ...]], where: str) -> Plan:
-    """Match a file's tensors (name -> shape) to the model's parameters; `where` names the source in errors.
+def plan(
+    config: ModelConfig, shapes: dict[str, tuple[int, ...]], where: str, weights: WeightForm | None = None
+) -> Plan:
+    """Match a file's tensors (name -> shape) to the parameters of a model with kernels in the form `weights`; `where` names the
+    source in errors.
 
     Raises:
         PshareError: a parameter has no, several or misshapen tensors, or a tensor is neither used nor `SKIPPED`.
@@ -115,7 +125,7 @@ def plan(config: ModelConfig, shapes: dict[str, tuple[int, ...]], where: str) ->
     found, faults = _by_short_name(shapes)
     used: list[tuple[Entry, str]] = []
     extra_head = found.pop("lm_head.weight", None) if config.tied else None
-    for entry in table(config):
+    for entry in table(config, weights):
         name = found.pop(entry.name, None)
         if name is None:
             faults.append(f"{file_name(entry)} is missing")

@@ -27,6 +27,8 @@ _DTYPES: Mapping[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I8": np.dtype(np.int8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 
 
@@ -74,7 +76,7 @@ class SafetensorsFolder:
         return self._entry(name).shape
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as a new array; float32, float16 and bfloat16 are supported."""
+        """One tensor as a new array."""
         entry = self._entry(name)
         dtype = _DTYPES.get(entry.dtype)
         if dtype is None:

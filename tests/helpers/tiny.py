@@ -143,13 +143,15 @@ def tiny_module(base_folder: Path, folder: Path, *, kind: str = "full", seed: in
 
     import pshare_jax as ps
     from pshare_jax.model.layers import LoraConfig
+    from pshare_jax.model.quantization import dequantized
 
     base = ps.load(base_folder)
     if kind == "full":
         draw = np.random.default_rng(seed)
-        noises = {path: draw.normal(0, noise * float(np.std(x)), x.shape) for path, x in base.params.items()}
-        params = {path: x + jnp.asarray(noises[path], jnp.float32) for path, x in base.params.items()}
-        module = ps.DecodeModule(base.architecture, params, base.mesh)
+        plain = dequantized(base.params, "float32")
+        noises = {path: draw.normal(0, noise * float(np.std(x)), x.shape) for path, x in plain.items()}
+        params = {path: x + jnp.asarray(noises[path], jnp.float32) for path, x in plain.items()}
+        module = ps.DecodeModule(base.architecture.with_weights(None), params, base.mesh)
     else:
         module = random_adapter_module(base, LoraConfig(rank=3, scale=1.5, targets=("q", "v", "o", "down")), seed)
     ps.save_module(folder, module, base)

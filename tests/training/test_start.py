@@ -13,8 +13,10 @@ import pshare_jax as ps
 from pshare_jax.errors import PshareError
 from pshare_jax.share.decode_module import load_module, read_manifest
 from pshare_jax.share.generate import score
-from pshare_jax.training.config import EvaluationConfig, TrainConfig
+from pshare_jax.share.quantize import quantize
+from pshare_jax.training.config import EvaluationConfig, MeshConfig, TrainConfig
 from pshare_jax.training.data.prepare import prepare
+from pshare_jax.training.result import export
 from pshare_jax.training.run import train
 
 WIDE = replace(LORA, rank=6, alpha=6.0, targets=("q", "v", "o", "down", "up"))
@@ -90,3 +92,56 @@ def test_what_does_not_fit_is_refused_with_the_key(world, tmp_path):
         config = config_of(world, tmp_path / f"run{number}", module=replace(kind, init=str(source)))
         with pytest.raises(PshareError, match=words):
             train(config)
+
+
+# --- a quantised base ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quantized(world, tmp_path_factory):
+    """The base in int8 with the same records, and modules of it: an adapter, full weights, and these in int8."""
+    root = tmp_path_factory.mktemp("quantized")
+    base, data = world[0]
+    quantize(base, root / "base")
+    found = {kind: tiny_module(root / "base", root / kind, kind=kind) for kind in ("lora", "full")}
+    quantize(root / "full", root / "small")
+    return (root / "base", data), {**found, "base": root / "base", "small": root / "small", None: root / "base"}
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "mesh"),
+    [
+        ("lora", WIDE, MeshConfig()),
+        ("lora", WIDE, MeshConfig(fsdp=2, tensor=2)),
+        ("lora", FULL, MeshConfig()),
+        ("full", FULL, MeshConfig()),
+        ("small", FULL, MeshConfig()),
+        ("base", FULL, MeshConfig()),
+        (None, FULL, MeshConfig(fsdp=2, tensor=2)),
+        (None, LORA, MeshConfig()),
+    ],
+    ids=lambda value: (
+        f"{value.fsdp}x{value.tensor}" if isinstance(value, MeshConfig) else getattr(value, "kind", value)
+    ),
+)
+def test_the_first_loss_on_a_quantised_base_is_the_servers_score(world, quantized, tmp_path, source, kind, mesh):
+    folder = quantized[1][source]
+    config = config_of(quantized, tmp_path / "run", module=replace(kind, init=source and str(folder)), mesh=mesh)
+    train(config)
+    assert metrics(config.output)[0]["loss"] == pytest.approx(served_loss(quantized, config, folder), rel=2e-5)
+    # What it has learned is a module of the quantised base alone.
+    saved = tmp_path / "run" / "module"
+    module = load_module(saved, ps.load(config.base))
+    assert module.architecture.weights == ("int8" if kind.kind == "lora" else None)
+    with pytest.raises(PshareError, match="int8 weights, but this base's are unquantised"):
+        load_module(saved, ps.load(world[0][0]))
+
+
+def test_an_adapter_is_merged_into_dequantised_weights(quantized, tmp_path):
+    config = config_of(quantized, tmp_path / "run", module=replace(WIDE, init=str(quantized[1]["lora"])))
+    train(config)
+    export(tmp_path / "run", merge=True)
+    merged = tmp_path / "run" / "module-merged"
+    assert load_module(merged, ps.load(config.base)).architecture.weights is None
+    losses = [served_loss(quantized, config, folder) for folder in (merged, tmp_path / "run" / "module")]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-5)

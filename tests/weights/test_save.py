@@ -70,7 +70,7 @@ def test_bfloat16(tmp_path):
     model = ps.load(tiny_folder("qwen3", tmp_path / "source", num_hidden_layers=1), dtype="bfloat16")
     ps.save_folder(tmp_path / "saved", model)
     assert {str(x.dtype) for x in load_file(tmp_path / "saved" / SINGLE_FILE).values()} == {"bfloat16"}
-    assert hf_config(model)["dtype"] == "bfloat16"
+    assert hf_config(model.hf_config, model.architecture)["dtype"] == "bfloat16"
     again = ps.load(tmp_path / "saved", dtype="bfloat16")
     for path, array in model.params.items():
         np.testing.assert_array_equal(np.asarray(again.params[path]), np.asarray(array))

@@ -63,7 +63,7 @@ def dry_run(config: TrainConfig) -> None:
     available = 1 if jax.devices()[0].platform == "cpu" else len(jax.devices())
     enough = config.mesh.size <= available
     dtype = default_dtype(make_mesh([0])) if config.dtype == "auto" else config.dtype
-    base = Architecture(outline.config, Build(dtype))
+    base = Architecture(outline.config, Build(dtype, outline.weights))
     mesh = training_mesh(config.mesh) if enough else abstract_mesh(config.mesh)
     objective = make_objective(base, config.module, mesh, dtype, config.remat, loss_of(config.objective))
     _show("model", _model(objective, config))

@@ -141,7 +141,7 @@ def device_bytes(tree: Any) -> int:
 
 def _layer_working_set(objective: Objective, batch: BatchShape, rows: int, item: int) -> int:
     """The larger of a decode layer's intermediates with their gradients and a base layer's intermediates; with `fsdp`
-    plus a layer's gathered weights.
+    plus a layer's gathered weights, with a quantised base plus its largest kernel.
     """
     config, tp = objective.config, objective.mesh.shape[MODEL]
     heads, sizes = config.num_heads // tp, config.head_dim
@@ -151,11 +151,11 @@ def _layer_working_set(objective: Objective, batch: BatchShape, rows: int, item:
     scores = rows * heads * min(QUERY_BLOCK, batch.stream_len) * keys * 4
     decode = 2 * (rows * batch.stream_len * wide * item + scores)
     base = rows * batch.context_len * wide * item + rows * heads * min(QUERY_BLOCK, batch.context_len) * keys * 4
-    gathered = 0
-    if objective.mesh.shape[FSDP] > 1:
-        layer = [x for path, x in objective.base.shapes.items() if path.startswith("layers.0.")]
-        gathered = sum(math.prod(x.shape) for x in layer) * item // tp
-    return max(decode, base if batch.layout == "two_stream" else 0) + gathered
+    layer = [x for path, x in objective.base.shapes.items() if path.startswith("layers.0.")]
+    copies = sum(x.size for x in layer) * item // tp if objective.mesh.shape[FSDP] > 1 else 0
+    # A quantised kernel may be a copy in the compute dtype while it is multiplied.
+    copies += max(x.size for x in layer) * item // tp if objective.base.weights else 0
+    return max(decode, base if batch.layout == "two_stream" else 0) + copies
 
 
 def _guided(objective: Objective, batch: Any, base: Mapping[str, Any]) -> Guided:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from pshare_jax.model.architecture import Params, is_lora
 from pshare_jax.model.layer_stack import stack_layers, unstack_layers
+from pshare_jax.model.quantization import cast_params, dequantized
 from pshare_jax.share.decode_module import DecodeModule
 from pshare_jax.share.model import Model
 from pshare_jax.training.config import Method, ModuleConfig, Remat
@@ -24,7 +25,7 @@ from pshare_jax.training.data.batches import Layout
 from pshare_jax.training.step.chunks import Head
 from pshare_jax.training.step.losses import Batch, Guided, Loss, Tallies
 from pshare_jax.training.step.static import EMBEDDING, HEAD, Objective, make_objective
-from pshare_jax.training.step.streams import cast_params, hidden_states
+from pshare_jax.training.step.streams import hidden_states
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,11 @@ def trainable_module(
 
 
 def init_trainable(module: TrainableModule, seed: int) -> Params:
-    """Initial trainable parameters: the base's arrays in the compute dtype (full), or an adapter without effect (lora)."""
+    """Initial trainable parameters: the base's arrays in the compute dtype, none quantised (full), or an adapter without effect
+    (lora).
+    """
     if not module.frozen:
-        return module.base_params
+        return dequantized(module.base_params, module.objective.compute_dtype)
     return stack_layers(drawn_adapter(module.objective, seed), module.objective.config, module.base.mesh)
 
 

@@ -73,13 +73,13 @@ def make_objective(
 
 
 def module_architecture(base: Architecture, module: ModuleConfig) -> Architecture:
-    """The architecture of the decode module: the base's, for LoRA with an adapter.
+    """The architecture of the decode module: the base's without quantisation, or for LoRA the base's with an adapter.
 
     Raises:
         PshareError: no projection of the model is among the adapter's targets.
     """
     if module.kind == "full":
-        return base
+        return base.with_weights(None)
     architecture = base.with_lora(LoraConfig(module.rank, module.alpha / module.rank, tuple(module.targets)))
     if not any(map(is_lora, architecture.shapes)):
         raise PshareError(

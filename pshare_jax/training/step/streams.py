@@ -23,6 +23,7 @@ from pshare_jax.model.attention.two_stream import (
 from pshare_jax.model.decoder import Attend, Decoder, DecoderLayer, ropes_of
 from pshare_jax.model.layer_stack import Place, is_stack, over_layers
 from pshare_jax.model.layers import Projection
+from pshare_jax.model.quantization import cast_params
 from pshare_jax.training.config import Remat
 from pshare_jax.training.data.batches import OneStreamBatch
 from pshare_jax.training.step.embedding import embedding_rows
@@ -142,8 +143,3 @@ def _dropout(key: PRNGKeyArray, rate: float, x: Array) -> Array:
 
 def _split(objective: Objective) -> Split:
     return Split(objective.mesh, row_axes(objective.mesh))
-
-
-def cast_params(params: Params, dtype: str) -> Params:
-    """The arrays in another dtype; those that have it already are themselves."""
-    return {path: array.astype(dtype) for path, array in params.items()}

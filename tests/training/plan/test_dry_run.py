@@ -14,6 +14,7 @@ from tiny_runs import FULL, LORA, make_base_and_data, run_config
 import pshare_jax as ps
 from pshare_jax.settings import to_yaml
 from pshare_jax.share.model import read_outline
+from pshare_jax.share.quantize import quantize
 from pshare_jax.training.cli import main
 from pshare_jax.training.config import EvaluationConfig, MeshConfig, TrainConfig
 from pshare_jax.training.data.batches import TwoStreamBatch
@@ -139,8 +140,13 @@ def test_the_plan_is_what_a_run_does(base_and_data, tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)], ids=["one", "eight"])
-def test_held_bytes_are_those_of_the_real_arrays(base_and_data, kind, mesh):
-    base = ps.load(base_and_data[0], mesh=training_mesh(mesh))
+@pytest.mark.parametrize("quantised", [False, True], ids=["plain", "int8"])
+def test_held_bytes_are_those_of_the_real_arrays(base_and_data, tmp_path, kind, mesh, quantised):
+    folder = base_and_data[0]
+    if quantised:
+        quantize(folder, tmp_path / "int8")
+        folder = tmp_path / "int8"
+    base = ps.load(folder, mesh=training_mesh(mesh))
     module = trainable_module(base, "prefillshare", kind, "float32")
     config = run_config(base_and_data, Path("none"))
     rule = update_rule(config.optimizer, 9)
