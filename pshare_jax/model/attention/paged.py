@@ -1,7 +1,7 @@
 """Attention over paged KV: one function for prefill chunks and decode steps, replaceable by GPU and TPU kernels.
 
-Each row has its own page table and lengths. `blocked` (blocked.py) serves; `gathered` materialises all pages and is the
-tests' reference.
+Each row has its own page table and lengths. `blocked` (blocked.py) serves, on GPUs the kernel (kernel.py); `gathered`
+materialises all pages and is the tests' reference.
 """
 
 from collections.abc import Callable
