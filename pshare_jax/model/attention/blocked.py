@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pshare_jax.model.attention.online import Softmax, by_kv_head, capped_scores, in_token_order, masked, new_tokens
-from pshare_jax.model.attention.paged import positions_of, stored_ends, visible_old
+from pshare_jax.model.attention.online import Softmax, capped_scores
+from pshare_jax.model.attention.paged import positions_of, stored_ends, visible_new, visible_old
 from pshare_jax.model.attention.work_list import WorkList, plan_of
 from pshare_jax.model.kv.pages import LayerPages
 from pshare_jax.model.layers import soft_cap
@@ -63,8 +63,9 @@ def blocked(
     independent: Bool[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention to the new tokens, then to blocks that rows share, then to each row's own blocks."""
-    T, K, page_size, table_len = q.shape[1], k.shape[2], pages[0].shape[2], batch.page_table.shape[1]
-    queries = by_kv_head(q, K, scale)
+    B, T, N, H = q.shape
+    K, page_size, table_len = k.shape[2], pages[0].shape[2], batch.page_table.shape[1]
+    queries = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H) * scale
     per_block = min(max(1, BLOCK_TOKENS // page_size), table_len)
     # Padded to whole blocks: at its end dynamic_slice would shift the block.
     table = jnp.pad(batch.page_table, ((0, 0), (0, -table_len % per_block)))
@@ -74,32 +75,41 @@ def blocked(
     lanes = 1 if T >= WHOLE_TOKENS else LANES
 
     if batch.shared is None or plan.shared is None:
-        state = new_tokens(queries, k, v, positions, window, softcap, independent)
+        state = _new_tokens(step, k, v)
     else:
         state = _shared_blocks(step, batch.shared, plan.shared, k, v)
     if plan.whole is not None:
-        state = _own_blocks(step, plan.whole, state, lanes, with_mask=False)
-    state = _own_blocks(step, plan.masked, state, lanes, with_mask=True)
-    return in_token_order(state, q)
+        state = _own_blocks(step, plan.whole, state, lanes, masked=False)
+    state = _own_blocks(step, plan.masked, state, lanes, masked=True)
+    heads = state.result().astype(q.dtype).reshape(B, K, N // K, T, H)
+    return heads.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _own_blocks(step: _Step, work: WorkList, state: Softmax, lanes: int, *, with_mask: bool) -> Softmax:
+def _new_tokens(step: _Step, k: Array, v: Array) -> Softmax:
+    """The softmax over the new tokens; each sees itself, so all later maxima are those of real scores."""
+    see = jax.vmap(visible_new, in_axes=(0, 0, None, None))
+    visible = see(step.positions, step.positions, step.window, step.independent)
+    start = Softmax.of_nothing(step.queries.shape)
+    return _add(start, step.queries, k.swapaxes(1, 2), v.swapaxes(1, 2), visible[:, None, None], step.softcap)
+
+
+def _own_blocks(step: _Step, work: WorkList, state: Softmax, lanes: int, *, masked: bool) -> Softmax:
     """Adds `lanes` blocks a trip, each to the state of its row."""
 
     def trip(index: Array, state: Softmax) -> Softmax:
         rows, blocks, real = work.items(index, lanes)
         keys, values, slots = step.blocks(rows, blocks)
-        # In the order of the keys, whose axes XLA would otherwise transpose.
-        queries = step.queries[rows].swapaxes(0, 1)
-        scores = capped_scores(queries, keys, step.softcap)
-        if with_mask:
+        visible = None
+        if masked:
             stored = slots < step.ends[rows][:, None]
             # Slots past the end may hold NaN, which a zero weight would not remove.
             values = jnp.where(stored[..., None], values, 0)
             see = jax.vmap(visible_old, in_axes=(0, 0, None, None))
             visible = see(step.positions[rows], slots, step.window, step.independent) & stored[:, None]
-            scores = masked(scores, visible[:, None])
-        parts = Softmax.of_nothing(queries.shape).add(scores, values)
+            visible = visible[:, None]
+        # In the order of the keys, whose axes XLA would otherwise transpose.
+        queries = step.queries[rows].swapaxes(0, 1)
+        parts = _add(Softmax.of_nothing(queries.shape), queries, keys, values, visible, step.softcap)
         parts = jax.tree.map(lambda part: part.swapaxes(0, 1), parts)
         return _merge(state, parts, real & (rows == jnp.arange(len(step.ends))[:, None]))
 
@@ -132,8 +142,8 @@ def _shared_blocks(step: _Step, groups: SharedPrefixes, work: WorkList, k: Array
         keys, values, slots = step.blocks(leader, block)
         # Shared blocks are full pages, so all of their slots are stored.
         seen = jax.vmap(visible_old, in_axes=(0, None, None, None))(step.positions, slots[0], step.window, None)[:, 0]
-        visible = jnp.repeat(seen & members[:, None], G, axis=0)
-        added = state.add(masked(capped_scores(queries, keys[:, 0], step.softcap), visible), values[:, 0])
+        visible = jnp.repeat(seen & members[:, None], G, axis=0)[None]
+        added = _add(state, queries, keys[:, 0], values[:, 0], visible, step.softcap)
         # A zero weight would not keep NaN in one group's pages from the other rows.
         return added._replace(out=jnp.where(jnp.repeat(members, G)[:, None], added.out, state.out))
 
@@ -151,3 +161,21 @@ def _first_tokens(
     scores = jnp.einsum("KBGH,BKH->KBG", own, k, preferred_element_type=jnp.float32)
     values = jnp.broadcast_to(v.swapaxes(0, 1)[:, :, None].astype(jnp.float32), own.shape)
     return Softmax(soft_cap(scores, softcap).reshape(K, Q), jnp.ones((K, Q), jnp.float32), values.reshape(K, Q, H))
+
+
+def _add(
+    state: Softmax,
+    queries: Float[Array, "*A Q H"],
+    keys: Float[Array, "*A S H"],
+    values: Float[Array, "*A S H"],
+    visible: Bool[Array, "*B T S"] | None,
+    softcap: float | None,
+) -> Softmax:
+    """The softmax with more keys and values; query q is of token q % T. `visible` is broadcast to `[*A, Q / T, T, S]`; None
+    means that all are.
+    """
+    scores = capped_scores(queries, keys, softcap)
+    if visible is not None:
+        by_token = scores.reshape(*scores.shape[:-2], -1, *visible.shape[-2:])
+        scores = jnp.where(visible, by_token, -jnp.inf).reshape(scores.shape)
+    return state.add(scores, values)

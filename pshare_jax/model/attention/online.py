@@ -1,16 +1,12 @@
-"""Online softmax (FlashAttention, arXiv 2205.14135, alg. 1), and what the forms of paged attention have in common: the order
-of queries, and attention to the new tokens, which are in no page yet.
-
-`blocked` and the GPU kernel (kernel.py) add blocks of cached keys to such states.
+"""Online softmax (FlashAttention, arXiv 2205.14135, alg. 1): paged attention in both forms, `blocked` and the GPU kernel
+(kernel.py), adds blocks of keys to such a state, and merges states of parts of the keys.
 """
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from pshare_jax.model.attention.paged import visible_new
 from pshare_jax.model.layers import soft_cap
 
 
@@ -36,12 +32,15 @@ class Softmax(NamedTuple):
         )
         return Softmax(highest, self.total * shrink + weights.sum(-1), self.out * shrink[..., None] + product)
 
-    def merge(self, parts: "Softmax") -> "Softmax":
-        """The softmax with the keys of all parts `[P, ...]` (log-sum-exp)."""
-        highest = jnp.maximum(self.highest, parts.highest.max(0))
-        weights, shrink = jnp.exp(parts.highest - highest), jnp.exp(self.highest - highest)
-        total = self.total * shrink + (weights * parts.total).sum(0)
-        return Softmax(highest, total, self.out * shrink[..., None] + (weights[..., None] * parts.out).sum(0))
+    def merged(self) -> "Softmax":
+        """The softmax with the keys of all parts, of which this has a leading axis (log-sum-exp)."""
+        highest = self.highest.max(0)
+        weights = jnp.exp(self.highest - highest)
+        return Softmax(highest, (weights * self.total).sum(0), (weights[..., None] * self.out).sum(0))
+
+    def result(self) -> Float[Array, "... Q H"]:
+        """The weighted mean of the values."""
+        return self.out / self.total[..., None]
 
 
 def capped_scores(
@@ -49,38 +48,3 @@ def capped_scores(
 ) -> Float[Array, "... Q S"]:
     """Capped scores in float32."""
     return soft_cap(jnp.einsum("...QH,...SH->...QS", queries, keys, preferred_element_type=jnp.float32), softcap)
-
-
-def masked(scores: Float[Array, "*A Q S"], visible: Bool[Array, "*B T S"]) -> Float[Array, "*A Q S"]:
-    """Scores with -inf at unseen keys; query q is of token q % T. `visible` is broadcast to `[*A, Q / T, T, S]`."""
-    tokens = scores.reshape(*scores.shape[:-2], -1, *visible.shape[-2:])
-    return jnp.where(visible, tokens, -jnp.inf).reshape(scores.shape)
-
-
-def by_kv_head(q: Float[Array, "B T N H"], num_kv_heads: int, scale: float) -> Float[Array, "B K Q H"]:
-    """Scaled queries by kv head, in the order (group, token)."""
-    B, T, N, H = q.shape
-    groups = N // num_kv_heads
-    return q.reshape(B, T, num_kv_heads, groups, H).transpose(0, 2, 3, 1, 4).reshape(B, num_kv_heads, -1, H) * scale
-
-
-def in_token_order(state: Softmax, like: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
-    """The result of the softmax `[B, K, Q]` in the order and dtype of the queries that `by_kv_head` had."""
-    B, T, N, H = like.shape
-    heads = (state.out / state.total[..., None]).astype(like.dtype)
-    return heads.reshape(B, heads.shape[1], -1, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
-
-
-def new_tokens(
-    queries: Float[Array, "B K Q H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    positions: Int[Array, "B T"],
-    window: int | None,
-    softcap: float | None,
-    independent: Bool[Array, ""] | None,
-) -> Softmax:
-    """The softmax over the new tokens; each sees itself, so all later maxima are those of real scores."""
-    visible = jax.vmap(visible_new, in_axes=(0, None, None))(positions, window, independent)
-    scores = masked(capped_scores(queries, k.swapaxes(1, 2), softcap), visible[:, None, None])
-    return Softmax.of_nothing(queries.shape).add(scores, v.swapaxes(1, 2))
