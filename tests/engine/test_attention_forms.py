@@ -65,6 +65,8 @@ def test_answers_with_the_kernel_and_windows_are_the_plain_loops(tiny_folders):
     engines.check(engines.clear(draw, "chat", 37))
 
 
+# From JAX 0.11 on.
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_decode_step_with_the_kernel_has_no_loops_and_no_branches(tiny_folders, family):
     """GPUs repeat such a step from a command buffer. Each layer calls one kernel; the loops of plain XLA stay on the host."""

@@ -151,16 +151,16 @@ def _kernel(
     out: Any,
 ) -> None:
     """One program. From `heads` on, references to whole arrays: the arguments and results of the call in `_attention`."""
-    (_, num_tokens, _, head_dim), groups = q.shape, tiling.groups
+    (_, num_new, _, head_dim), groups = q.shape, tiling.groups
     row, own_head, tile, split = map(pl.program_id, range(4))
     head, length, independent = heads[own_head], lengths[row], flag[0] != 0
     columns = jnp.arange(tiling.width)[None]
 
     # Queries are in the order (token, group), so that a tile's positions are neighbours.
     indices = tile * tiling.tile + jnp.arange(tiling.tile)
-    real = indices < num_tokens * groups
+    real = indices < num_new * groups
     tokens, query_heads = indices // groups, own_head * groups + indices % groups
-    positions, first, last = length + tokens, jnp.min(tokens), jnp.minimum(jnp.max(tokens), num_tokens - 1)
+    positions, first, last = length + tokens, jnp.min(tokens), jnp.minimum(jnp.max(tokens), num_new - 1)
     queries = _load(q, (row, tokens[:, None], query_heads[:, None], columns), real, head_dim) * scale
     end = jnp.minimum(ends[row], length + last)
 
@@ -175,7 +175,7 @@ def _kernel(
 
     def add_new(block: Array, state: Softmax) -> Softmax:
         at = block * tiling.block + jnp.arange(tiling.block)
-        new = at < num_tokens
+        new = at < num_new
         keys, values = (_load(part, (row, at[:, None], head, columns), new, head_dim) for part in (k, v))
         seen = visible_new(positions, length + at, window, independent) & new[None]
         return state.add(jnp.where(seen, capped_scores(queries, keys, softcap), -jnp.inf), values)
