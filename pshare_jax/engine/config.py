@@ -9,6 +9,8 @@ from pshare_jax.errors import PshareError
 from pshare_jax.settings import check_least
 
 Auto = Literal["auto"]
+GPUS = ("gpu", "cuda", "rocm")
+"""JAX's names of the platform."""
 _MOVED = {"tp": "a worker is tensor-parallel over all its devices, so leave it out"}
 
 
@@ -95,7 +97,8 @@ class EngineConfig:
 
     `tasks` maps a task's name to `base`, a decode module's folder or a `DecodeModule`. With `sharing: shared` the base
     prefills for all tasks, with `isolated` (the baseline) each task's own weights do. `routing` is the router's policy.
-    `debug` fills freed pages with NaN.
+    `attention` over pages is plain `xla` or a `pallas` kernel for GPUs (auto: pallas on GPUs, xla elsewhere; on a CPU pallas is
+    interpreted, which is for tests). `debug` fills freed pages with NaN.
     """
 
     tasks: Mapping[str, Any]
@@ -105,6 +108,7 @@ class EngineConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     routing: Policy = "prefix"
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    attention: Literal["auto", "xla", "pallas"] = "auto"
     debug: bool = False
 
 
@@ -144,10 +148,10 @@ def placed(prefill: Sequence[list[int]], decode: Sequence[list[int]]) -> Placeme
 
 
 def resolve(config: EngineConfig, platform: str, num_devices: int) -> EngineConfig:
-    """The config with the placement and the numbers that it leaves to the platform, but for `kv.pages`.
+    """The config with all that it leaves to the platform, but for `kv.pages`.
 
     Raises:
-        PshareError: a worker names a device that does not exist.
+        PshareError: a worker names a device that does not exist, or the platform does not have the form of attention.
     """
     defaults, batch, limits = DEFAULTS.get(platform, ACCELERATOR), config.batch, config.limits
     return replace(
@@ -159,6 +163,7 @@ def resolve(config: EngineConfig, platform: str, num_devices: int) -> EngineConf
             decode_rows=_or(batch.decode_rows, defaults.decode_rows),
         ),
         limits=replace(limits, max_requests=_or(limits.max_requests, defaults.max_requests)),
+        attention=_attention(config.attention, platform),
     )
 
 
@@ -166,6 +171,16 @@ def resolved(value: int | Auto) -> int:
     """A number of a resolved config."""
     assert value != "auto"
     return value
+
+
+def _attention(form: Literal["auto", "xla", "pallas"], platform: str) -> Literal["xla", "pallas"]:
+    if form == "auto":
+        return "pallas" if platform in GPUS else "xla"
+    if form == "pallas" and platform not in (*GPUS, "cpu"):
+        raise PshareError(
+            f"attention: pallas is a kernel for GPUs, and JAX runs on {platform}; set attention to auto or xla."
+        )
+    return form
 
 
 def _or(value: int | Auto, default: int) -> int:

@@ -16,7 +16,7 @@ from flax import nnx
 from pshare_jax.model.adapters import LoraStack
 from pshare_jax.model.config import LayerConfig, ModelConfig
 from pshare_jax.model.decoder import Decoder, DecoderLayer, prefill_reads
-from pshare_jax.model.layers import Build, LoraConfig, Projection
+from pshare_jax.model.layers import AttentionForm, Build, LoraConfig, Projection
 from pshare_jax.model.quantization import WeightForm
 
 Params = dict[str, jax.Array]
@@ -59,6 +59,10 @@ class Architecture:
     def with_stack(self, stack: LoraStack | None) -> "Architecture":
         """The same decoder with stacked adapters."""
         return replace(self, build=replace(self.build, stack=stack))
+
+    def with_attention(self, form: AttentionForm) -> "Architecture":
+        """The same decoder with another form of attention over pages."""
+        return self if form == self.build.attention else replace(self, build=replace(self.build, attention=form))
 
     def summing_in(self, parts: int) -> "Architecture":
         """The same decoder with its inner products summed in parts (`Build.sum_parts`)."""

@@ -6,6 +6,7 @@ Kernels are `[in, out]`, the faster order for prefill on CPU. Modules are pure f
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,13 @@ class LoraConfig:
     targets: tuple[str, ...]
 
 
+AttentionForm = Literal["xla", "pallas"]
+
+
 @dataclass(frozen=True)
 class Build:
-    """The options of a decoder besides its config: parameter dtype, form of quantised kernels (None: not quantised), LoRA, and
-    the number of parts of inner products.
+    """The options of a decoder besides its config: parameter dtype, form of quantised kernels (None: not quantised), LoRA, the
+    number of parts of inner products, and the form of attention over pages (model/paged_steps.py).
 
     LoRA is one adapter (`lora`: training, the plain loop) or a stack of them (`stack`: the engine), never both.
 
@@ -42,6 +46,7 @@ class Build:
     lora: LoraConfig | None = None
     stack: LoraStack | None = None
     sum_parts: int = 1
+    attention: AttentionForm = "xla"
 
 
 class Projection(nnx.Module):

@@ -23,6 +23,7 @@ from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.dense_steps import decode_architecture
 from pshare_jax.model.kv.pages import KVPages, PageContent, fill_pages, gather_pages, pages_out
 from pshare_jax.model.layered_steps import layered_prefill, layered_scatter, layered_score
+from pshare_jax.model.layers import AttentionForm
 from pshare_jax.model.paged_batch import DecodeBatch, PagedBatch, ScoreBatch
 from pshare_jax.model.scores import Scores
 from pshare_jax.model.sharding import content_sharding
@@ -54,9 +55,12 @@ class PageMoves:
 
 
 @functools.cache
-def paged_steps(architecture: Architecture, mesh: Mesh, attention_fn: PagedAttention = blocked) -> PagedSteps:
-    """The steps of an architecture on a mesh with `attention_fn`; equal arguments share their compilations."""
+def paged_steps(architecture: Architecture, mesh: Mesh, attention_fn: PagedAttention | None = None) -> PagedSteps:
+    """The steps of an architecture on a mesh with its form of attention, or with `attention_fn`; equal arguments share their
+    compilations.
+    """
     config, whole = architecture.config, replicated(mesh)
+    attention_fn = attention_fn or attention_of(architecture.build.attention, mesh)
     out = pages_out(config, mesh)
 
     def decode(
@@ -76,6 +80,16 @@ def paged_steps(architecture: Architecture, mesh: Mesh, attention_fn: PagedAtten
         decode=jax.jit(decode, out_shardings=((whole, whole), out), donate_argnums=(2, 3)),
         score=layered_score(architecture, mesh, attention_fn),
     )
+
+
+def attention_of(form: AttentionForm, mesh: Mesh) -> PagedAttention:
+    """The function of a form of attention; on CPU the kernel is interpreted, which is for tests."""
+    if form == "xla":
+        return blocked
+    # An experimental part of JAX, which other platforms do without.
+    from pshare_jax.model.attention.kernel import kernel_attention
+
+    return kernel_attention(mesh, interpret=mesh.devices.flat[0].platform == "cpu")
 
 
 @functools.cache

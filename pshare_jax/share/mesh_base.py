@@ -67,4 +67,5 @@ class MeshBase:
             raise PshareError(
                 "the base's files have changed since the server started, and this task needs them; start the server again."
             )
-        return base
+        # The engine may have chosen another form of attention than its source has.
+        return replace(base, architecture=self.outline.architecture)

@@ -1,11 +1,10 @@
 """`blocked` equals `gathered` for any rows, and reads exactly the blocks that they see."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_world import CASES, ROWS, TABLE_TOKENS, World
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,64 +12,16 @@ from pshare_jax.model.attention import blocked as module
 from pshare_jax.model.attention.blocked import LANES, blocked
 from pshare_jax.model.attention.paged import gathered, stored_ends
 from pshare_jax.model.attention.work_list import plan_of
-from pshare_jax.model.paged_batch import PagedBatch, SharedPrefixes, shared_prefixes
+from pshare_jax.model.paged_batch import SharedPrefixes
 
-ROWS, TABLE_TOKENS, BLOCK, HEAD = 5, 150, 32, 8
+BLOCK = 32
 LENGTH = st.integers(0, TABLE_TOKENS - 48)
-# (page size, new tokens, q heads, kv heads, window, softcap, dtype)
-CASES = {
-    "gqa": (4, 1, 6, 2, None, None, "float32"),
-    "window": (16, 1, 4, 4, 40, 5.0, "float32"),
-    "mqa": (3, 1, 4, 1, 7, None, "float32"),
-    "chunk": (5, 40, 4, 2, None, None, "float32"),
-    "window chunk": (16, 40, 2, 1, 50, 5.0, "float32"),
-    "short chunk": (4, 6, 4, 2, 33, None, "float32"),
-    "bfloat16": (4, 1, 4, 2, None, None, "bfloat16"),
-}
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     monkeypatch.setattr(module, "BLOCK_TOKENS", BLOCK)
     monkeypatch.setattr("pshare_jax.model.paged_batch.MIN_SHARED_TOKENS", 1)
-
-
-@functools.cache
-def _compiled(case, attention_fn):
-    window, softcap = CASES[case][4:6]
-    return jax.jit(lambda *arrays, independent: attention_fn(*arrays, window, 0.3, softcap, independent))
-
-
-class World:
-    """Random rows, some of which begin with the pages of another; what no row has stored is NaN."""
-
-    def __init__(self, case, lengths, parents, prefixes, seed):
-        page, self.T, N, K, self.window, _, dtype = CASES[case]
-        self.case, self.page, draw = case, page, np.random.default_rng(seed)
-        width, shape = -(-TABLE_TOKENS // page), (K, ROWS * -(-TABLE_TOKENS // page) + 1, page, HEAD)
-        table = draw.permutation(np.arange(1, shape[1])).reshape(ROWS, width).astype(np.int32)
-        lengths = np.array(lengths, np.int32)
-        for row in range(1, ROWS):
-            common = min(prefixes[row], lengths[row] // page, lengths[parents[row] % row] // page)
-            table[row, :common] = table[parents[row] % row, :common]
-        parts = [np.full(shape, np.nan, np.float32) for _ in range(2)]
-        for part in parts:
-            for row in range(ROWS):
-                stored = lengths[row] + (self.T if self.T > 1 else 0)
-                for at in range(stored):
-                    part[:, table[row, at // page], at % page] = draw.normal(size=(K, HEAD))
-        self.pages = tuple(jnp.asarray(part, dtype) for part in parts)
-        news = [draw.normal(size=(ROWS, self.T, heads, HEAD)) for heads in (N, K, K)]
-        self.news = tuple(jnp.asarray(part, dtype) for part in news)
-        counts = np.where(lengths > 0, self.T, 0).astype(np.int32)
-        self.batch = PagedBatch(table, lengths, counts, np.zeros(ROWS, np.int32))
-        if self.T == 1:
-            self.batch = self.batch._replace(shared=shared_prefixes(table, lengths, page))
-
-    def run(self, attention_fn, independent=False):
-        flag = np.array(independent) if self.T > 1 else None
-        out = _compiled(self.case, attention_fn)(*self.news, self.pages, self.batch, independent=flag)
-        return np.asarray(out.astype(jnp.float32))
 
 
 def _each(lists):
@@ -83,12 +34,12 @@ WORLDS = _each(LENGTH), _each(st.integers(0, 3)), _each(st.integers(0, 30)), st.
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_plain_form(case):
-    tolerance = 2e-5 if CASES[case][6] == "float32" else 4e-2
+    tolerance = 2e-5 if CASES[case].dtype == "float32" else 4e-2
 
     @settings(max_examples=12, deadline=None, derandomize=True)
     @given(st.tuples(*WORLDS), st.booleans())
     def check(arguments, independent):
-        world = World(case, *arguments)
+        world = World(CASES[case], *arguments)
         expected = world.run(gathered, independent)
         assert np.isfinite(expected).all()
         np.testing.assert_allclose(world.run(blocked, independent), expected, atol=tolerance, rtol=0)
@@ -125,7 +76,7 @@ def test_the_plan_is_each_rows_own_blocks_and_shared_blocks_once(case):
     @settings(max_examples=10, deadline=None, derandomize=True)
     @given(st.tuples(*WORLDS))
     def check(arguments):
-        world = World(case, *arguments)
+        world = World(CASES[case], *arguments)
         seen = {(row, block) for row, blocks in enumerate(_seen_blocks(world)) for block in blocks}
         alone = _plan(world, world.batch._replace(shared=None))
         items = _items(alone.masked) + (_items(alone.whole) if alone.whole else [])
@@ -173,7 +124,7 @@ def test_loops_read_each_planned_block_once(lengths, window, shared, blocks, mon
 
     monkeypatch.setattr(module.jax.lax, "fori_loop", counting)
     prefixes = [0] + [shared // 4] * 3 + [0]
-    world = World("gqa", lengths, [0] * ROWS, prefixes, 1)
+    world = World(CASES["gqa"], lengths, [0] * ROWS, prefixes, 1)
     groups = world.batch.shared
     assert groups is not None
     assert sum(groups.num_pages > 0) == (4 if shared else 0)
@@ -184,7 +135,7 @@ def test_loops_read_each_planned_block_once(lengths, window, shared, blocks, mon
 
 def test_nan_of_one_group_or_row_stays_there():
     lengths = [70, 70, 80, 80, 40]
-    world = World("gqa", lengths, [0, 0, 0, 2, 0], [0, 16, 0, 16, 0], 2)
+    world = World(CASES["gqa"], lengths, [0, 0, 0, 2, 0], [0, 16, 0, 16, 0], 2)
     groups = world.batch.shared
     assert groups is not None
     assert list(groups.leaders) == [0, 0, 2, 2, 4]
@@ -196,7 +147,7 @@ def test_nan_of_one_group_or_row_stays_there():
 
 
 def test_a_rows_result_does_not_depend_on_its_neighbours():
-    world = World("window", [90, 90, 60, 0, 33], [0] * ROWS, [0, 20, 0, 0, 0], 3)
+    world = World(CASES["window"], [90, 90, 60, 0, 33], [0] * ROWS, [0, 20, 0, 0, 0], 3)
     together = world.run(blocked)
     world.batch = world.batch._replace(shared=SharedPrefixes.none(ROWS))
     alone = world.run(blocked)

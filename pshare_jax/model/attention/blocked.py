@@ -1,4 +1,4 @@
-"""The paged attention that serves: online softmax (FlashAttention, arXiv 2205.14135, alg. 1) over blocks of pages.
+"""The paged attention that serves where no kernel does: online softmax (online.py) over blocks of pages, in plain XLA.
 
 A trip of a loop reads blocks of some rows from a list, so a row costs what its own length costs, whatever its neighbours are
 (work_list.py). In decode steps, rows whose page tables begin alike read that prefix once: their queries are stacked, and
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pshare_jax.model.attention.online import Softmax, capped_scores
 from pshare_jax.model.attention.paged import positions_of, stored_ends, visible_new, visible_old
 from pshare_jax.model.attention.work_list import WorkList, plan_of
 from pshare_jax.model.kv.pages import LayerPages
@@ -23,21 +24,6 @@ LANES = 4
 """Blocks of a decode trip: a single one is too little work for XLA to share out among a machine's cores."""
 WHOLE_TOKENS = 32
 """From this number of new tokens on, blocks that need no mask have a loop of their own; below, a mask costs nothing."""
-
-
-class Softmax(NamedTuple):
-    """An online softmax: the highest score so far, the sum of weights, and the weighted values, all in float32."""
-
-    highest: Float[Array, "... Q"]
-    total: Float[Array, "... Q"]
-    out: Float[Array, "... Q H"]
-
-    @classmethod
-    def of_nothing(cls, queries: Float[Array, "... Q H"]) -> "Softmax":
-        """Finite: scores of -inf add a weight of 0 to it, not NaN."""
-        shape = queries.shape[:-1]
-        lowest = jnp.full(shape, jnp.finfo(jnp.float32).min, jnp.float32)
-        return cls(lowest, jnp.zeros(shape, jnp.float32), jnp.zeros(queries.shape, jnp.float32))
 
 
 class _Step(NamedTuple):
@@ -95,14 +81,15 @@ def blocked(
     if plan.whole is not None:
         state = _own_blocks(step, plan.whole, state, lanes, masked=False)
     state = _own_blocks(step, plan.masked, state, lanes, masked=True)
-    heads = (state.out / state.total[..., None]).astype(q.dtype).reshape(B, K, N // K, T, H)
+    heads = state.result().astype(q.dtype).reshape(B, K, N // K, T, H)
     return heads.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def _new_tokens(step: _Step, k: Array, v: Array) -> Softmax:
     """The softmax over the new tokens; each sees itself, so all later maxima are those of real scores."""
-    visible = jax.vmap(visible_new, in_axes=(0, None, None))(step.positions, step.window, step.independent)
-    start = Softmax.of_nothing(step.queries)
+    see = jax.vmap(visible_new, in_axes=(0, 0, None, None))
+    visible = see(step.positions, step.positions, step.window, step.independent)
+    start = Softmax.of_nothing(step.queries.shape)
     return _add(start, step.queries, k.swapaxes(1, 2), v.swapaxes(1, 2), visible[:, None, None], step.softcap)
 
 
@@ -122,7 +109,7 @@ def _own_blocks(step: _Step, work: WorkList, state: Softmax, lanes: int, *, mask
             visible = visible[:, None]
         # In the order of the keys, whose axes XLA would otherwise transpose.
         queries = step.queries[rows].swapaxes(0, 1)
-        parts = _add(Softmax.of_nothing(queries), queries, keys, values, visible, step.softcap)
+        parts = _add(Softmax.of_nothing(queries.shape), queries, keys, values, visible, step.softcap)
         parts = jax.tree.map(lambda part: part.swapaxes(0, 1), parts)
         return _merge(state, parts, real & (rows == jnp.arange(len(step.ends))[:, None]))
 
@@ -187,12 +174,8 @@ def _add(
     """The softmax with more keys and values; query q is of token q % T. `visible` is broadcast to `[*A, Q / T, T, S]`; None
     means that all are.
     """
-    scores = jnp.einsum("...QH,...SH->...QS", queries, keys, preferred_element_type=jnp.float32)
-    scores = soft_cap(scores, softcap)
+    scores = capped_scores(queries, keys, softcap)
     if visible is not None:
         by_token = scores.reshape(*scores.shape[:-2], -1, *visible.shape[-2:])
         scores = jnp.where(visible, by_token, -jnp.inf).reshape(scores.shape)
-    highest = jnp.maximum(state.highest, scores.max(-1))
-    weights, shrink = jnp.exp(scores - highest[..., None]), jnp.exp(state.highest - highest)
-    product = jnp.einsum("...QS,...SH->...QH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return Softmax(highest, state.total * shrink + weights.sum(-1), state.out * shrink[..., None] + product)
+    return state.add(scores, values)

@@ -1,7 +1,7 @@
 """Attention over paged KV: one function for prefill chunks and decode steps, replaceable by GPU and TPU kernels.
 
-Each row has its own page table and lengths. `blocked` (blocked.py) serves; `gathered` materialises all pages and is the
-tests' reference.
+Each row has its own page table and lengths. `blocked` (blocked.py) serves, on GPUs the kernel (kernel.py); `gathered`
+materialises all pages and is the tests' reference.
 """
 
 from collections.abc import Callable
@@ -84,7 +84,7 @@ def gathered(
         # Slots past the end may hold NaN, which a zero weight would not remove.
         cached_k, cached_v = (jnp.where(stored[:, None], part, 0)[None] for part in cached)
         old = Segment(cached_k, cached_v, visible_old(positions, slots, window, independent) & stored)
-        own = visible_new(positions, window, independent)
+        own = visible_new(positions, positions, window, independent)
         new = Segment(k.swapaxes(0, 1)[None], v.swapaxes(0, 1)[None], own)
         return attention(q[None], [old, new], scale=scale, softcap=softcap)[0]
 
@@ -103,7 +103,7 @@ def visible_old(positions: Array, slots: Array, window: int | None, independent:
     return visible if independent is None else visible & (~independent | (slots[None, :] != positions[:, None]))
 
 
-def visible_new(positions: Array, window: int | None, independent: Array | None) -> Bool[Array, "T T"]:
-    """The new keys that each new token sees."""
-    visible = visible_keys(positions, positions, window)
-    return visible if independent is None else visible & (~independent | (positions[None, :] == positions[:, None]))
+def visible_new(positions: Array, keys: Array, window: int | None, independent: Array | None) -> Bool[Array, "T S"]:
+    """The new keys, at the positions `keys`, that each new token sees."""
+    visible = visible_keys(positions, keys, window)
+    return visible if independent is None else visible & (~independent | (keys[None, :] == positions[:, None]))

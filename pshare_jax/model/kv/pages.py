@@ -37,7 +37,18 @@ def page_bytes(config: ModelConfig, page_size: int, dtype: str) -> int:
 
 def slots_of(page_table: Int[Array, "B M"], positions: Int[Array, "B T"], page_size: int) -> Int[Array, "B T"]:
     """The slots of the tokens at `positions` of each row."""
-    return jnp.take_along_axis(page_table, positions // page_size, axis=1) * page_size + positions % page_size
+    pages = jnp.take_along_axis(page_table, positions // page_size, axis=1)
+    return slots_in(pages, positions, page_size)
+
+
+def slots_in(pages: Int[Array, "*S"], positions: Int[Array, "*S"], page_size: int) -> Int[Array, "*S"]:
+    """The slots of the tokens at `positions`, each in its page."""
+    return pages * page_size + positions % page_size
+
+
+def by_slot(part: Float[Array, "K P page H"]) -> Float[Array, "K S H"]:
+    """A pool's keys or values by slot."""
+    return part.reshape(part.shape[0], -1, part.shape[3])
 
 
 def write_slots(
@@ -53,9 +64,9 @@ def write_slots(
     flat = slots.reshape(-1)
 
     def written(pages: Array, new: Array) -> Array:
-        K, P, page, H = pages.shape
+        K, H = pages.shape[0], pages.shape[3]
         heads_first = new.transpose(2, 0, 1, 3).reshape(K, -1, H) + nothing
-        return pages.reshape(K, P * page, H).at[:, flat].set(heads_first).reshape(pages.shape)
+        return by_slot(pages).at[:, flat].set(heads_first).reshape(pages.shape)
 
     return written(layer[0], k), written(layer[1], v)
 
