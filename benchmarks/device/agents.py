@@ -116,7 +116,7 @@ def _one(check: Check, num_tasks: int, sharing: Sharing) -> Cell:
 def _pages(check: Check, model: Model, num_tasks: int) -> int:
     """Pages of all pools together: room for every session's context in every task, or what memory there is."""
     page_bytes = PAGE * counts.kv_bytes(check.config, check.item)
-    wanted = (len(range(check.sizes.agents.sessions)) + 1) * num_tasks * pages_for(model.config.max_len, PAGE)
+    wanted = (check.sizes.agents.sessions + 1) * num_tasks * pages_for(model.config.max_len, PAGE)
     if check.memory is None:
         return wanted
     adapters = 2 * num_tasks * counts.adapter_weights(check.config, RANK, TARGETS)

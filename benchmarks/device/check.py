@@ -26,6 +26,8 @@ LEAST_SECONDS = 10.0
 """What a measurement takes before any has been made: a program is compiled."""
 Cell = dict[str, Any]
 """A measurement's name and numbers, as JSON."""
+NOT_SHOWN = ("name", "flops", "bytes")
+"""Keys that tables and lines leave out: of the last two they have what follows for a device."""
 
 
 @dataclass
@@ -115,14 +117,14 @@ def described(cell: Cell) -> str:
         return f"{cell['name']}: FAILED: {cell['error'][-1]}"
     if "skipped" in cell:
         return f"{cell['name']}: skipped, {cell['skipped']}"
-    shown = (f"{key} {number(value)}" for key, value in cell.items() if key != "name" and value is not None)
+    shown = (f"{key} {number(value)}" for key, value in cell.items() if key not in NOT_SHOWN and value is not None)
     return f"{cell['name']}: {', '.join(shown)}"
 
 
 def number(value: Any) -> str:
     """A number for people: four digits, no exponent but for huge and tiny ones."""
     if not isinstance(value, float):
-        return str(value)
+        return f"{value:,}" if isinstance(value, int) else str(value)
     if value and not 1e-3 <= abs(value) < 1e9:
         return f"{value:.2e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -37,9 +37,20 @@ PARTS: dict[str, Callable[[Check], None]] = {
 """The parts in their order: those that take least time first."""
 WITHOUT_MODEL = ("peaks", "precision", "attention")
 EVERY_MODEL = ("prefill", "decode")
-SHARES = {"agents": 0.4}
-"""The largest part of the time that a part may take for one model; others: `SHARE`."""
-SHARE = 0.25
+SHARES = {
+    "peaks": 0.05,
+    "precision": 0.1,
+    "attention": 0.12,
+    "prefill": 0.1,
+    "decode": 0.2,
+    "handoff": 0.05,
+    "agents": 0.3,
+    "training": 0.12,
+    "start": 0.1,
+}
+"""The largest part of the time that a part may take for one model, so that slow compiling leaves time for the others."""
+LEAST_SECONDS = 30.0
+"""What each part may take of a short run."""
 MINUTES = 8.0
 
 
@@ -92,7 +103,12 @@ class Run:
         unknown = self._peaks.flops is None
         self._parts = [name for name in PARTS if name in options.parts or (name == "peaks" and unknown)]
         self._counter = count_compilations()
-        self._results = {**head(self._device, self._peaks), "tiny": options.tiny, "parts": []}
+        self._results = {
+            **head(self._device, self._peaks),
+            "tiny": options.tiny,
+            "minutes": options.minutes,
+            "parts": [],
+        }
         self._file: Path | None = options.json
         if self._file is None and not on_cpu:
             self._file = ROOT / "docs" / "device" / f"{slug(self._device.device_kind)}.json"
@@ -119,7 +135,7 @@ class Run:
         self._results["parts"].append(part)
         self._say(name if alone else f"{name}, {model}")
         left = self._began + self._seconds - time.monotonic()
-        clock = Clock(time.monotonic() + min(left, SHARES.get(name, SHARE) * self._seconds))
+        clock = Clock(time.monotonic() + min(left, max(SHARES[name] * self._seconds, LEAST_SECONDS)))
         check = Check(
             self._mesh,
             default_dtype(self._mesh),

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.device.cards import COMPARED, peaks_of
-from benchmarks.device.check import Cell, number
+from benchmarks.device.check import NOT_SHOWN, Cell, number
 
 _HEADINGS = {
     "ms": "ms",
@@ -25,7 +25,6 @@ _HEADINGS = {
     "worst_relative": "worst difference",
 }
 _PERCENT = ("share", "mfu", "worst_relative")
-_LEFT_OUT = ("name", "flops", "bytes")
 NONE = "-"
 
 
@@ -83,7 +82,7 @@ def _fault(name: str, what: Mapping[str, Any]) -> str:
 
 
 def _table(cells: Sequence[tuple[str | None, Cell]]) -> str:
-    keys = list(dict.fromkeys(key for _, cell in cells for key in cell if key not in _LEFT_OUT))
+    keys = list(dict.fromkeys(key for _, cell in cells for key in cell if key not in NOT_SHOWN))
     timed = any("flops" in cell for _, cell in cells)
     modelled = any(model is not None for model, _ in cells)
     headings = [*(["model"] if modelled else []), "", *(_HEADINGS.get(key, key) for key in keys)]
