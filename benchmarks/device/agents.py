@@ -78,7 +78,7 @@ def run(check: Check) -> None:
             rates[sharing] = None if cell is None else cell["calls_s"]
         if rates["shared"] and rates["isolated"]:
             ratio = rates["shared"] / rates["isolated"]
-            check.measure(f"{num_tasks} LoRA tasks, shared / isolated", lambda ratio=ratio: {"calls_s": ratio})
+            check.keep({"name": f"{num_tasks} LoRA tasks, shared / isolated", "calls_s": ratio})
 
 
 def _one(check: Check, num_tasks: int, sharing: Sharing) -> Cell:
@@ -99,7 +99,7 @@ def _one(check: Check, num_tasks: int, sharing: Sharing) -> Cell:
     compiled, prefilled = counter.count, _prefilled(engine)
     engine.start()
     try:
-        agents, seconds = _play(engine, sessions, min(check.sizes.agent_seconds, max(check.clock.left, 1.0)))
+        agents, seconds = play(engine, sessions, min(check.sizes.agent_seconds, max(check.clock.left, 1.0)))
         numbers = _numbers([call for agent in agents for call in agent.answered if call.ended], seconds)
         of_sessions = sum(len(session.calls) for session in sessions)
         return {
@@ -128,8 +128,8 @@ def _prefilled(engine: Engine) -> int:
     return sum(worker.stats.tokens for worker in engine.prefill_workers)
 
 
-def _play(engine: Engine, sessions: Sequence[Session], limit: float) -> tuple[list[Agent], float]:
-    """All agents after their last calls or after `limit` seconds, and the seconds until the last call ended.
+def play(engine: Engine, sessions: Sequence[Session], limit: float) -> tuple[list[Agent], float]:
+    """All agents after their last calls or after `limit` seconds, and the seconds that this took.
 
     Raises:
         RuntimeError: a call has failed.
@@ -138,9 +138,9 @@ def _play(engine: Engine, sessions: Sequence[Session], limit: float) -> tuple[li
     agents = [Agent(session, engine, ended) for session in sessions]
     began = time.perf_counter()
     live = sum(agent.send() for agent in agents)
-    while live:
+    while live and (left := began + limit - time.perf_counter()) > 0:
         try:
-            agent = ended.get(timeout=max(began + limit - time.perf_counter(), 0.001))
+            agent = ended.get(timeout=left)
         except queue.Empty:
             break
         if (failure := agent.answered[-1].failure) is not None:

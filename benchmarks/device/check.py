@@ -74,13 +74,13 @@ class Check:
     def has_room(self, name: str, num_bytes: float) -> bool:
         """`fits`; if not, the measurement of this name is kept as skipped."""
         if not self.fits(num_bytes):
-            self._keep({"name": name, "skipped": f"it needs {num_bytes / 2**30:.0f} GiB of memory"})
+            self.keep({"name": name, "skipped": f"it needs {num_bytes / 2**30:.0f} GiB of memory"})
         return self.fits(num_bytes)
 
     def measure(self, name: str, make: Callable[[], Cell]) -> Cell | None:
         """Keeps the numbers of a measurement; None if it was skipped or has failed."""
         if self.clock.left < max(self.longest, LEAST_SECONDS):
-            self._keep({"name": name, "skipped": "no time is left"})
+            self.keep({"name": name, "skipped": "no time is left"})
             return None
         began = time.monotonic()
         try:
@@ -90,7 +90,7 @@ class Check:
         # What it has made must be gone before the next one: an engine has cycles.
         gc.collect()
         self.longest = max(self.longest, time.monotonic() - began)
-        self._keep(cell)
+        self.keep(cell)
         return None if "error" in cell else cell
 
     def timed(self, seconds: float, work: Work, **numbers: Any) -> Cell:
@@ -105,7 +105,8 @@ class Check:
             "bytes": work.num_bytes,
         }
 
-    def _keep(self, cell: Cell) -> None:
+    def keep(self, cell: Cell) -> None:
+        """Adds numbers that took no measurement, or say why there are none."""
         self.cells.append(cell)
         self.save()
         self.say(f"  {described(cell)}")

@@ -1,4 +1,4 @@
-"""Losses of bfloat16 training steps on the device against float32 on the CPU: the same tiny model, samples and updates."""
+"""Bfloat16 training steps on the device against float32 on the CPU: the same tiny model, samples and updates."""
 
 from dataclasses import replace
 
@@ -15,9 +15,11 @@ from pshare_jax.share.model import Model
 from pshare_jax.training.config import Method
 
 STEPS = 3
+RATE = 3e-3
+"""Learning rate: weights in bfloat16 do not notice much smaller updates."""
 SAMPLES = TrainingSizes(rows=4, prompt=48, answer=16)
-TOLERANCE = 2e-2
-"""The largest difference of a loss that is allowed, as a part of it."""
+TOLERANCE, NORM_TOLERANCE = 2e-2, 5e-2
+"""The largest differences that are allowed of a loss, and of the norm of the first gradient, as parts of them."""
 
 
 def run(check: Check) -> None:
@@ -28,17 +30,22 @@ def run(check: Check) -> None:
 
 def _one(check: Check, method: Method, kind: Kind) -> Cell:
     model = random_model(shape("tiny"), check.mesh, "bfloat16")
-    losses = [float(loss) for loss in _losses(model, method, kind, "bfloat16")]
-    expected = [float(loss) for loss in _losses(_on_cpu(model), method, kind, "float32")]
+    losses, norm = _trained(model, method, kind, "bfloat16")
+    expected, expected_norm = _trained(_on_cpu(model), method, kind, "float32")
     worst = max(abs(ours / theirs - 1) for ours, theirs in zip(losses, expected, strict=True))
-    if not worst <= TOLERANCE:
-        raise AssertionError(f"losses {losses} on the device, {expected} on the CPU")
-    return {"loss": losses[-1], "cpu_loss": expected[-1], "worst_relative": worst}
+    norms = abs(norm / expected_norm - 1)
+    if not (worst <= TOLERANCE and norms <= NORM_TOLERANCE):
+        raise AssertionError(
+            f"losses {losses} and norm {norm} on the device, {expected} and {expected_norm} on the CPU"
+        )
+    return {"loss": losses[-1], "cpu_loss": expected[-1], "worst_relative": worst, "norm_relative": norms}
 
 
-def _losses(model: Model, method: Method, kind: Kind, dtype: str) -> list[jax.Array]:
-    trainer = Trainer(model, method, kind, SAMPLES, dtype)
-    return [trainer.step() for _ in range(STEPS)]
+def _trained(model: Model, method: Method, kind: Kind, dtype: str) -> tuple[list[float], float]:
+    """The losses of all steps, and the norm of the first gradient."""
+    trainer = Trainer(model, method, kind, SAMPLES, dtype, RATE)
+    results = [trainer.step() for _ in range(STEPS)]
+    return [float(result.loss) for result in results], float(results[0].grad_norm)
 
 
 def _on_cpu(model: Model) -> Model:

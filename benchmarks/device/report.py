@@ -22,9 +22,10 @@ _HEADINGS = {
     "calls_of": "of",
     "wall_s": "seconds",
     "cpu_loss": "loss on CPU",
-    "worst_relative": "worst difference",
+    "worst_relative": "worst loss off by",
+    "norm_relative": "gradient's norm off by",
 }
-_PERCENT = ("share", "mfu", "worst_relative")
+_PERCENT = ("share", "mfu", "worst_relative", "norm_relative")
 NONE = "-"
 
 

@@ -2,7 +2,6 @@
 
 from typing import Any, get_args
 
-import jax
 import numpy as np
 import optax
 
@@ -18,7 +17,7 @@ from pshare_jax.training.data.batches import one_stream, two_stream
 from pshare_jax.training.data.samples import Sample
 from pshare_jax.training.step.objective import init_trainable, trainable_module
 from pshare_jax.training.step.optimizer import UpdateRule
-from pshare_jax.training.step.steps import train_steps
+from pshare_jax.training.step.steps import StepResult, train_steps
 
 LEARNING_RATE = 1e-4
 
@@ -26,24 +25,26 @@ LEARNING_RATE = 1e-4
 class Trainer:
     """One method on random samples; each `step` updates the module."""
 
-    def __init__(self, base: Model, method: Method, kind: Kind, sizes: TrainingSizes, dtype: str):
+    def __init__(
+        self, base: Model, method: Method, kind: Kind, sizes: TrainingSizes, dtype: str, rate: float = LEARNING_RATE
+    ):
         module = trainable_module(base, method, ModuleConfig(kind=kind, rank=RANK, targets=TARGETS), dtype)
         rows = [[sample] for sample in _samples(sizes, base.config.vocab_size)]
         if module.layout == "two_stream":
             self._batch: Any = two_stream(rows, base_len(sizes.prompt), sizes.answer)
         else:
             self._batch = one_stream(rows, next_position(sizes.prompt + sizes.answer), sizes.answer)
-        rule = UpdateRule(optax.adamw(LEARNING_RATE), optax.constant_schedule(LEARNING_RATE), None)
+        rule = UpdateRule(optax.adamw(rate), optax.constant_schedule(rate), None)
         self._steps = train_steps(module.objective, rule, 0)
         self._state = self._steps.init(init_trainable(module, 0))
         # As in a training run, the base is freed if no step reads it.
         self._fixed = module.frozen, module.base_params if module.layout == "two_stream" else {}
 
-    def step(self) -> jax.Array:
-        """One step; the loss before it."""
+    def step(self) -> StepResult:
+        """One step; the loss before it, and the norm of its gradient."""
         sums = self._steps.accumulate(None, self._state.trainable, *self._fixed, self._batch, np.int32(0))
         self._state, result = self._steps.apply(self._state, sums)
-        return result.loss
+        return result
 
 
 def run(check: Check) -> None:

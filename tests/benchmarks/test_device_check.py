@@ -6,16 +6,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 
-from benchmarks.device import command, decode, sizes
+from benchmarks.agents_load.workload import Call, Session
+from benchmarks.device import agents, command, decode, sizes
 from benchmarks.device.absent import NAMES
 from benchmarks.device.cards import Peaks
 from benchmarks.device.check import Check, Clock, run_part
 from benchmarks.device.counts import Work
 from benchmarks.device.report import markdown
+from pshare_jax.engine.request import Event
 from pshare_jax.mesh import make_mesh
 from pshare_jax.server.compile_counter import CompileCounter
 
@@ -74,6 +77,29 @@ def test_all_parts_run_on_a_bare_machine(tmp_path):
     assert all(cell["share"] > 0 for name in ("prefill", "decode", "handoff") for cell in by_part[name])
     assert markdown(results) in done.stdout
     assert command.main(["--table", str(file)]) == 0
+
+
+class Instant:
+    """An engine that answers as soon as it is asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def submit(self, request, on_event):
+        self.asked.append(request.id)
+        on_event(Event(token_id=1))
+        on_event(Event(finish_reason="length"))
+
+
+def test_agents_are_cut_after_their_time():
+    sessions = [Session(f"s{number}", (Call("task", (1,), 1),) * 1000) for number in range(3)]
+    engine: Any = Instant()
+    agents.play(engine, sessions, 0.0)
+    assert engine.asked == ["s0-0", "s1-0", "s2-0"]
+    engine = Instant()
+    played, _ = agents.play(engine, sessions, 600.0)
+    assert [len(agent.answered) for agent in played] == [1000] * 3
+    assert len(set(engine.asked)) == 3000
 
 
 def test_an_accelerator_is_needed_for_models_of_full_size(capsys):
