@@ -91,10 +91,10 @@ def _one(check: Check, num_tasks: int, sharing: Sharing) -> Cell:
     model = random_model(config, check.mesh, check.dtype)
     modules = {name: random_adapter(model, seed) for seed, name in enumerate(tasks, start=1)}
     pages = _pages(check, model, num_tasks)
-    chunks, rows = check.sizes.agent_chunks, len(sessions)
-    engine = make_engine(model, modules, sharing, pages=pages, chunk=check.sizes.chunk, rows=rows)
-    shapes = frozenset({(rows,), *((1, tokens) for tokens in (*chunks, check.sizes.chunk))})
-    compile_only(engine, shapes)
+    sizes = check.sizes
+    engine = make_engine(model, modules, sharing, pages=pages, chunk=sizes.chunk, rows=max(sizes.agent_rows))
+    shapes = {*((rows,) for rows in sizes.agent_rows), *((1, tokens) for tokens in (*sizes.agent_chunks, sizes.chunk))}
+    compile_only(engine, frozenset(shapes))
     counter = count_compilations()
     compiled, prefilled = counter.count, _prefilled(engine)
     engine.start()

@@ -51,7 +51,10 @@ def _head(results: Mapping[str, Any]) -> str:
         about.append(f"{results['memory_gib']} GiB for JAX")
     if results["driver"]:
         about.append(f"driver {results['driver']}")
-    about += [f"JAX {machine['packages']['jax']}", f"commit {results['commit']}", results["date"]]
+    about.append(f"JAX {machine['packages']['jax']}")
+    if results["commit"]:
+        about.append(f"commit {results['commit']}")
+    about.append(results["date"])
     note = " Sizes are tiny: the numbers say nothing." if results["tiny"] else ""
     return f'{", ".join(about)}.{note} "Limit" is the longer of the times that FLOPs and bytes take at the peaks.'
 

@@ -96,8 +96,8 @@ class Sizes:
     """What the parts measure. `models`: the first is measured by all parts, the others by prefill and decode.
 
     Lengths are in tokens. `runs` are repetitions, of which tables have the median; `decode_steps` follow one another in each.
-    `precision` are pairs of method and kind of module. `chunk` and `agent_chunks` are the prefill shapes of the agents' engine,
-    and `agent_seconds` cuts a run of agents. `start_rows` are the decode rows of the engine that only starts (None: the
+    `precision` are pairs of method and kind of module. `agent_rows`, `agent_chunks` and `chunk` are the shapes of the agents'
+    engine, and `agent_seconds` cuts a run of agents. `start_rows` are the decode rows of the engine that only starts (None: the
     platform's); with `start_all` it compiles all programs.
     """
 
@@ -120,6 +120,7 @@ class Sizes:
         sessions=16, turns=3, context=8192, instruction=64, output=128, tool_output=256
     )
     agent_chunks: tuple[int, ...] = (64, 512, 1024)
+    agent_rows: tuple[int, ...] = (4, 16)
     agent_seconds: float = 30.0
     training: TrainingSizes = TrainingSizes(4, 1536, 512)
     start_rows: int | None = None
@@ -146,6 +147,7 @@ TINY = replace(
     agent_tasks=(2,),
     agents=WorkloadConfig(sessions=2, turns=1, context=64, instruction=8, output=4, tool_output=8, vocab_size=256),
     agent_chunks=(16,),
+    agent_rows=(2,),
     agent_seconds=20.0,
     training=TrainingSizes(2, 24, 8),
     start_rows=2,
