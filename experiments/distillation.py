@@ -5,7 +5,8 @@ the data, or the distribution of a teacher that reads everything itself.
 
 For each seed a teacher is trained (Full-FT), and with the same data, steps and optimizer a module by each objective of `MODELS`.
 All answer the same held-out questions, the teacher on its own KV, the modules on the base's. Each accuracy is saved at once;
-existing rows are kept, and an interrupted training resumes from its last checkpoint. Run it from the repository's root.
+existing rows are kept, and an interrupted training resumes from its last checkpoint. At the end the figure is drawn beside the
+JSON file. Run it from the repository's root.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from experiments.held_out import held_out
 from experiments.sharing_ratio import MAX_NEW_TOKENS, TRAIN, Rows
@@ -49,15 +52,6 @@ MODELS = (
     Trained(TEACHER, ("method=full_ft",), ratio=0.0),
     Trained(SFT, ("method=prefillshare",)),
     Trained("Distillation", ("method=prefillshare", "objective.name=distillation", "objective.teacher={teacher}")),
-    Trained(
-        "Distillation and SFT, half each",
-        (
-            "method=prefillshare",
-            "objective.name=distillation",
-            "objective.teacher={teacher}",
-            "objective.alpha=0.5",
-        ),
-    ),
 )
 
 
@@ -85,6 +79,7 @@ def main() -> None:
                     shutil.rmtree(run, ignore_errors=True)
             shutil.rmtree(_run(runs, MODELS[0], seed))
     print(markdown(rows.rows))
+    draw(rows.rows, options.json.with_suffix(".png"))
 
 
 def _options() -> argparse.Namespace:
@@ -145,9 +140,7 @@ def _answers(base: Model, task: Task, model: Trained, seed: int, module: Path) -
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A line per model with the mean over seeds, its 95 % interval and each seed's accuracy; and the differences from SFT."""
-    runs: dict[str, list[list[float]]] = {}
-    for row in rows:
-        runs.setdefault(row["model"], []).append([float(right) for right in row["right"]])
+    runs = _runs(rows)
     lines = ["| model | KV of the prompt | accuracy | 95 % interval | each seed |", "|---|---|---|---|---|"]
     for model in [model for model in MODELS if model.name in runs]:
         found, each = accuracy(runs[model.name]), ", ".join(f"{statistics.fmean(run):.1%}" for run in runs[model.name])
@@ -158,6 +151,36 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         found = difference(runs[name], runs[SFT])
         lines.append(f"| {name} | {100 * found.estimate:+.1f} | {100 * found.low:+.1f} to {100 * found.high:+.1f} |")
     return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], picture: Path) -> None:
+    """Draws each model's accuracy with its 95 % interval: dots are means over seeds, dashes single seeds."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for place, runs in enumerate(_runs(rows).values()):
+        mean, low, high = (100 * value for value in accuracy(runs))
+        axes.errorbar([place], [mean], [[mean - low], [high - mean]], fmt="o", capsize=6, color=f"C{place}")
+        each = [100 * statistics.fmean(run) for run in runs]
+        axes.plot([place] * len(each), each, "_", color="black", markersize=9)
+        axes.annotate(f"{mean:.1f}", (place, mean), (8, 0), textcoords="offset points", va="center")
+    axes.set_xticks(range(len(_runs(rows))), [f"{model}\n{_kv_of(model)}" for model in _runs(rows)])
+    axes.margins(x=0.25)
+    axes.set_ylabel(f"right answers of {len(rows[0]['right'])}, %")
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(picture, dpi=150)
+
+
+def _runs(rows: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
+    """Each model's scores `[seeds][items]`."""
+    found: dict[str, list[list[float]]] = {}
+    for row in rows:
+        found.setdefault(row["model"], []).append([float(right) for right in row["right"]])
+    return found
+
+
+def _kv_of(name: str) -> str:
+    ratio = next(model.ratio for model in MODELS if model.name == name)
+    return "on the base's KV" if ratio else "on its own KV"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments import bfcl_http
+from experiments import distillation as distillation_experiment
 from experiments import sharing_ratio as sharing_experiment
 from experiments.demo_modules import DEMOS, markdown
 from pshare_jax.server.config import ServeConfig
@@ -22,6 +23,15 @@ SHIPPED = sorted(path.name for path in (ROOT / "demo").iterdir())
 def test_the_experiments_table_is_of_its_rows():
     rows = json.loads((ROOT / "docs" / "sharing.json").read_text())["rows"]
     assert sharing_experiment.markdown(rows) in (ROOT / "docs" / "sharing.md").read_text()
+    for row in rows:
+        assert row["accuracy"] == row["right"].count("1") / len(row["right"])
+
+
+def test_the_table_of_distillation_is_of_its_rows():
+    rows = json.loads((ROOT / "docs" / "distillation.json").read_text())["rows"]
+    assert distillation_experiment.markdown(rows) in (ROOT / "docs" / "training.md").read_text()
+    models = {model.name for model in distillation_experiment.MODELS}
+    assert {(row["model"], row["seed"]) for row in rows} == {(name, seed) for name in models for seed in (0, 1, 2)}
     for row in rows:
         assert row["accuracy"] == row["right"].count("1") / len(row["right"])
 

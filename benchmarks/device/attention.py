@@ -6,16 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from benchmarks.device.check import Cell, Check
 from benchmarks.device.sizes import PAGE
 from benchmarks.device.timing import median_seconds
+from pshare_jax.engine.config import GPUS
 from pshare_jax.model.attention.blocked import blocked
 from pshare_jax.model.attention.paged import PagedAttention, gathered
 from pshare_jax.model.paged_batch import PagedBatch, SharedPrefixes, shared_prefixes
+from pshare_jax.model.paged_steps import attention_of
 
-FORMS: dict[str, PagedAttention] = {"gathered": gathered, "blocked": blocked}
-"""The forms by name. In float32, `gathered` is also what all are compared with."""
 TOLERANCE = {"bfloat16": 2e-2, "float32": 1e-5}
 """The largest difference that is allowed, of outputs above 1 as a part of them."""
 
@@ -46,6 +47,14 @@ CASES = (
 )
 
 
+def forms(mesh: Mesh) -> dict[str, PagedAttention]:
+    """The forms that the platform has, by name. In float32, `gathered` is also what all are compared with."""
+    found: dict[str, PagedAttention] = {"gathered": gathered, "blocked": blocked}
+    if mesh.devices.flat[0].platform in (*GPUS, "cpu"):
+        found["pallas"] = attention_of("pallas", mesh)
+    return found
+
+
 def run(check: Check) -> None:
     """All forms in all cases."""
     for case in CASES[: check.sizes.attention_cases]:
@@ -55,7 +64,7 @@ def run(check: Check) -> None:
 def _case(check: Check, case: Case) -> None:
     inputs = _inputs(case, check)
     expected = _reference(case, inputs)
-    for name, form in FORMS.items():
+    for name, form in forms(check.mesh).items():
         check.measure(f"{case.name}: {name}", lambda form=form: _one(check, case, form, inputs, expected))
 
 

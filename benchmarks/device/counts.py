@@ -85,13 +85,17 @@ def prefill(config: ModelConfig, context: int, tokens: int, item: int) -> Work:
     return Work(2.0 * weights * tokens + attention, weights * item + kv_bytes(config, item) * (context + tokens))
 
 
-def decode(config: ModelConfig, rows: int, context: int, item: int, adapters: int, rank: int) -> Work:
-    """A step of `rows` sequences with `context` tokens each, which have `adapters` LoRA adapters on all projections."""
-    weights = config.num_layers * layer_weights(config) + head_weights(config)
+def decode(
+    config: ModelConfig, rows: int, context: int, item: int, adapters: int, rank: int, kernel_item: int | None = None
+) -> Work:
+    """A step of `rows` sequences with `context` tokens each, which have `adapters` LoRA adapters on all projections. Weights of
+    layers have `kernel_item` bytes (None: `item`).
+    """
+    kernels, head = config.num_layers * layer_weights(config), head_weights(config)
     lora = adapter_weights(config, rank, projections(config))
-    flops = 2.0 * (weights + min(adapters, 1) * lora) * rows
+    flops = 2.0 * (kernels + head + min(adapters, 1) * lora) * rows
     flops += attention_flops(config, config.num_layers, rows * (context + 1))
-    read = (weights + min(adapters, rows) * lora) * item
+    read = kernels * (kernel_item or item) + (head + min(adapters, rows) * lora) * item
     return Work(flops, read + rows * kv_bytes(config, item) * (context + 1))
 
 

@@ -31,6 +31,10 @@ def run(check: Check) -> None:
     for tasks in sizes.decode_tasks:
         for rows, context in itertools.product(fitting, sizes.decode_contexts):
             _one(check, with_adapters(model, tasks), pool, rows, context)
+    del model
+    model = random_model(check.config, check.mesh, check.dtype, weights="int8")
+    for rows, context in itertools.product(fitting, sizes.decode_contexts):
+        _one(check, with_adapters(model, sizes.decode_tasks[0]), pool, rows, context)
 
 
 def _needed(check: Check, rows: int) -> float:
@@ -42,14 +46,14 @@ def _needed(check: Check, rows: int) -> float:
 def _one(check: Check, weights: Weights, pool: RandomPool, rows: int, context: int) -> None:
     stack = weights.architecture.build.stack
     assert stack is not None
-    tasks = f"{stack.slots} LoRA task{'s' if stack.slots > 1 else ''}"
+    tasks, int8 = f"{stack.slots} LoRA task{'s' if stack.slots > 1 else ''}", weights.architecture.weights
 
     def make() -> Cell:
         seconds = _step_seconds(check, weights, pool, rows, context)
-        work = counts.decode(check.config, rows, context, check.item, stack.slots, RANK)
+        work = counts.decode(check.config, rows, context, check.item, stack.slots, RANK, 1 if int8 else None)
         return check.timed(seconds, work, tokens_s=rows / seconds)
 
-    check.measure(f"{rows} rows at {context}, {tasks}", make)
+    check.measure(f"{rows} rows at {context}, {tasks}{', int8 weights' if int8 else ''}", make)
 
 
 def _step_seconds(check: Check, weights: Weights, pool: RandomPool, rows: int, context: int) -> float:

@@ -2,18 +2,20 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from benchmarks.device.sizes import PAGE, RANK, TARGETS
+from pshare_jax.engine.config import attention_form
 from pshare_jax.model.adapters import LoraStack
 from pshare_jax.model.architecture import Architecture, Params, is_lora, is_stacked
 from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.kv.pages import KVPages
 from pshare_jax.model.layers import Build, LoraConfig
+from pshare_jax.model.quantization import is_scale
 from pshare_jax.model.sharding import pages_sharding, parameter_sharding
 from pshare_jax.share.decode_module import DecodeModule
 from pshare_jax.share.model import Model, Weights
@@ -22,6 +24,8 @@ from pshare_jax.weights.load import Tensors
 
 ADAPTER_SPREAD = 0.01
 """Standard deviation of adapters' weights: they change every number, and overflow none."""
+INTEGER_SPREAD = 30.0
+"""Standard deviation of 8-bit weights, whose largest are near 127 then."""
 
 
 class Silent:
@@ -47,9 +51,12 @@ class NoText(Tokenizer):
         return Silent()
 
 
-def random_model(config: ModelConfig, mesh: Mesh, dtype: str, seed: int = 0) -> Model:
-    """A model without tokenizer and end tokens."""
-    architecture = Architecture(config, Build(dtype))
+def random_model(
+    config: ModelConfig, mesh: Mesh, dtype: str, seed: int = 0, weights: Literal["int8"] | None = None
+) -> Model:
+    """A model without tokenizer and end tokens, with the form of attention that the engine takes on this platform."""
+    form = attention_form("auto", mesh.devices.flat[0].platform)
+    architecture = Architecture(config, Build(dtype, weights, attention=form))
     params = _drawn(architecture, mesh, architecture.shapes, seed)
     tensors = Tensors()
     # The engine finds a base's arrays on a mesh by their hashes.
@@ -103,6 +110,11 @@ def _drawn(architecture: Architecture, mesh: Mesh, shapes: Any, seed: int) -> Pa
             continue
         # Outputs are about as large as inputs, as in a trained model.
         spread = ADAPTER_SPREAD if is_lora(path) or is_stacked(path) else architecture.config.hidden_size**-0.5
+        if is_scale(path):
+            params[path] = jnp.full(like.shape, spread / INTEGER_SPREAD, like.dtype, device=sharding)
+            continue
+        if like.dtype == jnp.int8:
+            spread = INTEGER_SPREAD
         params[path] = _draw(like.shape, str(like.dtype), sharding)(1_000_003 * seed + number, spread)
     return jax.block_until_ready(params)
 
@@ -112,6 +124,7 @@ def _draw(shape: tuple[int, ...], dtype: str, sharding: NamedSharding) -> Any:
     """(seed, spread) -> normal numbers; one program for arrays of one shape."""
 
     def draw(seed: Any, spread: Any) -> jax.Array:
-        return (jax.random.normal(jax.random.key(seed), shape, dtype) * spread).astype(dtype)
+        wide = "float32" if dtype == "int8" else dtype
+        return (jax.random.normal(jax.random.key(seed), shape, wide) * spread).astype(dtype)
 
     return jax.jit(draw, out_shardings=sharding)

@@ -163,7 +163,7 @@ def resolve(config: EngineConfig, platform: str, num_devices: int) -> EngineConf
             decode_rows=_or(batch.decode_rows, defaults.decode_rows),
         ),
         limits=replace(limits, max_requests=_or(limits.max_requests, defaults.max_requests)),
-        attention=_attention(config.attention, platform),
+        attention=attention_form(config.attention, platform),
     )
 
 
@@ -173,7 +173,12 @@ def resolved(value: int | Auto) -> int:
     return value
 
 
-def _attention(form: Literal["auto", "xla", "pallas"], platform: str) -> Literal["xla", "pallas"]:
+def attention_form(form: Literal["auto", "xla", "pallas"], platform: str) -> Literal["xla", "pallas"]:
+    """The form of attention that a setting means on a platform.
+
+    Raises:
+        PshareError: the platform does not have it.
+    """
     if form == "auto":
         return "pallas" if platform in GPUS else "xla"
     if form == "pallas" and platform not in (*GPUS, "cpu"):

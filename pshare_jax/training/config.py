@@ -150,7 +150,6 @@ class TrainConfig:
     seed: int = 0
     sweep: dict[str, list[bool | int | float | str | None]] = field(default_factory=dict)
     tracker: Literal["none", "wandb", "trackio"] = "none"
-    sweep: dict[str, list[bool | int | float | str | None]] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
