@@ -7,7 +7,7 @@ worker with its own weights (an activated LoRA's are the base's there). The LoRA
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -43,7 +43,6 @@ from pshare_jax.share.model import Model, Weights
 from pshare_jax.text.grammar import GrammarCompiler
 from pshare_jax.weights.load import Tensors
 
-AnyWeights = TypeVar("AnyWeights", bound=Weights)
 FEW_PAGES = 3
 """Pages of the pools of an engine that is only measured: a program's temporaries do not depend on them."""
 PagesOf = Callable[[str, int], int]
@@ -62,7 +61,10 @@ def build_engine(
     check_engine_config(config)
     devices = jax.devices()
     config = resolve(config, devices[0].platform, len(devices))
-    model = with_attention(model, config)
+    assert config.attention != "auto"
+    model = model.with_attention(config.attention)
+    if config.attention == "pallas":
+        report("attention over pages by the Pallas kernel (attention: xla is plain XLA)")
     builder = EngineBuilder(model, config, report)
     builder.load()
     pages_of, temporaries = builder.configured, None
@@ -277,7 +279,7 @@ class EngineBuilder:
 
     def _module(self, base: MeshBase, source: Any) -> DecodeModule:
         if isinstance(source, DecodeModule):
-            return self._module_on(base, with_attention(source, self._config))
+            return self._module_on(base, source.with_attention(self._model.architecture.build.attention))
         if source == "base":
             return base_module(base)
         return load_module(source, base, prefill="own" if self._config.sharing == "isolated" else "base")
@@ -293,13 +295,6 @@ class EngineBuilder:
         params = {path: moved[path] if path in moved else there.params[path] for path in module.params}
         own_base = module.base and Weights(there.architecture, there.params, mesh)
         return replace(module, params=params, mesh=mesh, base=own_base)
-
-
-def with_attention(weights: AnyWeights, config: EngineConfig) -> AnyWeights:
-    """The weights with the form of attention of a resolved config; the same object if they have it."""
-    assert config.attention != "auto"
-    architecture = weights.architecture.with_attention(config.attention)
-    return weights if architecture is weights.architecture else replace(weights, architecture=architecture)
 
 
 def devices_of(mesh: Mesh) -> tuple[int, ...]:

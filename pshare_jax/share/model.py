@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from pshare_jax.model.architecture import Architecture, Params
 from pshare_jax.model.config import ModelConfig, text_config
 from pshare_jax.model.decoder import prefill_reads
 from pshare_jax.model.dense_steps import Steps, steps
-from pshare_jax.model.layers import Build
+from pshare_jax.model.layers import AttentionForm, Build
 from pshare_jax.model.paged_steps import PagedSteps, paged_steps
 from pshare_jax.model.quantization import WeightForm, weight_form
 from pshare_jax.model.sharding import check_tensor_parallel, parameter_sharding
@@ -27,6 +27,7 @@ from pshare_jax.weights.load import Tensors, read_parameters, settle_tying
 from pshare_jax.weights.names import PLAIN_PREFIX, class_prefix
 from pshare_jax.weights.sources import open_source
 
+AnyWeights = TypeVar("AnyWeights", bound="Weights")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -47,6 +48,11 @@ class Weights:
         """These weights without the parameters that prefill does not read."""
         params = {path: array for path, array in self.params.items() if prefill_reads(path, self.config)}
         return Weights(self.architecture, params, self.mesh)
+
+    def with_attention(self: AnyWeights, form: AttentionForm) -> AnyWeights:
+        """These weights with a form of attention over pages; the same object if they have it."""
+        architecture = self.architecture.with_attention(form)
+        return self if architecture is self.architecture else replace(self, architecture=architecture)
 
     @property
     def steps(self) -> Steps:

@@ -47,7 +47,7 @@ def test_all_weights_of_an_engine_have_its_form(sources, sharing):
 
 def test_a_base_that_comes_later_has_the_engines_form(tiny_folders):
     plain: Any = ps.load(tiny_folders["llama"])
-    asked = dataclasses.replace(plain, architecture=plain.architecture.with_attention("pallas"))
+    asked = plain.with_attention("pallas")
     base = MeshBase(asked, make_mesh([3]), lambda mesh, tensors: plain.on(mesh, tensors))
     assert base.model().architecture == asked.architecture
 

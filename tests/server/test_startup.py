@@ -124,6 +124,7 @@ def test_config_values_reach_the_engine(world):
     config = replace(
         config,
         routing="least_loaded",
+        attention="xla",
         debug=True,
         limits=LimitsConfig(7, 9.0),
         server=ServerConfig(max_body_bytes=1000),

@@ -87,8 +87,7 @@ def blocked(
 
 def _new_tokens(step: _Step, k: Array, v: Array) -> Softmax:
     """The softmax over the new tokens; each sees itself, so all later maxima are those of real scores."""
-    see = jax.vmap(visible_new, in_axes=(0, 0, None, None))
-    visible = see(step.positions, step.positions, step.window, step.independent)
+    visible = jax.vmap(visible_new, in_axes=(0, None, None))(step.positions, step.window, step.independent)
     start = Softmax.of_nothing(step.queries.shape)
     return _add(start, step.queries, k.swapaxes(1, 2), v.swapaxes(1, 2), visible[:, None, None], step.softcap)
 

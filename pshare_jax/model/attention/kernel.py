@@ -177,7 +177,7 @@ def _kernel(
         at = block * tiling.block + jnp.arange(tiling.block)
         new = at < num_new
         keys, values = (_load(part, (row, at[:, None], head, columns), new, head_dim) for part in (k, v))
-        seen = visible_new(positions, length + at, window, independent) & new[None]
+        seen = visible_new(positions, window, independent, length + at) & new[None]
         return state.add(jnp.where(seen, capped_scores(queries, keys, softcap), -jnp.inf), values)
 
     state = Softmax.of_nothing((tiling.tile, tiling.width))

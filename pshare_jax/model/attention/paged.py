@@ -84,7 +84,7 @@ def gathered(
         # Slots past the end may hold NaN, which a zero weight would not remove.
         cached_k, cached_v = (jnp.where(stored[:, None], part, 0)[None] for part in cached)
         old = Segment(cached_k, cached_v, visible_old(positions, slots, window, independent) & stored)
-        own = visible_new(positions, positions, window, independent)
+        own = visible_new(positions, window, independent)
         new = Segment(k.swapaxes(0, 1)[None], v.swapaxes(0, 1)[None], own)
         return attention(q[None], [old, new], scale=scale, softcap=softcap)[0]
 
@@ -103,7 +103,10 @@ def visible_old(positions: Array, slots: Array, window: int | None, independent:
     return visible if independent is None else visible & (~independent | (slots[None, :] != positions[:, None]))
 
 
-def visible_new(positions: Array, keys: Array, window: int | None, independent: Array | None) -> Bool[Array, "T S"]:
-    """The new keys, at the positions `keys`, that each new token sees."""
+def visible_new(
+    positions: Array, window: int | None, independent: Array | None, keys: Array | None = None
+) -> Bool[Array, "T S"]:
+    """The new keys that each new token sees: those at the positions `keys`, or all of these tokens'."""
+    keys = positions if keys is None else keys
     visible = visible_keys(positions, keys, window)
     return visible if independent is None else visible & (~independent | (keys[None, :] == positions[:, None]))
