@@ -11,11 +11,11 @@ from pshare_jax.share.quantize import quantize
 LENGTHS = (9, 30)
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma3"])
-def tasks(request, tmp_path_factory):
+@pytest.fixture
+def tasks(family, tmp_path):
     """The base's folder, and the sources of its tasks."""
-    root = tmp_path_factory.mktemp("quantized")
-    quantize(tiny_folder(request.param, root / "plain", num_hidden_layers=2), root / "base")
+    root = tmp_path
+    quantize(tiny_folder(family, root / "plain", num_hidden_layers=2), root / "base")
     base = root / "base"
     sources = {"base": "base", "full": tiny_module(base, root / "full"), "small": root / "small"}
     quantize(root / "full", root / "small")
@@ -23,8 +23,12 @@ def tasks(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("placement", "sharing"),
-    [(SPLIT, "shared"), (COLOCATED, "isolated"), (placed([[4, 5]], [[2, 3]]), "shared")],
+    ("family", "placement", "sharing"),
+    [
+        ("gemma3", SPLIT, "shared"),
+        ("gemma3", COLOCATED, "isolated"),
+        ("llama", placed([[4, 5]], [[2, 3]]), "shared"),
+    ],
     ids=["split", "isolated", "tp2"],
 )
 def test_every_task_answers_as_the_plain_loop(tasks, placement, sharing):

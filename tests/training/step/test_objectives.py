@@ -143,10 +143,11 @@ def test_a_module_that_is_its_teacher_has_nothing_to_learn(worlds, top_k):
 def test_dpo_equals_the_formula(worlds, kind, _, method, family):
     """Equation 7 of the paper with torch, on the answers' log-probabilities, and their gradient through the module."""
     torch = pytest.importorskip("torch")
-    world, found = worlds[family], pairs(4)
+    # Of few pairs, since each answer is compiled: a packed row, one of them with a prompt of one token, and an empty one.
+    world, found = worlds[family], pairs(4)[:2]
     module = with_loss(world.module(kind, method), Dpo(0.3))
     reference = fresh_of(world, method)
-    batch = guide_of(module, reference)(packed(module.layout, [found[:2], [found[2]], []]))
+    batch = guide_of(module, reference)(packed(module.layout, [found, []]))
     total, tallies, slopes = slopes_of(module, batch)
 
     def sums(module, params):
@@ -163,7 +164,7 @@ def test_dpo_equals_the_formula(worlds, kind, _, method, family):
     assert total == pytest.approx(float(-torch.nn.functional.logsigmoid(margin).sum()), rel=2e-5)
     assert float(tallies.metrics["margin"]) == pytest.approx(float(margin.sum()), rel=1e-4)
     assert float(tallies.metrics["preferred"]) == int((margin > 0).sum())
-    assert (float(tallies.terms), float(tallies.tokens)) == (3, sum(sample.answer_len for sample in found))
+    assert (float(tallies.terms), float(tallies.tokens)) == (2, sum(sample.answer_len for sample in found))
 
     def formula(params):
         gains = sums(module, params) - theirs
