@@ -82,7 +82,9 @@ class RandomPool:
     """Pages of random keys and values, which steps take and give back."""
 
     def __init__(self, model: Weights, num_pages: int):
-        self.num_pages, self._model = num_pages, model
+        self.num_pages = num_pages
+        # Not the model, whose weights may go before the pages.
+        self._config, self._mesh, self._dtype = model.config, model.mesh, model.architecture.dtype
         self.pages: KVPages = self._made()
 
     def run(self, step: Callable[..., tuple[Any, KVPages]], *arguments: Any) -> Any:
@@ -95,9 +97,9 @@ class RandomPool:
 
     def _made(self) -> KVPages:
         self.pages = ()
-        config, mesh = self._model.config, self._model.mesh
+        config = self._config
         shape = (config.num_kv_heads, self.num_pages, PAGE, config.head_dim)
-        draw = _draw(shape, self._model.architecture.dtype, pages_sharding(config, mesh))
+        draw = _draw(shape, self._dtype, pages_sharding(config, self._mesh))
         return tuple((draw(2 * layer, 1.0), draw(2 * layer + 1, 1.0)) for layer in range(config.num_layers))
 
 
