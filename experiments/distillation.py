@@ -144,8 +144,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = ["| model | KV of the prompt | accuracy | 95 % interval | each seed |", "|---|---|---|---|---|"]
     for model in [model for model in MODELS if model.name in runs]:
         found, each = accuracy(runs[model.name]), ", ".join(f"{statistics.fmean(run):.1%}" for run in runs[model.name])
-        kv = "the base's" if model.ratio else "its own"
-        lines.append(f"| {model.name} | {kv} | {found.estimate:.1%} | {found.low:.1%} to {found.high:.1%} | {each} |")
+        lines.append(
+            f"| {model.name} | {_kv_of(model)} | {found.estimate:.1%} | {found.low:.1%} to {found.high:.1%} | {each} |"
+        )
     lines += ["", "| difference from SFT, points | | 95 % interval |", "|---|---|---|"]
     for name in [model.name for model in MODELS if model.name in runs and model.name != SFT and SFT in runs]:
         found = difference(runs[name], runs[SFT])
@@ -157,13 +158,15 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
     """Draws each model's accuracy with its 95 % interval: dots are means over seeds, dashes single seeds."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    for place, runs in enumerate(_runs(rows).values()):
+    models = [model for model in MODELS if model.name in _runs(rows)]
+    for place, model in enumerate(models):
+        runs = _runs(rows)[model.name]
         mean, low, high = (100 * value for value in accuracy(runs))
         axes.errorbar([place], [mean], [[mean - low], [high - mean]], fmt="o", capsize=6, color=f"C{place}")
         each = [100 * statistics.fmean(run) for run in runs]
         axes.plot([place] * len(each), each, "_", color="black", markersize=9)
         axes.annotate(f"{mean:.1f}", (place, mean), (8, 0), textcoords="offset points", va="center")
-    axes.set_xticks(range(len(_runs(rows))), [f"{model}\n{_kv_of(model)}" for model in _runs(rows)])
+    axes.set_xticks(range(len(models)), [f"{model.name}\non {_kv_of(model)} KV" for model in models])
     axes.margins(x=0.25)
     axes.set_ylabel(f"right answers of {len(rows[0]['right'])}, %")
     axes.grid(axis="y", alpha=0.3)
@@ -178,9 +181,8 @@ def _runs(rows: list[dict[str, Any]]) -> dict[str, list[list[float]]]:
     return found
 
 
-def _kv_of(name: str) -> str:
-    ratio = next(model.ratio for model in MODELS if model.name == name)
-    return "on the base's KV" if ratio else "on its own KV"
+def _kv_of(model: Trained) -> str:
+    return "the base's" if model.ratio else "its own"
 
 
 if __name__ == "__main__":

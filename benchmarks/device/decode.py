@@ -4,6 +4,8 @@ Steps follow one another without waiting, as the engine's do; each row has pages
 """
 
 import itertools
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +28,20 @@ def run(check: Check) -> None:
     fitting = [rows for rows in sizes.decode_rows if check.has_room(f"{rows} rows at {longest}", _needed(check, rows))]
     if not fitting:
         return
-    model = random_model(check.config, check.mesh, check.dtype)
-    pool = RandomPool(model, 1 + max(fitting) * pages_for(longest + 1, PAGE))
-    for tasks in sizes.decode_tasks:
-        for rows, context in itertools.product(fitting, sizes.decode_contexts):
+    pool = RandomPool(check.config, check.mesh, check.dtype, 1 + max(fitting) * pages_for(longest + 1, PAGE))
+    # Each call's model is gone before the next is made.
+    _model(check, pool, fitting, None, sizes.decode_tasks)
+    _model(check, pool, fitting, "int8", sizes.decode_tasks[:1])
+
+
+def _model(
+    check: Check, pool: RandomPool, fitting: Sequence[int], weights: Literal["int8"] | None, numbers: Sequence[int]
+) -> None:
+    """A model with weights in this form and these numbers of tasks, at all rows and contexts."""
+    model = random_model(check.config, check.mesh, check.dtype, weights=weights)
+    for tasks in numbers:
+        for rows, context in itertools.product(fitting, check.sizes.decode_contexts):
             _one(check, with_adapters(model, tasks), pool, rows, context)
-    del model
-    model = random_model(check.config, check.mesh, check.dtype, weights="int8")
-    for rows, context in itertools.product(fitting, sizes.decode_contexts):
-        _one(check, with_adapters(model, sizes.decode_tasks[0]), pool, rows, context)
 
 
 def _needed(check: Check, rows: int) -> float:

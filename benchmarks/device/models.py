@@ -81,10 +81,9 @@ def with_adapters(model: Model, count: int) -> Weights:
 class RandomPool:
     """Pages of random keys and values, which steps take and give back."""
 
-    def __init__(self, model: Weights, num_pages: int):
+    def __init__(self, config: ModelConfig, mesh: Mesh, dtype: str, num_pages: int):
         self.num_pages = num_pages
-        # Not the model, whose weights may go before the pages.
-        self._config, self._mesh, self._dtype = model.config, model.mesh, model.architecture.dtype
+        self._config, self._mesh, self._dtype = config, mesh, dtype
         self.pages: KVPages = self._made()
 
     def run(self, step: Callable[..., tuple[Any, KVPages]], *arguments: Any) -> Any:

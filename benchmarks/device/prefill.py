@@ -20,7 +20,7 @@ def run(check: Check) -> None:
     if not check.has_room(f"{longest} tokens", needed):
         return
     model = random_model(config, check.mesh, check.dtype)
-    pool = RandomPool(model, 1 + pages_for(longest, PAGE))
+    pool = RandomPool(config, check.mesh, check.dtype, 1 + pages_for(longest, PAGE))
     for length in check.sizes.prefill:
         check.measure(f"{length} tokens", lambda length=length: _one(check, model.prefill_only(), pool, length))
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pshare_jax.engine.router import Policy
 from pshare_jax.errors import PshareError
+from pshare_jax.model.paged_batch import AttentionForm
 from pshare_jax.settings import check_least
 
 Auto = Literal["auto"]
@@ -108,7 +109,7 @@ class EngineConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     routing: Policy = "prefix"
     limits: LimitsConfig = field(default_factory=LimitsConfig)
-    attention: Literal["auto", "xla", "pallas"] = "auto"
+    attention: AttentionForm | Auto = "auto"
     debug: bool = False
 
 
@@ -173,7 +174,7 @@ def resolved(value: int | Auto) -> int:
     return value
 
 
-def attention_form(form: Literal["auto", "xla", "pallas"], platform: str) -> Literal["xla", "pallas"]:
+def attention_form(form: AttentionForm | Auto, platform: str) -> AttentionForm:
     """The form of attention that a setting means on a platform.
 
     Raises:

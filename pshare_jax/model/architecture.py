@@ -16,7 +16,8 @@ from flax import nnx
 from pshare_jax.model.adapters import LoraStack
 from pshare_jax.model.config import LayerConfig, ModelConfig
 from pshare_jax.model.decoder import Decoder, DecoderLayer, prefill_reads
-from pshare_jax.model.layers import AttentionForm, Build, LoraConfig, Projection
+from pshare_jax.model.layers import Build, LoraConfig, Projection
+from pshare_jax.model.paged_batch import AttentionForm
 from pshare_jax.model.quantization import WeightForm
 
 Params = dict[str, jax.Array]

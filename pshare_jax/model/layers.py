@@ -6,7 +6,6 @@ Kernels are `[in, out]`, the faster order for prefill on CPU. Modules are pure f
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from pshare_jax.model.adapters import LoraStack, stacked_product
 from pshare_jax.model.config import ModelConfig
+from pshare_jax.model.paged_batch import AttentionForm
 from pshare_jax.model.quantization import WeightForm
 
 
@@ -25,9 +25,6 @@ class LoraConfig:
     rank: int
     scale: float
     targets: tuple[str, ...]
-
-
-AttentionForm = Literal["xla", "pallas"]
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+AttentionForm = Literal["xla", "pallas"]
+"""Forms of attention over pages (model/paged_steps.py: `attention_of`)."""
 MIN_SHARED_TOKENS = 256
 """Shorter prefixes are not read together: a block of attention (model/attention/blocked.py) would not be full. Longer ones
 always are: the loop is the same, with fewer trips (four rows on one context of 2,304: 0.53 of the attention's CPU time).

@@ -23,8 +23,7 @@ from pshare_jax.model.config import ModelConfig
 from pshare_jax.model.dense_steps import decode_architecture
 from pshare_jax.model.kv.pages import KVPages, PageContent, fill_pages, gather_pages, pages_out
 from pshare_jax.model.layered_steps import layered_prefill, layered_scatter, layered_score
-from pshare_jax.model.layers import AttentionForm
-from pshare_jax.model.paged_batch import DecodeBatch, PagedBatch, ScoreBatch
+from pshare_jax.model.paged_batch import AttentionForm, DecodeBatch, PagedBatch, ScoreBatch
 from pshare_jax.model.scores import Scores
 from pshare_jax.model.sharding import content_sharding
 

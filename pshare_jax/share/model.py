@@ -16,7 +16,8 @@ from pshare_jax.model.architecture import Architecture, Params
 from pshare_jax.model.config import ModelConfig, text_config
 from pshare_jax.model.decoder import prefill_reads
 from pshare_jax.model.dense_steps import Steps, steps
-from pshare_jax.model.layers import AttentionForm, Build
+from pshare_jax.model.layers import Build
+from pshare_jax.model.paged_batch import AttentionForm
 from pshare_jax.model.paged_steps import PagedSteps, paged_steps
 from pshare_jax.model.quantization import WeightForm, weight_form
 from pshare_jax.model.sharding import check_tensor_parallel, parameter_sharding

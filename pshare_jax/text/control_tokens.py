@@ -127,8 +127,9 @@ class ControlFinder:
     """
 
     def __init__(self, backend: Backend) -> None:
+        """`backend` finds added tokens (`finding`)."""
         added = backend.get_added_tokens_decoder()
-        self._backend = _finding(backend)
+        self._backend = backend
         self._ids = frozenset(added)
         self._fixed = frozenset(index for index, token in added.items() if _cuts(token))
         self._longest = max((len(token.content) for token in added.values()), default=0)
@@ -166,8 +167,9 @@ class PieceEncoder:
     the whole text. Of a conversation that has grown only the new messages are encoded.
     """
 
-    def __init__(self, backend: Backend, keep: int = KEPT_BYTES) -> None:
-        self._backend, self._finder, self._keep = backend, ControlFinder(backend), keep
+    def __init__(self, backend: Backend, finder: ControlFinder, keep: int = KEPT_BYTES) -> None:
+        """`finder` is of this encoder alone, since it goes on from the last text."""
+        self._backend, self._finder, self._keep = backend, finder, keep
         self._ids: OrderedDict[str, array[int]] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
@@ -207,7 +209,7 @@ def _cuts(token: AddedToken) -> bool:
     return token.special and not (token.normalized or first.isalnum() or first == "_")
 
 
-def _finding(backend: Backend) -> Backend:
+def finding(backend: Backend) -> Backend:
     """`backend` for added tokens alone: the same rules find them, all text between two of them is one unknown token."""
     state = json.loads(backend.to_str())
     vocab = {token["content"]: token["id"] for token in state["added_tokens"]}

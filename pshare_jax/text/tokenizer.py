@@ -21,7 +21,7 @@ from pshare_jax.errors import PshareError
 from pshare_jax.text.chat_fitting import ChatFitting, FittedChat, check_shown
 from pshare_jax.text.chat_style import ChatStyle
 from pshare_jax.text.chat_template import ChatTemplate, checked_messages, free_characters, plain_data, until_mark
-from pshare_jax.text.control_tokens import ControlFinder, ControlText, PieceEncoder, Placeholders, PlainEncoder
+from pshare_jax.text.control_tokens import ControlFinder, ControlText, PieceEncoder, Placeholders, PlainEncoder, finding
 from pshare_jax.text.detokenizer import Detokenizer, token_bytes_for
 from pshare_jax.text.encoder import PLAIN, PromptTooLong
 from pshare_jax.text.gguf_tokenizer import read_gguf
@@ -432,12 +432,16 @@ class Tokenizer:
         return PlainEncoder(self._backend, self._special, secrets.token_hex(8))
 
     @cached_property
+    def _finding(self) -> Backend:
+        return finding(self._backend)
+
+    @cached_property
     def _finder(self) -> ControlFinder:
-        return ControlFinder(self._backend)
+        return ControlFinder(self._finding)
 
     @cached_property
     def _pieces(self) -> PieceEncoder:
-        return PieceEncoder(self._backend)
+        return PieceEncoder(self._backend, ControlFinder(self._finding))
 
     @cached_property
     def _length_bound(self) -> LengthBound | None:

@@ -83,7 +83,7 @@ def test_decode_flops_are_those_that_xla_counts(model):
     rows, context = 4, 15 * sizes.PAGE - 1
     weights = models.with_adapters(model, 1)
     steps = paged_steps(weights.architecture, weights.mesh, gathered)
-    pages = models.RandomPool(model, 1 + rows * 15).pages
+    pages = models.RandomPool(model.config, model.mesh, model.architecture.dtype, 1 + rows * 15).pages
     tables = jnp.zeros((rows + 1, 15), jnp.int32)
     batch = DecodeBatch.empty(jnp.zeros(rows + 1, jnp.int32), rows, rows)
     counted = xla_flops(lambda *all: steps.decode(*all), weights.params, batch, tables, pages)

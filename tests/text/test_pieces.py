@@ -3,21 +3,21 @@
 import itertools
 
 import pytest
+from chats import FAMILIES, tokenizer_folders
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny_tokenizer import byte_alphabet, write_tokenizer
+from tiny_tokenizer import byte_alphabet
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from pshare_jax.text import control_tokens
-from pshare_jax.text.control_tokens import ControlFinder, PieceEncoder
+from pshare_jax.text.control_tokens import ControlFinder, PieceEncoder, finding
 from pshare_jax.text.native import encode_ids
 from pshare_jax.text.tokenizer import Tokenizer
 from pshare_jax.training.data.records import RecordReader
 from pshare_jax.training.data.samples import Limits
 
 pytestmark = pytest.mark.host
-FAMILIES = ("llama", "smollm", "qwen3", "gemma3")
 # Of different lengths, one the start of another, some that join the text beside them or that normalising changes.
 TOKENS = ("<a>", "<a>b>", "<<", "é>", " <s", "word", "<w>", "\n\n")
 PARTS = ("<a>", "b>", "<", "é", "e\u0301", ">", " ", "  ", "s", "word", "<w>", "\n", "x", "日本", "12", "'s")
@@ -62,7 +62,7 @@ def whole(backend: Backend, text: str) -> list[int]:
 @given(backends(), st.lists(st.lists(st.sampled_from(PARTS), max_size=14).map("".join), min_size=1, max_size=4))
 @settings(deadline=None, max_examples=400)
 def test_pieces_have_the_ids_of_the_whole_text(backend, texts):
-    encoder = PieceEncoder(backend, keep=1200)
+    encoder = PieceEncoder(backend, ControlFinder(finding(backend)), keep=1200)
     # Each text also goes on as those before it: what was found in them is kept.
     for text in [*texts, *itertools.accumulate(texts)] * 2:
         ids = whole(backend, text)
@@ -71,7 +71,7 @@ def test_pieces_have_the_ids_of_the_whole_text(backend, texts):
 
 def test_what_is_kept_has_a_bound(tokenizers):
     backend = tokenizers["smollm"]._backend
-    encoder = PieceEncoder(backend, keep=10_000)
+    encoder = PieceEncoder(backend, ControlFinder(finding(backend)), keep=10_000)
     texts = [f"<|im_start|>{number} is one of many" for number in range(200)]
     for text in texts:
         assert encoder.encode(text) == encode_ids(backend, text)
@@ -98,24 +98,23 @@ def test_what_is_kept_has_a_bound(tokenizers):
 )
 def test_a_text_is_not_cut_where_its_parts_would_be_read_otherwise(tokens, normalizer, text):
     backend = byte_level(tokens, NORMALIZERS[normalizer], SPLITS[1])
-    assert PieceEncoder(backend).encode(text) == whole(backend, text)
+    assert PieceEncoder(backend, ControlFinder(finding(backend))).encode(text) == whole(backend, text)
 
 
 @given(backends(), st.lists(st.lists(st.sampled_from(PARTS), max_size=8).map("".join), min_size=2, max_size=5))
 @settings(deadline=None, max_examples=200)
 def test_a_text_that_goes_on_is_searched_from_there_with_the_same_result(backend, texts):
-    kept = ControlFinder(backend)
+    found = finding(backend)
+    kept = ControlFinder(found)
     for text in itertools.accumulate(texts):
         whole(backend, text)
-        assert kept.find(text) == ControlFinder(backend).find(text)
+        assert kept.find(text) == ControlFinder(found).find(text)
 
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizers")
-    for family in FAMILIES:
-        write_tokenizer(folder / family, family, vocab_size=340)
-    return {family: Tokenizer.from_folder(folder / family) for family in FAMILIES}
+    root = tokenizer_folders(tmp_path_factory.mktemp("tokenizers"))
+    return {family: Tokenizer.from_folder(root / family) for family in FAMILIES}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
